@@ -1,0 +1,36 @@
+"""Train, or continue the run if its folder exists.
+
+python jobs/sft.py CONFIG.yaml [key=value ...] [--dry-run] [--debug]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from raysft.cli import ProgressLine, guarded, parse
+from raysft.config import load_config
+
+
+def main(argv: Sequence[str]) -> None:
+    """Everything that can be found wrong is, before Ray starts."""
+    arguments = parse(argv, __doc__ or "", positional=1, flags=["dry-run"])
+    config = load_config(arguments.positional[0], arguments.overrides)
+
+    from raysft import launch, prepare
+    from raysft.session import ray_session
+
+    prepare.check(config)
+    with ray_session():
+        if "dry-run" in arguments.flags:
+            print(prepare.dry_run(config))
+            return
+        outcome = launch.run(config, ProgressLine())
+    print(outcome.describe())
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,229 @@
+"""The config tree: every key there is, its type, its default and one line of meaning.
+
+`--help` and the README's table are generated from these models. A key that is not here is an
+error; a key that is here does something.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """Where the run lives and what makes it reproducible."""
+
+    name: str = Field("run", description="name of the run; its folder is run.storage_path/run.name")
+    storage_path: str = Field("runs", description="folder that holds runs")
+    seed: NonNegativeInt = Field(0, description="seed of shuffling, initial weights and dropout")
+
+
+class Source(Section):
+    """One entry of data.train or data.eval; a plain path is short for {path: ...}."""
+
+    path: str = Field(description="a file, or a folder for formats that read folders")
+    format: str = Field("auto", description="auto, or a source format: ming_jsonl, most_json")
+    task: str | None = Field(None, description="overrides the task the data says (asr, tts, ...)")
+    weight: PositiveFloat = Field(
+        1.0, description="times its examples are seen in an epoch (0.5: another half each epoch)"
+    )
+    name: str | None = Field(
+        None, description="name in metrics such as wer/NAME; default: the file's name"
+    )
+
+
+class SpeechTokens(Section):
+    """The tokenizer that turns audio into discrete units, for causal_lm."""
+
+    method: Literal["kmeans"] = Field("kmeans", description="k-means over stacked feature frames")
+    clusters: PositiveInt = Field(100, description="number of units")
+    features: Literal["log_mel", "fbank"] = Field("log_mel", description="what is clustered")
+    mels: PositiveInt = Field(80, description="mel bins")
+    stack: PositiveInt = Field(4, description="frames of 10 ms joined into one unit (4 = 25 Hz)")
+    fit_clips: PositiveInt = Field(500, description="clips the centroids are fitted on")
+    path: str | None = Field(
+        None, description="fitted centroids (safetensors); default: fitted once into the run folder"
+    )
+
+
+class Data(Section):
+    """What is trained on, and how it becomes batches."""
+
+    train: list[Source] = Field(default_factory=list, description="sources of training data")
+    eval: list[Source] = Field(default_factory=list, description="sources of evaluation data")
+    lanes: PositiveInt = Field(
+        8, description="virtual data-parallel ranks; a step is one micro-batch of each"
+    )
+    tokens_per_batch: PositiveInt = Field(
+        4096, description="budget of a micro-batch in model positions (audio positions included)"
+    )
+    mode: Literal["packed", "padded"] = Field(
+        "packed", description="packed: sequences share a row; padded: a row each, sorted by length"
+    )
+    order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of examples")
+    mix: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description="share of each task in every step, e.g. {asr: 0.5, tts: 0.5}",
+    )
+    window: PositiveInt = Field(2048, description="examples planned, packed and shuffled together")
+    max_quarantined: float = Field(
+        0.05, ge=0, le=1, description="share of unusable examples above which the run fails"
+    )
+    index_path: str | None = Field(
+        None, description="folder of cached indexes; default: run.storage_path/index"
+    )
+    prompts: dict[str, str] = Field(
+        default_factory=lambda: {
+            "asr": "Transcribe the following speech into text.",
+            "tts": "Convert the following text into speech.",
+        },
+        description="instruction by task, for examples that bring none",
+    )
+    template: Literal["auto", "plain", "chat"] = Field(
+        "auto", description="chat: the tokenizer's chat template; auto: chat where there is one"
+    )
+    speech_tokens: SpeechTokens | None = Field(
+        None, description="turns audio into units for causal_lm (none: audio sources need audio_lm)"
+    )
+    features: Literal["model", "fbank"] = Field(
+        "model", description="audio_lm input: the model's own log-mel, or Kaldi fbank"
+    )
+    unit_noise: float = Field(
+        0.0, ge=0, lt=1, description="share of input units replaced at random in training"
+    )
+    cpus: PositiveInt | None = Field(
+        None, description="CPUs for data tasks over all workers; default: what workers leave free"
+    )
+    prefetch: PositiveInt = Field(8, description="micro-batches a worker holds ready")
+
+
+class Model(Section):
+    """Which model: `path` (weights), or `config` (random weights)."""
+
+    path: str | None = Field(None, description="local folder or hub id with weights and tokenizer")
+    config: dict[str, Any] | None = Field(
+        None,
+        description="a transformers config with its model_type: random weights, for small models",
+    )
+    family: Literal["auto", "causal_lm", "audio_lm"] = Field(
+        "auto", description="auto: by the model type (qwen2_audio: audio_lm, others: causal_lm)"
+    )
+    tokenizer: str | None = Field(
+        None, description="folder or hub id; default model.path; `bytes`: a built-in byte tokenizer"
+    )
+    feature_extractor: dict[str, Any] = Field(
+        default_factory=dict, description="audio_lm from config: settings of its feature extractor"
+    )
+    speech_units: NonNegativeInt = Field(
+        0, description="unit tokens <|unit0|>... to add for sources that bring units (causal_lm)"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that ships with the model")
+
+
+class Parallel(Section):
+    """How workers share the work."""
+
+    strategy: Literal["ddp", "fsdp"] = Field("ddp", description="ddp: replicas; fsdp: FSDP2 shards")
+    workers: PositiveInt = Field(1, description="training workers; at most data.lanes")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one"
+    )
+    cpus_per_worker: PositiveFloat | None = Field(
+        None,
+        description="CPUs reserved for a worker; default: a share that leaves room for data tasks",
+    )
+    threads: PositiveInt | None = Field(
+        None,
+        description="torch threads of a worker on CPU; default: its node's cores / its workers",
+    )
+    max_failures: int = Field(3, ge=-1, description="worker failures survived; -1: any number")
+    timeout_s: PositiveFloat = Field(1800, description="seconds after which a collective fails")
+
+
+class Optim(Section):
+    """AdamW and its schedule."""
+
+    lr: PositiveFloat = Field(1e-5, description="peak learning rate")
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2, description="AdamW betas")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="on matrices; norms and biases have none")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after warm-up"
+    )
+    warmup: float = Field(0, ge=0, description="warm-up: steps if >= 1, else a share of all steps")
+    clip: float = Field(1.0, ge=0, description="maximal gradient norm; 0: no clipping")
+
+
+class Train(Section):
+    """How long, and in which precision."""
+
+    max_steps: PositiveInt | None = Field(
+        None, description="optimizer steps (default: train.epochs)"
+    )
+    epochs: PositiveInt | None = Field(None, description="passes over the data (default 1)")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast, fp32 master weights"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass"
+    )
+    freeze: list[str] = Field(
+        default_factory=list, description="parameters that stay as they are: name patterns (a.b.*)"
+    )
+
+
+class Checkpoint(Section):
+    """When state is saved, and what a start does with it."""
+
+    every: NonNegativeInt = Field(500, description="steps between checkpoints; 0: only at the end")
+    keep: PositiveInt = Field(2, description="checkpoints kept")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue the run if its folder exists; never: refuse instead"
+    )
+
+
+class Evaluate(Section):
+    """Evaluation on data.eval."""
+
+    every: NonNegativeInt = Field(0, description="steps between evaluations; 0: never")
+    at_end: bool = Field(True, description="evaluate after the last step")
+    tokens_per_batch: PositiveInt = Field(8192, description="budget of an evaluation batch")
+    max_examples: PositiveInt | None = Field(
+        None, description="examples of each source used while training (all at the end)"
+    )
+    max_new_tokens: PositiveInt = Field(256, description="longest answer generated")
+    generate: bool = Field(
+        True, description="generate asr answers for WER and CER, not only the loss"
+    )
+    normalize: list[Literal["lower", "punctuation", "whitespace"]] = Field(
+        default_factory=lambda: ["lower", "punctuation", "whitespace"],
+        description="what is normalised in both texts before WER and CER",
+    )
+
+
+class Log(Section):
+    """What is reported while training."""
+
+    every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write TensorBoard files into the run folder")
+
+
+class Config(Section):
+    """The whole tree."""
+
+    run: Run = Field(default_factory=Run)
+    data: Data = Field(default_factory=Data)
+    model: Model = Field(default_factory=Model)
+    parallel: Parallel = Field(default_factory=Parallel)
+    optim: Optim = Field(default_factory=Optim)
+    train: Train = Field(default_factory=Train)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    log: Log = Field(default_factory=Log)

@@ -1,0 +1,71 @@
+"""Encoders: an example and its clips -> a sequence of token ids, labels and features.
+
+Stands between `audio` and the micro-batches; one module a model family, made by `make_encoder`.
+Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from raysft.config.schema import Data, Model
+from raysft.data import speech_tokens
+from raysft.data.encode.base import Encoder
+from raysft.errors import UserError
+
+__all__ = ["Encoder", "make_encoder", "model_family"]
+
+
+def make_encoder(model: Model, data: Data, run_folder: str | Path) -> Encoder:
+    """The encoder of the configured model; no weights are read.
+
+    A speech tokenizer must have been fitted before (`speech_tokens.fit_or_load`): it is looked
+    for in `run_folder`, or at data.speech_tokens.path. Raises UserError.
+    """
+    if model_family(model) == "audio_lm":
+        from raysft.data.encode.audio_lm import AudioLMEncoder
+
+        if data.speech_tokens is not None:
+            raise UserError(
+                "data.speech_tokens: audio_lm reads audio as it is: leave data.speech_tokens out, "
+                "or set model.family: causal_lm"
+            )
+        return AudioLMEncoder(model, data)
+    from raysft.data.encode.causal_lm import CausalLMEncoder
+
+    fitted = None
+    if data.speech_tokens is not None:
+        fitted = speech_tokens.load(data.speech_tokens, Path(run_folder))
+    return CausalLMEncoder(model, data, fitted)
+
+
+def model_family(model: Model) -> Literal["causal_lm", "audio_lm"]:
+    """model.family, with `auto` resolved by the model's type (qwen2_audio: audio_lm)."""
+    if model.family != "auto":
+        return model.family
+    return "audio_lm" if _model_type(model) == "qwen2_audio" else "causal_lm"
+
+
+def _model_type(model: Model) -> str | None:
+    if model.config is not None:
+        return model.config.get("model_type")
+    if model.path is None:
+        raise UserError(
+            "model: neither path nor config is given: set model.path to a folder or hub id, "
+            "or model.config to a transformers config"
+        )
+    local = Path(model.path) / "config.json"
+    if local.is_file():
+        try:
+            return json.loads(local.read_text()).get("model_type")
+        except ValueError as error:
+            raise UserError(f"model.path: {local} is no JSON ({error})") from None
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.get_config_dict(model.path)[0].get("model_type")
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"model.path: no model at {model.path!r}: {reason}") from None

@@ -1,0 +1,86 @@
+"""Encoder of text models that read and write speech as units: any AutoModelForCausalLM.
+
+Stands in the data tasks. Units of a source become the tokens `<|unit0|>`..; audio is turned into
+units by the speech tokenizer of data.speech_tokens, where one is configured.
+
+Costs 0.06 ms an example of text and units, and the speech tokenizer's 0.5 ms a clip of 2 s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+
+from raysft.config.schema import Data, Model
+from raysft.data.encode.base import VERSION, Encoded, Encoder
+from raysft.data.example import Audio, Units
+from raysft.data.speech_tokens import SpeechTokenizer
+from raysft.data.text import Template, load_tokenizer, unit_ids
+from raysft.errors import BadExample, UserError
+
+
+class CausalLMEncoder(Encoder):
+    """Text, units, and (with a speech tokenizer) audio, as one row of token ids."""
+
+    def __init__(self, model: Model, data: Data, speech_tokens: SpeechTokenizer | None) -> None:
+        """Raises UserError where model.speech_units contradicts the speech tokenizer."""
+        added = model.speech_units
+        if speech_tokens is not None:
+            if added not in (0, speech_tokens.clusters):
+                raise UserError(
+                    f"model.speech_units: {added}, but data.speech_tokens has "
+                    f"{speech_tokens.clusters} clusters: leave model.speech_units out"
+                )
+            added = speech_tokens.clusters
+        tokenizer = load_tokenizer(model, added)
+        self.template = Template(tokenizer, data)
+        self.speech_tokens = speech_tokens
+        self.sample_rate = None if speech_tokens is None else speech_tokens.sample_rate
+        self._noise = data.unit_noise
+        self._unit_ids = unit_ids(tokenizer)
+        parts = [VERSION, "causal_lm", self.template.fingerprint, self._unit_ids.tolist()]
+        parts.append(None if speech_tokens is None else speech_tokens.fingerprint())
+        self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
+        """A position a unit. BadExample: a unit without a token, a clip without a unit."""
+        if isinstance(part, Units):
+            self._check(part.ids)
+            return len(part.ids)
+        if self.speech_tokens is None:
+            raise UserError(
+                f"model.family: causal_lm reads no raw audio ({part.path}): set "
+                "data.speech_tokens to turn it into units, or model.family: audio_lm"
+            )
+        units = self.speech_tokens.units_count(samples)
+        if units == 0:
+            raise BadExample(
+                f"its clip of {samples / self.sample_rate:.3f} s is shorter than one speech unit"
+            )
+        return units
+
+    def part_encoded(
+        self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
+    ) -> Encoded:
+        """Unit tokens; with `rng`, a share data.unit_noise of them is drawn at random."""
+        if isinstance(part, Audio):
+            units = self.speech_tokens.encode(clip)
+        else:
+            units = np.array(part.ids, np.int64)
+        rate = None if self.speech_tokens is None else self.speech_tokens.units_per_second
+        seconds = len(units) / rate if rate else 0.0
+        if rng is not None and self._noise:
+            replaced = rng.random(len(units)) < self._noise
+            units = np.where(replaced, rng.integers(len(self._unit_ids), size=len(units)), units)
+        return Encoded(self._unit_ids[units].astype(np.int32), seconds)
+
+    def _check(self, units: tuple[int, ...]) -> None:
+        highest = max(units, default=0)
+        if highest >= len(self._unit_ids) or min(units, default=0) < 0:
+            wrong = highest if highest >= len(self._unit_ids) else min(units)
+            raise BadExample(
+                f"unit {wrong}, but there are {len(self._unit_ids)} units "
+                "(model.speech_units, or data.speech_tokens.clusters)"
+            )

@@ -1,0 +1,164 @@
+"""What flows between sources, encoders, the stream and the trainer: plain, picklable values.
+
+sources yield `Example`; an encoder turns one into a `Sequence`; the stream joins the sequences of
+one (step, lane) into a `MicroBatch`. None of these needs torch or Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import safetensors.numpy
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """A clip on disk (absolute path): still to be decoded."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Discrete speech units, as numbered by the tokenizer that made them."""
+
+    ids: tuple[int, ...]
+
+
+Part = str | Audio | Units
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training item: what is asked (`instruction`, `input`) and what is to be answered.
+
+    `instruction` is None where the source has none: `data.prompts` then supplies it by task.
+    `text` is the plain transcript, the reference WER is computed against (None: no transcript).
+    """
+
+    id: str
+    task: str
+    input: tuple[Part, ...]
+    output: tuple[Part, ...]
+    instruction: str | None = None
+    lang: str | None = None
+    text: str | None = None
+
+    def audio(self) -> list[Audio]:
+        """The clips this example needs, input before output."""
+        return [part for part in (*self.input, *self.output) if isinstance(part, Audio)]
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """An example that could not be used, and why: one line of quarantine.jsonl."""
+
+    id: str
+    source: str
+    path: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Sequence:
+    """An encoded example.
+
+    input_ids: int32 [T].
+    labels: int32 [T]; labels[t] == input_ids[t] where position t is supervised, else -100
+        (not shifted: the loss shifts).
+    features: one float32 [frames, mels] array a clip (empty for models that read units).
+    seconds: of audio behind it (units count with their frame rate where it is known).
+    """
+
+    id: str
+    task: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    features: list[np.ndarray] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """The examples of one (step, lane), concatenated; the adapter lays them out packed or padded.
+
+    lengths: int32 [n], tokens of each sequence. input_ids, labels: int32 [sum(lengths)].
+    features: float32 [sum(feature_lengths), mels]; feature_lengths: int32 [clips].
+    slots: for each sequence its place among the planned examples; quarantined ones leave gaps.
+    An empty micro-batch (n == 0) is legal: its examples were quarantined, or the epoch ended.
+    """
+
+    epoch: int
+    step: int
+    lane: int
+    ids: list[str]
+    tasks: list[str]
+    lengths: np.ndarray
+    input_ids: np.ndarray
+    labels: np.ndarray
+    features: np.ndarray
+    feature_lengths: np.ndarray
+    seconds: float = 0.0
+    slots: list[int] = field(default_factory=list)
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+    @classmethod
+    def join(
+        cls,
+        epoch: int,
+        step: int,
+        lane: int,
+        sequences: list[Sequence],
+        quarantined: list[Quarantined] | None = None,
+        slots: list[int] | None = None,
+    ) -> MicroBatch:
+        """Concatenate `sequences` in the order given (`slots` default to 0, 1, ...)."""
+        features = [clip for sequence in sequences for clip in sequence.features]
+        empty = np.zeros(0, np.int32)
+        return cls(
+            epoch=epoch,
+            step=step,
+            lane=lane,
+            ids=[s.id for s in sequences],
+            tasks=[s.task for s in sequences],
+            lengths=np.array([len(s.input_ids) for s in sequences], np.int32),
+            input_ids=np.concatenate([s.input_ids for s in sequences]) if sequences else empty,
+            labels=np.concatenate([s.labels for s in sequences]) if sequences else empty,
+            features=np.concatenate(features) if features else np.zeros((0, 0), np.float32),
+            feature_lengths=np.array([len(clip) for clip in features], np.int32),
+            seconds=float(sum(s.seconds for s in sequences)),
+            slots=list(range(len(sequences)) if slots is None else slots),
+            quarantined=list(quarantined or []),
+        )
+
+    def to_bytes(self) -> bytes:
+        """Serialise (safetensors: no pickle ever travels with data)."""
+        meta = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "lane": self.lane,
+            "ids": self.ids,
+            "tasks": self.tasks,
+            "seconds": self.seconds,
+            "slots": self.slots,
+            "quarantined": [[q.id, q.source, q.path, q.reason] for q in self.quarantined],
+        }
+        arrays = {
+            "lengths": self.lengths,
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "features": np.ascontiguousarray(self.features),
+            "feature_lengths": self.feature_lengths,
+            "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
+        }
+        return safetensors.numpy.save(arrays)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> MicroBatch:
+        """The inverse of `to_bytes`."""
+        arrays = safetensors.numpy.load(data)
+        meta = json.loads(arrays.pop("meta").tobytes())
+        meta["quarantined"] = [Quarantined(*q) for q in meta["quarantined"]]
+        return cls(**meta, **arrays)

@@ -1,0 +1,196 @@
+"""Front ends: mono samples -> the frames a model or a speech tokenizer reads.
+
+Stands in the data tasks between `audio.load` and the encoders. Three front ends share one small
+interface (`frames`, `__call__`, `pad`): Whisper's log-mel in numpy (no torch), Kaldi's fbank
+through torchaudio, and, for models that bring an extractor of another class, that extractor.
+
+Whisper-like models read clips zero-padded to a chunk (30 s). Computing the whole chunk costs far
+more than a clip of 2 s, so `LogMel` computes the clip's own frames alone, ending the clip as the
+chunk does: in silence. They equal the frames of the padded chunk to 4e-5, all ceil(samples / hop)
+of them that the chunk's attention mask keeps. The extractor's own `padding=False` is not quite
+that: it mirrors the clip's end (the last frames differ by up to 0.2 of a range of 2 where sound is
+cut off) and drops the frame that the clip does not fill.
+
+Costs on one core for a clip of 2 s at 16 kHz, 80 mels: LogMel 0.45 ms (2,300 clips/s;
+WhisperFeatureExtractor 0.8 ms without its padding, 15 ms with it), Fbank 1.1 ms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.fft
+
+LOG_FLOOR = 1e-10  # power below which Whisper's log-mel does not go
+LOG10_E = 0.4342944819032518
+RANGE = 2.0  # of Whisper's log-mel: 8 decades of power, scaled by 1/4
+
+
+class FrontEnd(Protocol):
+    """What turns a clip into frames."""
+
+    sample_rate: int
+    mels: int
+
+    def frames(self, samples: int) -> int:
+        """Frames a clip of so many samples gives."""
+
+    def __call__(self, clip: np.ndarray) -> np.ndarray:
+        """float32 [samples] -> float32 [frames(samples), mels]."""
+
+    def pad(self, features: np.ndarray, frames: int) -> np.ndarray:
+        """Append silence, as this front end shows it: [frames, mels]."""
+
+
+@dataclass(frozen=True)
+class LogMel:
+    """Whisper's log-mel, as WhisperFeatureExtractor computes it on the zero-padded chunk.
+
+    Hann window, power spectrum, Slaney mel scale 0..8000 Hz, log10, at most 8 decades below the
+    clip's maximum, (x + 4) / 4. Radford et al. 2022, section 2.2. The last two frames of a clip
+    that ends within n_fft / 2 samples of the chunk's end differ: there the extractor mirrors.
+    """
+
+    sample_rate: int = 16000
+    mels: int = 80
+    n_fft: int = 400
+    hop: int = 160
+
+    def frames(self, samples: int) -> int:
+        """ceil(samples / hop)."""
+        return -(-samples // self.hop)
+
+    def __call__(self, clip: np.ndarray) -> np.ndarray:
+        """float32 [samples] -> float32 [ceil(samples / hop), mels]; samples > n_fft / 2."""
+        half, count = self.n_fft // 2, self.frames(len(clip))
+        padded = np.zeros((count - 1) * self.hop + self.n_fft, np.float32)
+        padded[:half] = clip[half:0:-1]  # the start of the chunk is mirrored
+        body = clip[: len(padded) - half]
+        padded[half : half + len(body)] = body
+        window, filters = _hann(self.n_fft), _mel_filters(self.sample_rate, self.mels, self.n_fft)
+        framed = np.lib.stride_tricks.sliding_window_view(padded, self.n_fft)[:: self.hop]
+        # scipy transforms several frames at once in float32: 7 times as fast as numpy.fft.
+        spectrum = scipy.fft.rfft(framed * window, axis=1)
+        power = spectrum.real**2 + spectrum.imag**2
+        # float32 has a fast natural logarithm, and no fast log10.
+        logs = np.log(np.maximum(power @ filters, np.float32(LOG_FLOOR))) * np.float32(LOG10_E)
+        logs = np.maximum(logs, logs.max() - 8)
+        return (logs + 4) / 4
+
+    def pad(self, features: np.ndarray, frames: int) -> np.ndarray:
+        """Append what the chunk has after the clip: 8 decades below the clip's maximum."""
+        return _pad(features, frames, float(features.max()) - RANGE if len(features) else 0.0)
+
+
+@dataclass(frozen=True)
+class Fbank:
+    """Kaldi's log-mel filter bank (25 ms povey windows each 10 ms, no dither), mean-normalised.
+
+    Each mel bin's mean over the clip is subtracted. Torch is imported at the first call.
+    """
+
+    sample_rate: int = 16000
+    mels: int = 80
+
+    def frames(self, samples: int) -> int:
+        """Whole windows of 25 ms, one each 10 ms; 0 for a clip shorter than a window."""
+        window, hop = self.sample_rate * 25 // 1000, self.sample_rate // 100
+        return max(0, 1 + (samples - window) // hop)
+
+    def __call__(self, clip: np.ndarray) -> np.ndarray:
+        """float32 [samples] -> float32 [frames(samples), mels], zero mean over frames."""
+        import torch
+        from torchaudio.compliance import kaldi
+
+        # Kaldi counts in 16-bit steps; this moves the floor, not the mean-normalised rest.
+        wave = torch.from_numpy(clip * np.float32(32768))[None]
+        bank = kaldi.fbank(
+            wave,
+            sample_frequency=self.sample_rate,
+            num_mel_bins=self.mels,
+            frame_length=25.0,
+            frame_shift=10.0,
+            dither=0.0,
+        ).numpy()
+        return mean_normalised(bank)
+
+    def pad(self, features: np.ndarray, frames: int) -> np.ndarray:
+        """Append zeros: the mean of every clip."""
+        return _pad(features, frames, 0.0)
+
+
+@dataclass(frozen=True)
+class ModelExtractor:
+    """A model's own extractor of any other class, called clip by clip without padding.
+
+    `extractor` is a transformers feature extractor whose output is `input_features` [1, frames,
+    mels] or [1, mels, frames]. Frames of a length are found by extracting silence of that length.
+    """
+
+    extractor: Any
+    sample_rate: int
+    mels: int
+    _counts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def frames(self, samples: int) -> int:
+        """Frames of a clip of so many samples: measured once a length, then remembered."""
+        if samples not in self._counts:
+            self._counts[samples] = len(self(np.zeros(samples, np.float32)))
+        return self._counts[samples]
+
+    def __call__(self, clip: np.ndarray) -> np.ndarray:
+        """float32 [samples] -> float32 [frames(samples), mels]."""
+        output = self.extractor(
+            clip,
+            sampling_rate=self.sample_rate,
+            padding=False,
+            truncation=False,
+            return_tensors="np",
+        )
+        features = np.asarray(output["input_features"][0], np.float32)
+        return np.ascontiguousarray(features if features.shape[1] == self.mels else features.T)
+
+    def pad(self, features: np.ndarray, frames: int) -> np.ndarray:
+        """Append the extractor's own padding value."""
+        return _pad(features, frames, float(self.extractor.padding_value))
+
+
+def mean_normalised(features: np.ndarray) -> np.ndarray:
+    """[frames, mels] with each mel bin's mean over the frames taken off."""
+    return features - features.mean(axis=0, dtype=np.float32)
+
+
+def _pad(features: np.ndarray, frames: int, value: float) -> np.ndarray:
+    missing = frames - len(features)
+    if missing < 0:
+        raise ValueError(f"{len(features)} frames do not fit into {frames}")
+    return np.pad(features, ((0, missing), (0, 0)), constant_values=value)
+
+
+@lru_cache(maxsize=8)
+def _hann(size: int) -> np.ndarray:
+    """Periodic Hann window, float32 [size]."""
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def _mel_filters(rate: int, mels: int, n_fft: int) -> np.ndarray:
+    """Triangles of equal area on Slaney's mel scale, 0..8000 Hz: float32 [n_fft // 2 + 1, mels].
+
+    The scale is linear to 1000 Hz (3 mels a 200 Hz) and logarithmic above (27 mels a factor 6.4).
+    Slaney, Auditory Toolbox (1998).
+    """
+    knee_hz, knee_mel, step = 1000.0, 15.0, np.log(6.4) / 27
+    top_mel = knee_mel + np.log(8000.0 / knee_hz) / step
+    points = np.linspace(0.0, top_mel, mels + 2)
+    edges = np.where(
+        points < knee_mel, points * 200 / 3, knee_hz * np.exp((points - knee_mel) * step)
+    )
+    bins = np.linspace(0.0, rate / 2, n_fft // 2 + 1)[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    triangles = np.maximum(0.0, np.minimum(rising, falling)) * 2 / (edges[2:] - edges[:-2])
+    return triangles.astype(np.float32)

@@ -1,0 +1,401 @@
+"""Which examples every lane trains on in every step: a pure function of (index, config, seed).
+
+sources -> index -> plan (here) -> stream -> step -> checkpoint + cursor -> evaluate -> export
+Reads only the index's columns (lengths, tasks, sources), never audio or text, and knows nothing of
+workers: worker r of W takes lanes r, r+W, ... of each step, whatever W is.
+
+    group       all examples; with `data.mix`, the examples of a task
+    cycle       one pass over a group, its blocks of consecutive examples in random order (`blocks`)
+    window      a run of blocks with about `data.window` examples: shuffled, filled into
+                micro-batches (`pack`), and these shuffled; or, sequential, filled as they come
+    step        `data.lanes` micro-batches: the next ones of each group, as many as its share
+
+Window j of cycle c depends on (seed, group, c, j) alone. So a `Cursor` of a few integers is the
+whole state of the data side, and going on from any of them costs one order of the blocks and one
+window, at 1% of an epoch as at 99%.
+
+Without mix an epoch is a cycle; the lanes that its last step cannot fill are empty. With mix every
+step is full: a group that ends its cycle begins the next one at once, and epoch e ends with the
+step by which all groups have ended cycle e. Every example has then been seen e + 1 times or more.
+
+Cost: planning does about 1 million examples a second; memory is that of `blocks` and one window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raysft.config.schema import Data
+from raysft.data import pack
+from raysft.data.blocks import Blocks, Cycle, permutation
+from raysft.errors import UserError
+
+if TYPE_CHECKING:
+    from raysft.data.index import Index
+
+ALGORITHM = 1  # part of the hash: raise it with any change that moves an example
+# Windows aim to fill packed rows to this share: the rest lets the last examples find a place.
+_FILL = 0.998
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where a run stands: `step` steps are done, and group g goes on at `streams[g]`.
+
+    streams: (cycle, window, micro-batch) of each group. Belongs to the plan named by its hash.
+    """
+
+    plan_hash: str
+    epoch: int
+    step: int
+    streams: tuple[tuple[int, int, int], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict that json can write."""
+        return {
+            "plan": self.plan_hash,
+            "epoch": self.epoch,
+            "step": self.step,
+            "streams": [list(stream) for stream in self.streams],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Cursor:
+        """The inverse of `to_json`. Raises UserError for anything else."""
+        try:
+            streams = tuple((int(c), int(w), int(m)) for c, w, m in value["streams"])
+            return cls(str(value["plan"]), int(value["epoch"]), int(value["step"]), streams)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint's cursor {value!r} cannot be read: expected plan, epoch, step and "
+                "streams of three integers; continue from another checkpoint"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One step. step counts from 1 over the whole run, epoch from 0.
+
+    lanes: for each of `data.lanes` lanes the rows of the index in it, int64 (may be empty).
+    after: the cursor once this step is done.
+    """
+
+    epoch: int
+    step: int
+    lanes: list[np.ndarray]
+    after: Cursor
+
+
+@dataclass(slots=True)
+class Summary:
+    """What an epoch will be. Tokens are model positions.
+
+    computed: positions a model computes: padded ones included in mode padded, none in mode packed.
+    budget: positions the epoch's micro-batches could hold.
+    """
+
+    epoch: int
+    steps: int = 0
+    micro_batches: int = 0
+    examples: int = 0
+    tokens: int = 0
+    computed: int = 0
+    budget: int = 0
+    tokens_by_task: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed positions that is padding."""
+        return 1 - self.tokens / self.computed if self.computed else 0.0
+
+    @property
+    def unfilled(self) -> float:
+        """Share of the micro-batches' budget that is not used by tokens."""
+        return 1 - self.tokens / self.budget if self.budget else 0.0
+
+
+class Plan:
+    """The plan of a run. Plans with equal `hash` give equal steps.
+
+    oversize: int64, rows of the index longer than `data.tokens_per_batch`: never planned.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        task: np.ndarray,
+        tasks: Sequence[str],
+        source: np.ndarray,
+        weights: Sequence[float],
+        index_hash: str,
+        data: Data,
+        seed: int,
+    ) -> None:
+        """tokens: int [N], positions of each example, at least 1. task, source: int [N], numbers
+        into `tasks` and `weights`; the columns may be memory-mapped. Reads them once.
+        Raises UserError where this data cannot be planned as the config says."""
+        if len(tokens) == 0:
+            raise UserError("data.train has no usable example: nothing to train on")
+        self._data, self._seed, self._tasks = data, seed, list(tasks)
+        self._task = np.asarray(task)
+        self._groups = sorted(data.mix)
+        number = {name: i for i, name in enumerate(self._groups)}
+        self._blocks = Blocks(
+            tokens,
+            task,
+            # A task outside the mix is refused below, once it is known to occur.
+            [number.get(name, 0) for name in tasks],
+            source,
+            weights,
+            budget=data.tokens_per_batch,
+            window=data.window,
+            seed=seed,
+            shuffled=data.order == "shuffled",
+        )
+        self._check()
+        self._shares = _Shares([data.mix[name] for name in self._groups] or [1.0], data.lanes)
+        self.oversize = self._blocks.oversize
+        self.hash = _hash(index_hash, data, weights, seed)
+        self._summaries: list[Summary] = []
+        self._epoch_starts = [self.start()]
+
+    @classmethod
+    def of(cls, index: Index, data: Data, seed: int) -> Plan:
+        """The plan of a whole index."""
+        weights = [source.weight for source in index.sources]
+        return cls(
+            index.tokens, index.task, index.tasks, index.source, weights, index.hash, data, seed
+        )
+
+    def start(self) -> Cursor:
+        """The cursor before the first step."""
+        return Cursor(self.hash, 0, 0, ((0, 0, 0),) * len(self._shares))
+
+    def steps(self, cursor: Cursor) -> Iterator[PlannedStep]:
+        """The steps after `cursor`, epoch after epoch without end, planned window by window.
+
+        Raises UserError where the cursor belongs to another plan.
+        """
+        if cursor.plan_hash != self.hash or len(cursor.streams) != len(self._shares):
+            raise UserError(
+                f"this checkpoint was made with another plan ({cursor.plan_hash[:12]}, now "
+                f"{self.hash[:12]}): the training data, run.seed or one of data.lanes, "
+                "data.tokens_per_batch, data.mode, data.order, data.mix, data.window and the "
+                "sources' weights have changed; undo the change or start a run of another name"
+            )
+        streams = [_Stream(self, group, at) for group, at in enumerate(cursor.streams)]
+        return self._steps(streams, cursor.epoch, cursor.step)
+
+    def count_steps(self, epoch: int) -> int:
+        """How many steps epoch number `epoch` has, exactly. Plans all epochs up to it, once."""
+        return self.summary(epoch).steps
+
+    def summary(self, epoch: int = 0) -> Summary:
+        """Totals of an epoch. Plans all epochs up to it, once: about 1 s a million examples."""
+        while len(self._summaries) <= epoch:
+            self._summarise(len(self._summaries))
+        return self._summaries[epoch]
+
+    def _check(self) -> None:
+        """Refuse data that this config cannot plan."""
+        budget, present = self._data.tokens_per_batch, self._blocks.present
+        tasks = sorted(name for name, n in zip(self._tasks, present, strict=True) if n)
+        if self._groups and self._groups != tasks:
+            raise UserError(
+                f"data.mix names the tasks {', '.join(self._groups)}, the training data has "
+                f"{', '.join(tasks)}: name each of these in data.mix, or remove data.mix"
+            )
+        if not self._blocks.examples.any():
+            raise UserError(
+                f"data.tokens_per_batch={budget} is smaller than every example (the shortest "
+                f"takes {self._blocks.shortest} positions): raise data.tokens_per_batch"
+            )
+        for name, examples in zip(self._groups, self._blocks.examples, strict=False):
+            if not examples:
+                raise UserError(
+                    f"data.tokens_per_batch={budget} is smaller than every example of task "
+                    f"{name}: raise it, or remove {name} from data.train and data.mix"
+                )
+
+    def _steps(self, streams: list[_Stream], epoch: int, step: int) -> Iterator[PlannedStep]:
+        lanes = self._data.lanes
+        while True:
+            epoch = max(epoch, min(stream.cycle for stream in streams))
+            end = None if self._groups else epoch
+            taken = []
+            for stream, count in zip(streams, self._shares.at(step), strict=True):
+                taken += stream.take(count, end)
+            taken += [np.zeros(0, np.int64)] * (lanes - len(taken))
+            step += 1
+            if self._data.order == "shuffled":
+                taken = [taken[i] for i in permutation(lanes, self._seed, "lanes", step)]
+            after = Cursor(
+                self.hash,
+                max(epoch, min(stream.cycle for stream in streams)),
+                step,
+                tuple((stream.cycle, stream.window, stream.place) for stream in streams),
+            )
+            yield PlannedStep(epoch, step, taken, after)
+
+    def _micro_batches(
+        self, group: int, number: int, cycle: Cycle, window: int
+    ) -> list[np.ndarray]:
+        """A window's micro-batches in order: rows of the index, int64 each. Without any where the
+        window's examples all moved on to the next."""
+        data, tokens = self._data, self._blocks.tokens
+        pad = data.mode == "padded"
+        if data.order == "sequential":
+            rows = self._blocks.rows(group, cycle, window)
+            parts = pack.in_order(tokens[rows], data.tokens_per_batch, pad)
+            return [rows[part] for part in parts]
+        rows, moved = self._shuffled(group, number, cycle, window)
+        if pad:
+            parts = pack.padded(tokens[rows], data.tokens_per_batch)
+        else:
+            rows = rows[~moved]
+            if window > 0:
+                before, moved = self._shuffled(group, number, cycle, window - 1)
+                rows = np.concatenate([before[moved], rows])
+            parts = pack.packed(tokens[rows], data.tokens_per_batch)
+        order = permutation(len(parts), self._seed, "micro-batches", group, number, window)
+        return [rows[parts[i]] for i in order]
+
+    def _shuffled(
+        self, group: int, number: int, cycle: Cycle, window: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A window's own rows, shuffled, and which of them move on to the next window (bool).
+
+        In mode packed as many move on as would only begin a row: what is left over from filling
+        all positions up to here into full rows. This depends on no other window's packing, and
+        spares each window (but the last) its half-empty row.
+        """
+        rows = self._blocks.rows(group, cycle, window)
+        rows = rows[permutation(len(rows), self._seed, "window", group, number, window)]
+        if self._data.mode == "padded" or window == cycle.windows - 1:
+            return rows, np.zeros(len(rows), bool)
+        excess = int(cycle.totals[window + 1]) % max(1, int(self._data.tokens_per_batch * _FILL))
+        return rows, pack.choose(self._blocks.tokens[rows], excess)
+
+    def _summarise(self, epoch: int) -> None:
+        """Append the next epoch's summary, and the cursor at which the epoch after it starts."""
+        start, total = self._epoch_starts[epoch], Summary(epoch)
+        pad, by_task = self._data.mode == "padded", np.zeros(len(self._tasks), np.int64)
+        # An epoch in which no example of a lightly weighted source has its turn has no step.
+        steps = self.steps(start) if start.epoch == epoch else iter(())
+        for planned in steps:
+            total.steps += 1
+            lanes = [rows for rows in planned.lanes if len(rows)]
+            lengths = self._blocks.tokens[np.concatenate(lanes)].astype(np.int64)
+            sizes = np.array([len(rows) for rows in lanes])
+            total.micro_batches += len(lanes)
+            total.examples += len(lengths)
+            longest = np.maximum.reduceat(lengths, np.cumsum(sizes) - sizes)
+            total.computed += int((sizes * longest).sum() if pad else lengths.sum())
+            task = self._task[np.concatenate(lanes)]
+            by_task += np.bincount(task, lengths, len(by_task)).astype(np.int64)
+            start = planned.after
+            if start.epoch > epoch:
+                break
+        total.tokens = int(by_task.sum())
+        total.budget = total.micro_batches * self._data.tokens_per_batch
+        total.tokens_by_task = {
+            name: int(n) for name, n in zip(self._tasks, by_task, strict=True) if n
+        }
+        self._summaries.append(total)
+        self._epoch_starts.append(start)
+
+
+class _Stream:
+    """A group's micro-batches, window after window, cycle after cycle. Always stands before one."""
+
+    def __init__(self, plan: Plan, group: int, at: tuple[int, int, int]) -> None:
+        self._plan, self._group = plan, group
+        self.cycle, self.window, self.place = at
+        self._cycle = plan._blocks.cycle(group, self.cycle)
+        self._batches: list[np.ndarray] = []
+        if 0 <= self.window < self._cycle.windows:
+            self._batches = plan._micro_batches(group, self.cycle, self._cycle, self.window)
+        if at != (self.cycle, 0, 0) and not 0 <= self.place < len(self._batches):
+            raise UserError(
+                f"the checkpoint's cursor points at cycle, window, micro-batch {at}, which this "
+                "plan does not have: the file is damaged; continue from another checkpoint"
+            )
+        self._settle()
+
+    def take(self, count: int, end: int | None) -> list[np.ndarray]:
+        """The next `count` micro-batches; fewer where cycle number `end` ends before."""
+        taken = []
+        while len(taken) < count and (end is None or self.cycle <= end):
+            taken.append(self._batches[self.place])
+            self.place += 1
+            self._settle()
+        return taken
+
+    def _settle(self) -> None:
+        """Move on to the next micro-batch there is: windows and cycles may be empty."""
+        while self.place >= len(self._batches):
+            self.window, self.place = self.window + 1, 0
+            if self.window >= self._cycle.windows:
+                self.cycle, self.window = self.cycle + 1, 0
+                self._cycle = self._plan._blocks.cycle(self._group, self.cycle)
+            self._batches = (
+                self._plan._micro_batches(self._group, self.cycle, self._cycle, self.window)
+                if self._cycle.windows
+                else []
+            )
+
+
+class _Shares:
+    """How many micro-batches of each group a step has: its share of the lanes, exactly where that
+    is a whole number, else the whole number below or above it, in every step; exact on average."""
+
+    def __init__(self, mix: list[float], lanes: int) -> None:
+        shares = np.array(mix) / sum(mix)
+        if shares.min() * lanes < 1 - 1e-9:
+            raise UserError(
+                f"data.lanes={lanes} is too few for data.mix: a share of {shares.min():.3g} is "
+                "less than one lane, so it cannot hold in every step; use "
+                f"data.lanes={math.ceil(1 / shares.min() - 1e-9)} or more"
+            )
+        exact = shares * lanes
+        self._least = np.floor(exact + 1e-9).astype(np.int64)
+        self._spare = lanes - int(self._least.sum())
+        # The spare lanes go to the groups hit by equally spaced points on their fractions.
+        self._edges = np.cumsum(np.maximum(exact - self._least, 0))
+        self._edges[-1] = self._spare
+
+    def __len__(self) -> int:
+        return len(self._least)
+
+    def at(self, step: int) -> list[int]:
+        """The micro-batches of each group in the step after `step` steps."""
+        if not self._spare:
+            return self._least.tolist()
+        # Multiples of the golden ratio: each group is hit evenly over the steps.
+        offset = step * 0x9E3779B97F4A7C15 % 2**64 / 2**64
+        hit = np.searchsorted(self._edges, offset + np.arange(self._spare), side="right")
+        return (self._least + np.bincount(hit, minlength=len(self._least))).tolist()
+
+
+def _hash(index_hash: str, data: Data, weights: Sequence[float], seed: int) -> str:
+    """What the plan depends on, as 64 hex digits."""
+    facts = {
+        "algorithm": ALGORITHM,
+        "index": index_hash,
+        "weights": [float(weight) for weight in weights],
+        "seed": seed,
+        "lanes": data.lanes,
+        "tokens_per_batch": data.tokens_per_batch,
+        "mode": data.mode,
+        "order": data.order,
+        "mix": dict(data.mix),
+        "window": data.window,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,160 @@
+"""Sources: which format an entry of data.train or data.eval has, and which files it means.
+
+First stage of sources -> index -> plan -> stream -> step -> checkpoint -> evaluate -> export.
+A new format is one new module here with a `FORMAT` (see base.Format). Resolving reads the head of
+a file; reading examples streams, in the memory of one item.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from raysft.config.schema import Source
+from raysft.data.sources.base import (
+    Chunk,
+    Format,
+    Item,
+    Located,
+    ResolvedSource,
+    Split,
+    default_id,
+)
+from raysft.errors import BadExample, UserError
+
+__all__ = ["ResolvedSource", "formats", "get", "read", "resolve", "resolve_all", "scan"]
+
+
+@functools.cache
+def formats() -> dict[str, Format]:
+    """Every format by name: the modules of this package that have a `FORMAT`."""
+    modules = (
+        importlib.import_module(f"{__name__}.{info.name}")
+        for info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name)
+    )
+    found = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
+    return {form.name: form for form in found}
+
+
+def get(name: str) -> Format:
+    """The format of that name. Raises UserError listing those there are."""
+    known = formats()
+    if name not in known:
+        raise UserError(f"no source format {name!r}; there are: auto, {', '.join(known)}")
+    return known[name]
+
+
+def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSource:
+    """Decide the format of `source` and list its files.
+
+    key: the config key of the entry, for messages (`data.train[0]`).
+    Raises UserError: no such path, an empty file, nothing readable, or a format that fits nothing.
+    """
+    key = key or f"data.{split}"
+    path = Path(os.path.abspath(os.path.expanduser(source.path)))
+    if not path.exists():
+        raise UserError(f"{key}.path: {path} does not exist{_nearest(path)}")
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{key}.path: {path} is neither a file nor a folder")
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            raise UserError(f"{path} is an empty file; expected examples in it")
+        form = get(source.format) if source.format != "auto" else _recognise(path)
+        files = form.files(path, split)
+        for file in files:
+            file.open("rb").close()
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{key}: cannot read {error.filename or path}: {error.strerror}") from error
+    return ResolvedSource(
+        key=key,
+        name=source.name or path.stem,
+        path=path,
+        format=form.name,
+        task=source.task,
+        weight=source.weight,
+        files=tuple(files),
+    )
+
+
+def resolve_all(sources: list[Source], split: Split) -> list[ResolvedSource]:
+    """Resolve every entry, and make their names in metrics differ.
+
+    Entries that share a default name get their folder's name before it (a_test, b_test); a name
+    that was given twice is refused.
+    """
+    found = [resolve(source, split, f"data.{split}[{i}]") for i, source in enumerate(sources)]
+    shared = {name for name, count in Counter(item.name for item in found).items() if count > 1}
+    names: list[str] = []
+    for source, item in zip(sources, found, strict=True):
+        name = item.name
+        if name in shared and source.name is None:
+            name = f"{item.path.parent.name}_{name}"
+        elif name in names:
+            raise UserError(f"{item.key}.name: {name!r} is the name of another entry too")
+        base, number = name, 2
+        while name in names:
+            name, number = f"{base}_{number}", number + 1
+        names.append(name)
+    fields = ("key", "path", "format", "task", "weight", "files")
+    return [
+        ResolvedSource(name=name, **{field: getattr(item, field) for field in fields})
+        for name, item in zip(names, found, strict=True)
+    ]
+
+
+def read(form: Format, item: Item, file: Path, task: str | None = None) -> Located:
+    """One item as an example, or as the reason (naming file and line) why it is none."""
+    try:
+        if item.raw is None:
+            raise BadExample(item.error)
+        example = form.parse(item.raw, file, item.line, task)
+    except BadExample as error:
+        reason = f"{file.name} {form.noun} {item.line}: {error}"
+        name = default_id(file, item.line)
+        return Located(item.offset, item.size, item.line, name, None, reason)
+    return Located(item.offset, item.size, item.line, example.id, example, None)
+
+
+def scan(source: ResolvedSource, file: Path, chunk: Chunk | None = None) -> Iterator[Located]:
+    """The items of one of the source's files (or of a chunk of it), read one by one, in order."""
+    form = get(source.format)
+    for item in form.items(file, chunk):
+        yield read(form, item, file, source.task)
+
+
+def _recognise(path: Path) -> Format:
+    known = formats()
+    for form in known.values():
+        if form.sniff(path):
+            return form
+    readable = "; ".join(f"{form.name}: {form.describe}" for form in known.values())
+    raise UserError(
+        f"{path} is in no format that is known ({readable}). Found: {_found(path)}. "
+        "Set the entry's format if it is one of these"
+    )
+
+
+def _found(path: Path) -> str:
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())
+        return f"a folder with {', '.join(names[:5]) or 'nothing in it'}" + ", ..." * (
+            len(names) > 5
+        )
+    with path.open("rb") as stream:
+        return f"a file that begins with {stream.read(60)!r}"
+
+
+def _nearest(path: Path) -> str:
+    """What there is on the way to a path that does not exist."""
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.R_OK):
+        return ""
+    names = sorted(entry.name for entry in parent.iterdir())
+    return f"; {parent} holds {', '.join(names[:8]) or 'nothing'}" + ", ..." * (len(names) > 8)

@@ -1,0 +1,170 @@
+"""What every source format shares: the shape of an item, a chunk and a format.
+
+First stage of sources -> index -> plan -> stream -> step -> checkpoint -> evaluate -> export.
+A format says which files a path means, where the items of a file lie (byte ranges), and how the
+bytes of one item become an `Example`. It never loads a file whole: `survey` passes over a file
+once to hash it and to cut it into chunks of about `CHUNK_BYTES` that are then read in parallel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from raysft.data.example import Example
+from raysft.errors import BadExample
+
+Split = Literal["train", "eval"]
+
+CHUNK_BYTES = 1 << 20
+"""Size of the byte ranges a file is cut into: some thousand items, about a second of work."""
+
+MAX_ITEM_BYTES = 64 << 20
+"""Longest item: more is a file that is not what it seems, and would fill the memory."""
+
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Whole items in bytes [start, stop) of a file; `first` is the line or ordinal of the first."""
+
+    start: int
+    stop: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass over a file's bytes tells: its sha256, its size in bytes and its chunks."""
+
+    digest: str
+    size: int
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """The raw bytes of one item and where they lie.
+
+    line: its line (JSON lines) or its ordinal in the file (JSON), both counted from 1.
+    raw: the bytes [offset, offset + size), or None where `error` says why they were not read.
+    """
+
+    offset: int
+    size: int
+    line: int
+    raw: bytes | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """An item read: its example, or the reason it has none."""
+
+    offset: int
+    size: int
+    line: int
+    id: str
+    example: Example | None
+    error: str | None
+
+
+class Format(Protocol):
+    """A source format. A module of this package that has a `FORMAT` is one; see ming_jsonl.py."""
+
+    name: str
+    describe: str
+    """What it reads, in a few words: the list a user sees when no format matches."""
+    noun: str
+    """What an item is called in messages: line, item."""
+
+    def sniff(self, path: Path) -> bool:
+        """Whether the content of this file or folder looks like this format (reads its head)."""
+
+    def files(self, path: Path, split: Split) -> list[Path]:
+        """The files `path` means, in a fixed order. Raises UserError where there is none."""
+
+    def survey(self, file: Path) -> Survey:
+        """Hash the file and cut it into chunks. Raises UserError where its structure is broken."""
+
+    def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
+        """The items of a chunk, or of the whole file, in order; memory is that of one item."""
+
+    def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
+        """The example in one item's bytes; `task` overrides what the data says.
+
+        Raises BadExample where it cannot be used.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSource:
+    """An entry of data.train or data.eval with its format decided and its files listed."""
+
+    key: str
+    name: str
+    path: Path
+    format: str
+    task: str | None
+    weight: float
+    files: tuple[Path, ...]
+
+
+def default_id(file: Path, line: int) -> str:
+    """The id of an item that has none of its own."""
+    return f"{file.stem}:{line}"
+
+
+def load_record(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw` (utf-8). Raises BadExample where it is none."""
+    try:
+        record = json.loads(raw.removeprefix(BOM).decode("utf-8"))
+        if b"\\u" in raw:
+            # A lone surrogate (half a character, written \ud83d) passes the JSON parser and
+            # fails much later, in the tokenizer or when the ledger is written.
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadExample(f"not valid UTF-8: {error.reason} at byte {error.start}") from error
+    except UnicodeEncodeError as error:
+        raise BadExample("holds half a surrogate pair (\\ud800 to \\udfff), not text") from error
+    except json.JSONDecodeError as error:
+        raise BadExample(f"not valid JSON: {error.msg} at character {error.pos}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadExample(f"not readable as JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise BadExample(f"not a JSON object: found {kind(record)}")
+    return record
+
+
+def kind(value: object) -> str:
+    """What a JSON value is, as a user would call it."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def text_field(record: dict[str, Any], name: str) -> str:
+    """A field that must be a text (it may be empty). Raises BadExample naming the field."""
+    if name not in record:
+        raise BadExample(f"field {name!r} is missing; fields found: {', '.join(sorted(record))}")
+    value = record[name]
+    if not isinstance(value, str):
+        raise BadExample(f"field {name!r} is {kind(value)}, expected a text")
+    return value
+
+
+def id_field(record: dict[str, Any], file: Path, line: int) -> str:
+    """The record's `id` (text or number), else one made of the file's name and the line."""
+    value = record.get("id")
+    if value is None or value == "":
+        return default_id(file, line)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise BadExample(f"field 'id' is {kind(value)}, expected a text")

@@ -1,0 +1,151 @@
+"""MoST instruction JSON: a list of items, {"data": [...]}, or one item.
+
+    {"id": "a", "instruction": "Transcribe ...", "input": "[Hu7][Hu90]", "output": "HELLO",
+     "metadata": {"task": "optional"}}
+
+Speech is written as units `[Hu7]` in the input or output. The task is metadata.task where given,
+else tts if the output holds units, asr if only the input does, else text. In a folder, train files
+are `*train*.json` and evaluation files `*dev*.json` or `*valid*.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raysft.data.example import Example, Part, Units
+from raysft.data.sources import json_items
+from raysft.data.sources.base import (
+    BOM,
+    Chunk,
+    Item,
+    Split,
+    Survey,
+    id_field,
+    kind,
+    load_record,
+    text_field,
+)
+from raysft.data.sources.json_lines import head
+from raysft.errors import BadExample, UserError
+
+PATTERNS: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("dev", "valid")}
+
+_KEY = re.compile(rb'"(?:instruction|input|output|data)"\s*:')
+# White space between two units is layout; nine digits: longer numbers are no unit.
+_RUN = re.compile(r"((?:\[Hu[0-9]{1,9}\]\s*)*\[Hu[0-9]{1,9}\])")
+_NUMBER = re.compile("[0-9]+")
+
+
+class MostJson:
+    """The format `most_json`."""
+
+    name = "most_json"
+    describe = "JSON of items with instruction, input, output and [Hu7] units, or a folder of such"
+    noun = "item"
+
+    def sniff(self, path: Path) -> bool:
+        """Whether the file's head is a list or an object with MoST's keys (folder: any file's)."""
+        if path.is_dir():
+            return any(self.sniff(file) for file in _json_files(path))
+        start = head(path).removeprefix(BOM).lstrip()
+        return start[:1] in (b"[", b"{") and (
+            _KEY.search(start) is not None or start[1:].lstrip()[:1] == b"]"
+        )
+
+    def files(self, path: Path, split: Split) -> list[Path]:
+        """The file itself, or a folder's files of this split, sorted by name."""
+        if not path.is_dir():
+            return [path]
+        found = {
+            name: [file for file in _json_files(path) if any(p in file.name.lower() for p in part)]
+            for name, part in PATTERNS.items()
+        }
+        both = sorted(set(found["train"]) & set(found["eval"]))
+        if both:
+            raise UserError(
+                f"{path}: {both[0].name} matches the names of both train and evaluation files; "
+                "give the files their own entries instead of the folder"
+            )
+        if not found[split]:
+            wanted = " or ".join(f"*{part}*.json" for part in PATTERNS[split])
+            there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+            raise UserError(f"{path} has no file named {wanted}; found in it: {there}")
+        return found[split]
+
+    def survey(self, file: Path) -> Survey:
+        """Hash and chunks, cut between items."""
+        return json_items.survey(file)
+
+    def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
+        """The items of the list, or the one object."""
+        return json_items.items(file, chunk)
+
+    def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
+        """The example of one item. Raises BadExample naming what is wrong with it."""
+        record = load_record(raw)
+        source = split_units(text_field(record, "input"), "input")
+        target = split_units(text_field(record, "output"), "output")
+        if not target:
+            raise BadExample("field 'output' is empty")
+        instruction = record.get("instruction")
+        if instruction is not None and not isinstance(instruction, str):
+            raise BadExample(f"field 'instruction' is {kind(instruction)}, expected a text")
+        if not instruction and not source:
+            raise BadExample("fields 'instruction' and 'input' are both empty")
+        task = task or _task(record, source, target)
+        spoken = {"asr": target, "tts": source}.get(task, ())
+        return Example(
+            id=id_field(record, file, line),
+            task=task,
+            input=source,
+            output=target,
+            instruction=instruction,
+            text=spoken[0] if len(spoken) == 1 and isinstance(spoken[0], str) else None,
+        )
+
+
+def split_units(field: str, name: str = "field") -> tuple[Part, ...]:
+    """Text and runs of `[Hu7]` units, in order; () for blank. Raises BadExample on "[Hu7" cut off.
+
+    A text without units stays as it is; beside units, pieces of white space alone are dropped.
+    """
+    if "[Hu" not in field:
+        return (field,) if field.strip() else ()
+    parts: list[Part] = []
+    for number, piece in enumerate(_RUN.split(field)):
+        if number % 2:
+            parts.append(Units(tuple(map(int, _NUMBER.findall(piece)))))
+        elif "[Hu" in piece:
+            near = piece[piece.index("[Hu") :][:20]
+            raise BadExample(f"field {name!r} holds a malformed unit near {near!r}")
+        elif piece.strip():
+            parts.append(piece)
+    return tuple(parts)
+
+
+def _task(record: dict[str, Any], source: tuple[Part, ...], target: tuple[Part, ...]) -> str:
+    metadata = record.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise BadExample(f"field 'metadata' is {kind(metadata)}, expected an object")
+    if metadata and metadata.get("task") is not None:
+        given = metadata["task"]
+        if not isinstance(given, str) or not given.strip():
+            raise BadExample("field 'metadata.task' is not a text")
+        # Published sets write ASR and asr alike; data.prompts, data.mix and WER know one name.
+        return given.strip().lower()
+    if any(isinstance(part, Units) for part in target):
+        return "tts"
+    return "asr" if any(isinstance(part, Units) for part in source) else "text"
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """Its visible regular .json files (`._a.json` and the like are not data)."""
+    return sorted(
+        file for file in folder.glob("*.json") if file.is_file() and not file.name.startswith(".")
+    )
+
+
+FORMAT = MostJson()

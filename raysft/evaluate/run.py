@@ -1,0 +1,175 @@
+"""Evaluate a model on data.eval: every worker takes batches i, i + W, ...; rank 0 scores them all.
+
+Batches are a function of the index and the budget alone, so results do not depend on the number of
+workers. Loss comes from the whole sequence (teacher-forced); WER and CER come from what the model
+generates from the sequence up to its first supervised token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raysft.config.schema import Evaluate
+from raysft.data.example import MicroBatch
+from raysft.data.example import Sequence as Encoded
+from raysft.data import pack
+from raysft.evaluate.score import error_rates
+from raysft.models.base import Adapter
+from raysft.parallel import World
+from raysft.train.step import autocast, to_device
+
+Read = Callable[[list[np.ndarray]], Iterator[MicroBatch]]
+TRANSCRIBED = ("asr",)
+
+
+@dataclass
+class Corpus:
+    """What evaluation needs of an index: lengths, names, and the reference texts by row."""
+
+    tokens: np.ndarray
+    source: np.ndarray
+    source_names: list[str]
+    references: Callable[[np.ndarray], list[str | None]]
+
+
+def batches(corpus: Corpus, budget: int, limit: int | None) -> list[np.ndarray]:
+    """Index rows of each evaluation batch: by source, sorted by length, n x longest <= budget.
+
+    A row longer than the budget is a batch of its own: evaluation leaves nothing out.
+    """
+    found = []
+    for source in range(len(corpus.source_names)):
+        rows = np.flatnonzero(corpus.source == source)
+        if limit is not None and len(rows) > limit:
+            rows = rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
+        lengths = corpus.tokens[rows]
+        longest = int(lengths.max(initial=1))
+        found += [rows[part] for part in pack.padded(lengths, max(budget, longest))]
+    return found
+
+
+def prompts_of(adapter: Adapter, batch: MicroBatch) -> list[Encoded]:
+    """The sequences of a micro-batch, each cut before its first supervised token."""
+    found = []
+    for id_, document in zip(batch.ids, adapter.documents(batch) if batch.ids else []):
+        supervised = np.flatnonzero(document.labels != -100)
+        end = int(supervised[0]) if len(supervised) else len(document.labels)
+        found.append(
+            Encoded(
+                id_,
+                document.task,
+                document.input_ids[:end],
+                np.full(end, -100, np.int32),
+                document.clips,
+            )
+        )
+    return found
+
+
+def evaluate(
+    module: torch.nn.Module,
+    adapter: Adapter,
+    corpus: Corpus,
+    read: Read,
+    settings: Evaluate,
+    world: World,
+    precision: str,
+    final: bool,
+    predictions: Path | None = None,
+    synced: bool = False,
+) -> dict[str, float]:
+    """Losses by task, WER and CER by source: the same values on every worker. A collective.
+
+    `read` turns lists of index rows into micro-batches, in order. `predictions` is a file of JSON
+    lines (id, source, reference, hypothesis) that rank 0 writes. `synced`: sharded parameters, so
+    every worker must run the same number of forward passes.
+    """
+    plan = batches(corpus, settings.tokens_per_batch, None if final else settings.max_examples)
+    mine = plan[world.rank :: world.size]
+    rounds = -(-len(plan) // world.size)
+    results: list[dict[str, Any]] = []
+    losses: dict[str, list[float]] = {}
+    stream = read(mine)
+    with torch.inference_mode(mode=not synced), torch.no_grad():
+        for number in range(rounds):
+            rows = mine[number] if number < len(mine) else np.zeros(0, np.int64)
+            batch = next(stream) if number < len(mine) else MicroBatch.join(0, 0, 0, [])
+            with autocast(precision, world.device):
+                found = module(to_device(adapter.collate(batch), world.device))
+            for task, (loss, count) in found.by_task.items():
+                total = losses.setdefault(task, [0.0, 0.0])
+                total[0] += float(loss)
+                total[1] += float(count)
+            if settings.generate:
+                results += _transcribe(adapter, corpus, batch, rows, settings, precision, synced)
+    return _score(world, corpus, losses, results, settings, predictions)
+
+
+def _transcribe(
+    adapter: Adapter,
+    corpus: Corpus,
+    batch: MicroBatch,
+    rows: np.ndarray,
+    settings: Evaluate,
+    precision: str,
+    synced: bool,
+) -> list[dict[str, Any]]:
+    wanted = [p for p in prompts_of(adapter, batch) if p.task in TRANSCRIBED]
+    if not wanted and not synced:
+        return []
+    with autocast(precision, next(adapter.model.parameters()).device):
+        texts = adapter.generate(wanted, settings.max_new_tokens, synced_gpus=synced)
+    if not wanted:
+        return []
+    usable = rows[np.array(batch.slots, np.int64)]
+    references = dict(zip(batch.ids, corpus.references(usable)))
+    sources = dict(zip(batch.ids, corpus.source[usable]))
+    return [
+        {
+            "id": prompt.id,
+            "source": corpus.source_names[sources[prompt.id]],
+            "reference": references[prompt.id],
+            "hypothesis": text,
+        }
+        for prompt, text in zip(wanted, texts)
+        if references[prompt.id] is not None
+    ]
+
+
+def _score(
+    world: World,
+    corpus: Corpus,
+    losses: dict[str, list[float]],
+    results: Sequence[dict[str, Any]],
+    settings: Evaluate,
+    predictions: Path | None,
+) -> dict[str, float]:
+    values: dict[str, float] = {}
+    parts = world.gather((losses, list(results)))
+    tasks = sorted({task for part, _ in parts for task in part})
+    for task in tasks:
+        loss = sum(part[task][0] for part, _ in parts if task in part)
+        count = sum(part[task][1] for part, _ in parts if task in part)
+        if count:
+            values[f"loss/{task}"] = loss / count
+            values[f"perplexity/{task}"] = math.exp(min(loss / count, 700.0))
+    everything = sorted((r for _, part in parts for r in part), key=lambda r: (r["source"], r["id"]))
+    for source in corpus.source_names:
+        pairs = [(r["reference"], r["hypothesis"]) for r in everything if r["source"] == source]
+        if pairs:
+            rates = error_rates([r for r, _ in pairs], [h for _, h in pairs], settings.normalize)
+            values.update({f"{metric}/{source}": rate for metric, rate in rates.items()})
+    if predictions is not None and world.is_main and everything:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        with open(predictions, "w", encoding="utf-8") as out:
+            for line in everything:
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return values

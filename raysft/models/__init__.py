@@ -1,0 +1,27 @@
+"""Models: one adapter a family, built from the config. See `base` for the interface."""
+
+from __future__ import annotations
+
+from raysft.config import schema
+from raysft.data.encode import Encoder, model_family
+from raysft.errors import UserError
+from raysft.models import audio_lm, causal_lm
+from raysft.models.attention import attach
+from raysft.models.base import PREFIX, Adapter, LossSum, Supervised
+
+__all__ = ["PREFIX", "Adapter", "LossSum", "Supervised", "build"]
+
+
+def build(model: schema.Model, data: schema.Data, encoder: Encoder, seed: int) -> Adapter:
+    """The adapter of `model` on the CPU, with float32 weights that are the same on every worker.
+
+    encoder: of the same config; gives the tokenizer and, for audio_lm, the front end. Raises
+    UserError if the model cannot be had, or is not exact in this data.mode.
+    """
+    if model.path is not None and model.config is not None:
+        raise UserError("model: found both model.path and model.config; give exactly one")
+    family = audio_lm if model_family(model) == "audio_lm" else causal_lm
+    adapter: Adapter = family.make_adapter(model, data, encoder, seed)
+    if data.mode == "packed":
+        attach(adapter.model)
+    return adapter

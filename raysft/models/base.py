@@ -1,0 +1,325 @@
+"""One adapter a model family: micro-batch -> tensors -> summed losses, generation, saving.
+
+Stands between stream and step: `collate` lays a micro-batch out, `Supervised` (the module that a
+strategy wraps) turns it into losses, `generate` serves evaluation, `save` serves export.
+Cost: logits are computed at supervised positions only; packed rows have no padding at all.
+
+What a batch holds (int64 but for the masks; R rows of L positions, M supervised tokens):
+    input_ids, position_ids [R, L]     positions restart with every document
+    documents int32 [n + 1]            packed: cumulative document lengths (R = 1)
+    attention_mask [R, L]              padded: 1 where there is a token
+    keep, targets, tasks [M]           flat position that predicts, token to predict, task number
+    input_features [C, mels, F], feature_attention_mask [C, F]   audio_lm: one row a clip
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from raysft.data.example import MicroBatch, Sequence
+from raysft.errors import UserError
+from raysft.models.attention import document_mask
+
+IGNORED = -100
+# Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
+PREFIX = "lm."
+
+Batch = dict[str, torch.Tensor]
+
+
+class LossSum(NamedTuple):
+    """Cross-entropies summed over supervised tokens (float32), and how many those are.
+
+    by_task holds (detached sum, count) for every task collated so far. A tuple, so that FSDP2 and
+    DDP find the tensors in it.
+    """
+
+    sum: torch.Tensor
+    count: torch.Tensor
+    by_task: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(slots=True)
+class Document:
+    """One sequence of a batch, with the mel features [frames, mels] of its clips."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    task: str
+    clips: list[np.ndarray] = field(default_factory=list)
+
+
+class Supervised(nn.Module):
+    """The model with its loss as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
+
+    tasks: names by task number; the adapter appends as it meets new ones.
+    """
+
+    def __init__(self, net: PreTrainedModel, tasks: list[str]) -> None:
+        super().__init__()
+        self.lm = net
+        self.tasks = tasks
+        self._keep: torch.Tensor | None = None
+        head = net.get_output_embeddings()
+        if head is None:
+            raise UserError(f"model: {type(net).__name__} has no language-model head to train")
+        head.register_forward_pre_hook(self._select)
+
+    def _select(self, head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        """Only what predicts a supervised token goes through the head: [R, L, H] -> [1, M, H].
+
+        A hook, because not every model takes `logits_to_keep`, and because whatever a model does
+        after its head (scaling, capping) then stays its own.
+        """
+        if self._keep is None:
+            return None
+        return (args[0].flatten(0, -2).index_select(0, self._keep).unsqueeze(0),)
+
+    def forward(self, batch: Batch) -> LossSum:
+        """Losses of `batch`; the sum has a graph to every parameter even when nothing counts."""
+        inputs = {k: v for k, v in batch.items() if k not in ("keep", "targets", "tasks")}
+        if "documents" in inputs:
+            inputs["attention_mask"] = document_mask(inputs.pop("documents"))
+        self._keep = batch["keep"]
+        try:
+            logits = self.lm(**inputs, use_cache=False).logits[0]
+        finally:
+            self._keep = None
+        losses = F.cross_entropy(logits.float(), batch["targets"], reduction="none")
+        # By comparison, not by scattered additions: the same bits every time on a GPU too.
+        numbers = torch.arange(len(self.tasks), device=losses.device).unsqueeze(1)
+        chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
+        sums, counts = (chosen * losses.detach()).sum(1), chosen.sum(1).long()
+        by_task = {name: (sums[i], counts[i]) for i, name in enumerate(self.tasks)}
+        count = torch.tensor(losses.numel(), device=losses.device)
+        return LossSum(losses.sum(), count, by_task)
+
+
+class Adapter(ABC):
+    """A transformers model and what turns micro-batches into its inputs."""
+
+    def __init__(
+        self,
+        net: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        mode: Literal["packed", "padded"],
+        stop_ids: Seq[int],
+    ) -> None:
+        """stop_ids: tokens that end an answer, next to the model's and the tokenizer's own."""
+        self.model = net
+        self.tokenizer = tokenizer
+        self.mode = mode
+        self.tasks: list[str] = []
+        self.supervised = Supervised(net, self.tasks)
+        configured = net.generation_config.eos_token_id
+        stops = {*stop_ids, tokenizer.eos_token_id}
+        stops |= set(configured if isinstance(configured, list) else [configured])
+        self.stop_ids = sorted(stops - {None})
+        if not self.stop_ids:
+            raise UserError("model.tokenizer: it has no end-of-sequence token; answers never end")
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = self.stop_ids[0]
+        net.generation_config.eos_token_id = self.stop_ids
+        net.generation_config.pad_token_id = self.pad_id
+        if tokenizer.bos_token_id is not None:
+            net.generation_config.bos_token_id = tokenizer.bos_token_id
+
+    # -- batches ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dummy_document(self) -> Document:
+        """The smallest document that uses every parameter; all labels -100."""
+
+    def documents(self, mb: MicroBatch) -> list[Document]:
+        """Cut a micro-batch into its sequences."""
+        cuts = np.cumsum(mb.lengths)[:-1]
+        parts = zip(np.split(mb.input_ids, cuts), np.split(mb.labels, cuts), mb.tasks, strict=True)
+        return [Document(ids, labels, task) for ids, labels, task in parts]
+
+    def features(self, documents: list[Document]) -> Batch:
+        """Model inputs besides tokens."""
+        return {}
+
+    def touches_everything(self, documents: list[Document]) -> bool:
+        """Whether these documents reach every parameter, as gradient reduction needs."""
+        return bool(documents)
+
+    def collate(self, mb: MicroBatch, side: Literal["right", "left"] = "right") -> Batch:
+        """CPU tensors of one micro-batch, as the module's docstring says.
+
+        An empty one gives `dummy()`: a batch of no supervised token. side: where padding goes.
+        """
+        documents = self.documents(mb) if len(mb.lengths) else []
+        if not self.touches_everything(documents):
+            documents.append(self.dummy_document())
+        if self.mode == "packed":
+            # Neighbours of equal length share one attention call; order means nothing to a sum.
+            documents.sort(key=lambda d: len(d.input_ids))
+            batch, offsets = _pack(documents)
+        else:
+            batch, offsets = _pad(documents, self.pad_id, side)
+        keep, targets, tasks = [], [], []
+        for document, offset in zip(documents, offsets, strict=True):
+            # Position t - 1 predicts t; the first token of a document is nobody's to predict.
+            at = np.flatnonzero(document.labels[1:] != IGNORED)
+            keep.append(at + offset)
+            targets.append(document.labels[1:][at])
+            tasks.append(np.full(len(at), self._task_number(document.task)))
+        batch["keep"] = _ints(np.concatenate(keep))
+        batch["targets"] = _ints(np.concatenate(targets))
+        batch["tasks"] = _ints(np.concatenate(tasks))
+        return batch | self.features(documents)
+
+    def dummy(self) -> Batch:
+        """A batch of weight zero for a turn without examples: gradients are zeros, never None."""
+        return self.collate(MicroBatch.join(0, 0, 0, []))
+
+    def _task_number(self, task: str) -> int:
+        if task not in self.tasks:
+            self.tasks.append(task)
+        return self.tasks.index(task)
+
+    # -- training --------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch) -> LossSum:
+        """Losses by the bare module; under a strategy call its wrapped module instead."""
+        return self.supervised(batch)
+
+    def freeze(self, patterns: Seq[str]) -> list[str]:
+        """Stop training the parameters whose names match a pattern (fnmatch); returns them.
+
+        Raises UserError for a pattern that matches nothing, or if nothing is left to train.
+        """
+        parameters = dict(self.model.named_parameters())
+        frozen: set[str] = set()
+        for pattern in patterns:
+            found = fnmatch.filter(parameters, pattern)
+            if not found:
+                near = difflib.get_close_matches(pattern, parameters, 3, cutoff=0.3)
+                raise UserError(
+                    f"train.freeze: {pattern} matches no parameter of {type(self.model).__name__}; "
+                    f"names look like {', '.join(near or list(parameters)[:3])}"
+                )
+            frozen.update(found)
+        for name in frozen:
+            parameters[name].requires_grad_(False)
+        if not any(p.requires_grad for p in parameters.values()):
+            raise UserError("train.freeze: every parameter is frozen; nothing is left to train")
+        return sorted(frozen)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only each layer's input and recompute the rest in the backward pass."""
+        if not self.model.supports_gradient_checkpointing:
+            raise UserError(
+                f"train.gradient_checkpointing: {type(self.model).__name__} does not support it; "
+                "set it to false"
+            )
+        self.model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+    # -- generation ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Seq[Sequence], max_new_tokens: int, synced_gpus: bool = False
+    ) -> list[str]:
+        """Greedy answers to `prompts` as one left-padded batch, without special tokens.
+
+        synced_gpus: keep every worker in step until the last has finished (sharded weights, whose
+        root must be unsharded around this call); then workers without prompts call it too.
+        Batched answers are those of one prompt at a time; the caller chooses the batch.
+        """
+        documents = [Document(s.input_ids, s.labels, s.task, s.features) for s in prompts]
+        if not documents and not synced_gpus:
+            return []
+        if not self.touches_everything(documents):
+            documents.append(self.dummy_document())
+        batch, _ = _pad(documents, self.pad_id, "left")
+        device = next(self.model.parameters()).device
+        inputs = {k: v.to(device) for k, v in (batch | self.features(documents)).items()}
+        # The model's own generation config may sample or penalise repetition: not in evaluation.
+        own, training = self.model.generation_config, self.model.training
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=self.pad_id
+        )
+        self.model.eval()
+        try:
+            tokens = self.model.generate(**inputs, synced_gpus=synced_gpus)
+        finally:
+            self.model.generation_config = own
+            self.model.train(training)
+        answers = tokens[: len(prompts), inputs["input_ids"].shape[1] :].tolist()
+        return [self._text(answer) for answer in answers]
+
+    def _text(self, answer: list[int]) -> str:
+        """Decode up to the first stop token."""
+        end = next((i for i, token in enumerate(answer) if token in self.stop_ids), len(answer))
+        return self.tokenizer.decode(answer[:end], skip_special_tokens=True)
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def save(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write model, tokenizer and generation config for `from_pretrained` into `folder`.
+
+        state_dict: the weights to write, named as the model or as `Supervised` names them;
+        default: the model's own.
+        """
+        weights: dict[str, Any] = dict(state_dict or self.model.state_dict())
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+        lacking = self.model.state_dict().keys() - weights.keys()
+        if lacking:
+            raise ValueError(f"state_dict lacks {len(lacking)} weights, such as {min(lacking)}")
+        if self.model.config.get_text_config().tie_word_embeddings:
+            for name in self.model.all_tied_weights_keys:
+                weights.pop(name, None)
+        self.model.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _pack(documents: list[Document]) -> tuple[Batch, np.ndarray]:
+    """One row of all documents, and where each begins in it."""
+    lengths = [len(d.input_ids) for d in documents]
+    ends = np.cumsum([0, *lengths])
+    batch = {
+        "input_ids": _ints(np.concatenate([d.input_ids for d in documents])).unsqueeze(0),
+        "position_ids": _ints(np.concatenate([np.arange(n) for n in lengths])).unsqueeze(0),
+        "documents": torch.from_numpy(ends.astype(np.int32)),
+    }
+    return batch, ends[:-1]
+
+
+def _pad(
+    documents: list[Document], pad_id: int, side: Literal["right", "left"]
+) -> tuple[Batch, list[int]]:
+    """A row a document, and the flat position where each begins."""
+    longest = max(len(d.input_ids) for d in documents)
+    shape = (len(documents), longest)
+    ids, positions, mask = np.full(shape, pad_id), np.zeros(shape, int), np.zeros(shape, int)
+    offsets = []
+    for row, document in enumerate(documents):
+        n = len(document.input_ids)
+        start = longest - n if side == "left" else 0
+        ids[row, start : start + n] = document.input_ids
+        positions[row, start : start + n] = np.arange(n)
+        mask[row, start : start + n] = 1
+        offsets.append(row * longest + start)
+    arrays = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    return {name: _ints(array) for name, array in arrays.items()}, offsets
+
+
+def _ints(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64))

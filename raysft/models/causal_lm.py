@@ -1,0 +1,35 @@
+"""causal_lm: any AutoModelForCausalLM; text and speech units are tokens alike.
+
+Stands between config and step. See `base` for what a batch holds and costs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import AutoModelForCausalLM
+
+from raysft.config import schema
+from raysft.data.encode.base import Encoder
+from raysft.models import loading
+from raysft.models.base import IGNORED, Adapter, Document
+
+
+class CausalLM(Adapter):
+    """Tokens in, tokens out."""
+
+    def dummy_document(self) -> Document:
+        """Two end tokens."""
+        ids = np.full(2, self.stop_ids[0], np.int32)
+        return Document(ids, np.full(2, IGNORED, np.int32), "none")
+
+
+def make_adapter(model: schema.Model, data: schema.Data, encoder: Encoder, seed: int) -> CausalLM:
+    """The model of `model`, with an embedding for every token of the encoder's tokenizer."""
+    tokenizer = encoder.tokenizer
+    if model.config is not None:
+        settings = loading.fill_from_tokenizer(model.config, tokenizer)
+        net = loading.from_config(settings, AutoModelForCausalLM, seed)
+    else:
+        net = loading.from_path(model, AutoModelForCausalLM)
+        loading.grow_vocabulary(net, len(tokenizer), seed)
+    return CausalLM(net, tokenizer, data.mode, [encoder.end_id])

@@ -1,0 +1,146 @@
+"""From `model.path` or `model.config` to a transformers model with float32 weights on the CPU.
+
+Stands between config and step. Every worker builds the same weights: random ones come from
+`run.seed` alone. Cost: one read of the weights (safetensors only), or one random initialisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from raysft.config import schema
+from raysft.errors import UserError
+
+# New rows start at the mean of the old ones, plus noise of this share of their spread: the mean
+# keeps new tokens from dominating the softmax, the noise tells them apart.
+NEW_ROW_NOISE = 0.1
+# Keys that transformers' models read although their config classes do not declare them.
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+UNDECLARED = {"model_type", "head_dim", "rope_theta", "rope_scaling", *SPECIAL_IDS}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers on the CPU from `seed`; the caller's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def from_path(model: schema.Model, auto: Any) -> PreTrainedModel:
+    """Load the weights of `model.path` with `auto.from_pretrained`, in float32.
+
+    Raises UserError if they cannot be read, are not safetensors, or lack some of the model.
+    """
+    try:
+        net, info = auto.from_pretrained(
+            model.path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.path {model.path}: {_line(error)}") from error
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise UserError(
+            f"model.path {model.path}: {len(lacking)} weights are missing or of another shape, "
+            f"such as {lacking[0]}; is it a {auto.__name__} model?"
+        )
+    return net
+
+
+def from_config(settings: dict[str, Any], auto: Any, seed: int) -> PreTrainedModel:
+    """A model of random weights: `settings` is a transformers config with its model_type."""
+    config = make_config(settings)
+    make = getattr(auto, "from_config", None) or auto._from_config
+    with seeded(seed):
+        try:
+            return make(config, dtype=torch.float32)
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            raise UserError(f"model.config: {_line(error)}") from error
+
+
+def make_config(settings: dict[str, Any]) -> PreTrainedConfig:
+    """The transformers config of `settings`; raises UserError on keys its class does not have."""
+    kind = settings["model_type"]
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), 3)
+        hint = f"; near ones are {', '.join(near)}" if near else ""
+        raise UserError(f"model.config.model_type: transformers knows no {kind}{hint}")
+    rest = {key: value for key, value in settings.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(kind, **rest)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.config: {_line(error)}") from error
+    _refuse_unknown("model.config", rest, config)
+    for name in config.sub_configs:
+        if isinstance(rest.get(name), dict):
+            _refuse_unknown(f"model.config.{name}", rest[name], getattr(config, name))
+    return config
+
+
+def _refuse_unknown(where: str, given: dict[str, Any], config: PreTrainedConfig) -> None:
+    """transformers keeps unknown keys as they are: a typing error would train another model."""
+    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    known |= UNDECLARED
+    for key in sorted(set(given) - known):
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{where}.{key}: unknown key for {config.model_type}{hint}")
+
+
+def fill_from_tokenizer(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """`settings` of a text model with the tokenizer's special ids and room for all its tokens."""
+    filled = dict(settings)
+    filled["vocab_size"] = max(filled.get("vocab_size") or 0, len(tokenizer))
+    for name in SPECIAL_IDS:
+        filled.setdefault(name, getattr(tokenizer, name))
+    # The embedding of a model's padding token is never trained: an end token must not be one.
+    if filled["pad_token_id"] == filled["eos_token_id"]:
+        filled["pad_token_id"] = None
+    return filled
+
+
+@torch.no_grad()
+def grow_vocabulary(net: PreTrainedModel, size: int, seed: int) -> None:
+    """Give the embeddings (and an untied head) `size` rows; never fewer than they have.
+
+    New rows: the mean of the old ones plus seeded noise of NEW_ROW_NOISE times their spread.
+    """
+    old = net.get_input_embeddings().weight.shape[0]
+    if size <= old:
+        return
+    with seeded(seed):
+        net.resize_token_embeddings(size, mean_resizing=False)
+        # A tied head is the same parameter: filled once.
+        ends = (net.get_input_embeddings(), net.get_output_embeddings())
+        for table in {id(end.weight): end for end in ends}.values():
+            rows = table.weight[:old]
+            noise = torch.randn(size - old, rows.shape[1]) * rows.std(0) * NEW_ROW_NOISE
+            table.weight[old:] = rows.mean(0) + noise
+            if getattr(table, "bias", None) is not None:
+                table.bias[old:] = table.bias[:old].mean()
+
+
+def _line(error: BaseException) -> str:
+    """A library's message in one line, and not a long one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."

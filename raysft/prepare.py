@@ -1,0 +1,178 @@
+"""Everything between a config and the first step: encoder, indexes, plan, and what they tell.
+
+Runs on the driver. Costs one pass over the headers of new data (spread over the cluster where Ray
+runs, then cached) and one read of the length column.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from raysft.config import Config
+from raysft.data import sources, speech_tokens
+from raysft.data.audio import load
+from raysft.data.encode import Encoder, make_encoder
+from raysft.data.example import Quarantined
+from raysft.data.index import Index, build_index
+from raysft.data.plan import Plan, Summary
+from raysft.errors import BadExample, UserError
+from raysft.rundir import check_run
+
+
+@dataclass
+class Prepared:
+    """What there is to know before a worker starts."""
+
+    config: Config
+    encoder: Encoder
+    train: Index
+    eval: Index | None
+    plan: Plan
+    total_steps: int
+    rejected: list[Quarantined]
+
+
+def check(config: Config) -> None:
+    """Look for mistakes that show without reading data: run folder, sources. Raises UserError."""
+    check_run(config)
+    sources.resolve_all(config.data.train, "train")
+    sources.resolve_all(config.data.eval, "eval")
+
+
+def prepare(config: Config, folder: Path) -> Prepared:
+    """Encoder, indexes and plan; writes the index cache, and a speech tokenizer into `folder`."""
+    if config.data.speech_tokens is not None:
+        speech_tokens.fit_or_load(
+            config.data.speech_tokens, folder, _clips(config), config.run.seed
+        )
+    encoder = make_encoder(config.model, config.data, folder)
+    cache = Path(config.data.index_path or Path(config.run.storage_path) / "index").absolute()
+    train = build_index(config.data.train, "train", encoder, cache)
+    evaluation = None
+    if config.data.eval:
+        evaluation = build_index(config.data.eval, "eval", encoder, cache)
+    plan = Plan.of(train, config.data, config.run.seed)
+    _check_usable(config, train, plan)
+    rejected = [*train.rejected, *_oversize(plan, train, config)]
+    if evaluation is not None:
+        rejected += evaluation.rejected
+    return Prepared(config, encoder, train, evaluation, plan, total_steps(config, plan), rejected)
+
+
+def total_steps(config: Config, plan: Plan) -> int:
+    """The last step: `train.max_steps`, or that of the last epoch, whichever comes first."""
+    if config.train.epochs is None and config.train.max_steps is not None:
+        return config.train.max_steps
+    steps = sum(plan.count_steps(epoch) for epoch in range(config.train.epochs or 1))
+    return min(steps, config.train.max_steps or steps)
+
+
+def dry_run(config: Config) -> str:
+    """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare(config, Path(scratch))
+        epoch = prepared.plan.summary(0)
+        index = prepared.train
+        lines = [
+            f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable",
+            f"audio           {float(np.sum(index.seconds, dtype=np.float64)) / 3600:,.2f} hours",
+            f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
+            f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
+            f"tokens          {epoch.tokens:,} an epoch ({_by_task(epoch)})",
+            f"padding         {epoch.padding:.2%} of computed positions",
+            f"unfilled        {epoch.unfilled:.2%} of the budget",
+            *_memory(config, prepared.encoder),
+        ]
+        lines += [f"unusable        {q.id}: {q.reason}" for q in prepared.rejected[:10]]
+        return "\n".join(lines)
+
+
+def _by_task(epoch: Summary) -> str:
+    return ", ".join(f"{task} {tokens:,}" for task, tokens in epoch.tokens_by_task.items())
+
+
+def _memory(config: Config, encoder: Encoder) -> list[str]:
+    """Weights, gradients and AdamW's two moments in float32; activations by the rule of
+    Korthikanti et al. 2022 (34 bytes a position, layer and hidden unit in 16 bit, attention scores
+    not kept), doubled in float32; one layer's and every layer's input under checkpointing."""
+    from raysft import models
+
+    adapter = models.build(config.model, config.data, encoder, config.run.seed)
+    weights = sum(p.numel() for p in adapter.model.parameters())
+    trained = sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
+    shards = config.parallel.workers if config.parallel.strategy == "fsdp" else 1
+    state = (4 * weights + 12 * trained) / shards
+    text = adapter.model.config.get_text_config()
+    width = 4 if config.train.precision == "fp32" else 2
+    row = config.data.tokens_per_batch * text.hidden_size
+    layer = row * 17 * width
+    kept = row * width * text.num_hidden_layers + layer
+    activations = (
+        kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers
+    )
+    return [
+        f"parameters      {weights:,} ({trained:,} trained)",
+        f"memory          {state / 2**20:,.0f} MiB of state and about "
+        f"{activations / 2**20:,.0f} MiB of activations a worker (estimate)",
+    ]
+
+
+def _oversize(plan: Plan, index: Index, config: Config) -> list[Quarantined]:
+    budget = config.data.tokens_per_batch
+    found = []
+    for row, example in zip(plan.oversize, index.examples(plan.oversize)):
+        audio = example.audio()
+        reason = f"takes {index.tokens[row]} positions, more than data.tokens_per_batch={budget}"
+        path = audio[0].path if audio else ""
+        found.append(Quarantined(example.id, index.source_name(int(row)), path, reason))
+    return found
+
+
+def _check_usable(config: Config, train: Index, plan: Plan) -> None:
+    if len(plan.oversize) == len(train):
+        raise UserError(
+            f"data.tokens_per_batch: {config.data.tokens_per_batch} is smaller than every example "
+            f"(the shortest takes {int(train.tokens.min())} positions); raise it"
+        )
+    examples = len(train) + len(train.rejected)
+    unusable = len(train.rejected) + len(plan.oversize)
+    if unusable > config.data.max_quarantined * examples:
+        first = train.rejected[0] if train.rejected else _oversize(plan, train, config)[0]
+        raise UserError(
+            f"data.max_quarantined: {unusable} of {examples} examples are unusable, more than "
+            f"{config.data.max_quarantined:.1%}; the first: {first.id}: {first.reason}"
+        )
+
+
+def _clips(config: Config) -> Iterator[np.ndarray]:
+    """Up to `fit_clips` clips of data.train, drawn evenly (Algorithm R, Vitter 1985), decoded."""
+    settings = config.data.speech_tokens
+    assert settings is not None
+    rng = random.Random(config.run.seed)  # noqa: S311 - a sample, not a secret
+    chosen: list[str] = []
+    seen = 0
+    for source in sources.resolve_all(config.data.train, "train"):
+        for file in source.files:
+            for located in sources.scan(source, file):
+                for audio in located.example.audio() if located.example else ():
+                    seen += 1
+                    if len(chosen) < settings.fit_clips:
+                        chosen.append(audio.path)
+                    elif (place := rng.randrange(seen)) < settings.fit_clips:
+                        chosen[place] = audio.path
+    if not chosen:
+        raise UserError(
+            "data.speech_tokens: no audio in data.train to fit it on; remove it, or set "
+            "data.speech_tokens.path to a fitted one"
+        )
+    for path in chosen:
+        try:
+            yield load(path, speech_tokens.SAMPLE_RATE)
+        except BadExample:
+            continue  # named in quarantine.jsonl when it is read for training

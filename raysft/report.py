@@ -1,0 +1,76 @@
+"""A picture of a run: loss, evaluation and throughput over steps, from the files it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raysft.errors import UserError
+from raysft.train.metrics import read_lines
+
+_DRAWN = ("wer/", "cer/")
+
+
+def draw(folder: Path, target: Path | None = None) -> Path:
+    """Draw metrics.jsonl and eval.jsonl of the run in `folder` as a PNG; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = read_lines(folder / "metrics.jsonl")
+    if not metrics:
+        raise UserError(f"{folder}: nothing to draw, metrics.jsonl is missing or empty")
+    evaluations = read_lines(folder / "eval.jsonl")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    figure.suptitle(folder.name)
+    _losses(axes[0], metrics, evaluations)
+    _rates(axes[1], evaluations)
+    _speed(axes[2], metrics)
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    target = target or folder / "report.png"
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
+
+
+def _losses(axis: Any, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    axis.set_title("loss per supervised token")
+    names = [name for name in _names(metrics) if name.startswith("loss")]
+    for name in names if len(names) != 2 else ["loss"]:  # one task: its loss is the loss
+        found = [(line["step"], line[name]) for line in metrics if name in line]
+        axis.plot(*zip(*found), label=f"train {name}", linewidth=1.2)
+    for name in _names(evaluations):
+        if name.startswith("loss/"):
+            found = [(line["step"], line[name]) for line in evaluations if name in line]
+            axis.plot(*zip(*found), "o--", label=f"eval {name}", markersize=4)
+    axis.set_yscale("log")
+    axis.legend(fontsize=8)
+
+
+def _rates(axis: Any, evaluations: list[dict[str, Any]]) -> None:
+    axis.set_title("error rates, evaluation (%)")
+    names = [name for name in _names(evaluations) if name.startswith(_DRAWN)]
+    for name in names:
+        found = [(line["step"], 100 * line[name]) for line in evaluations if name in line]
+        axis.plot(*zip(*found), "o-", label=f"{name} ({found[-1][1]:.1f})", markersize=4)
+    axis.set_ylim(bottom=0)
+    if names:
+        axis.legend(fontsize=8)
+
+
+def _speed(axis: Any, metrics: list[dict[str, Any]]) -> None:
+    axis.set_title("tokens a second, and share of time waiting for data (%)")
+    steps = [line["step"] for line in metrics]
+    axis.plot(steps, [line["tokens_per_s"] for line in metrics], label="tokens/s", linewidth=1.2)
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="lower left", fontsize=8)
+    wait = axis.twinx()
+    wait.plot(steps, [100 * line["data_wait"] for line in metrics], "C3", linewidth=1, alpha=0.7)
+    wait.set_ylim(0, 100)
+
+
+def _names(lines: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines for name in line))

@@ -1,0 +1,275 @@
+"""The connection to Ray: join the cluster this process belongs to, or start one for this process.
+
+Around everything that needs Ray (`launch` and the jobs open it, index, stream and step work inside
+it). A process joins a cluster when RAY_ADDRESS names one, which `ray job submit` sees to for its
+jobs; otherwise it starts an embedded Ray on this machine and takes it down again, processes and
+temporary folder, however the process ends. Costs 4 to 6 s at the start and 1.5 s at the end
+(embedded), under 1 s to join.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import raysft
+from raysft.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What Ray prints or does by default and a user of ours does not want; whoever sets one of these
+# in the environment keeps the value. Ray Train passes RAY_TRAIN_* on to controller and workers.
+_DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Train copies what workers print into its own log: every progress line would appear twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # The controller answers reports and sees the end of workers at this interval (2 s by default).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+# Nobody pre-empts a process's own Ray; the watcher is one more actor and an error line.
+_EMBEDDED_DEFAULTS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
+# Ray puts sockets under its folder, and a socket's path has at most 107 bytes: what is left for
+# the parent folder after "/raysft-XXXXXXXX/session_<time>_<pid>/sockets/plasma_store".
+_LONGEST_TEMP_PARENT = 26
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: its name (Ray's node name, an address by default), CPUs, GPUs and labels."""
+
+    id: str
+    name: str
+    address: str
+    cpus: float
+    gpus: float
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open connection. `embedded`: Ray was started by, and ends with, this process."""
+
+    embedded: bool
+    address: str
+
+    def nodes(self) -> list[Node]:
+        """The living nodes, largest first (by GPUs, CPUs, then name). The list changes with time:
+        a cluster that scales with the work may hold none with a GPU before the work arrives.
+        """
+        import ray
+
+        nodes = [
+            Node(
+                id=node["NodeID"],
+                name=node["NodeName"],
+                address=node["NodeManagerAddress"],
+                cpus=float(node["Resources"].get("CPU", 0)),
+                gpus=float(node["Resources"].get("GPU", 0)),
+                labels=dict(node["Labels"]),
+            )
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        return sorted(nodes, key=lambda node: (-node.gpus, -node.cpus, node.name))
+
+    def cluster_cpus(self) -> float:
+        """CPUs of all living nodes, in use or not."""
+        return sum(node.cpus for node in self.nodes())
+
+    def cluster_gpus(self) -> float:
+        """GPUs of all living nodes, in use or not."""
+        return sum(node.gpus for node in self.nodes())
+
+
+@contextmanager
+def ray_session() -> Iterator[Session]:
+    """Connect to Ray for the length of a `with` block.
+
+    Joins the cluster in RAY_ADDRESS (`host:port`, or `auto` on one of its nodes); without one, or
+    with `local`, starts an embedded Ray, whatever address files earlier clusters left behind. On
+    the way out, by an error or a signal too (SIGTERM ends the process with exit code 143, SIGINT
+    raises KeyboardInterrupt), an embedded Ray's processes and folder are gone; after an error
+    that is not the user's its folder stays and is named in the log.
+
+    Call it in the main thread. Raises UserError if RAY_ADDRESS is no address of a cluster, if no
+    cluster answers there or its token does not match, or if this process already is connected.
+    """
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    _check_address(address)
+    for key, value in _DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    import ray
+
+    if ray.is_initialized():
+        raise UserError(
+            "this process is already connected to Ray; raysft opens the connection itself: "
+            "remove the ray.init() before it"
+        )
+    if address in ("", "local"):
+        yield from _embedded()
+    else:
+        yield from _joined(address)
+
+
+def _check_address(address: str) -> None:
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS={address} is the address of a jobs API, which takes jobs: run "
+            f"`ray job submit --working-dir . -- python {' '.join(sys.argv)}`, "
+            "or unset RAY_ADDRESS to run on this machine alone"
+        )
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS={address} is the address of a Ray client server, which raysft does not "
+            "use; expected host:port of the cluster, or submit it with `ray job submit`"
+        )
+
+
+def _embedded() -> Iterator[Session]:
+    import ray
+
+    for key, value in _EMBEDDED_DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    _set_token()
+    _offer_source_to_workers()
+    folder = Path(tempfile.mkdtemp(prefix="raysft-", dir=_temp_parent()))
+    keep = False
+    try:
+        # address="local" starts a new Ray where None would look for one, also in the file a
+        # cluster leaves behind that was killed. The dashboard stays on: Train asks its state API.
+        context = ray.init(
+            address="local",
+            num_cpus=_affinity(),
+            _temp_dir=str(folder),
+            logging_level=logging.WARNING,
+            include_dashboard=True,
+        )
+        _exit_on_sigterm()
+        yield Session(embedded=True, address=context.address_info["gcs_address"])
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        keep = True
+        raise
+    finally:
+        ray.shutdown()
+        if keep:
+            log.warning("Ray's own logs of this run are kept in %s", folder)
+        else:
+            # A process of Ray's may write its last line while this runs.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _joined(address: str) -> Iterator[Session]:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    _require_answer(address)
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    try:
+        context = ray.init(
+            address=address,
+            logging_level=logging.WARNING,
+            # A job brings its own working directory; a driver started by hand on a node of the
+            # cluster has to bring the package, unless every node has it installed.
+            runtime_env=None if in_job or _installed() else {"py_modules": [str(_package())]},
+        )
+    except AuthenticationError as error:
+        raise UserError(
+            f"the cluster at RAY_ADDRESS={address} refuses this process's token; set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
+        ) from error
+    except (ConnectionError, ValueError) as error:
+        raise _no_answer(address, error) from error
+    try:
+        _exit_on_sigterm()
+        yield Session(embedded=False, address=context.address_info["gcs_address"])
+    finally:
+        ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ask the port first: Ray itself waits two minutes for a cluster that is gone."""
+    if address == "auto":
+        return  # Ray finds the address, or says at once that there is none
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"RAY_ADDRESS={address}: expected host:port of the cluster, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_answer(address, error) from error
+
+
+def _no_answer(address: str, error: Exception) -> UserError:
+    return UserError(
+        f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); "
+        "start it, correct the address, or unset RAY_ADDRESS to run on this machine alone"
+    )
+
+
+def _set_token() -> None:
+    """Give an embedded Ray a secret of this process, so that no other user of the machine can
+    run code in it. Ray would by itself keep one in the home folder, and warn that it does.
+    """
+    given = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if not any(os.environ.get(key) for key in given):
+        # It stays for the life of the process: Ray reads it once.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+
+
+def _package() -> Path:
+    return Path(raysft.__file__).parent
+
+
+def _installed() -> bool:
+    return _package().parent == Path(sysconfig.get_paths()["purelib"])
+
+
+def _offer_source_to_workers() -> None:
+    """Let worker processes import a raysft that is not installed (`python jobs/sft.py` in a
+    checkout): they inherit the environment, but not this process's sys.path.
+    """
+    if not _installed():
+        known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        root = str(_package().parent)
+        if root not in known:
+            os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])
+
+
+def _temp_parent() -> str:
+    parent = tempfile.gettempdir()
+    return parent if len(os.fsencode(parent)) <= _LONGEST_TEMP_PARENT else "/tmp"  # noqa: S108
+
+
+def _affinity() -> int | None:
+    """The cores this process is confined to; None (Ray counts, and knows containers) if to none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return None if cores == os.cpu_count() else cores
+
+
+def _exit_on_sigterm() -> None:
+    """End as shells expect (143), through the `finally` blocks. Ray's handler exits with 15."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)

@@ -1,0 +1,147 @@
+"""From plan to ready step batches: the worker's side of the data path.
+
+The plan says which rows each of this worker's lanes takes; a reader (Ray Data, or in process) turns
+them into micro-batches; a thread lays these out for the model and keeps a few ready.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from raysft.data.example import MicroBatch
+from raysft.data.plan import Cursor, Plan, PlannedStep
+from raysft.data.read import Work
+from raysft.models.base import Adapter
+from raysft.parallel import World
+from raysft.train.step import StepBatch, Turn
+
+Read = Callable[[Iterator[Work]], Iterator[MicroBatch]]
+
+
+class Feed:
+    """Step batches of one worker, from any cursor; at most `prefetch` micro-batches are held."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        lanes: int,
+        adapter: Adapter,
+        read: Read,
+        world: World,
+        total_steps: int,
+        prefetch: int,
+    ) -> None:
+        self.plan = plan
+        self.adapter = adapter
+        self.read = read
+        self.world = world
+        self.total_steps = total_steps
+        self.lanes = world.lanes(lanes)
+        self.turns = world.turns(lanes)
+        self._ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(
+            maxsize=max(1, prefetch // self.turns)
+        )
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self, cursor: dict[str, Any] | None) -> Iterator[StepBatch]:
+        """Step batches from the cursor (None: the start) to the last step."""
+        start = self.plan.start() if cursor is None else Cursor.from_json(cursor)
+        self._thread = threading.Thread(target=self._fill, args=(start,), daemon=True, name="feed")
+        self._thread.start()
+        while True:
+            item = self._ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop reading ahead; returns once the thread has let go of the reader."""
+        self._stop.set()
+        while self._thread is not None and self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.1)
+            except queue.Empty:
+                continue
+
+    def _fill(self, start: Cursor) -> None:
+        try:
+            for batch in self._batches(start):
+                if not self._put(batch):
+                    return
+            self._put(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the training thread, raised there
+            self._put(error)
+
+    def _put(self, item: StepBatch | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _batches(self, start: Cursor) -> Iterator[StepBatch]:
+        planned: deque[PlannedStep] = deque()
+
+        def works() -> Iterator[Work]:
+            for step in self.plan.steps(start):
+                if step.step > self.total_steps or self._stop.is_set():
+                    return
+                planned.append(step)
+                for lane in self.lanes:
+                    if len(step.lanes[lane]):
+                        yield Work(step.epoch, step.step, lane, step.lanes[lane])
+
+        read = self.read(works())
+        held: MicroBatch | None = None
+        try:
+            while True:
+                if not planned:  # pulling a micro-batch makes the reader plan ahead
+                    held = next(read, None)
+                    if not planned:
+                        return
+                step = planned.popleft()
+                found = []
+                for lane in self.lanes:
+                    if not len(step.lanes[lane]):
+                        found.append(MicroBatch.join(step.epoch, step.step, lane, []))
+                        continue
+                    batch = next(read) if held is None else held
+                    held = None
+                    assert (batch.step, batch.lane) == (step.step, lane), "the stream lost its order"
+                    found.append(batch)
+                yield self._assemble(step, found)
+        finally:
+            close = getattr(read, "close", None)
+            if close is not None:
+                close()
+
+    def _assemble(self, step: PlannedStep, found: list[MicroBatch]) -> StepBatch:
+        turns = [self._turn(batch) for batch in found]
+        while len(turns) < self.turns:  # no such lane: a turn of weight zero
+            lane = len(step.lanes) + len(turns)
+            turns.append(self._turn(MicroBatch.join(step.epoch, step.step, lane, [])))
+        return StepBatch(step.epoch, step.step, step.after.to_json(), turns, found)
+
+    def _turn(self, batch: MicroBatch) -> Turn:
+        laid_out = self.adapter.collate(batch)
+        tokens = int(batch.lengths.sum())
+        positions = laid_out["input_ids"].numel() if tokens else 0
+        return Turn(batch.lane, laid_out, supervised(batch), positions, tokens)
+
+
+def supervised(batch: MicroBatch) -> int:
+    """Targets in a micro-batch; the first token of a sequence is never one."""
+    mask = batch.labels != -100
+    starts = np.cumsum(batch.lengths) - batch.lengths
+    return int(mask.sum() - mask[starts].sum())

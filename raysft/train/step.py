@@ -1,0 +1,94 @@
+"""One optimizer step: K micro-batches, one from each lane, whatever the number of workers.
+
+The loss of a step is the sum over all its supervised tokens divided by their global count. Workers
+average gradients, so each scales its sum by (workers / global tokens): the result does not depend
+on how many workers share the lanes, nor on how tokens fall to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from raysft.data.example import MicroBatch
+from raysft.parallel import Strategy, World
+
+
+@dataclass(slots=True)
+class Turn:
+    """One forward and backward of one worker: a micro-batch laid out for the model."""
+
+    lane: int
+    batch: dict[str, Any]
+    supervised: int
+    positions: int  # computed by the model, padding included
+    tokens: int  # real ones among them
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """What one worker runs in one step. `turns` has the same length on every worker."""
+
+    epoch: int
+    step: int
+    after: dict[str, Any]  # the cursor once this step is done
+    turns: list[Turn]
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+
+
+def lane_seed(seed: int, epoch: int, step: int, lane: int) -> int:
+    """The seed of everything random in one micro-batch: never a function of rank."""
+    digest = hashlib.blake2b(f"{seed},{epoch},{step},{lane}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16: matrix products in bfloat16 over fp32 weights; fp32: nothing."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def forward_backward(
+    strategy: Strategy,
+    world: World,
+    batch: StepBatch,
+    tasks: list[str],
+    global_tokens: float,
+    seed: int,
+    precision: str,
+) -> torch.Tensor:
+    """Accumulate the gradient of the step's loss; returns float64 [2, 1 + tasks] of this worker.
+
+    Row 0 holds summed losses, row 1 supervised tokens: in all, then by task.
+    """
+    sums = torch.zeros(2, 1 + len(tasks), dtype=torch.float64, device=world.device)
+    scale = world.size / max(1.0, global_tokens)
+    for number, turn in enumerate(batch.turns):
+        torch.manual_seed(lane_seed(seed, batch.epoch, batch.step, turn.lane))
+        with strategy.accumulate(last=number == len(batch.turns) - 1):
+            with autocast(precision, world.device):
+                losses = strategy.module(to_device(turn.batch, world.device))
+            (losses.sum * scale).backward()
+        sums[0, 0] += losses.sum.detach()
+        sums[1, 0] += losses.count
+        for column, task in enumerate(tasks, start=1):
+            if task in losses.by_task:
+                loss, count = losses.by_task[task]
+                sums[0, column] += loss
+                sums[1, column] += count
+    return sums
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch."""
+    if device.type == "cpu":
+        return batch
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }

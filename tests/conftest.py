@@ -1,0 +1,52 @@
+"""Fixtures shared by all tests: small real audio and manifests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def tone(seconds: float, rate: int, pitch: float, channels: int = 1) -> np.ndarray:
+    """A decaying tone with a little noise: float32 [samples] or [samples, channels]."""
+    time = np.arange(int(seconds * rate)) / rate
+    noise = np.random.default_rng(int(pitch)).normal(0, 0.01, len(time))
+    wave = (0.4 * np.sin(2 * np.pi * pitch * time) * np.exp(-time) + noise).astype(np.float32)
+    return wave if channels == 1 else np.stack([wave * (0.5 + c / 4) for c in range(channels)], 1)
+
+
+@pytest.fixture(scope="session")
+def make_clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_clips(count, ...) writes clips of 0.3 to 1.2 s and a Ming JSON-lines file; returns it."""
+
+    def make(
+        count: int,
+        tasks: tuple[str, ...] = ("asr",),
+        kinds: tuple[tuple[str, int, int], ...] = (("wav", 16000, 1),),
+        absolute: bool = False,
+        seed: int = 0,
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("clips")
+        rng = np.random.default_rng(seed)
+        lines = []
+        for number in range(count):
+            suffix, rate, channels = kinds[number % len(kinds)]
+            name = f"clip{number:04d}.{suffix}"
+            wave = tone(rng.uniform(0.3, 1.2), rate, 200 + 10 * (number % 50), channels)
+            soundfile.write(folder / name, wave, rate)
+            text = " ".join(rng.choice(WORDS, rng.integers(1, 6)))
+            path = str(folder / name) if absolute and number % 2 else name
+            lines.append(
+                {"task_type": tasks[number % len(tasks)], "wav_path": path, "text": text}
+            )
+        manifest = folder / "train.jsonl"
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return manifest
+
+    return make

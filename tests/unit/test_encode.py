@@ -1,0 +1,274 @@
+"""Encoders: what is measured is what is encoded, and only the answer is learnt."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from raysft.config.schema import Data, Model, SpeechTokens
+from raysft.data import speech_tokens
+from raysft.data.encode import make_encoder, model_family
+from raysft.data.encode.audio_lm import audio_tokens
+from raysft.data.example import Audio, Example, Units
+from raysft.errors import BadExample, UserError
+
+CLIP = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
+AUDIO_MODEL = Model(
+    config={
+        "model_type": "qwen2_audio",
+        "audio_config": {"max_source_positions": 150, "num_mel_bins": 80},
+        "text_config": {"model_type": "qwen2"},
+    },
+    tokenizer="bytes",
+    feature_extractor={"chunk_length": 3},
+)
+UNIT_MODEL = Model(config={"model_type": "qwen3"}, tokenizer="bytes", speech_units=10)
+
+
+def asr(*parts, **changes) -> Example:
+    settings = {"id": "a", "task": "asr", "input": parts, "output": ("one",)} | changes
+    return Example(**settings)
+
+
+HEARD = asr(Audio("/clip.wav"))
+SPOKEN = Example(id="t", task="tts", input=("one",), output=(Audio("/clip.wav"),))
+
+
+@pytest.fixture(scope="module")
+def audio_lm(tmp_path_factory):
+    return make_encoder(AUDIO_MODEL, Data(), tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    """A causal_lm with a speech tokenizer, and one with unit noise."""
+    folder = tmp_path_factory.mktemp("run")
+    config = SpeechTokens(clusters=10, mels=40)
+    speech_tokens.fit_or_load(config, folder, [CLIP], seed=0)
+    model = UNIT_MODEL.model_copy(update={"speech_units": 0})
+    return [
+        make_encoder(model, Data(speech_tokens=config, unit_noise=noise), folder)
+        for noise in (0.0, 0.5)
+    ]
+
+
+def learnt(encoder, sequence) -> str:
+    return encoder.tokenizer.decode(sequence.labels[sequence.labels != -100])
+
+
+def check(encoder, example, clips):
+    """The promises every encoder keeps for every example."""
+    sequence = encoder.encode(example, clips)
+    assert len(sequence.input_ids) == encoder.measure(example, [len(clip) for clip in clips])
+    assert sequence.input_ids.dtype == sequence.labels.dtype == np.int32
+    prompt = encoder.prompt(example, clips)
+    start = len(prompt.input_ids)
+    assert np.array_equal(sequence.input_ids[:start], prompt.input_ids)
+    assert (prompt.labels == -100).all() and (sequence.labels[:start] == -100).all()
+    assert np.array_equal(sequence.labels[start:], sequence.input_ids[start:])
+    assert sequence.labels[-1] == encoder.end_id
+    return sequence
+
+
+def test_units_become_their_tokens_and_text_the_answer():
+    encoder = make_encoder(UNIT_MODEL, Data(prompts={"asr": "Go."}), ".")
+    sequence = check(encoder, asr(Units((3, 9, 3))), [])
+    shown = encoder.tokenizer.decode(sequence.input_ids)
+    assert shown == "Go.\n<|unit3|><|unit9|><|unit3|>\none<|eos|>"
+    assert learnt(encoder, sequence) == "one<|eos|>"
+    assert encoder.sample_rate is None
+
+
+def test_units_in_the_answer_are_learnt():
+    encoder = make_encoder(UNIT_MODEL, Data(), ".")
+    sequence = check(encoder, Example("t", "tts", ("one",), (Units((1, 2)),)), [])
+    assert learnt(encoder, sequence) == "<|unit1|><|unit2|><|eos|>"
+
+
+@pytest.mark.parametrize("unit", [10, -1])
+def test_a_unit_without_a_token_is_refused_when_measured(unit):
+    encoder = make_encoder(UNIT_MODEL, Data(), ".")
+    with pytest.raises(BadExample, match=f"unit {unit}, but there are 10 units"):
+        encoder.measure(asr(Units((1, unit, 2))), [])
+
+
+def test_causal_lm_says_what_audio_needs():
+    encoder = make_encoder(UNIT_MODEL, Data(), ".")
+    with pytest.raises(UserError, match=r"causal_lm reads no raw audio .*data\.speech_tokens"):
+        encoder.measure(HEARD, [])
+
+
+@pytest.mark.parametrize("samples", [640, 15999, 16000])
+def test_audio_becomes_units_on_either_side(speaking, samples):
+    encoder = speaking[0]
+    heard = check(encoder, HEARD, [CLIP[:samples]])
+    assert learnt(encoder, heard) == "one<|eos|>"
+    spoken = check(encoder, SPOKEN, [CLIP[:samples]])
+    units = encoder.speech_tokens.encode(CLIP[:samples])
+    assert learnt(encoder, spoken) == "".join(f"<|unit{u}|>" for u in units) + "<|eos|>"
+    assert heard.features == [] and heard.seconds == len(units) / 25
+
+
+def test_a_clip_without_a_single_unit_is_refused_when_measured(speaking):
+    with pytest.raises(BadExample, match="shorter than one speech unit"):
+        speaking[0].measure(HEARD, [480])
+
+
+def test_unit_noise_changes_input_units_alone_and_follows_the_generator(speaking):
+    encoder = speaking[1]
+    both = asr(Audio("/a.wav"), output=(Audio("/b.wav"),))
+    clean = encoder.encode(both, [CLIP, CLIP])
+    noisy = [encoder.encode(both, [CLIP, CLIP], np.random.default_rng(s)) for s in (1, 1, 2)]
+    assert np.array_equal(noisy[0].input_ids, noisy[1].input_ids)
+    assert not np.array_equal(noisy[0].input_ids, noisy[2].input_ids)
+    changed = np.flatnonzero(noisy[0].input_ids != clean.input_ids)
+    assert 4 <= len(changed) <= 18  # of 25 units half are drawn anew, a tenth of those the same
+    assert (clean.labels[changed] == -100).all()
+    assert np.array_equal(clean.labels, noisy[0].labels)
+
+
+def test_two_numbers_of_units_are_a_contradiction(tmp_path):
+    config = SpeechTokens(clusters=5, mels=40)
+    speech_tokens.fit_or_load(config, tmp_path, [CLIP], seed=0)
+    with pytest.raises(UserError, match=r"model\.speech_units: 10, .* 5 clusters"):
+        make_encoder(UNIT_MODEL, Data(speech_tokens=config), tmp_path)
+
+
+@pytest.mark.parametrize("samples", [1000, 15999, 16000])
+def test_a_clip_takes_its_audio_tokens_between_their_marks(audio_lm, samples):
+    sequence = check(audio_lm, HEARD, [CLIP[:samples]])
+    tokenizer = audio_lm.tokenizer
+    count = audio_tokens(len(sequence.features[0]))
+    shown = tokenizer.decode(sequence.input_ids)
+    assert shown == (
+        "Transcribe the following speech into text.\n"
+        + f"<|audio_bos|>{'<|AUDIO|>' * count}<|audio_eos|>\none<|eos|>"
+    )
+    assert (sequence.input_ids == audio_lm.audio_token_id).sum() == count
+    assert learnt(audio_lm, sequence) == "one<|eos|>"
+    assert sequence.seconds == samples / 16000
+
+
+def test_audio_tokens_and_frames_are_those_of_the_models_own_processor(audio_lm):
+    from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(**audio_lm.feature_settings)
+    processor = Qwen2AudioProcessor(extractor, audio_lm.tokenizer)
+    asked = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    for samples in (1000, 8000, 12345, 16000):
+        wave = CLIP[:samples]
+        theirs = processor(text=asked, audio=[wave], sampling_rate=16000, return_tensors="np")
+        ours = audio_lm.prompt(asr(Audio("/clip.wav"), instruction=""), [wave])
+        assert ours.input_ids[:-1].tolist() == theirs["input_ids"][0].tolist()  # but the newline
+        features = theirs["input_features"][0].T
+        frames = int(theirs["feature_attention_mask"].sum())
+        assert features.shape == (audio_lm.max_frames, 80)
+        np.testing.assert_allclose(ours.features[0], features[:frames], atol=1e-4)
+
+
+def test_audio_tokens_are_as_many_as_the_model_makes():
+    import torch
+    from transformers import Qwen2AudioEncoder, Qwen2AudioEncoderConfig
+
+    tower = Qwen2AudioEncoder(
+        Qwen2AudioEncoderConfig(d_model=8, encoder_layers=1, encoder_attention_heads=1)
+    )
+    frames = torch.arange(5, 400)
+    theirs = tower._get_feat_extract_output_lengths(frames)[1]
+    assert [audio_tokens(int(n)) for n in frames] == theirs.tolist()
+
+
+def test_clips_the_model_cannot_read_are_refused_when_measured(audio_lm):
+    assert audio_lm.measure(HEARD, [48000])
+    with pytest.raises(BadExample, match=r"3\.01 s, the model reads at most 3\.00 s"):
+        audio_lm.measure(HEARD, [48161])
+    with pytest.raises(BadExample, match="too short: 1 audio token"):
+        audio_lm.measure(HEARD, [500])
+    with pytest.raises(BadExample, match="shorter than one frame"):
+        audio_lm.measure(HEARD, [399])
+
+
+def test_audio_lm_says_what_it_cannot_do(audio_lm):
+    with pytest.raises(UserError, match="answers in text only; task tts needs causal_lm"):
+        audio_lm.measure(SPOKEN, [16000])
+    with pytest.raises(UserError, match="reads audio, no speech units"):
+        audio_lm.measure(asr(Units((1,))), [])
+    with pytest.raises(BadExample, match=r"contains <\|AUDIO\|>"):
+        audio_lm.measure(asr("<|AUDIO|>"), [])
+
+
+def test_fbank_can_be_the_models_input(tmp_path):
+    encoder = make_encoder(AUDIO_MODEL, Data(features="fbank"), tmp_path)
+    sequence = check(encoder, HEARD, [CLIP])
+    assert sequence.features[0].shape == (98, 80)
+    np.testing.assert_allclose(sequence.features[0].mean(0), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"feature_extractor": {"chunk_length": 30}}, "set chunk_length to 3"),
+        ({"feature_extractor": {"mels": 80}}, r"feature_extractor\.mels: no such setting"),
+        ({"feature_extractor": {"chunk_length": 3, "feature_size": 40}}, "reads 80 mels"),
+        ({"family": "audio_lm", "config": {"model_type": "qwen3"}}, "audio_lm knows qwen2_audio"),
+        ({"family": "audio_lm", "config": {"model_type": "none"}}, r"model\.config"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        make_encoder(AUDIO_MODEL.model_copy(update=changes), Data(), tmp_path)
+
+
+def test_a_clip_longer_than_its_header_said_is_refused(audio_lm):
+    promised = audio_lm.measure(HEARD, [8000])
+    audio_lm.encode(HEARD, [CLIP[:8000]], promised=promised)
+    with pytest.raises(BadExample, match="headers are wrong"):
+        audio_lm.encode(HEARD, [CLIP], promised=promised)
+
+
+def test_the_family_follows_the_models_type(tmp_path):
+    assert model_family(AUDIO_MODEL) == "audio_lm"
+    assert model_family(UNIT_MODEL) == "causal_lm"
+    assert model_family(AUDIO_MODEL.model_copy(update={"family": "causal_lm"})) == "causal_lm"
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
+    assert model_family(Model(path=str(tmp_path))) == "audio_lm"
+    with pytest.raises(UserError, match="neither path nor config"):
+        model_family(Model())
+    with pytest.raises(UserError, match=r"model\.path: no model"):
+        model_family(Model(path=str(tmp_path / "none")))
+
+
+def test_the_fingerprint_changes_with_all_that_ids_and_lengths_depend_on(tmp_path):
+    fits = {c: SpeechTokens(clusters=c, mels=40, path=str(tmp_path / f"{c}")) for c in (4, 5)}
+    for config in fits.values():
+        speech_tokens.fit_or_load(config, tmp_path, [CLIP], seed=0)
+    text = Model(config={"model_type": "qwen3"}, tokenizer="bytes")
+    made = [
+        make_encoder(model, data, tmp_path).fingerprint
+        for model, data in [
+            (AUDIO_MODEL, Data()),
+            (AUDIO_MODEL, Data(features="fbank")),
+            (AUDIO_MODEL, Data(prompts={"asr": "x"})),
+            (text, Data()),
+            (UNIT_MODEL, Data()),
+            (text, Data(speech_tokens=fits[4])),
+            (text, Data(speech_tokens=fits[5])),
+        ]
+    ]
+    assert len(set(made)) == len(made)
+    assert make_encoder(AUDIO_MODEL, Data(), tmp_path).fingerprint == made[0]
+
+
+def test_a_pickled_encoder_works_without_torch_or_transformers(audio_lm, speaking, tmp_path):
+    (tmp_path / "all").write_bytes(pickle.dumps(([audio_lm, speaking[0]], HEARD, CLIP)))
+    code = (
+        "import pickle, sys, pathlib; "
+        f"encoders, e, c = pickle.loads(pathlib.Path({str(tmp_path / 'all')!r}).read_bytes()); "
+        "print(*[len(encoder.encode(e, [c]).input_ids) for encoder in encoders]); "
+        "assert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lengths = [encoder.measure(HEARD, [16000]) for encoder in (audio_lm, speaking[0])]
+    assert done.stdout.split() == [str(length) for length in lengths]

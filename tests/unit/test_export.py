@@ -1,0 +1,139 @@
+"""An exported folder is one that plain transformers loads, with the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_zoo import CONFIGS, make, sequences, settings
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2AudioForConditionalGeneration,
+)
+
+from raysft.config import schema
+from raysft.data.encode import make_encoder
+from raysft.data.example import Audio, Example
+from raysft.errors import UserError
+from raysft.export import export
+from raysft.models import PREFIX, Adapter, build
+from raysft.models.base import Document
+
+
+def logits(net: torch.nn.Module, adapter: Adapter) -> torch.Tensor:
+    documents = sequences(adapter, [9])
+    ids = torch.tensor(documents[0].input_ids[None].astype(np.int64))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if documents[0].features:
+        clip = documents[0].features[0]
+        mask = torch.zeros(1, adapter.frames_limit, dtype=torch.long)
+        mask[0, : len(clip)] = 1
+        inputs["feature_attention_mask"] = mask
+        inputs["input_features"] = torch.tensor(adapter.pad(clip, adapter.frames_limit).T[None])
+    with torch.no_grad():
+        return net.eval()(**inputs).logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_exported_logits_equal_ours(name: str, tmp_path: Path) -> None:
+    adapter = make(name, seed=5)
+    folder = export(adapter, tmp_path / "new" / "out")
+    auto = Qwen2AudioForConditionalGeneration if name == "qwen2_audio" else AutoModelForCausalLM
+    net = auto.from_pretrained(folder)
+    assert net.config.get_text_config()._attn_implementation == "sdpa"
+    assert next(net.parameters()).dtype == torch.float32
+    torch.testing.assert_close(
+        logits(net, adapter), logits(adapter.model, adapter), rtol=1e-5, atol=1e-5
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == adapter.tokenizer.get_vocab()
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == adapter.stop_ids
+    assert [p.name for p in folder.parent.iterdir()] == ["out"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("name", ["qwen3_tied", "qwen3_moe", "qwen2_audio"])
+def test_weights_of_a_wrapped_model_are_exported_in_place_of_its_own(
+    name: str, tmp_path: Path
+) -> None:
+    trained, adapter = make(name, seed=1), make(name, seed=2)
+    weights = {PREFIX + k: v.clone() for k, v in trained.model.state_dict().items()}
+    folder = export(adapter, tmp_path / "out", weights)
+    auto = Qwen2AudioForConditionalGeneration if name == "qwen2_audio" else AutoModelForCausalLM
+    torch.testing.assert_close(
+        logits(auto.from_pretrained(folder), adapter),
+        logits(trained.model, adapter),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_incomplete_weights_are_not_exported(tmp_path: Path) -> None:
+    adapter = make("qwen3")
+    weights = dict(adapter.model.state_dict())
+    del weights["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as model.norm.weight"):
+        export(adapter, tmp_path / "out", weights)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exported_processor_gives_the_inputs_that_were_trained_on(tmp_path: Path) -> None:
+    model, data = settings("qwen2_audio"), schema.Data()
+    encoder = make_encoder(model, data, "unused")
+    adapter = build(model, data, encoder, 0)
+    folder = export(adapter, tmp_path / "out")
+
+    wave = np.random.default_rng(0).standard_normal(3210).astype(np.float32)
+    example = Example("a", "asr", ("<", Audio("a.wav")), ("yes",), instruction="")
+    prompt = encoder.prompt(example, [wave])
+    ours = adapter.features([Document(prompt.input_ids, prompt.labels, "asr", prompt.features)])
+
+    text = "<<|audio_bos|><|AUDIO|><|audio_eos|>"
+    processor = AutoProcessor.from_pretrained(folder)
+    theirs = processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt")
+    audio_end = 1 + prompt.input_ids.tolist().index(theirs["input_ids"][0, -1])
+    assert prompt.input_ids[:audio_end].tolist() == theirs["input_ids"][0].tolist()
+    assert torch.equal(ours["feature_attention_mask"], theirs["feature_attention_mask"].long())
+    # The two frames after a clip's last one overlap its end in the processor's features only.
+    end = len(prompt.features[0])
+    for frames in (slice(None, end), slice(end + 2, None)):
+        mine, its = (x["input_features"][..., frames] for x in (ours, theirs))
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-3)
+
+
+def test_the_chat_template_is_exported(tmp_path: Path) -> None:
+    adapter = make("qwen3")
+    adapter.tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    folder = export(adapter, tmp_path / "out")
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a!"
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(UserError, match="is not empty; give a new folder"):
+        export(make("qwen3"), tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        export(make("qwen3"), tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    assert (export(make("qwen3"), tmp_path) / "config.json").exists()
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make("qwen3")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapter.tokenizer, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"cannot write .*out: No space left on device"):
+        export(adapter, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
