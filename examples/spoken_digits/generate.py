@@ -250,26 +250,24 @@ def _trim(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: ten digits, the two instructions of the recipes, a newline."""
-    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
-    words = [*special, "\n", *DIGITS, "transcribe", "say"]
+    """A word-level tokenizer: ten digits, the two instructions of units.yaml, a newline.
+
+    Digits and instructions are separated by spaces; text is decoded the same way.
+    """
+    control = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    audio = ["<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+    words = [*control.values(), *audio, "\n", *DIGITS, "transcribe", "say"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(" +"), "removed"),
-            pre_tokenizers.Split("\n", "isolated"),
-        ]
-    )
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, control["unk_token"]))
+    spaces = pre_tokenizers.Split(Regex(" +"), "removed")
+    newlines = pre_tokenizers.Split("\n", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([spaces, newlines])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        extra_special_tokens=special[4:],
+        extra_special_tokens=audio,
         clean_up_tokenization_spaces=False,
         padding_side="left",
+        **control,
     )
 
 

@@ -81,7 +81,10 @@ class LogMel:
         return (logs + 4) / 4
 
     def pad(self, features: np.ndarray, frames: int) -> np.ndarray:
-        """Append what the chunk has after the clip: 8 decades below the clip's maximum."""
+        """Append what the chunk has after the clip: 8 decades below the clip's maximum.
+
+        In the chunk, up to two frames behind the clip still hear its end; they are taken as silent.
+        """
         return _pad(features, frames, float(features.max()) - RANGE if len(features) else 0.0)
 
 

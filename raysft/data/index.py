@@ -32,7 +32,7 @@ __all__ = ["Index", "IndexedSource", "build_index"]
 Progress = Callable[[int, int], None]
 """Called with (bytes of data files measured, bytes to measure)."""
 
-_POOL_FROM = 8  # jobs (a MiB each) from which starting processes pays
+_PARALLEL_FROM = 4 << 20  # bytes (some 20,000 clips, 3 s) from which starting processes pays
 _Result = TypeVar("_Result")
 
 
@@ -46,7 +46,7 @@ def build_index(
 ) -> Index:
     """Index `sources`, re-using below `folder` whatever has not changed.
 
-    workers: processes or Ray tasks at once; None: one a CPU.
+    workers: processes or Ray tasks at once; None: one a CPU, or 1 where there is little to do.
     Raises UserError: sources.resolve's, a file whose structure is broken or that changes
     meanwhile, a source without one usable example, an encoder that takes none of a kind, a folder
     that cannot be written.
@@ -56,7 +56,8 @@ def build_index(
     folder = Path(os.path.abspath(folder))
     resolved = formats.resolve_all(sources, split)
     files = [(source, file) for source in resolved for file in source.files]
-    surveyed = _fan_out(_survey, [(*entry, folder) for entry in files], None, workers)
+    sizes = [file.stat().st_size for _, file in files]
+    surveyed = _fan_out(_survey, [(*entry, folder) for entry in files], sizes, None, workers)
     surveys = [survey for survey, _ in surveyed]
     found: list[Part | None] = []
     jobs: list[tuple[int, Job]] = []
@@ -67,7 +68,8 @@ def build_index(
             jobs += [(number, Job(source, file, chunk)) for chunk in survey.chunks]
         elif again := tuple(item for item in cached.rejected if item.audio):
             jobs.append((number, Job(source, file, None, again)))
-    measured = _fan_out(parts.measure, [job for _, job in jobs], encoder, workers, progress)
+    sizes = [job.bytes for _, job in jobs]
+    measured = _fan_out(parts.measure, [job for _, job in jobs], sizes, encoder, workers, progress)
     chunks: dict[int, list[Part]] = {}
     for (number, _), result in zip(jobs, measured):
         chunks.setdefault(number, []).append(result)
@@ -121,39 +123,52 @@ def _survey(job: tuple[ResolvedSource, Path, Path], _: None) -> tuple[Survey, li
 def _fan_out(
     function: Callable[[Any, Any], _Result],
     jobs: list[Any],
+    sizes: list[int],
     shared: Any,
     workers: int | None,
     progress: Progress | None = None,
 ) -> list[_Result]:
     """[function(job, shared) for job in jobs]: by Ray where it runs, else in processes or here."""
-    total = sum(getattr(job, "bytes", 0) for job in jobs)
+    total, done = sum(sizes), 0
+    if workers is None:
+        workers = _cpus() if total >= _PARALLEL_FROM else 1
+    if workers == 1 or len(jobs) < 2:
+        found: Iterator[_Result] = (function(job, shared) for job in jobs)
+    elif _ray_runs():
+        found = _by_ray(function, jobs, shared, workers)
+    else:
+        found = _by_processes(function, jobs, shared, min(workers, len(jobs)))
     results: list[_Result] = []
-    done = 0
-    for job, result in zip(jobs, _results(function, jobs, shared, workers)):
+    for size, result in zip(sizes, found):
         results.append(result)
-        done += getattr(job, "bytes", 0)
+        done += size
         if progress is not None:
             progress(done, total)
     return results
 
 
-def _results(
-    function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int | None
-) -> Iterator[_Result]:
+def _ray_runs() -> bool:
     ray = sys.modules.get("ray")  # what was never imported cannot be running
-    processes = workers or len(os.sched_getaffinity(0))
-    if len(jobs) > 1 and ray is not None and ray.is_initialized():
-        yield from _by_ray(function, jobs, shared, workers)
-    elif len(jobs) >= _POOL_FROM and processes > 1:
-        context = multiprocessing.get_context("spawn")  # threads and fork do not go together
-        with ProcessPoolExecutor(processes, context, _begin, (function, shared)) as pool:
-            try:
-                yield from pool.map(_one, jobs)
-            finally:
-                pool.shutdown(cancel_futures=True)
-    else:
-        for job in jobs:
-            yield function(job, shared)
+    return ray is not None and ray.is_initialized()
+
+
+def _cpus() -> int:
+    if _ray_runs():
+        import ray
+
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return len(os.sched_getaffinity(0))
+
+
+def _by_processes(
+    function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int
+) -> Iterator[_Result]:
+    context = multiprocessing.get_context("spawn")  # threads and fork do not go together
+    with ProcessPoolExecutor(workers, context, _begin, (function, shared)) as pool:
+        try:
+            yield from pool.map(_one, jobs)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _process: dict[str, Any] = {}
@@ -168,17 +183,17 @@ def _one(job: Any) -> Any:
 
 
 def _by_ray(
-    function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int | None
+    function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int
 ) -> Iterator[_Result]:
     import ray
 
     task = ray.remote(function).options(num_cpus=1, scheduling_strategy="SPREAD")
     reference = ray.put(shared)
-    ahead = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     running: list[Any] = []
     try:
         for job in jobs:
-            if len(running) >= ahead:
+            # Twice as many as run at once: results are taken in order, and one may be slow.
+            if len(running) >= 2 * workers:
                 yield ray.get(running.pop(0))
             running.append(task.remote(job, reference))
         while running:

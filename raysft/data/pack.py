@@ -4,15 +4,18 @@ sources -> index -> plan (here: the arithmetic inside one window) -> stream -> s
 Pure functions on lengths: no randomness, no I/O. Every function returns positions into `lengths`;
 lengths and budgets are model positions, and 1 <= length <= budget is the caller's promise.
 
-`packed`   sequences share a row, the row holds at most `budget` positions. The examples, longest
-           first, go to the emptiest of the fewest rows that could hold them all, so that the rows
-           of a step cost the same, also where cost grows with the square of a length. Where that
-           does not fit, best-fit decreasing does what it can.
+`packed`   sequences share a row, the row holds at most `budget` positions. Best-fit decreasing, but
+           for one thing: the long examples are dealt evenly to the fewest rows that could hold all.
+           Best fit alone puts the longest together and the shortest together, and as attention
+           costs the square of a length, lanes would wait for one another: with 8 lanes of
+           log-normal speech (mean 6 s) the sum of squares in a step's dearest lane is 1.4 times
+           the mean at 80 s a row and 1.05 times at 600 s, with best fit alone 2.2 and 2.3 times.
+           The rows are never more than best fit alone needs.
 `padded`   every sequence is padded to the longest of its batch: n x longest <= budget. Sorted by
            length and cut from the longest down, which leaves the short remainder to short ones.
 `in_order` either, keeping the order given: a row is closed when the next example does not fit.
 
-Cost: O(n log n); about 1 microsecond an example for `packed`, a tenth of it for `padded`.
+Cost: O(n log n); 1 to 2 microseconds an example for `packed`, a tenth of it for `padded`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ import numpy as np
 # A row and its free space travel as one integer, so that sorting and heaps need no tuples.
 _ROW_BITS = 32
 _ROW_MASK = (1 << _ROW_BITS) - 1
+# Share of the positions dealt evenly; the rest, the shortest examples, fill the rows up.
+_EVEN = 0.75
 
 
 def packed(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -37,9 +42,10 @@ def packed(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
         return []
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     falling = lengths[order].tolist()
-    row_of = _balanced(falling, budget, -(-sum(falling) // budget))
-    if row_of is None:
-        row_of = _best_fit(falling, budget)
+    fewest = -(-sum(falling) // budget)
+    row_of = _fill(falling, budget, fewest)
+    if max(row_of) >= fewest:
+        row_of = min(row_of, _fill(falling, budget, 0), key=max)
     return _rows(order, np.array(row_of, np.int64))
 
 
@@ -95,38 +101,43 @@ def choose(lengths: np.ndarray, amount: int) -> np.ndarray:
     return chosen
 
 
-def _balanced(falling: list[int], budget: int, rows: int) -> list[int] | None:
-    """The row of each example when it always goes to the emptiest of `rows` rows; None where one
-    does not fit. Examples of falling length come out with all rows within a short one's length."""
-    used = list(range(rows))  # (positions << bits) + row; a sorted list is a heap
-    row_of = []
-    limit = (budget + 1) << _ROW_BITS
+def _fill(falling: list[int], budget: int, even: int) -> list[int]:
+    """The row of each example, lengths given from the longest down.
+
+    With even > 0 the long examples, those with the first _EVEN of all positions, are dealt to that
+    many rows, always to the emptiest. The others go to the fullest row that can still hold them
+    (best fit), or begin a new row.
+    """
+    row_of: list[int] = []
+    used = list(range(even))  # (positions << bits) + row; a sorted list is a heap
+    left = sum(falling)
+    rest = int((1 - _EVEN) * left) if even else left
     for length in falling:
+        if left <= rest:
+            break
         filled = used[0] + (length << _ROW_BITS)
-        if filled >= limit:
-            return None
+        if filled >> _ROW_BITS > budget:
+            break
         row_of.append(filled & _ROW_MASK)
         heapreplace(used, filled)
-    return row_of
+        left -= length
 
-
-def _best_fit(falling: list[int], budget: int) -> list[int]:
-    """The row of each example when it goes to the fullest row that can still hold it."""
-    free: list[int] = []  # (free positions << bits) + row, rising; full rows are left out
-    row_of = []
-    rows = 0
-    shortest = falling[-1]
-    for length in falling:
+    # (free positions << bits) + row, rising; full rows are left out from here on
+    free = sorted(
+        ((budget - (entry >> _ROW_BITS)) << _ROW_BITS) + (entry & _ROW_MASK) for entry in used
+    )
+    rows, shortest = even, falling[-1]
+    for length in falling[len(row_of) :]:
         at = bisect_left(free, length << _ROW_BITS)
         if at == len(free):
-            left, row = budget - length, rows
+            space, row = budget - length, rows
             rows += 1
         else:
             entry = free.pop(at)
-            left, row = (entry >> _ROW_BITS) - length, entry & _ROW_MASK
+            space, row = (entry >> _ROW_BITS) - length, entry & _ROW_MASK
         row_of.append(row)
-        if left >= shortest:
-            entry = (left << _ROW_BITS) + row
+        if space >= shortest:
+            entry = (space << _ROW_BITS) + row
             free.insert(bisect_left(free, entry), entry)
     return row_of
 

@@ -120,8 +120,10 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Its size, for the progress."""
-        return self.chunk.stop - self.chunk.start if self.chunk else 0
+        """How much there is to do."""
+        if self.chunk is None:
+            return sum(item.size for item in self.again)
+        return self.chunk.stop - self.chunk.start
 
 
 def survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Survey, list[int]]:

@@ -24,6 +24,7 @@ _BLOCK = 1 << 20
 _SPACE = re.compile(rb"[ \t\r\n]*")
 # A whole string, or a bracket, or a quote whose string does not end in the buffer.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)
+_CLOSES = {b"{": b"}", b"[": b"]"}
 _SCALAR = re.compile(rb"[^ \t\r\n,:\[\]{}\"]+")
 
 
@@ -91,16 +92,17 @@ class _Scanner:
             if scalar is None:
                 raise self.broken(f"begins with {first.decode('latin-1')!r}")
             return self.at + len(scalar[0]) if scalar.end() < len(self.buffer) else -1
-        depth = 0
+        closing: list[bytes] = []
         for token in _TOKEN.finditer(self.buffer, self.at):
             found = token[0]
-            if found in (b"{", b"["):
-                depth += 1
+            if found in _CLOSES:
+                closing.append(_CLOSES[found])
             elif found in (b"}", b"]"):
-                depth -= 1
+                if found != closing.pop():
+                    raise self.broken(f"has {found.decode()!r} in the wrong place")
             elif found == b'"':
                 return -1
-            if depth == 0:
+            if not closing:
                 return token.end()
         return -1
 

@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# A Ray cluster on this machine: a head and two worker nodes, each with its own raylet, reachable
+# from this machine only and with a token. To try raysft as it runs on a real cluster:
+#
+#   cluster/local.sh start     start it, print what to export and how to submit a job
+#   cluster/local.sh status    its nodes; exit code 0 if it runs
+#   cluster/local.sh stop      stop it (and its jobs), and nothing else on this machine
+#
+# Settings, from the environment:
+#   RAYSFT_HEAD_CPUS        CPUs of the head                   (1)
+#   RAYSFT_NODE_CPUS        CPUs of each worker node           (half the cores)
+#   RAYSFT_NODES            worker nodes                       (2)
+#   RAYSFT_DASHBOARD_PORT   dashboard and jobs API             (8265)
+#   RAYSFT_PORT_BASE        first port of a range of 3,000     (20000; below the ephemeral ports)
+#   RAYSFT_STORE_BYTES      object store of each node          (536870912)
+set -euo pipefail
+
+PARENT=${TMPDIR:-/tmp}
+# Ray puts sockets below its folder; a socket's path has at most 107 bytes.
+[ ${#PARENT} -le 22 ] || PARENT=/tmp
+DIR=${PARENT%/}/raysft-$(id -u)
+
+HEAD_CPUS=${RAYSFT_HEAD_CPUS:-1}
+CORES=$(nproc)
+NODE_CPUS=${RAYSFT_NODE_CPUS:-$((CORES > 1 ? CORES / 2 : 1))}
+NODES=${RAYSFT_NODES:-2}
+DASHBOARD=${RAYSFT_DASHBOARD_PORT:-8265}
+BASE=${RAYSFT_PORT_BASE:-20000}
+STORE=${RAYSFT_STORE_BYTES:-536870912}
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+BIN=$ROOT/.venv/bin
+if [ -x "$BIN/ray" ]; then
+  PATH=$BIN:$PATH
+fi
+
+fail() {
+  echo "local.sh: $*" >&2
+  exit 1
+}
+
+# Process ids of this cluster, of its jobs and their children: whoever holds a file in its folder
+# open. (Names and environments do not tell: Ray renames its processes over both.)
+members() {
+  find /proc/[0-9]*/fd -lname "$DIR/*" 2>/dev/null | cut -d/ -f3 | sort -un
+}
+
+# The ports node number $1 listens on, as flags; its workers get 500 of their own.
+ports() {
+  local first=$((BASE + 10 * $1)) workers=$((BASE + 500 * ($1 + 1)))
+  echo "--node-manager-port=$((first + 1)) --object-manager-port=$((first + 2))" \
+    "--dashboard-agent-listen-port=$((first + 3)) --dashboard-agent-grpc-port=$((first + 4))" \
+    "--runtime-env-agent-port=$((first + 5)) --metrics-export-port=$((first + 6))" \
+    "--min-worker-port=$workers --max-worker-port=$((workers + 499))"
+}
+
+listens() {
+  (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
+use_cluster() {
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DIR/token
+  unset RAY_AUTH_TOKEN RAY_ADDRESS
+}
+
+# `ray start`, but keeping to 127.0.0.1: Ray turns it into the machine's address, and then listens
+# on all interfaces. Its switch against that is named after other systems, and is passed on to
+# every process of the cluster, jobs included; `ray start --address` itself refuses to run with it.
+START=$(
+  cat <<'PYTHON'
+import sys
+from ray._private import ray_constants, services
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.resolve_ip_for_localhost = lambda host: host
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+from ray.scripts.scripts import main
+sys.argv[0] = "ray"
+main()
+PYTHON
+)
+
+start_node() {
+  local log=$DIR/start.log
+  env RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 \
+    RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 \
+    TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="${TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S:-3}" \
+    python -c "$START" start "$@" --node-ip-address=127.0.0.1 --num-gpus=0 \
+    --object-store-memory="$STORE" --disable-usage-stats --log-color=false \
+    </dev/null >>"$log" 2>&1 ||
+    { tail -n 20 "$log" >&2; stop >&2; fail "a node did not start (above: the end of its log)"; }
+}
+
+nodes_alive() {
+  RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 ray status --address="127.0.0.1:$BASE" 2>/dev/null |
+    grep -cE '^ 1 node_' || true
+}
+
+start() {
+  command -v ray >/dev/null || fail "no ray command: run \`make setup\` first"
+  [ "$NODES" -le 5 ] || fail "RAYSFT_NODES=$NODES: at most 5"
+  if [ -n "$(members)" ]; then
+    fail "already running; \`cluster/local.sh status\` shows it, \`stop\` ends it"
+  fi
+  local port
+  for port in "$BASE" "$DASHBOARD"; do
+    if listens "$port"; then
+      fail "port $port is taken; set RAYSFT_PORT_BASE and RAYSFT_DASHBOARD_PORT to free ones"
+    fi
+  done
+  rm -rf "$DIR"
+  mkdir -m 700 "$DIR"
+  use_cluster
+  # `ray get-auth-token --generate` writes to the home folder only, where other clusters' token is.
+  (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$DIR/token")
+
+  # shellcheck disable=SC2046
+  start_node --head --port="$BASE" --node-name=head --num-cpus="$HEAD_CPUS" --temp-dir="$DIR/ray" \
+    --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD" \
+    --ray-client-server-port=$((BASE + 7)) --labels=pool=head $(ports 0)
+  local node
+  for node in $(seq "$NODES"); do
+    # shellcheck disable=SC2046
+    start_node --address="127.0.0.1:$BASE" --node-name="node$node" --num-cpus="$NODE_CPUS" \
+      --labels="pool=workers" $(ports "$node")
+  done
+  local tries=0
+  until [ "$(nodes_alive)" -eq $((NODES + 1)) ]; do
+    tries=$((tries + 1))
+    [ $tries -lt 20 ] || { stop >&2; fail "the nodes did not join within 20 tries"; }
+    sleep 0.5
+  done
+  cat <<END
+# A head ($HEAD_CPUS CPU) and $NODES nodes ($NODE_CPUS CPU each) run. Dashboard: http://127.0.0.1:$DASHBOARD
+# (it asks for the token, which is in $DIR/token).
+export RAY_ADDRESS=http://127.0.0.1:$DASHBOARD
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH=$DIR/token
+# Then, from the folder of the source:
+#   ray job submit --working-dir . -- python jobs/sft.py CONFIG.yaml [key=value ...]
+END
+}
+
+status() {
+  [ -n "$(members)" ] || { echo "no cluster of local.sh is running"; return 1; }
+  use_cluster
+  RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 ray status --address="127.0.0.1:$BASE"
+}
+
+stop() {
+  local waited=0 pids
+  pids=$(members)
+  [ -n "$pids" ] || { rm -rf "$DIR"; echo "no cluster of local.sh is running"; return 0; }
+  # Raylets take their workers with them; what does not end by itself in 10 s is killed.
+  # shellcheck disable=SC2086
+  kill -TERM $pids 2>/dev/null || true
+  while pids=$(members) && [ -n "$pids" ] && [ $waited -lt 40 ]; do
+    sleep 0.25
+    waited=$((waited + 1))
+  done
+  while pids=$(members) && [ -n "$pids" ]; do
+    # shellcheck disable=SC2086
+    kill -KILL $pids 2>/dev/null || true
+    sleep 0.25
+  done
+  rm -rf "$DIR"
+  echo "stopped"
+}
+
+case "${1:-}" in
+start | stop | status) "$1" ;;
+*) fail "usage: cluster/local.sh start | status | stop" ;;
+esac

@@ -1,0 +1,100 @@
+"""The core promise, in real processes: neither workers nor kills change what is trained.
+
+No Ray here (tests/cluster has the same with it): gloo groups of 1 to 4 processes.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raysft.train.metrics import read_lines
+from tests import worlds
+from tests.models import AUDIO
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def corpus(make_clips: Callable[..., Path]) -> Path:
+    """67 clips: with 4 lanes the last step of an epoch is not full."""
+    return make_clips(67)
+
+
+def write_config(folder: Path, corpus: Path, name: str, **changes: Any) -> Path:
+    tree = {
+        "run": {"name": name, "storage_path": str(folder / "runs"), "seed": 3},
+        "data": {"train": [str(corpus)], "lanes": 4, "tokens_per_batch": 500, "window": 40},
+        "model": AUDIO,
+        "parallel": {"strategy": "ddp"},
+        "optim": {"lr": 1e-3, "weight_decay": 0.01, "schedule": "cosine", "warmup": 5},
+        "train": {"max_steps": STEPS},
+        "log": {"every": 1, "tensorboard": False},
+        "checkpoint": {"every": 7},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    path = folder / f"{tree['run']['name']}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def ledger(run: Path) -> dict[tuple[int, int], list[str]]:
+    """(step, lane) -> ids; fails on a line that is there twice."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for file in sorted((run / "ledger").glob("*.jsonl")):
+        for line in map(json.loads, file.read_text().splitlines()):
+            key = (line["step"], line["lane"])
+            assert key not in found, f"{key} is in the ledger twice"
+            found[key] = line["ids"]
+    return found
+
+
+def losses(run: Path) -> list[float]:
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one worker, never disturbed."""
+    folder = tmp_path_factory.mktemp("reference")
+    assert worlds.run(1, write_config(folder, corpus, "one")) == 0
+    return folder / "runs" / "one"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ledger_and_losses_are_the_same_for_every_world_size_and_strategy(
+    size: int, corpus: Path, reference: Path, tmp_path: Path
+) -> None:
+    configs = [
+        write_config(tmp_path, corpus, f"{strategy}_{size}", parallel__strategy=strategy)
+        for strategy in ("ddp", "fsdp")
+    ]
+    assert worlds.run(size, *configs) == 0
+    for config in configs:
+        run = tmp_path / "runs" / config.stem
+        assert ledger(run) == ledger(reference)
+        assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
+
+
+@pytest.mark.parametrize(("size", "kills"), [(1, (2, 9, 13)), (2, (7, 15))])
+def test_killed_and_started_again_is_the_same_to_the_last_bit(
+    size: int, kills: tuple[int, ...], corpus: Path, reference: Path, tmp_path: Path
+) -> None:
+    undisturbed = write_config(tmp_path, corpus, "undisturbed")
+    killed = write_config(tmp_path, corpus, "killed")
+    assert worlds.run(size, undisturbed) == 0
+    for step in kills:
+        assert worlds.run(size, killed, kill_at=step) == -signal.SIGKILL
+    assert worlds.run(size, killed) == 0
+    assert ledger(tmp_path / "runs" / "killed") == ledger(reference)
+    assert losses(tmp_path / "runs" / "killed") == losses(tmp_path / "runs" / "undisturbed")
