@@ -42,7 +42,8 @@ fail() {
 # Process ids of this cluster, of its jobs and their children: whoever holds a file in its folder
 # open. (Names and environments do not tell: Ray renames its processes over both.)
 members() {
-  find /proc/[0-9]*/fd -lname "$DIR/*" 2>/dev/null | cut -d/ -f3 | sort -un
+  # Processes that end meanwhile, or are not ours to look into, are errors to find.
+  { find /proc/[0-9]*/fd -lname "$DIR/*" 2>/dev/null || true; } | cut -d/ -f3 | sort -un
 }
 
 # The ports node number $1 listens on, as flags; its workers get 500 of their own.
@@ -81,7 +82,8 @@ PYTHON
 
 start_node() {
   local log=$DIR/start.log
-  env RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 \
+  # RAY_ADDRESS: Ray Train's actors look for "the" cluster, and give up where a machine has two.
+  env RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_ADDRESS="127.0.0.1:$BASE" \
     RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 \
     TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="${TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S:-3}" \
     python -c "$START" start "$@" --node-ip-address=127.0.0.1 --num-gpus=0 \
@@ -117,11 +119,12 @@ start() {
   start_node --head --port="$BASE" --node-name=head --num-cpus="$HEAD_CPUS" --temp-dir="$DIR/ray" \
     --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD" \
     --ray-client-server-port=$((BASE + 7)) --labels=pool=head $(ports 0)
+  # The nodes share the head's log folder: more than one monitor would print each line again.
   local node
   for node in $(seq "$NODES"); do
     # shellcheck disable=SC2046
     start_node --address="127.0.0.1:$BASE" --node-name="node$node" --num-cpus="$NODE_CPUS" \
-      --labels="pool=workers" $(ports "$node")
+      --labels="pool=workers" --include-log-monitor=false $(ports "$node")
   done
   local tries=0
   until [ "$(nodes_alive)" -eq $((NODES + 1)) ]; do
@@ -147,20 +150,16 @@ status() {
 }
 
 stop() {
-  local waited=0 pids
+  local pids signal=TERM begin=$SECONDS
   pids=$(members)
   [ -n "$pids" ] || { rm -rf "$DIR"; echo "no cluster of local.sh is running"; return 0; }
-  # Raylets take their workers with them; what does not end by itself in 10 s is killed.
-  # shellcheck disable=SC2086
-  kill -TERM $pids 2>/dev/null || true
-  while pids=$(members) && [ -n "$pids" ] && [ $waited -lt 40 ]; do
-    sleep 0.25
-    waited=$((waited + 1))
-  done
-  while pids=$(members) && [ -n "$pids" ]; do
+  # Raylets drain first; what has not ended after 5 s is killed.
+  while [ -n "$pids" ]; do
     # shellcheck disable=SC2086
-    kill -KILL $pids 2>/dev/null || true
-    sleep 0.25
+    kill -"$signal" $pids 2>/dev/null || true
+    sleep 0.5
+    [ $((SECONDS - begin)) -lt 5 ] || signal=KILL
+    pids=$(members)
   done
   rm -rf "$DIR"
   echo "stopped"

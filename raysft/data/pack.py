@@ -15,7 +15,7 @@ lengths and budgets are model positions, and 1 <= length <= budget is the caller
            length and cut from the longest down, which leaves the short remainder to short ones.
 `in_order` either, keeping the order given: a row is closed when the next example does not fit.
 
-Cost: O(n log n); 1 to 2 microseconds an example for `packed`, a tenth of it for `padded`.
+Cost: O(n log n); 1 to 2 microseconds an example for `packed`, a tenth of that for `padded`.
 """
 
 from __future__ import annotations

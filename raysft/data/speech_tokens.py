@@ -193,7 +193,7 @@ def _front_end(features: str, mels: int) -> FrontEnd:
 
 def _stacked(clip: np.ndarray, front_end: FrontEnd, stack: int) -> np.ndarray:
     """float32 [samples] -> float32 [units, stack * mels]."""
-    frames = mean_normalised(front_end(clip))
+    frames = mean_normalised(front_end(clip)[: front_end.frames(len(clip))])
     units = len(frames) // stack
     return frames[: units * stack].reshape(units, stack * front_end.mels)
 

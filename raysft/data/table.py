@@ -5,8 +5,8 @@ Made by index.py, read by the plan (its columns) and the stream (`Index.examples
     <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc}.npy
                         rejected.jsonl   meta.json
 
-Costs 41 bytes an example on disk, no memory but the pages in use; `examples` takes about 15 us an
-example when rows lie near each other.
+Costs 40 bytes an example on disk, no memory but the pages in use; `examples` takes 20 to 30 us an
+example of Ming-UniAudio, 0.2 ms one of 500 units in MoST JSON (parsing them).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from raysft.config.schema import Evaluate
 from raysft.data.example import MicroBatch
 from raysft.data.example import Sequence as Encoded
 from raysft.data import pack
+from raysft.data.text import transcript
 from raysft.evaluate.score import error_rates
 from raysft.models.base import Adapter
 from raysft.parallel import World
@@ -137,7 +138,7 @@ def _transcribe(
             "id": prompt.id,
             "source": corpus.source_names[sources[prompt.id]],
             "reference": references[prompt.id],
-            "hypothesis": text,
+            "hypothesis": transcript(text),
         }
         for prompt, text in zip(wanted, texts)
         if references[prompt.id] is not None

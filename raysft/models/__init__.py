@@ -5,7 +5,7 @@ from __future__ import annotations
 from raysft.config import schema
 from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
-from raysft.models import audio_lm, causal_lm
+from raysft.models import audio_lm, causal_lm, loading
 from raysft.models.attention import attach
 from raysft.models.base import PREFIX, Adapter, LossSum, Supervised
 
@@ -22,6 +22,7 @@ def build(model: schema.Model, data: schema.Data, encoder: Encoder, seed: int) -
         raise UserError("model: found both model.path and model.config; give exactly one")
     family = audio_lm if model_family(model) == "audio_lm" else causal_lm
     adapter: Adapter = family.make_adapter(model, data, encoder, seed)
+    loading.refuse_layer_drop(model, adapter.model.config)
     if data.mode == "packed":
         attach(adapter.model)
     return adapter

@@ -7,8 +7,9 @@ tokens there are. See `base` for what a batch holds.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,15 +21,20 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
+    SequenceFeatureExtractor,
+    Speech2TextFeatureExtractor,
     WhisperFeatureExtractor,
 )
 
 from raysft.config import schema
 from raysft.data.encode.audio_lm import AudioLMEncoder, audio_tokens
 from raysft.data.example import MicroBatch
+from raysft.data.features import Fbank, FrontEnd
 from raysft.errors import UserError
 from raysft.models import loading
 from raysft.models.base import IGNORED, Adapter, Batch, Document
+
+log = logging.getLogger(__name__)
 
 # transformers starts the encoder's position table as noise and never trains it. Sinusoids say
 # where a frame is; at full scale they drown the features of a small, untrained encoder.
@@ -46,13 +52,16 @@ class AudioLM(Adapter):
         tokenizer: PreTrainedTokenizerBase,
         mode: Literal["packed", "padded"],
         stop_ids: Sequence[int],
-        processor: Qwen2AudioProcessor,
-        pad: Callable[[np.ndarray, int], np.ndarray],
+        preprocessor: Qwen2AudioProcessor | SequenceFeatureExtractor,
+        front_end: FrontEnd,
     ) -> None:
-        """pad: appends silence to a clip's features, up to a number of frames."""
+        """front_end: made the clips' features; pads them with its silence.
+
+        preprocessor: what makes the same features in transformers.
+        """
         super().__init__(net, tokenizer, mode, stop_ids)
-        self.processor = processor
-        self.pad = pad
+        self.preprocessor = preprocessor
+        self.front_end = front_end
         self.audio_token_id: int = net.config.audio_token_id
         audio = net.config.audio_config
         self.mels: int = audio.num_mel_bins
@@ -61,13 +70,13 @@ class AudioLM(Adapter):
     def dummy_document(self) -> Document:
         """A silent clip of two audio tokens and an end token."""
         ids = np.array([self.audio_token_id] * 2 + [self.stop_ids[0]], np.int32)
-        clip = np.zeros((DUMMY_FRAMES, self.mels), np.float32)
+        clip = np.zeros((DUMMY_FRAMES + self.front_end.tail, self.mels), np.float32)
         return Document(ids, np.full(3, IGNORED, np.int32), "none", [clip])
 
     def documents(self, mb: MicroBatch) -> list[Document]:
         """Sequences with their clips; a clip belongs where its audio tokens are."""
         documents = super().documents(mb)
-        clips = iter(np.split(mb.features, np.cumsum(mb.feature_lengths)[:-1]))
+        clips = iter(np.split(mb.features, np.cumsum(mb.feature_lengths))[:-1])
         for name, document in zip(mb.ids, documents, strict=True):
             wanted = int((document.input_ids == self.audio_token_id).sum())
             while wanted > 0:
@@ -75,22 +84,26 @@ class AudioLM(Adapter):
                 if clip is None:
                     raise ValueError(f"{name}: {wanted} audio tokens have no features")
                 document.clips.append(clip)
-                wanted -= audio_tokens(len(clip))
+                wanted -= audio_tokens(self.frames(clip))
             if wanted < 0:
                 raise ValueError(f"{name}: its clips give {-wanted} more audio tokens than it has")
         return documents
 
     def touches_everything(self, documents: list[Document]) -> bool:
         """Whether the encoder runs, by transformers' present path (two adjacent audio tokens)."""
-        return any(audio_tokens(len(clip)) > 1 for d in documents for clip in d.clips)
+        return any(audio_tokens(self.frames(clip)) > 1 for d in documents for clip in d.clips)
+
+    def frames(self, clip: np.ndarray) -> int:
+        """Frames of a clip's features [frames + tail, mels] that the clip itself fills."""
+        return len(clip) - self.front_end.tail
 
     def features(self, documents: list[Document]) -> Batch:
         """Clips padded to the one length the encoder takes, and where they are real."""
         clips = [clip for document in documents for clip in document.clips]
-        # Not zeros: the encoder's convolutions look across a clip's end, into the silence that
-        # the model's own processor has there.
-        padded = np.stack([self.pad(clip, self.frames_limit).T for clip in clips])
-        lengths = np.array([[len(clip)] for clip in clips])
+        # Not zeros: the encoder's convolutions look across a clip's end, at what the model's own
+        # processor has there: frames that still hear the clip, then silence.
+        padded = np.stack([self.front_end.pad(clip, self.frames_limit).T for clip in clips])
+        lengths = np.array([[self.frames(clip)] for clip in clips])
         mask = np.arange(self.frames_limit) < lengths
         return {
             "input_features": torch.from_numpy(padded),
@@ -98,9 +111,21 @@ class AudioLM(Adapter):
         }
 
     def save(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """As `Adapter.save`, with the processor (feature extractor, tokenizer, template)."""
+        """As `Adapter.save`, with the processor (feature extractor, tokenizer, template).
+
+        Qwen2AudioProcessor works with Whisper's log-mel only. Beside other features goes their
+        extractor alone, with a warning.
+        """
         super().save(folder, state_dict)
-        self.processor.save_pretrained(folder)
+        self.preprocessor.save_pretrained(folder)
+        if not isinstance(self.preprocessor, Qwen2AudioProcessor):
+            log.warning(
+                "no processor is exported, for Qwen2AudioProcessor computes Whisper's log-mel, and "
+                "this model reads other features: take AutoTokenizer, and AutoFeatureExtractor "
+                "with padding='max_length', max_length=%d; the model takes its input_features "
+                "transposed to [clips, mels, frames]",
+                self.frames_limit,
+            )
 
 
 def make_adapter(
@@ -124,13 +149,31 @@ def make_adapter(
             f"model: its audio token is {net.config.audio_token_id}, the tokenizer's is "
             f"{audio_token}; give the tokenizer that belongs to the model"
         )
+    preprocessor = _preprocessor(model, encoder)
+    stops = [encoder.end_id]
+    return AudioLM(net, tokenizer, data.mode, stops, preprocessor, encoder.front_end)
+
+
+def _preprocessor(
+    model: schema.Model, encoder: AudioLMEncoder
+) -> Qwen2AudioProcessor | SequenceFeatureExtractor:
+    """transformers' equal of the encoder's front end, in a processor where there is one for it."""
+    front_end, tokenizer = encoder.front_end, encoder.tokenizer
+    if isinstance(front_end, Fbank):
+        # The same Kaldi features; of its normalisations, that of the mean alone.
+        return Speech2TextFeatureExtractor(
+            feature_size=front_end.mels,
+            num_mel_bins=front_end.mels,
+            sampling_rate=front_end.sample_rate,
+            normalize_vars=False,
+        )
     if model.config is None:
         extractor = AutoFeatureExtractor.from_pretrained(model.path)
     else:
         extractor = WhisperFeatureExtractor(**encoder.feature_settings)
-    processor = Qwen2AudioProcessor(extractor, tokenizer, chat_template=tokenizer.chat_template)
-    stops = [encoder.end_id]
-    return AudioLM(net, tokenizer, data.mode, stops, processor, encoder.front_end.pad)
+    if not isinstance(extractor, WhisperFeatureExtractor):
+        return extractor
+    return Qwen2AudioProcessor(extractor, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def sinusoids(length: int, channels: int) -> torch.Tensor:

@@ -30,6 +30,7 @@ from raysft.errors import UserError
 NEW_ROW_NOISE = 0.1
 # Keys that transformers' models read although their config classes do not declare them.
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 UNDECLARED = {"model_type", "head_dim", "rope_theta", "rope_scaling", *SPECIAL_IDS}
 
 
@@ -117,6 +118,23 @@ def fill_from_tokenizer(
     if filled["pad_token_id"] == filled["eos_token_id"]:
         filled["pad_token_id"] = None
     return filled
+
+
+def refuse_layer_drop(model: schema.Model, config: PreTrainedConfig) -> None:
+    """Raises UserError where `config`, that of `model`, has layers skipped at random in training.
+
+    A skipped layer has no gradient, which other workers wait for, and which layers are skipped
+    would depend on the worker.
+    """
+    where = "model.config." if model.config is not None else f"model.path {model.path}: config.json: "
+    parts = {"": config, **{f"{name}.": getattr(config, name) for name in config.sub_configs}}
+    for prefix, part in parts.items():
+        for key in LAYER_DROPS:
+            if share := getattr(part, key, 0):
+                raise UserError(
+                    f"{where}{prefix}{key}: {share}, but layers skipped at random cannot be "
+                    "trained by several workers alike: set it to 0"
+                )
 
 
 @torch.no_grad()

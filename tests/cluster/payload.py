@@ -11,6 +11,11 @@ import tempfile
 import time
 from typing import Any
 
+# Before the session, as raysft.launch does: torch imported while a job connects failed at times
+# ("oneMKL FATAL ERROR: Cannot load libtorch_cpu.so").
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
 from raysft.session import ray_session
 
 
@@ -36,9 +41,6 @@ def work(settings: dict[str, Any]) -> None:
 def main(workers: int, steps: int) -> None:
     """Train in the session this process is given."""
     with ray_session() as session:
-        from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
         print(f"session embedded={session.embedded} cpus={session.cluster_cpus():g}", flush=True)
         with tempfile.TemporaryDirectory() as storage:
             TorchTrainer(

@@ -99,7 +99,7 @@ def sequences(adapter: Adapter, lengths: list[int], seed: int = 0) -> list[Seque
             tokens = 2 + i % 3
             ids = np.concatenate([np.full(tokens, audio_token, np.int32), ids])
             labels = np.concatenate([np.full(tokens, -100, np.int32), labels])
-            frames = 4 * tokens - 1
+            frames = 4 * tokens - 1 + adapter.front_end.tail
             features = [rng.standard_normal((frames, 8)).astype(np.float32)]
         made.append(Sequence(f"s{i}", ("asr", "tts")[i % 2], ids, labels, features))
     return made
@@ -121,6 +121,14 @@ def gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
     return found
 
 
+def clip_inputs(adapter: Adapter, clip: np.ndarray) -> dict[str, torch.Tensor]:
+    """What the model takes of one clip's features [frames + tail, mels]."""
+    mask = torch.zeros(1, adapter.frames_limit, dtype=torch.long)
+    mask[0, : len(clip) - adapter.front_end.tail] = 1
+    padded = adapter.front_end.pad(clip, adapter.frames_limit)
+    return {"input_features": torch.tensor(padded.T[None]), "feature_attention_mask": mask}
+
+
 def plain_loss(adapter: Adapter, item: Sequence) -> torch.Tensor:
     """The reference: transformers alone on one sequence, by its own sdpa and its own loss."""
     net = adapter.model
@@ -129,15 +137,8 @@ def plain_loss(adapter: Adapter, item: Sequence) -> torch.Tensor:
         "labels": torch.tensor(item.labels[None].astype(np.int64)),
     }
     if item.features:
-        clip = item.features[0]
-        padded = adapter.pad(clip, adapter.frames_limit)
-        mask = torch.zeros(1, adapter.frames_limit, dtype=torch.long)
-        mask[0, : len(clip)] = 1
-        inputs |= {
-            "input_features": torch.tensor(padded.T[None]),
-            "feature_attention_mask": mask,
-            "attention_mask": torch.ones_like(inputs["input_ids"]),
-        }
+        inputs |= clip_inputs(adapter, item.features[0])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     text = net.config.get_text_config()
     used = text._attn_implementation
     text._attn_implementation = "sdpa"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_a_clip_of_one_audio_token_trains() -> None:
     adapter = make("qwen2_audio")
     ids = np.array([adapter.audio_token_id, 1, 2], np.int32)
     labels = np.array([-100, -100, 2], np.int32)
-    clip = np.ones((4, 8), np.float32)
+    clip = np.ones((4 + adapter.front_end.tail, 8), np.float32)
     tiny = Sequence("tiny", "asr", ids, labels, [clip])
     other = sequences(adapter, [5])[0]
     alone = adapter.loss(adapter.collate(batch_of(tiny))).sum.item()
@@ -302,6 +303,26 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_audio_model_is_refused() -> None:
     with pytest.raises(UserError, match="audio token"):
         make("qwen2_audio", audio_token_index=7)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_audio", "opt"])
+def test_layers_skipped_at_random_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "ffn_dim": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config, key = {"model_type": "opt", **small, "layerdrop": 0.1}, r"\.layerdrop"
+    if kind == "qwen2_audio":
+        audio = {**CONFIGS[kind]["audio_config"], "encoder_layerdrop": 0.1}
+        config, key = {**CONFIGS[kind], "audio_config": audio}, r"audio_config\.encoder_layerdrop"
+    extractor = {"chunk_length": 1} if kind == "qwen2_audio" else {}
+    model = schema.Model(config=config, tokenizer="bytes", feature_extractor=extractor)
+    with pytest.raises(UserError, match=rf"model\.config.*{key}: 0\.1.*set it to 0"):
+        build_anew(model)
+    if kind == "qwen2_audio":
+        saved(make(kind), tmp_path)
+        there = json.loads((tmp_path / "config.json").read_text())
+        there["audio_config"]["encoder_layerdrop"] = 0.1
+        (tmp_path / "config.json").write_text(json.dumps(there))
+        with pytest.raises(UserError, match=rf"model\.path.*config\.json: {key}: 0\.1"):
+            build_anew(schema.Model(path=str(tmp_path)))
 
 
 def test_freezing_takes_patterns_and_names_what_is_near() -> None:

@@ -15,17 +15,27 @@ import pytest
 import soundfile
 from transformers import AutoTokenizer
 
+from raysft.config import load_config
+from raysft.data.encode import make_encoder
+from raysft.data.example import Units
+from raysft.data.sources.most_json import FORMAT
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "spoken_digits"
 SPLITS = ("train", "dev", "test", "test_unseen")
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("spoken_digits_generate", FOLDER / "generate.py")
+def imported(name: str) -> ModuleType:
+    file = FOLDER / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"spoken_digits_{name}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    return imported("generate")
 
 
 def records(split: str) -> list[dict[str, str]]:
@@ -147,3 +157,22 @@ def test_generator_renders_every_kind_of_file(generate: ModuleType, tmp_path: Pa
         info = soundfile.info(tmp_path / clip.path)
         assert (info.samplerate, info.channels) == (encoding.rate, encoding.channels)
         assert (info.format, info.subtype) == (encoding.container, encoding.subtype)
+
+
+def test_units_come_as_an_asr_item_and_its_swapped_tts_item() -> None:
+    record = records("dev")[0]
+    raw = [json.dumps(item).encode() for item in imported("make_units").items(record, [7, 90, 7])]
+    asr, tts = (FORMAT.parse(item, Path("dev.json"), 1) for item in raw)
+    assert (asr.task, asr.input, asr.output) == ("asr", (Units((7, 90, 7)),), (record["text"],))
+    assert (tts.task, tts.input, tts.output) == ("tts", asr.output, asr.input)
+    assert tts.id == f"tts_{asr.id}"
+
+
+@pytest.mark.parametrize("recipe", ["asr", "units"])
+def test_recipes_are_configs_whose_encoder_can_be_made(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(FOLDER.parents[1])
+    config = load_config(f"examples/spoken_digits/{recipe}.yaml")
+    encoder = make_encoder(config.model, config.data, tmp_path)
+    assert encoder.end_id == encoder.tokenizer.eos_token_id

@@ -91,9 +91,10 @@ class AudioLMEncoder(Encoder):
     def part_encoded(
         self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
     ) -> Encoded:
-        """The audio tokens, and the clip's frames: float32 [frames, mels]."""
+        """The audio tokens, and the clip's frames: float32 [frames + front_end.tail, mels]."""
         features = self.front_end(clip)
-        tokens = np.full(audio_tokens(len(features)), self.audio_token_id, np.int32)
+        count = audio_tokens(self.front_end.frames(len(clip)))
+        tokens = np.full(count, self.audio_token_id, np.int32)
         ids = np.concatenate([self._begin, tokens, self._end])
         return Encoded(ids, len(clip) / self.sample_rate, features)
 
@@ -169,6 +170,6 @@ def _front_end(
     if data.features == "fbank":
         return Fbank(rate, mels), settings
     if type(extractor) is WhisperFeatureExtractor and not extractor.dither:
-        front_end = LogMel(rate, extractor.feature_size, extractor.n_fft, extractor.hop_length)
-        return front_end, settings
+        shape = (extractor.feature_size, extractor.n_fft, extractor.hop_length, extractor.n_samples)
+        return LogMel(rate, *shape), settings
     return ModelExtractor(extractor, rate, extractor.feature_size), settings

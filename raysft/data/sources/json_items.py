@@ -5,7 +5,7 @@ finds where each item begins and ends (in bytes) in the memory of one item; each
 parsed alone. An item whose inside is faulty costs that item; brackets that do not close make
 everything after them unreadable, and are refused with their position.
 
-Costs: about 200 MB/s a core on items with long unit strings (a regular expression does the work).
+Costs: about 200 MB/s a core on items of 500 units, 10 us an item on small ones.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from raysft.errors import UserError
 CHUNK_ITEMS = 4096
 _BLOCK = 1 << 20
 _SPACE = re.compile(rb"[ \t\r\n]*")
-# A whole string, or a bracket, or a quote whose string does not end in the buffer.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)
+_MARK = re.compile(rb'["{}\[\]]')
 _CLOSES = {b"{": b"}", b"[": b"]"}
 _SCALAR = re.compile(rb"[^ \t\r\n,:\[\]{}\"]+")
 
@@ -93,17 +92,32 @@ class _Scanner:
                 raise self.broken(f"begins with {first.decode('latin-1')!r}")
             return self.at + len(scalar[0]) if scalar.end() < len(self.buffer) else -1
         closing: list[bytes] = []
-        for token in _TOKEN.finditer(self.buffer, self.at):
-            found = token[0]
+        at = self.at
+        while (mark := _MARK.search(self.buffer, at)) is not None:
+            found, at = mark[0], mark.end()
             if found in _CLOSES:
                 closing.append(_CLOSES[found])
-            elif found in (b"}", b"]"):
+            elif found != b'"':
                 if found != closing.pop():
                     raise self.broken(f"has {found.decode()!r} in the wrong place")
-            elif found == b'"':
+            elif (at := self._closing_quote(at)) < 0:
                 return -1
             if not closing:
-                return token.end()
+                return at
+        return -1
+
+    def _closing_quote(self, at: int) -> int:
+        """Behind the quote that ends the string whose inside begins at `at`; -1: not in the buffer.
+
+        A quote after an odd number of backslashes is part of the string.
+        """
+        while (end := self.buffer.find(b'"', at)) >= 0:
+            before = end
+            while self.buffer[before - 1] == ord("\\"):
+                before -= 1
+            if (end - before) % 2 == 0:
+                return end + 1
+            at = end + 1
         return -1
 
     def broken(self, what: str) -> UserError:

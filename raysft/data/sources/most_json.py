@@ -35,8 +35,7 @@ PATTERNS: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("dev", "
 
 _KEY = re.compile(rb'"(?:instruction|input|output|data)"\s*:')
 # White space between two units is layout; nine digits: longer numbers are no unit.
-_RUN = re.compile(r"((?:\[Hu[0-9]{1,9}\]\s*)*\[Hu[0-9]{1,9}\])")
-_NUMBER = re.compile("[0-9]+")
+_RUN = re.compile(r"(\[Hu[0-9]{1,9}\](?:\s*\[Hu[0-9]{1,9}\])*)")
 
 
 class MostJson:
@@ -117,7 +116,8 @@ def split_units(field: str, name: str = "field") -> tuple[Part, ...]:
     parts: list[Part] = []
     for number, piece in enumerate(_RUN.split(field)):
         if number % 2:
-            parts.append(Units(tuple(map(int, _NUMBER.findall(piece)))))
+            numbers = "".join(piece.split())[len("[Hu") : -len("]")].split("][Hu")
+            parts.append(Units(tuple(map(int, numbers))))
         elif "[Hu" in piece:
             near = piece[piece.index("[Hu") :][:20]
             raise BadExample(f"field {name!r} holds a malformed unit near {near!r}")

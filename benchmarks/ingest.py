@@ -1,0 +1,245 @@
+"""How fast do audio files become batches in a training process? Ours against lhotse + DataLoader.
+
+    ours     index, plan, data tasks of Ray Data on 3 CPUs, `Feed` with the model's collate
+    lhotse   CutSet, DynamicBucketingSampler, OnTheFlyFeatures, a torch DataLoader of 3 workers
+
+The same FLAC clips (2 s, 22.05 kHz) become 80-bin log-mel at 16 kHz in batches of 48, collated and
+padded in memory of the training process, which does nothing else. Both run in turn, several times,
+each time in a process of its own; medians are compared. `first_s` is the time from the start of
+reading to the first batch: `cold` in a process (a Ray) that has just started, `warm` after that;
+`clips_per_s` is counted from the first batch to the last. Full run: about 4 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import results_io
+import soundfile
+from matplotlib import pyplot
+
+CLIP_S, RATE, TARGET_RATE, MELS = 2.0, 22_050, 16_000, 80
+BATCH = 48  # clips
+PROCESSES = 3
+TEXT = "one two three four five six seven"
+CONTENDERS = ("ours", "lhotse")
+
+
+def make_corpus(folder: Path, clips: int) -> None:
+    """Clips like speech: harmonics of a gliding pitch and noise, falling 6 dB an octave, in
+    syllables. Written once as FLAC, with a manifest."""
+    count = int(CLIP_S * RATE)
+    time_s = np.arange(count) / RATE
+    slope = 1 / np.maximum(np.fft.rfftfreq(count, 1 / RATE), 100.0)
+    lines = []
+    for number in range(clips):
+        rng = np.random.default_rng(number)
+        pitch = rng.uniform(90, 220) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(0.3, 1) * time_s))
+        phase = 2 * np.pi * np.cumsum(pitch) / RATE
+        voice = sum(np.sin(k * phase + rng.uniform(0, 6)) / k for k in range(1, 13))
+        noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(count)) * slope, count)
+        syllables = np.maximum(0.0, np.sin(2 * np.pi * rng.uniform(2, 5) * time_s)) ** 0.5
+        wave = syllables * voice + 0.1 * noise / noise.std()
+        wave = 0.3 * wave / np.abs(wave).max() + 1e-3 * rng.standard_normal(count)
+        soundfile.write(folder / f"{number:05d}.flac", wave.astype(np.float32), RATE)
+        line = {"task_type": "asr", "wav_path": f"{number:05d}.flac", "text": TEXT}
+        lines.append(json.dumps(line))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def measured(start: Callable[[], Iterator[int]]) -> dict[str, float]:
+    """Times of one stream of batches; `start()` begins reading and yields each batch's clips."""
+    began = time.perf_counter()
+    batches = start()
+    next(batches)
+    first = last = time.perf_counter()
+    clips = 0
+    for size in batches:
+        clips += size
+        last = time.perf_counter()
+    return {"first_s": first - began, "clips_per_s": clips / (last - first), "clips": clips}
+
+
+def ours(corpus: Path, reads: int) -> dict[str, Any]:
+    """Index, plan, RayReader, Feed; in a Ray of this process."""
+    import ray
+    import torch
+
+    from raysft import models
+    from raysft.config.schema import Data, Model, Source
+    from raysft.data.encode import make_encoder
+    from raysft.data.index import build_index
+    from raysft.data.plan import Plan
+    from raysft.data.stream import RayReader, ReaderSpec
+    from raysft.parallel import World
+    from raysft.session import ray_session
+    from raysft.train.feed import Feed
+
+    torch.set_num_threads(1)
+    model = Model(tokenizer="bytes", config=_model(), feature_extractor={"chunk_length": 2})
+    source = Source(path=str(corpus / "train.jsonl"))
+    data = Data(train=[source], lanes=1, tokens_per_batch=1, mode="padded")
+    encoder = make_encoder(model, data, corpus)
+    index = build_index([source], "train", encoder, corpus / "index")
+    data = data.model_copy(update={"tokens_per_batch": BATCH * int(index.tokens.max())})
+    plan = Plan.of(index, data, 0)
+    adapter = models.build(model, data, encoder, 0)
+
+    def start(steps: int) -> Iterator[int]:
+        reader = RayReader(spec, index.seconds, PROCESSES)
+        feed = Feed(plan, 1, adapter, reader.read, World.current(), steps, data.prefetch)
+        for batch in feed.open(None):
+            features = batch.turns[0].batch["input_features"]
+            assert features.shape[1:] == (MELS, CLIP_S * 100)
+            yield len(features)
+        feed.close()
+
+    with ray_session():
+        spec = ReaderSpec(str(index.folder), ray.put(encoder), data.tokens_per_batch, 0)
+        cold = measured(lambda: start(2))
+        return {"cold_first_s": cold["first_s"], **measured(lambda: start(reads // BATCH))}
+
+
+def _model() -> dict[str, Any]:
+    """The smallest model that reads these clips: it only collates."""
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 1}
+    return {
+        "model_type": "qwen2_audio",
+        "audio_config": {
+            "model_type": "qwen2_audio_encoder",
+            "num_mel_bins": MELS,
+            "max_source_positions": int(CLIP_S * 50),
+            "encoder_ffn_dim": 32,
+            **audio,
+        },
+        "text_config": {
+            "model_type": "qwen2",
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+            **small,
+        },
+    }
+
+
+def lhotse(corpus: Path, reads: int) -> dict[str, Any]:
+    """The usual lhotse pipeline, with its own resampler and filter bank (its fastest)."""
+    import torch
+    from lhotse import CutSet, Fbank, FbankConfig, Recording, SupervisionSegment
+    from lhotse.audio.backend import set_current_audio_backend
+    from lhotse.dataset import DynamicBucketingSampler, K2SpeechRecognitionDataset
+    from lhotse.dataset.input_strategies import OnTheFlyFeatures
+
+    torch.set_num_threads(1)
+    set_current_audio_backend("LibsndfileBackend")  # straight to soundfile: faster than to try all
+    cuts = []
+    for path in sorted(corpus.glob("*.flac")):
+        cut = Recording.from_file(path).to_cut().resample(TARGET_RATE)
+        cut.supervisions = [SupervisionSegment(cut.id, cut.recording_id, 0.0, CLIP_S, text=TEXT)]
+        cuts.append(cut)
+    manifest = CutSet.from_cuts(cuts)
+    extractor = Fbank(FbankConfig(sampling_rate=TARGET_RATE, num_filters=MELS))
+    dataset = K2SpeechRecognitionDataset(input_strategy=OnTheFlyFeatures(extractor))
+
+    def start(clips: int) -> Iterator[int]:
+        sampler = DynamicBucketingSampler(
+            manifest.repeat(times=-(-clips // len(manifest))),
+            max_duration=BATCH * (CLIP_S + 0.01),
+            num_buckets=2,
+            shuffle=True,
+            seed=0,
+        )
+        loader = torch.utils.data.DataLoader(
+            dataset, sampler=sampler, batch_size=None, num_workers=PROCESSES
+        )
+        for batch in loader:
+            assert batch["inputs"].shape[1:] == (CLIP_S * 100, MELS)
+            yield len(batch["inputs"])
+
+    cold = measured(lambda: start(2 * BATCH))
+    return {"cold_first_s": cold["first_s"], **measured(lambda: start(reads))}
+
+
+def compare(corpus: Path, reads: int, rounds: int) -> dict[str, Any]:
+    """Rounds of each in turn; medians, and their ratio."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for number in range(rounds):
+        for name in CONTENDERS:
+            command = [sys.executable, __file__, "--run", name, str(corpus), str(reads)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            result = json.loads(output.splitlines()[-1])
+            found[name].append(result)
+            print(
+                f"round {number + 1}  {name:7} {result['clips_per_s']:7.0f} clips/s  first batch "
+                f"{result['cold_first_s']:.2f} s cold, {result['first_s']:.2f} s warm",
+                flush=True,
+            )
+    results: dict[str, Any] = {}
+    for name, each in found.items():
+        medians = {key: statistics.median(result[key] for result in each) for key in each[0]}
+        medians["audio_hours_per_hour"] = medians["clips_per_s"] * CLIP_S
+        results[name] = {"median": medians, "rounds": each}
+    return results
+
+
+def draw(results: dict[str, Any]) -> pyplot.Figure:
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 2.6))
+    speed = [results[name]["median"]["clips_per_s"] for name in CONTENDERS]
+    colours = ["tab:green", "tab:grey"]
+    axes[0].bar_label(axes[0].barh(CONTENDERS, speed, color=colours), fmt="%.0f", padding=3)
+    axes[0].set(title=f"{PROCESSES} processes", xlabel="clips of 2 s a second")
+    for shift, key in ((-0.2, "cold_first_s"), (0.2, "first_s")):
+        values = [results[name]["median"][key] for name in CONTENDERS]
+        places = np.arange(len(CONTENDERS)) + shift
+        bars = axes[1].barh(places, values, 0.38, color=colours, alpha=0.6 if shift < 0 else 1)
+        kind = "cold" if shift < 0 else "warm"
+        axes[1].bar_label(bars, [f"{value:.2f} {kind}" for value in values], padding=3)
+    axes[1].set_yticks(range(len(CONTENDERS)), CONTENDERS)
+    axes[1].set(title="to the first batch", xlabel="seconds")
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.margins(x=0.25)
+    return figure
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--run"]:  # one round, in a process of its own
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--run", choices=CONTENDERS)
+        parser.add_argument("corpus", type=Path)
+        parser.add_argument("reads", type=int)
+        options = parser.parse_args()
+        contender = {"ours": ours, "lhotse": lhotse}[options.run]
+        print(json.dumps(contender(options.corpus, options.reads)))
+        return
+    options = results_io.arguments(__doc__.splitlines()[0])
+    clips, reads, rounds = (96, 480, 1) if options.quick else (2_400, 12_000, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        make_corpus(Path(folder), clips)
+        results = compare(Path(folder), reads, rounds)
+    ratio = results["ours"]["median"]["clips_per_s"] / results["lhotse"]["median"]["clips_per_s"]
+    print(f"ours / lhotse: {ratio:.2f}")
+    payload = {
+        "clips": clips,
+        "reads": reads,
+        "clip_seconds": CLIP_S,
+        "batch": BATCH,
+        "processes": PROCESSES,
+        "ratio": ratio,
+        "results": results,
+    }
+    print(results_io.write("ingest", payload, draw(results), quick=options.quick, out=options.out))
+
+
+if __name__ == "__main__":
+    main()

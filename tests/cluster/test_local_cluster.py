@@ -1,0 +1,147 @@
+"""cluster/local.sh: three nodes, a token, jobs on both workers, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import PYTHON, ROOT, alive, wait_until, without_ray_settings
+
+pytestmark = pytest.mark.timeout(400)
+SCRIPT = str(ROOT / "cluster" / "local.sh")
+RAY = str(Path(PYTHON).with_name("ray"))
+
+
+def holders(folder: Path) -> list[psutil.Process]:
+    """Processes with an open file in `folder`."""
+    found = []
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            links = [os.readlink(d) for d in descriptors.iterdir()]
+            if any(link.startswith(f"{folder}/") for link in links):
+                found.append(psutil.Process(int(descriptors.parent.name)))
+        except (OSError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+class Cluster:
+    """local.sh with ports and a folder of this test."""
+
+    def __init__(self, temp: Path) -> None:
+        self.environ = {
+            **without_ray_settings(),
+            "TMPDIR": str(temp),
+            "RAYSFT_PORT_BASE": "26000",
+            "RAYSFT_DASHBOARD_PORT": "25999",
+            "RAYSFT_NODE_CPUS": "2",
+        }
+        self.folder = temp / f"raysft-{os.getuid()}"
+
+    def run(self, *command: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+        """Run `command` with the exports of `start`."""
+        return subprocess.run(
+            command, env=self.environ, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        )
+
+    def start(self) -> None:
+        """Start it, and take over what it tells the user to export."""
+        done = self.run(SCRIPT, "start")
+        assert done.returncode == 0, done.stderr
+        exports = dict(re.findall(r"^export (\w+)=(.*)$", done.stdout, re.M))
+        assert set(exports) == {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
+        self.environ.update(exports)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    temp = Path("/tmp") / f"lc{os.getpid()}"
+    temp.mkdir()
+    cluster = Cluster(temp)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        stopped = cluster.run(SCRIPT, "stop")
+        assert stopped.returncode == 0, stopped.stderr
+        assert not alive(holders(cluster.folder))
+        temp.rmdir()  # fails unless it is empty
+
+
+def submit(cluster: Cluster, folder: Path, *options: str, steps: int) -> tuple[int, str]:
+    (folder / "payload.py").write_text((ROOT / "tests/cluster/payload.py").read_text())
+    done = cluster.run(
+        *(RAY, "job", "submit", "--working-dir", str(folder), *options),
+        *("--", PYTHON, "payload.py", "2", str(steps)),
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_three_nodes_listen_on_loopback_only_and_the_token_is_private(cluster: Cluster) -> None:
+    assert cluster.run(SCRIPT, "status").returncode == 0
+    assert stat.S_IMODE((cluster.folder / "token").stat().st_mode) == 0o600
+    assert stat.S_IMODE(cluster.folder.stat().st_mode) == 0o700
+    raylets = [p for p in holders(cluster.folder) if p.name() == "raylet"]
+    assert len(raylets) == 3
+    listening = {
+        c.laddr.ip
+        for p in holders(cluster.folder)
+        for c in p.net_connections()
+        if c.status == psutil.CONN_LISTEN and p.name() in ("raylet", "gcs_server")
+    }
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_second_start_is_refused_and_harms_nothing(cluster: Cluster) -> None:
+    again = cluster.run(SCRIPT, "start")
+    assert again.returncode == 1
+    assert "already running" in again.stderr
+    assert cluster.run(SCRIPT, "status").returncode == 0
+
+
+def test_a_job_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("0" * 64)
+    environ = {**cluster.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    done = subprocess.run([RAY, "job", "list"], env=environ, capture_output=True, text=True)
+    assert done.returncode != 0
+
+
+def test_a_job_joins_the_cluster_and_spreads_its_workers_over_both_nodes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    code, said = submit(cluster, tmp_path, steps=5)
+    assert code == 0, said
+    assert "session embedded=False cpus=5" in said
+    assert {"node1", "node2"} == set(re.findall(r"rank \d on (\w+)", said))
+    assert len(re.findall(r"step 5 sum 2", said)) == 1, "each line is printed once"
+
+
+def test_stopping_a_job_leaves_no_worker_of_it(cluster: Cluster, tmp_path: Path) -> None:
+    code, said = submit(cluster, tmp_path, "--no-wait", "--submission-id", "long", steps=10_000)
+    assert code == 0, said
+    assert wait_until(lambda: "step 3" in cluster.run(RAY, "job", "logs", "long").stdout, 120)
+
+    def workers() -> list[psutil.Process]:
+        busy = ("payload.py", "RayTrainWorker", "TrainController", "PlacementGroupCleaner")
+        return [
+            p
+            for p in alive(holders(cluster.folder))
+            if any(name in " ".join(p.cmdline()) for name in busy)
+        ]
+
+    assert workers()
+    assert cluster.run(RAY, "job", "stop", "long").returncode == 0
+    assert wait_until(lambda: not workers(), 30), workers()
+
+
+def test_it_starts_again_after_a_stop(cluster: Cluster) -> None:
+    assert cluster.run(SCRIPT, "stop").returncode == 0
+    assert cluster.run(SCRIPT, "status").returncode == 1
+    cluster.start()
+    assert cluster.run(SCRIPT, "status").returncode == 0

@@ -1,0 +1,136 @@
+"""The session joins the cluster it is told of, or starts one and leaves nothing of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import alive, wait_until
+
+Spawn = Callable[..., "subprocess.Popen[str]"]
+
+SHOW = """
+import ray
+from raysft.session import ray_session
+
+@ray.remote
+def imports():
+    import raysft
+    return raysft.__file__
+
+with ray_session() as session:
+    print(session.embedded, session.cluster_cpus(), len(session.nodes()), ray.get(imports.remote()))
+"""
+
+BUSY = """
+import time
+import ray
+from raysft.session import ray_session
+
+@ray.remote
+def busy():
+    while True:
+        time.sleep(0.01)
+
+with ray_session():
+    running = [busy.options(num_cpus=0.1).remote() for _ in range(2)]
+    ray.wait(running, timeout=2)
+    print("busy", flush=True)
+    ray.get(running)
+"""
+
+FAIL = """
+from raysft.session import ray_session
+with ray_session():
+    raise RuntimeError("a defect")
+"""
+
+REFUSED = """
+from raysft.errors import UserError
+from raysft.session import ray_session
+try:
+    with ray_session():
+        print("connected")
+except UserError as error:
+    print("UserError:", error)
+"""
+
+
+def test_an_embedded_session_runs_tasks_that_import_raysft_and_leaves_no_folder(
+    spawn: Spawn, tmp_path: Path
+) -> None:
+    (temp := Path("/tmp") / f"rs{os.getpid()}").mkdir()
+    process = spawn(SHOW, TMPDIR=str(temp))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    embedded, cpus, nodes, module = out.split()
+    assert (embedded, nodes) == ("True", "1")
+    assert float(cpus) >= 1
+    assert module.endswith("raysft/__init__.py")
+    assert err == "", "a session prints nothing of its own"
+    temp.rmdir()  # fails unless it is empty
+
+
+def test_a_stale_address_file_and_a_long_temporary_folder_do_no_harm(
+    spawn: Spawn, tmp_path: Path
+) -> None:
+    temp = tmp_path / ("long" * 20)
+    (temp / "ray").mkdir(parents=True)
+    (temp / "ray" / "ray_current_cluster").write_text("127.0.0.1:6")
+    process = spawn(SHOW, TMPDIR=str(temp))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.startswith("True")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, None), (signal.SIGKILL, -9)]
+)
+def test_a_session_that_is_killed_leaves_no_process(
+    spawn: Spawn, number: signal.Signals, code: int | None
+) -> None:
+    process = spawn(BUSY)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n", process.communicate()[1]
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in p.name() for p in family)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert code is None or process.returncode == code
+    assert wait_until(lambda: not alive(family), 20), alive(family)
+
+
+def test_a_defect_keeps_its_traceback_and_names_the_kept_logs(spawn: Spawn) -> None:
+    process = spawn(FAIL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "RuntimeError: a defect" in err
+    folder = Path(err.split("kept in ")[1].split()[0])
+    assert folder.is_dir()
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:8265", "ray job submit"),
+        ("ray://127.0.0.1:10001", "Ray client"),
+        ("127.0.0.1:9", "no Ray cluster answers"),
+        ("nonsense", "expected host:port"),
+    ],
+)
+def test_an_address_that_cannot_work_is_one_readable_line(
+    spawn: Spawn, address: str, said: str
+) -> None:
+    process = spawn(REFUSED, RAY_ADDRESS=address)
+    out, _ = process.communicate(timeout=60)
+    assert out.startswith("UserError:")
+    assert out.count("\n") == 1
+    assert said in out
+    assert address in out
