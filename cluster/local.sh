@@ -83,7 +83,7 @@ PYTHON
 start_node() {
   local log=$DIR/start.log
   # RAY_ADDRESS: Ray Train's actors look for "the" cluster, and give up where a machine has two.
-  env RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_ADDRESS="127.0.0.1:$BASE" \
+  env RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_ADDRESS="127.0.0.1:$BASE" TMPDIR="$DIR/tmp" \
     RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 \
     TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="${TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S:-3}" \
     python -c "$START" start "$@" --node-ip-address=127.0.0.1 --num-gpus=0 \
@@ -110,7 +110,7 @@ start() {
     fi
   done
   rm -rf "$DIR"
-  mkdir -m 700 "$DIR"
+  mkdir -m 700 "$DIR" "$DIR/tmp"
   use_cluster
   # `ray get-auth-token --generate` writes to the home folder only, where other clusters' token is.
   (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$DIR/token")

@@ -25,7 +25,8 @@ def export(
 ) -> Path:
     """Write the adapter's model (or `state_dict` in its place) to `folder`; returns the folder.
 
-    With it go tokenizer, chat template, generation config and, for audio_lm, the processor.
+    With it go tokenizer, chat template, generation config and, for audio_lm, the processor (of
+    data.features: fbank the feature extractor alone, with a warning: see `AudioLM.save`).
     Raises UserError if `folder` exists and is not an empty folder, or cannot be written.
     """
     target = Path(folder).absolute()

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import threading
 import time
 import uuid
@@ -28,6 +30,8 @@ from raysft.prepare import Prepared, prepare
 from raysft.rundir import open_run
 from raysft.train.checkpoint import latest, read_meta
 from raysft.train.metrics import Lines, quarantine_line, read_lines
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -194,7 +198,12 @@ class Monitor:
 def _watch(monitor: Any, progress: Progress, stop: threading.Event) -> None:
     while True:
         last = stop.wait(0.5)
-        for line in ray.get(monitor.take.remote()):
+        try:
+            lines = ray.get(monitor.take.remote())
+        except ray.exceptions.RayError as error:  # the session ends: Ctrl-C, SIGTERM, a lost head
+            log.warning("no more progress can be shown: %s", type(error).__name__)
+            return
+        for line in lines:
             progress(line)
         if last:
             return
@@ -209,6 +218,12 @@ def _worker(settings: dict[str, Any]) -> None:
         _train_or_evaluate(settings, lambda line: monitor.report.remote(line))
     except UserError as error:
         ray.get(monitor.fail.remote(str(error)))
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # a restart mends none
+            where = error.filename or settings["folder"]
+            said = f"{where}: cannot be written: {error.strerror}; make room, then start again"
+            ray.get(monitor.fail.remote(said))
         raise
 
 

@@ -135,11 +135,6 @@ def _oversize(plan: Plan, index: Index, config: Config) -> list[Quarantined]:
 
 
 def _check_usable(config: Config, train: Index, plan: Plan) -> None:
-    if len(plan.oversize) == len(train):
-        raise UserError(
-            f"data.tokens_per_batch: {config.data.tokens_per_batch} is smaller than every example "
-            f"(the shortest takes {int(train.tokens.min())} positions); raise it"
-        )
     examples = len(train) + len(train.rejected)
     unusable = len(train.rejected) + len(plan.oversize)
     if unusable > config.data.max_quarantined * examples:

@@ -72,7 +72,7 @@ class Data(Section):
         default_factory=dict,
         description="share of each task in every step, e.g. {asr: 0.5, tts: 0.5}",
     )
-    window: PositiveInt = Field(2048, description="examples planned, packed and shuffled together")
+    window: PositiveInt = Field(4096, description="examples planned, packed and shuffled together")
     max_quarantined: float = Field(
         0.05, ge=0, le=1, description="share of unusable examples above which the run fails"
     )

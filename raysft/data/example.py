@@ -6,11 +6,9 @@ one (step, lane) into a `MicroBatch`. None of these needs torch or Ray.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
 import numpy as np
-import safetensors.numpy
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +86,7 @@ class MicroBatch:
     features: float32 [sum(feature_lengths), mels]; feature_lengths: int32 [clips].
     slots: for each sequence its place among the planned examples; quarantined ones leave gaps.
     An empty micro-batch (n == 0) is legal: its examples were quarantined, or the epoch ended.
+    The arrays are not to be written to: those from a stream lie in Ray's shared memory.
     """
 
     epoch: int
@@ -132,33 +131,3 @@ class MicroBatch:
             slots=list(range(len(sequences)) if slots is None else slots),
             quarantined=list(quarantined or []),
         )
-
-    def to_bytes(self) -> bytes:
-        """Serialise (safetensors: no pickle ever travels with data)."""
-        meta = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "lane": self.lane,
-            "ids": self.ids,
-            "tasks": self.tasks,
-            "seconds": self.seconds,
-            "slots": self.slots,
-            "quarantined": [[q.id, q.source, q.path, q.reason] for q in self.quarantined],
-        }
-        arrays = {
-            "lengths": self.lengths,
-            "input_ids": self.input_ids,
-            "labels": self.labels,
-            "features": np.ascontiguousarray(self.features),
-            "feature_lengths": self.feature_lengths,
-            "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
-        }
-        return safetensors.numpy.save(arrays)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> MicroBatch:
-        """The inverse of `to_bytes`."""
-        arrays = safetensors.numpy.load(data)
-        meta = json.loads(arrays.pop("meta").tobytes())
-        meta["quarantined"] = [Quarantined(*q) for q in meta["quarantined"]]
-        return cls(**meta, **arrays)

@@ -7,8 +7,9 @@ clip; memory is that of one chunk of works' records and one micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -18,7 +19,8 @@ from raysft.data.example import Example, MicroBatch, Quarantined, Sequence
 from raysft.data.index import Index
 from raysft.errors import BadExample
 
-CHUNK = 128  # examples a chunk of work should hold: amortises a task, keeps the first batch early
+CLIP_S = 2.0  # seconds of audio that take about as long to read as the rest of an example
+CHUNK = 128  # examples of at most CLIP_S a chunk of work should hold: a quarter of a second's work
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class Work:
 class Reader:
     """Reads works with an index and an encoder; the same works give the same micro-batches.
 
-    `seed` is that of training augmentation (drawn by (seed, epoch, step, lane)); None in evaluation.
+    budget: positions a micro-batch may take, where examples turn out longer than planned.
+    seed: of augmentation in training, drawn by (seed, epoch, step, lane, slot); None in evaluation.
     """
 
     index: Index
@@ -45,7 +48,7 @@ class Reader:
 
     def read(self, works: Iterator[Work]) -> Iterator[MicroBatch]:
         """Micro-batches in the order of `works`, each as soon as it is ready."""
-        for chunk in chunks(works):
+        for chunk in chunks(works, self.index.seconds):
             yield from self.read_chunk(chunk)
 
     def read_chunk(self, works: list[Work]) -> Iterator[MicroBatch]:
@@ -56,19 +59,16 @@ class Reader:
             yield self._micro_batch(work, [next(examples) for _ in work.rows])
 
     def _micro_batch(self, work: Work, examples: list[Example]) -> MicroBatch:
-        rng = None
-        if self.seed is not None:
-            key = [self.seed, work.epoch, work.step, work.lane]
-            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
         sequences: list[Sequence] = []
         slots: list[int] = []
         rejected: list[Quarantined] = []
-        planned = self.index.tokens[work.rows]
-        room = max(self.budget, int(planned.sum())) if len(planned) else 0
+        planned = self.index.tokens[work.rows].tolist()
+        spare = max(0, self.budget - sum(planned))
         for slot, example in enumerate(examples):
             try:
-                sequence = self._sequence(example, rng, int(planned[slot]))
-                if len(sequence.input_ids) > max(room, int(planned[slot])):
+                sequence = self._sequence(example, self._rng(work, slot), planned[slot])
+                excess = len(sequence.input_ids) - planned[slot]
+                if excess > spare:
                     raise BadExample(
                         f"takes {len(sequence.input_ids)} positions, {planned[slot]} were planned "
                         "from its header; it no longer fits its micro-batch"
@@ -76,12 +76,19 @@ class Reader:
             except BadExample as error:
                 rejected.append(self._quarantined(work.rows[slot], example, str(error)))
                 continue
-            room -= len(sequence.input_ids)
+            spare -= max(0, excess)
             sequences.append(sequence)
             slots.append(slot)
         return MicroBatch.join(
             work.epoch, work.step, work.lane, sequences, quarantined=rejected, slots=slots
         )
+
+    def _rng(self, work: Work, slot: int) -> np.random.Generator | None:
+        """Of each example its own, so that a quarantined one changes no other."""
+        if self.seed is None:
+            return None
+        key = [self.seed, work.epoch, work.step, work.lane, slot]
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
     def _sequence(
         self, example: Example, rng: np.random.Generator | None, planned: int
@@ -99,15 +106,22 @@ class Reader:
         return Quarantined(example.id, self.index.source_name(row), path, reason)
 
 
-def chunks(works: Iterator[Work], size: int = CHUNK) -> Iterator[list[Work]]:
-    """Join works until they hold about `size` examples."""
+def chunks(
+    works: Iterator[Work], seconds: np.ndarray, sizes: Iterable[int] = repeat(CHUNK)
+) -> Iterator[list[Work]]:
+    """Join works until they hold about as much to do as `sizes` examples of `CLIP_S`, each in turn.
+
+    seconds: of audio by row, the index's column.
+    """
+    sizes = iter(sizes)
+    size = next(sizes)
     chunk: list[Work] = []
-    held = 0
+    held = 0.0
     for work in works:
         chunk.append(work)
-        held += len(work.rows)
+        held += max(len(work.rows), float(seconds[work.rows].sum()) / CLIP_S)
         if held >= size:
             yield chunk
-            chunk, held = [], 0
+            chunk, held, size = [], 0.0, next(sizes)
     if chunk:
         yield chunk

@@ -1,36 +1,41 @@
 """Planned micro-batches through Ray Data: CPU nodes read, decode and featurise; a worker receives.
 
-Every training worker has a stream of its own lanes. The works it wants next are cut into chunks; a
-chunk is one Ray Data read task that yields each micro-batch as soon as it is ready. The plan is lazy
-and endless while a dataset is finite, so a stream is a chain of datasets ("spans"): the first is
-short, so that training starts early; each next one is started while the one before is consumed.
+Every training worker has a stream of its own lanes. The works it wants next are cut into chunks;
+a chunk is one Ray Data read task that yields each micro-batch as soon as it is ready. The plan is
+lazy and endless while a dataset is finite, so a stream is a chain of datasets ("spans"): the first
+is short, so that training starts early; each next one starts while the one before is consumed.
 
-Cost: 2 to 4 ms a micro-batch for its way through Ray Data; at most two spans (`SPAN_BYTES` each) of
-look-ahead a worker. A task process that dies is replaced and its chunk is read again, in order.
+Cost: 2 to 4 ms a micro-batch for its way through Ray Data, and one copy of it, into shared memory.
+Look-ahead of a worker: at most two spans, of `SPAN` chunks a CPU; a chunk of audio is about
+1,000 s (33 MB as 80-bin features). A task process that dies is replaced and its chunk is read
+again, in order.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from raysft.data.example import MicroBatch
+from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.index import Index
-from raysft.data.read import Reader, Work, chunks
+from raysft.data.read import CHUNK, Reader, Work, chunks
+from raysft.errors import UserError
 
-FIRST_SPAN = 2  # chunks a CPU in the first span; later ones are as long as SPAN_BYTES allows
-SPAN_CHUNKS = 256
-SPAN_BYTES = 256 << 20
-_FRAME_BYTES = 100 * 80 * 4  # a second of 80-bin features, the bulk of what a micro-batch weighs
+FIRST_SPAN = 2  # chunks a CPU in the first span: of CHUNK, so that the first batches come early
+SPAN = 4  # chunks a CPU in later ones
+LARGE = 4 * CHUNK  # of this size: between two tasks a process waits 10 to 100 ms for the driver
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class ReaderSpec:
         """The reader of this process."""
         key = (self.index, self.encoder, self.budget, self.seed)
         if key not in _READERS:
-            _READERS.clear()  # one run at a time: an old index would only hold memory
+            if len(_READERS) > 1:  # a run has one to train and one to evaluate
+                _READERS.clear()
             index = Index.load(self.index)
             _READERS[key] = Reader(index, ray.get(self.encoder), self.budget, self.seed)
         return _READERS[key]
@@ -81,21 +87,48 @@ class _Chunks(Datasource):
 def _read(spec: ReaderSpec, chunk: list[Work]) -> Callable[[], Iterable[pa.Table]]:
     def blocks() -> Iterator[pa.Table]:
         for batch in spec.reader().read_chunk(chunk):
-            column = pa.array([batch.to_bytes()], pa.large_binary())
-            yield pa.table({"micro_batch": column})
+            yield to_table(batch)
 
     return blocks
+
+
+_ARRAYS = ("lengths", "input_ids", "labels", "features", "feature_lengths")
+_FACTS = ("epoch", "step", "lane", "ids", "tasks", "seconds", "slots")
+
+
+def to_table(batch: MicroBatch) -> pa.Table:
+    """A micro-batch as a table of one row, without a copy of its arrays (nor any pickle)."""
+    facts: dict[str, Any] = {name: getattr(batch, name) for name in _FACTS}
+    facts["quarantined"] = [[q.id, q.source, q.path, q.reason] for q in batch.quarantined]
+    facts["shape"] = batch.features.shape
+    columns: dict[str, pa.Array] = {"facts": pa.array([json.dumps(facts)])}
+    for name in _ARRAYS:
+        values = pa.array(np.ascontiguousarray(getattr(batch, name)).reshape(-1))
+        columns[name] = pa.LargeListArray.from_arrays(pa.array([0, len(values)]), values)
+    return pa.table(columns)
+
+
+def from_table(table: pa.Table) -> MicroBatch:
+    """The inverse of `to_table`. The arrays are views of the table: not writable."""
+    facts = json.loads(table["facts"][0].as_py())
+    arrays = {name: table[name].chunk(0).flatten().to_numpy() for name in _ARRAYS}
+    arrays["features"] = arrays["features"].reshape(facts.pop("shape"))
+    quarantined = [Quarantined(*each) for each in facts.pop("quarantined")]
+    return MicroBatch(**facts, **arrays, quarantined=quarantined)
 
 
 class RayReader:
     """`read` as `Reader.read`, on `cpus` CPUs of the cluster."""
 
-    def __init__(self, spec: ReaderSpec, seconds: Any, cpus: float) -> None:
-        """seconds: the index's column, to bound a span's bytes."""
+    def __init__(self, spec: ReaderSpec, seconds: np.ndarray, cpus: float) -> None:
+        """seconds: the index's column, to make chunks of equal cost. Starts the task processes:
+        they import what they need while the caller builds its model."""
         self.spec = spec
         self._seconds = seconds
         self.tasks = max(1, round(cpus))
         self.cpus_per_task = min(1.0, cpus / self.tasks)
+        warm_up = ray.remote(num_cpus=self.cpus_per_task)(_warm_up)
+        self._warming = [warm_up.remote(spec) for _ in range(self.tasks)]
 
     def read(self, works: Iterator[Work]) -> Iterator[MicroBatch]:
         """Micro-batches in the order of `works`. Closing the iterator ends its tasks."""
@@ -124,22 +157,21 @@ class RayReader:
             _Chunks(self.spec, span),
             override_num_blocks=len(span),
             num_cpus=self.cpus_per_task,
-            concurrency=self.tasks,
+            concurrency=min(self.tasks, len(span)),
         )
         return _Span(dataset, sum(len(chunk) for chunk in span))
 
     def _spans(self, works: Iterator[Work]) -> Iterator[list[list[Work]]]:
-        limit = FIRST_SPAN * self.tasks
-        span: list[list[Work]] = []
-        held = 0.0
-        for chunk in chunks(works):
-            span.append(chunk)
-            held += sum(float(self._seconds[work.rows].sum()) for work in chunk) * _FRAME_BYTES
-            if len(span) >= limit or held >= SPAN_BYTES:
-                yield span
-                span, held, limit = [], 0.0, SPAN_CHUNKS
-        if span:
+        first, later = FIRST_SPAN * self.tasks, SPAN * self.tasks
+        sizes = chain(repeat(CHUNK, first), repeat(LARGE))
+        parts = chunks(works, self._seconds, sizes)
+        lengths = chain([first], repeat(later))
+        while span := list(islice(parts, next(lengths))):
             yield span
+
+
+def _warm_up(spec: ReaderSpec) -> None:
+    spec.reader()
 
 
 class _Span:
@@ -167,7 +199,7 @@ class _Span:
             raise first
         table = first
         while table is not None:
-            yield MicroBatch.from_bytes(table["micro_batch"][0].as_py())
+            yield from_table(table)
             table = next(self._batches, None)
 
     def close(self) -> None:
@@ -179,10 +211,14 @@ class _Span:
 def _configure() -> None:
     """Ray Data's settings for streams of small ordered blocks (process-wide)."""
     context = DataContext.get_current()
-    context.target_max_block_size = 1  # else the micro-batches of a task arrive together, at its end
+    context.target_max_block_size = (
+        1  # else the micro-batches of a task arrive together, at its end
+    )
     context.execution_options.preserve_order = True
     # Reservation admits one task in a dataset's first second and splits CPUs evenly between
     # datasets; spans bound the look-ahead instead, and `concurrency` the CPUs.
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Warns that there are no progress bars.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

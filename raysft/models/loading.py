@@ -126,7 +126,9 @@ def refuse_layer_drop(model: schema.Model, config: PreTrainedConfig) -> None:
     A skipped layer has no gradient, which other workers wait for, and which layers are skipped
     would depend on the worker.
     """
-    where = "model.config." if model.config is not None else f"model.path {model.path}: config.json: "
+    where = (
+        "model.config." if model.config is not None else f"model.path {model.path}: config.json: "
+    )
     parts = {"": config, **{f"{name}.": getattr(config, name) for name in config.sub_configs}}
     for prefix, part in parts.items():
         for key in LAYER_DROPS:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from raysft.errors import UserError
@@ -69,11 +70,16 @@ def save(
             shutil.rmtree(target)
         (target / "state").mkdir(parents=True)
     world.barrier()
-    dcp.save(
-        state_of(module, optimizer),
-        storage_writer=dcp.FileSystemWriter(str(target / "state")),
-        no_dist=not dist.is_initialized(),
-    )
+    try:
+        dcp.save(
+            state_of(module, optimizer),
+            storage_writer=dcp.FileSystemWriter(str(target / "state")),
+            no_dist=not dist.is_initialized(),
+        )
+    except (OSError, CheckpointException) as error:
+        if world.is_main:  # no marker: it does not exist for readers; leave no rubbish either
+            shutil.rmtree(target, ignore_errors=True)
+        raise UserError(f"{target}: the checkpoint cannot be written: {_cause(error)}") from error
     world.barrier()
     if world.is_main:
         write_durably(target / "meta.json", json.dumps({"step": step, **meta}))
@@ -106,6 +112,18 @@ def load_weights(checkpoint: Path, module: nn.Module) -> None:
         no_dist=not dist.is_initialized(),
     )
     set_model_state_dict(module, state["model"])
+
+
+def _cause(error: BaseException) -> str:
+    """The operating system's words, dug out of what torch wraps around them."""
+    if isinstance(error, CheckpointException):
+        found = [_cause(wrapped[0]) for wrapped in error.failures.values()]
+        return found[0] if found else str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if error.__cause__ is not None or error.__context__ is not None:
+        return _cause(error.__cause__ or error.__context__ or error)
+    return str(error)
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PYTHON, ROOT, alive, wait_until, without_ray_settings
+
+from tests.cluster.conftest import PYTHON, ROOT, alive, wait_until, without_ray_settings
 
 pytestmark = pytest.mark.timeout(400)
 SCRIPT = str(ROOT / "cluster" / "local.sh")

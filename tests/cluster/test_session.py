@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import alive, wait_until
+
+from tests.cluster.conftest import alive, wait_until
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -62,18 +64,20 @@ except UserError as error:
 
 
 def test_an_embedded_session_runs_tasks_that_import_raysft_and_leaves_no_folder(
-    spawn: Spawn, tmp_path: Path
+    spawn: Spawn,
 ) -> None:
-    (temp := Path("/tmp") / f"rs{os.getpid()}").mkdir()
+    temp = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # short enough to be used
     process = spawn(SHOW, TMPDIR=str(temp))
     out, err = process.communicate(timeout=120)
+    left = list(temp.glob("raysft-*"))
+    shutil.rmtree(temp)
+    assert left == []
     assert process.returncode == 0, err
     embedded, cpus, nodes, module = out.split()
     assert (embedded, nodes) == ("True", "1")
     assert float(cpus) >= 1
     assert module.endswith("raysft/__init__.py")
     assert err == "", "a session prints nothing of its own"
-    temp.rmdir()  # fails unless it is empty
 
 
 def test_a_stale_address_file_and_a_long_temporary_folder_do_no_harm(

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_zoo import CONFIGS, clip_inputs, make, sequences, settings
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForCausalLM,
@@ -24,6 +23,7 @@ from raysft.errors import UserError
 from raysft.export import export
 from raysft.models import PREFIX, Adapter, build
 from raysft.models.base import Document
+from tests.unit.model_zoo import CONFIGS, clip_inputs, make, sequences, settings
 
 
 def logits(net: torch.nn.Module, adapter: Adapter) -> torch.Tensor:

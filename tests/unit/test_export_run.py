@@ -35,6 +35,7 @@ from raysft.train.loop import train
 from tests.conftest import WORDS
 from tests.models import AUDIO, CAUSAL
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 30
 ANSWER = 24  # tokens generated at most
 INSTRUCTION = "Write it down."

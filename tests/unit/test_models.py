@@ -11,15 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from model_zoo import (
-    CONFIGS,
-    batch_of,
-    gradients,
-    make,
-    plain_loss,
-    sequences,
-    worst,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +20,15 @@ from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.models import PREFIX, Adapter, build
+from tests.unit.model_zoo import (
+    CONFIGS,
+    batch_of,
+    gradients,
+    make,
+    plain_loss,
+    sequences,
+    worst,
+)
 
 LENGTHS = [9, 4, 17, 9, 12]
 MODES = ["packed", "padded"]

@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from model_zoo import CONFIGS, SMALL, batch_of, gradients, make, plain_loss, sequences, worst
 
 from raysft.errors import UserError
+from tests.unit.model_zoo import (
+    CONFIGS,
+    SMALL,
+    batch_of,
+    gradients,
+    make,
+    plain_loss,
+    sequences,
+    worst,
+)
 
 LENGTHS = [9, 4, 17, 9, 12, 2]
 

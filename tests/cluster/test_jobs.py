@@ -1,0 +1,230 @@
+"""The jobs as a user runs them, on one Ray cluster: train, kill, continue, evaluate, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from raysft.train.metrics import read_lines
+from tests.cluster import jobs
+from tests.models import AUDIO, CAUSAL
+from tests.properties.test_world_sizes import ledger
+
+# Every container, rate and channel count that must train, in one manifest.
+KINDS = (
+    ("wav", 8000, 1),
+    ("flac", 22050, 2),
+    ("ogg", 44100, 1),
+    ("mp3", 44100, 2),
+    ("wav", 96000, 2),
+    ("flac", 96000, 1),
+    ("mp3", 22050, 1),
+)
+METRICS = (
+    "step epoch loss loss/asr lr grad_norm tokens examples audio_seconds tokens_per_s padding "
+    "data_wait seconds world_size"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all jobs of this module: saves each its start-up."""
+    ray = pytest.importorskip("ray")
+    from raysft.session import ray_session
+
+    with pytest.MonkeyPatch.context() as patch, ray_session() as session:
+        patch.setenv("RAY_ADDRESS", session.address)
+        yield
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def corpus(make_clips: Callable[..., Path]) -> Path:
+    return make_clips(70, kinds=KINDS, absolute=True)
+
+
+@pytest.fixture(scope="module")
+def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds asr.yaml; runs go to its subfolder `runs`."""
+    folder = tmp_path_factory.mktemp("jobs")
+    tree = {
+        "run": {"name": "one", "storage_path": str(folder / "runs")},
+        "data": {
+            "train": [str(corpus)],
+            "eval": [{"path": str(corpus), "name": "dev"}],
+            "lanes": 4,
+            "tokens_per_batch": 500,
+        },
+        "model": AUDIO,
+        "optim": {"lr": 1e-3},
+        "train": {"max_steps": 12},
+        "log": {"every": 1},
+        "checkpoint": {"every": 4},
+        "evaluate": {"max_new_tokens": 4, "max_examples": 8, "every": 6},
+    }
+    (folder / "asr.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """A run of one worker on clips of every kind, trained to its end."""
+    done = jobs.run("sft", folder / "asr.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "step 12/12" in done.stdout and "eta" in done.stdout
+    assert "wer/dev" in done.stdout and f"run folder: {folder / 'runs' / 'one'}" in done.stdout
+    return folder / "runs" / "one"
+
+
+def test_a_run_leaves_the_files_of_the_contract(finished: Path, corpus: Path) -> None:
+    lines = read_lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert set(METRICS) <= set(lines[0])
+    evaluations = read_lines(finished / "eval.jsonl")
+    assert [line["step"] for line in evaluations] == [6, 12]
+    assert {"wer/dev", "cer/dev", "loss/asr", "perplexity/asr"} <= set(evaluations[-1])
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["versions"]["torch"] and config["data"]["lanes"] == 4
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert names == ["step_12", "step_8"]
+    assert all((finished / "checkpoints" / name / "COMMITTED").is_file() for name in names)
+    assert list((finished / "tensorboard").glob("events*"))
+    assert read_lines(finished / "quarantine.jsonl") == []
+    seen = [id_ for ids in ledger(finished).values() for id_ in ids]
+    first_epoch = {id_ for id_ in seen}
+    assert len(first_epoch) == 70  # every kind of file was trained on
+
+
+def test_two_workers_one_killed_train_the_same_batches(finished: Path, folder: Path) -> None:
+    job = subprocess.Popen(
+        jobs.command("sft", folder / "asr.yaml", "run.name=two", "parallel.workers=2"),
+        cwd=jobs.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run = folder / "runs" / "two"
+    wait_for_step(job, run, 6)  # after the checkpoint of step 4
+    workers = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(_command_of(p))]
+    workers[0].send_signal(signal.SIGKILL)
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, output
+    assert output.count("2 worker(s) started") == 2
+    assert ledger(run) == ledger(finished)
+    ours = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+    theirs = [line["loss"] for line in read_lines(finished / "metrics.jsonl")]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def wait_for_step(job: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Return once `step` is logged; fails with the job's output if it ends before."""
+    end = time.monotonic() + 200
+    while len(read_lines(run / "metrics.jsonl")) < step:
+        if job.poll() is not None or time.monotonic() > end:
+            job.kill()
+            pytest.fail(f"the job ended early: {job.communicate()}")
+        time.sleep(0.05)
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_the_same_command_on_a_finished_run_trains_nothing(finished: Path, folder: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    done = jobs.run("sft", folder / "asr.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "continuing" in done.stdout and "from step 12" in done.stdout
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_dry_run_tells_steps_padding_tokens_and_memory(folder: Path) -> None:
+    done = jobs.run("sft", folder / "asr.yaml", "run.name=dry", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for word in ("examples        70 usable", "steps", "padding", "asr", "memory"):
+        assert word in done.stdout
+    assert not (folder / "runs" / "dry").exists()
+
+
+def test_evaluate_reproduces_the_run_and_takes_another_source(finished: Path, corpus: Path) -> None:
+    at_end = read_lines(finished / "eval.jsonl")[-1]
+    done = jobs.run("evaluate", finished, "--data", corpus, "parallel.workers=2")
+    assert done.returncode == 0, done.stderr
+    again = read_lines(finished / "eval.jsonl")[-1]
+    assert again["step"] == 12
+    assert again["wer/train"] == at_end["wer/dev"]  # the same clips under the file's own name
+    assert again["loss/asr"] == pytest.approx(at_end["loss/asr"], rel=1e-5)
+
+
+def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Path) -> None:
+    done = jobs.run("export", finished, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "exported step 12" in done.stdout
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    net = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert net.config.text_config.hidden_size == 32
+    AutoProcessor.from_pretrained(tmp_path / "out")
+    again = jobs.run("export", finished, tmp_path / "out")
+    assert again.returncode == 1 and "is not empty" in again.stderr
+
+
+@pytest.mark.parametrize("shape", ["list", "data", "one"])
+def test_most_json_trains_in_all_three_shapes(shape: str, tmp_path: Path) -> None:
+    items = []
+    for number in range(1 if shape == "one" else 20):
+        units = "".join(f"[Hu{(7 * number + i) % 50}]" for i in range(12))
+        asr = {"instruction": "Transcribe.", "input": units, "output": f"WORD {number}"}
+        tts = {"instruction": "Say.", "input": f"WORD {number}", "output": units}
+        items += [{"id": f"a{number}", **asr}, {"id": f"tts_a{number}", **tts}]
+    content = {"list": items, "data": {"data": items}, "one": items[0]}[shape]
+    data = tmp_path / "my_train.json"
+    data.write_text(json.dumps(content))
+    tree = {
+        "run": {"storage_path": str(tmp_path), "name": "run"},
+        "data": {"train": [str(tmp_path)], "lanes": 2, "tokens_per_batch": 256},
+        "model": {**CAUSAL, "speech_units": 50},
+        "train": {"max_steps": 2},
+        "log": {"every": 1},
+    }
+    config = tmp_path / "units.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    done = jobs.run("sft", config)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 2 and "loss/asr" in lines[-1]
+    assert ("loss/tts" in {**lines[0], **lines[1]}) == (shape != "one")
+
+
+def test_interrupted_job_stops_cleanly_and_continues(finished: Path, folder: Path) -> None:
+    words = (folder / "asr.yaml", "run.name=stopped")
+    job = subprocess.Popen(
+        jobs.command("sft", *words),
+        cwd=jobs.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = folder / "runs" / "stopped"
+    wait_for_step(job, run, 5)
+    os.kill(job.pid, signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130 and "the same command continues" in errors
+    assert "Traceback" not in errors
+    done = jobs.run("sft", *words)
+    assert done.returncode == 0, done.stderr
+    assert ledger(run) == ledger(finished)
+    ours = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
+    assert ours == [line["loss"] for line in read_lines(finished / "metrics.jsonl")]
