@@ -122,10 +122,13 @@ def ray_session() -> Iterator[Session]:
             "this process is already connected to Ray; raysft opens the connection itself: "
             "remove the ray.init() before it"
         )
-    if address in ("", "local"):
-        yield from _embedded()
-    else:
-        yield from _joined(address)
+    received: list[int] = []
+    try:
+        yield from _embedded(received) if address in ("", "local") else _joined(address, received)
+    finally:
+        if received:
+            # In the middle of ray.get(), Ray turns the handler's exit into one of its own (1).
+            raise SystemExit(128 + received[0])
 
 
 def _check_address(address: str) -> None:
@@ -142,7 +145,7 @@ def _check_address(address: str) -> None:
         )
 
 
-def _embedded() -> Iterator[Session]:
+def _embedded(received: list[int]) -> Iterator[Session]:
     import ray
 
     for key, value in _EMBEDDED_DEFAULTS.items():
@@ -152,10 +155,11 @@ def _embedded() -> Iterator[Session]:
     folder = Path(tempfile.mkdtemp(prefix="raysft-", dir=_temp_parent()))
     keep = False
     # Ray's actors look for "the" cluster of the machine, and give up where there are two: they
-    # inherit the address from here.
+    # inherit the address from here. Their temporary files go where they are removed.
     port = _free_port()
     own = f"{ray.util.get_node_ip_address()}:{port}"
-    os.environ.update(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=own)
+    before = os.environ.copy()
+    os.environ.update(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=own, TMPDIR=str(folder))
     try:
         # address="local" starts a new Ray where None would look for one, also in the file a
         # cluster leaves behind that was killed. The dashboard stays on: Train asks its state API.
@@ -166,7 +170,8 @@ def _embedded() -> Iterator[Session]:
             logging_level=logging.WARNING,
             include_dashboard=True,
         )
-        _exit_on_sigterm()
+        _restore(before, "TMPDIR")
+        _exit_on_sigterm(received)
         yield Session(embedded=True, address=own)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
@@ -175,7 +180,7 @@ def _embedded() -> Iterator[Session]:
         raise
     finally:
         ray.shutdown()
-        del os.environ["RAY_GCS_SERVER_PORT"], os.environ["RAY_ADDRESS"]
+        _restore(before, "RAY_GCS_SERVER_PORT", "RAY_ADDRESS", "TMPDIR")
         if keep:
             log.warning("Ray's own logs of this run are kept in %s", folder)
         else:
@@ -183,7 +188,7 @@ def _embedded() -> Iterator[Session]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _joined(address: str) -> Iterator[Session]:
+def _joined(address: str, received: list[int]) -> Iterator[Session]:
     import ray
     from ray.exceptions import AuthenticationError
 
@@ -205,7 +210,7 @@ def _joined(address: str) -> Iterator[Session]:
     except (ConnectionError, ValueError) as error:
         raise _no_answer(address, error) from error
     try:
-        _exit_on_sigterm()
+        _exit_on_sigterm(received)
         yield Session(embedded=False, address=context.address_info["gcs_address"])
     finally:
         ray.shutdown()
@@ -266,6 +271,14 @@ def _temp_parent() -> str:
     return parent if len(os.fsencode(parent)) <= _LONGEST_TEMP_PARENT else "/tmp"  # noqa: S108
 
 
+def _restore(before: dict[str, str], *keys: str) -> None:
+    for key in keys:
+        if key in before:
+            os.environ[key] = before[key]
+        else:
+            os.environ.pop(key, None)
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -278,10 +291,11 @@ def _affinity() -> int | None:
     return None if cores == os.cpu_count() else cores
 
 
-def _exit_on_sigterm() -> None:
+def _exit_on_sigterm(received: list[int]) -> None:
     """End as shells expect (143), through the `finally` blocks. Ray's handler exits with 15."""
 
     def leave(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)

@@ -86,12 +86,16 @@ class _Chunks(Datasource):
 
 def _read(spec: ReaderSpec, chunk: list[Work]) -> Callable[[], Iterable[pa.Table]]:
     def blocks() -> Iterator[pa.Table]:
-        for batch in spec.reader().read_chunk(chunk):
-            yield to_table(batch)
+        try:
+            for batch in spec.reader().read_chunk(chunk):
+                yield to_table(batch)
+        except UserError as error:  # as data: Ray would wrap it, and print a page of traceback
+            yield pa.table({_MISTAKE: [str(error)]})
 
     return blocks
 
 
+_MISTAKE = "mistake"
 _ARRAYS = ("lengths", "input_ids", "labels", "features", "feature_lengths")
 _FACTS = ("epoch", "step", "lane", "ids", "tasks", "seconds", "slots")
 
@@ -109,7 +113,12 @@ def to_table(batch: MicroBatch) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> MicroBatch:
-    """The inverse of `to_table`. The arrays are views of the table: not writable."""
+    """The inverse of `to_table`. The arrays are views of the table: not writable.
+
+    Raises the UserError that came instead of a micro-batch.
+    """
+    if _MISTAKE in table.column_names:
+        raise UserError(table[_MISTAKE][0].as_py())
     facts = json.loads(table["facts"][0].as_py())
     arrays = {name: table[name].chunk(0).flatten().to_numpy() for name in _ARRAYS}
     arrays["features"] = arrays["features"].reshape(facts.pop("shape"))

@@ -1,0 +1,189 @@
+"""Bad input: one clear line, a non-zero exit, nothing left running, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raysft.train.metrics import read_lines
+from tests.cluster import jobs
+from tests.models import AUDIO
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all jobs of this module."""
+    from raysft.session import ray_session
+
+    with pytest.MonkeyPatch.context() as patch, ray_session() as session:
+        patch.setenv("RAY_ADDRESS", session.address)
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(make_clips: Callable[..., Path]) -> Path:
+    return make_clips(40)
+
+
+@pytest.fixture
+def write(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
+    """write(key=value) writes a config that works but for what is changed; returns its path."""
+
+    def write(**changes: Any) -> Path:
+        tree: dict[str, dict[str, Any]] = {
+            "run": {"name": "run", "storage_path": str(tmp_path / "runs")},
+            "data": {"train": [str(corpus)], "lanes": 2, "tokens_per_batch": 400},
+            "model": dict(AUDIO),
+            "train": {"max_steps": 3},
+            "log": {"every": 1},
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            tree.setdefault(section, {})[name] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def broken_copy(corpus: Path, target: Path, broken: int, breaker: Callable[[Path], None]) -> Path:
+    """A copy of a corpus with the first `broken` clips spoiled by `breaker`."""
+    shutil.copytree(corpus.parent, target)
+    for number in range(broken):
+        breaker(target / f"clip{number:04d}.wav")
+    return target / corpus.name
+
+
+def fails(config: Path | str, *words: str) -> str:
+    """The one line a job fails with."""
+    done = jobs.run("sft", config, *words)
+    assert done.returncode == 1, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr and "Traceback" not in done.stdout
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optim__learning_rate": 1.0}, "optim.learning_rate: unknown key"),
+        ({"data__lanes": "two"}, "data.lanes: expected a valid integer, found 'two'"),
+        ({"data__train": ["nowhere.jsonl"]}, "data.train[0].path: "),
+        ({"parallel__workers": 3}, "parallel.workers: 3 workers share data.lanes: 2"),
+    ],
+)
+def test_mistakes_that_show_before_ray_starts(
+    write: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    assert said in fails(write(**changes))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_such_config(tmp_path: Path) -> None:
+    assert "no such config file" in fails(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_source(write: Callable[..., Path], tmp_path: Path, content: str) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(content)
+    line = fails(write(data__train=[{"path": str(empty), "format": "ming_jsonl"}]))
+    assert "data.train[0]" in line and "empty.jsonl" in line
+
+
+def test_a_line_that_does_not_parse_is_named_and_the_run_goes_on(
+    write: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    data = broken_copy(corpus, tmp_path / "data", 0, Path.unlink)
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:4], "{not json", *lines[4:]]) + "\n")
+    done = jobs.run("sft", write(data__train=[str(data)]))
+    assert done.returncode == 0, done.stderr
+    (line,) = read_lines(tmp_path / "runs" / "run" / "quarantine.jsonl")
+    assert "train.jsonl line 5" in line["reason"]
+
+
+def test_a_missing_and_an_unreadable_wav_are_quarantined_each_once(
+    write: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    data = broken_copy(corpus, tmp_path / "data", 1, Path.unlink)
+    (data.parent / "clip0001.wav").write_bytes(b"this is not audio at all")
+    wave = (data.parent / "clip0002.wav").read_bytes()
+    # A good header, bad samples: found when it is decoded.
+    (data.parent / "clip0002.wav").write_bytes(wave[: len(wave) // 3])
+    done = jobs.run("sft", write(data__train=[str(data)], data__max_quarantined=0.2))
+    assert done.returncode == 0, done.stderr
+    found = {Path(q["path"]).name: q["reason"] for q in quarantine(tmp_path)}
+    assert sorted(found) == ["clip0000.wav", "clip0001.wav", "clip0002.wav"]
+    assert all(found.values()) and len(quarantine(tmp_path)) == 3
+
+
+def quarantine(folder: Path) -> list[dict[str, Any]]:
+    return read_lines(folder / "runs" / "run" / "quarantine.jsonl")
+
+
+def test_every_clip_unusable_fails_and_says_so(
+    write: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    data = broken_copy(corpus, tmp_path / "data", 40, Path.unlink)
+    line = fails(write(data__train=[str(data)]))
+    assert "train.jsonl" in line and "40" in line
+
+
+def test_too_many_unusable_clips_fail_with_the_share_and_a_reason(
+    write: Callable[..., Path], corpus: Path, tmp_path: Path
+) -> None:
+    data = broken_copy(corpus, tmp_path / "data", 12, Path.unlink)
+    line = fails(write(data__train=[str(data)]))
+    assert "data.max_quarantined: 12 of 40 examples are unusable" in line
+
+
+def test_a_budget_smaller_than_every_example(write: Callable[..., Path]) -> None:
+    line = fails(write(data__tokens_per_batch=10))
+    assert "data.tokens_per_batch" in line and "smaller than every example" in line
+
+
+def test_a_run_folder_of_another_config_names_the_keys(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write()
+    assert jobs.run("sft", config).returncode == 0
+    before = (tmp_path / "runs" / "run" / "config.yaml").read_bytes()
+    line = fails(config, "data.lanes=4", "optim.lr=1e-3")
+    assert "data.lanes (was 2, now 4); optim.lr (was 1e-05, now 0.001)" in line
+    assert "run.name" in line
+    assert (tmp_path / "runs" / "run" / "config.yaml").read_bytes() == before
+    (tmp_path / "runs" / "other").mkdir()
+    (tmp_path / "runs" / "other" / "notes.txt").write_text("mine")
+    assert "not the folder of a run" in fails(config, "run.name=other")
+
+
+def test_a_full_disk_fails_with_the_path_and_continues_when_there_is_room(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system needs the right to mount one")
+    try:
+        config = write(run__storage_path=str(small), data__index_path=str(tmp_path / "index"))
+        line = fails(config, "checkpoint.every=1")
+        assert "space" in line.lower() or "written" in line
+        assert str(small) in line
+        subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
+        done = jobs.run("sft", config)
+        assert done.returncode == 0, done.stderr
+        steps = [json.loads(x)["step"] for x in (small / "run" / "metrics.jsonl").open()]
+        assert steps == [1, 2, 3]
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
