@@ -36,21 +36,25 @@ CONTENDERS = ("ours", "lhotse")
 
 
 def make_corpus(folder: Path, clips: int) -> None:
-    """Clips like speech: harmonics of a gliding pitch and noise, falling 6 dB an octave, in
-    syllables. Written once as FLAC, with a manifest."""
+    """Clips like speech as FLAC, with a manifest: one of 16 voices (harmonics of a gliding pitch
+    and noise, falling 6 dB an octave) in syllables of its own, over a floor of white noise."""
     count = int(CLIP_S * RATE)
-    time_s = np.arange(count) / RATE
+    at = np.arange(count) / RATE
     slope = 1 / np.maximum(np.fft.rfftfreq(count, 1 / RATE), 100.0)
+    voices = []
+    for number in range(16):
+        rng = np.random.default_rng(number)
+        pitch = rng.uniform(90, 220) * (1 + 0.1 * np.sin(2 * np.pi * at))
+        phase = 2 * np.pi * np.cumsum(pitch) / RATE
+        tone = sum(np.sin(k * phase + rng.uniform(0, 6)) / k for k in range(1, 13))
+        noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(count)) * slope, count)
+        voices.append(0.15 * (tone + 0.2 * noise / noise.std()))
     lines = []
     for number in range(clips):
-        rng = np.random.default_rng(number)
-        pitch = rng.uniform(90, 220) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(0.3, 1) * time_s))
-        phase = 2 * np.pi * np.cumsum(pitch) / RATE
-        voice = sum(np.sin(k * phase + rng.uniform(0, 6)) / k for k in range(1, 13))
-        noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(count)) * slope, count)
-        syllables = np.maximum(0.0, np.sin(2 * np.pi * rng.uniform(2, 5) * time_s)) ** 0.5
-        wave = syllables * voice + 0.1 * noise / noise.std()
-        wave = 0.3 * wave / np.abs(wave).max() + 1e-3 * rng.standard_normal(count)
+        rng = np.random.default_rng(1000 + number)
+        syllables = np.maximum(0.0, np.sin(2 * np.pi * rng.uniform(2, 5) * at))
+        wave = syllables * np.roll(voices[number % 16], rng.integers(count))
+        wave += 1e-3 * rng.standard_normal(count)
         soundfile.write(folder / f"{number:05d}.flac", wave.astype(np.float32), RATE)
         line = {"task_type": "asr", "wav_path": f"{number:05d}.flac", "text": TEXT}
         lines.append(json.dumps(line))
@@ -104,7 +108,10 @@ def ours(corpus: Path, reads: int) -> dict[str, Any]:
             yield len(features)
         feed.close()
 
-    with ray_session():
+    with ray_session() as session:
+        # As many CPUs as a training worker would have: data tasks get PROCESSES, never one more.
+        taken = max(1, int(session.cluster_cpus()) - PROCESSES)
+        ray.get(ray.util.placement_group([{"CPU": taken}]).ready(), timeout=60)
         spec = ReaderSpec(str(index.folder), ray.put(encoder), data.tokens_per_batch, 0)
         cold = measured(lambda: start(2))
         return {"cold_first_s": cold["first_s"], **measured(lambda: start(reads // BATCH))}

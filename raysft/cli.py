@@ -86,9 +86,9 @@ def _leave(error: Exception, text: str, argv: Sequence[str]) -> None:
 class ProgressLine:
     """Prints what workers report: one line that renews itself on a terminal, else a line at times."""
 
-    def __init__(self, out: TextIO = sys.stdout, every_s: float = 5.0) -> None:
-        self._out = out
-        self._live = out.isatty()
+    def __init__(self, out: TextIO | None = None, every_s: float = 5.0) -> None:
+        self._out = out or sys.stdout
+        self._live = self._out.isatty()
         self._every = every_s
         self._begun: tuple[float, int] | None = None
         self._printed = 0.0

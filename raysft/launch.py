@@ -24,6 +24,7 @@ import ray.train.torch
 from raysft.config import Config
 from raysft.data.example import Quarantined
 from raysft.data.index import Index
+from raysft.data.plan import Cursor
 from raysft.data.stream import RayReader, ReaderSpec
 from raysft.errors import UserError
 from raysft.prepare import Prepared, prepare
@@ -62,6 +63,7 @@ def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
     _record_rejected(folder, prepared.rejected)
     saved = latest(folder)
     if saved is not None:
+        prepared.plan.steps(Cursor.from_json(read_meta(saved)["cursor"]))  # refuses another plan's
         print(f"continuing {folder} from step {read_meta(saved)['step']}", flush=True)
     monitor = Monitor.options(num_cpus=0).remote()
     stop = threading.Event()
@@ -119,10 +121,28 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
         ),
     )
     try:
-        trainer.fit()
+        _interruptible(trainer.fit)
     except ray.train.TrainingFailedError as error:
         said = ray.get(monitor.failure.remote())
         raise UserError(said or _cause(error, config)) from error
+
+
+def _interruptible(fit: Callable[[], Any]) -> None:
+    """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0."""
+    failed: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            fit()
+        except BaseException as error:  # noqa: BLE001 - raised below, in the main thread
+            failed.append(error)
+
+    thread = threading.Thread(target=target, daemon=True, name="fit")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failed:
+        raise failed[0]
 
 
 def _cause(error: ray.train.TrainingFailedError, config: Config) -> str:
@@ -216,14 +236,16 @@ def _worker(settings: dict[str, Any]) -> None:
         return  # started again after a mistake that no restart mends
     try:
         _train_or_evaluate(settings, lambda line: monitor.report.remote(line))
-    except UserError as error:
-        ray.get(monitor.fail.remote(str(error)))
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # a restart mends none
+    except (UserError, OSError) as error:
+        said = str(error)
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
             where = error.filename or settings["folder"]
             said = f"{where}: cannot be written: {error.strerror}; make room, then start again"
-            ray.get(monitor.fail.remote(said))
+        ray.get(monitor.fail.remote(said))
+        # Raising ends the other workers too. The driver prints the message: no traceback here.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 

@@ -39,6 +39,8 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # The controller answers reports and sees the end of workers at this interval (2 s by default).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Starting workers imports torch on every node: more than a minute on a busy machine.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 # Nobody pre-empts a process's own Ray; the watcher is one more actor and an error line.
 _EMBEDDED_DEFAULTS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -68,3 +69,40 @@ def spawn(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         process.kill()
         process.wait()
+
+
+HOLD = """
+import sys
+from raysft.session import ray_session
+with ray_session() as session:
+    print(session.address, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The address of a Ray held open by another process, for every job of these tests."""
+    token = secrets.token_hex(16)  # every Ray of ours asks for one
+    holder = subprocess.Popen(
+        [PYTHON, "-c", HOLD],
+        env={**without_ray_settings(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdin is not None and holder.stdout is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", token)
+        yield holder.stdout.readline().strip()
+    holder.stdin.close()
+    holder.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def joined(ray_address: str) -> Iterator[None]:
+    """Jobs of this module join the cluster of `ray_address`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray_address)
+        yield

@@ -1,30 +1,56 @@
-"""Run a job as a user does, in a process of its own."""
+"""Run jobs as a user does: `call` in this process (imports paid once), `start` in one of its own."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import importlib.util
+import io
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command(job: str, *words: object) -> list[str]:
-    """`python jobs/JOB.py WORDS`."""
-    return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *map(str, words)]
+@dataclass
+class Done:
+    """A job that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def run(
-    job: str, *words: object, env: dict[str, str] | None = None, timeout: float = 300
-) -> subprocess.CompletedProcess[str]:
-    """The finished process, with its output as text."""
-    return subprocess.run(
-        command(job, *words),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+def call(job: str, *words: object) -> Done:
+    """What `python jobs/JOB.py WORDS` does, by its own entry point, exit code included."""
+    path = ROOT / "jobs" / f"{job}.py"
+    spec = importlib.util.spec_from_file_location(f"job_{job}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = [str(path), *map(str, words)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.chdir(ROOT),
+    ):
+        try:
+            module.guarded(module.main)
+        except SystemExit as left:
+            code = int(left.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def start(job: str, *words: object) -> subprocess.Popen[str]:
+    """`python jobs/JOB.py WORDS` as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *map(str, words)],
         cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )

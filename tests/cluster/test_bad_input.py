@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import yaml
 
 from raysft.train.metrics import read_lines
 from tests.cluster import jobs
 from tests.models import AUDIO
+from tests.properties.test_world_sizes import ledger
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_cluster() -> Iterator[None]:
-    """One local Ray for all jobs of this module."""
-    from raysft.session import ray_session
-
-    with pytest.MonkeyPatch.context() as patch, ray_session() as session:
-        patch.setenv("RAY_ADDRESS", session.address)
-        yield
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +60,7 @@ def broken_copy(corpus: Path, target: Path, broken: int, breaker: Callable[[Path
 
 def fails(config: Path | str, *words: str) -> str:
     """The one line a job fails with."""
-    done = jobs.run("sft", config, *words)
+    done = jobs.call("sft", config, *words)
     assert done.returncode == 1, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
@@ -100,31 +96,27 @@ def test_an_empty_source(write: Callable[..., Path], tmp_path: Path, content: st
     assert "data.train[0]" in line and "empty.jsonl" in line
 
 
-def test_a_line_that_does_not_parse_is_named_and_the_run_goes_on(
-    write: Callable[..., Path], corpus: Path, tmp_path: Path
-) -> None:
-    data = broken_copy(corpus, tmp_path / "data", 0, Path.unlink)
-    lines = data.read_text().splitlines()
-    data.write_text("\n".join([*lines[:4], "{not json", *lines[4:]]) + "\n")
-    done = jobs.run("sft", write(data__train=[str(data)]))
-    assert done.returncode == 0, done.stderr
-    (line,) = read_lines(tmp_path / "runs" / "run" / "quarantine.jsonl")
-    assert "train.jsonl line 5" in line["reason"]
-
-
-def test_a_missing_and_an_unreadable_wav_are_quarantined_each_once(
+def test_unusable_examples_are_named_each_once_and_the_run_goes_on(
     write: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:
     data = broken_copy(corpus, tmp_path / "data", 1, Path.unlink)
     (data.parent / "clip0001.wav").write_bytes(b"this is not audio at all")
-    wave = (data.parent / "clip0002.wav").read_bytes()
-    # A good header, bad samples: found when it is decoded.
-    (data.parent / "clip0002.wav").write_bytes(wave[: len(wave) // 3])
-    done = jobs.run("sft", write(data__train=[str(data)], data__max_quarantined=0.2))
+    # A good header and samples that are not numbers: found when it is decoded.
+    samples, rate = soundfile.read(data.parent / "clip0002.wav", dtype="float32")
+    samples[10] = np.nan
+    soundfile.write(data.parent / "clip0002.wav", samples, rate, subtype="FLOAT")
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:4], "{not json", *lines[4:]]) + "\n")
+    done = jobs.call("sft", write(data__train=[str(data)], data__max_quarantined=0.2))
     assert done.returncode == 0, done.stderr
-    found = {Path(q["path"]).name: q["reason"] for q in quarantine(tmp_path)}
-    assert sorted(found) == ["clip0000.wav", "clip0001.wav", "clip0002.wav"]
-    assert all(found.values()) and len(quarantine(tmp_path)) == 3
+    found = {Path(q["path"]).name: q for q in quarantine(tmp_path)}
+    assert len(found) == len(quarantine(tmp_path)) == 4
+    assert "does not exist" in found["clip0000.wav"]["reason"].replace("no such file", "does not exist")
+    assert found["clip0001.wav"]["reason"]
+    assert found["clip0002.wav"]["step"] > 0
+    assert "train.jsonl line 5" in found["train.jsonl"]["reason"]
+    trained = {id_ for ids in ledger(tmp_path / "runs" / "run").values() for id_ in ids}
+    assert len(trained) == 37
 
 
 def quarantine(folder: Path) -> list[dict[str, Any]]:
@@ -156,7 +148,7 @@ def test_a_run_folder_of_another_config_names_the_keys(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = write()
-    assert jobs.run("sft", config).returncode == 0
+    assert jobs.call("sft", config).returncode == 0
     before = (tmp_path / "runs" / "run" / "config.yaml").read_bytes()
     line = fails(config, "data.lanes=4", "optim.lr=1e-3")
     assert "data.lanes (was 2, now 4); optim.lr (was 1e-05, now 0.001)" in line
@@ -181,7 +173,7 @@ def test_a_full_disk_fails_with_the_path_and_continues_when_there_is_room(
         assert "space" in line.lower() or "written" in line
         assert str(small) in line
         subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
-        done = jobs.run("sft", config)
+        done = jobs.call("sft", config)
         assert done.returncode == 0, done.stderr
         steps = [json.loads(x)["step"] for x in (small / "run" / "metrics.jsonl").open()]
         assert steps == [1, 2, 3]

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -35,16 +35,7 @@ METRICS = (
 ).split()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_cluster() -> Iterator[None]:
-    """One local Ray for all jobs of this module: saves each its start-up."""
-    ray = pytest.importorskip("ray")
-    from raysft.session import ray_session
-
-    with pytest.MonkeyPatch.context() as patch, ray_session() as session:
-        patch.setenv("RAY_ADDRESS", session.address)
-        yield
-    assert not ray.is_initialized()
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +67,9 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> Path:
+def finished(folder: Path, joined: None) -> Path:
     """A run of one worker on clips of every kind, trained to its end."""
-    done = jobs.run("sft", folder / "asr.yaml")
+    done = jobs.call("sft", folder / "asr.yaml")
     assert done.returncode == 0, done.stderr
     assert "step 12/12" in done.stdout and "eta" in done.stdout
     assert "wer/dev" in done.stdout and f"run folder: {folder / 'runs' / 'one'}" in done.stdout
@@ -105,19 +96,13 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path, corpus: Path) ->
 
 
 def test_two_workers_one_killed_train_the_same_batches(finished: Path, folder: Path) -> None:
-    job = subprocess.Popen(
-        jobs.command("sft", folder / "asr.yaml", "run.name=two", "parallel.workers=2"),
-        cwd=jobs.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = jobs.start("sft", folder / "asr.yaml", "run.name=two", "parallel.workers=2")
     run = folder / "runs" / "two"
     wait_for_step(job, run, 6)  # after the checkpoint of step 4
     workers = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(_command_of(p))]
     workers[0].send_signal(signal.SIGKILL)
-    output, _ = job.communicate(timeout=200)
-    assert job.returncode == 0, output
+    output, errors = job.communicate(timeout=200)
+    assert job.returncode == 0, output + errors
     assert output.count("2 worker(s) started") == 2
     assert ledger(run) == ledger(finished)
     ours = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
@@ -144,14 +129,14 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 def test_the_same_command_on_a_finished_run_trains_nothing(finished: Path, folder: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
-    done = jobs.run("sft", folder / "asr.yaml")
+    done = jobs.call("sft", folder / "asr.yaml")
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stdout and "from step 12" in done.stdout
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
 def test_dry_run_tells_steps_padding_tokens_and_memory(folder: Path) -> None:
-    done = jobs.run("sft", folder / "asr.yaml", "run.name=dry", "--dry-run")
+    done = jobs.call("sft", folder / "asr.yaml", "run.name=dry", "--dry-run")
     assert done.returncode == 0, done.stderr
     for word in ("examples        70 usable", "steps", "padding", "asr", "memory"):
         assert word in done.stdout
@@ -160,7 +145,7 @@ def test_dry_run_tells_steps_padding_tokens_and_memory(folder: Path) -> None:
 
 def test_evaluate_reproduces_the_run_and_takes_another_source(finished: Path, corpus: Path) -> None:
     at_end = read_lines(finished / "eval.jsonl")[-1]
-    done = jobs.run("evaluate", finished, "--data", corpus, "parallel.workers=2")
+    done = jobs.call("evaluate", finished, "--data", corpus, "parallel.workers=2")
     assert done.returncode == 0, done.stderr
     again = read_lines(finished / "eval.jsonl")[-1]
     assert again["step"] == 12
@@ -169,7 +154,7 @@ def test_evaluate_reproduces_the_run_and_takes_another_source(finished: Path, co
 
 
 def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Path) -> None:
-    done = jobs.run("export", finished, tmp_path / "out")
+    done = jobs.call("export", finished, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "exported step 12" in done.stdout
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -177,7 +162,7 @@ def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Pa
     net = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert net.config.text_config.hidden_size == 32
     AutoProcessor.from_pretrained(tmp_path / "out")
-    again = jobs.run("export", finished, tmp_path / "out")
+    again = jobs.call("export", finished, tmp_path / "out")
     assert again.returncode == 1 and "is not empty" in again.stderr
 
 
@@ -201,7 +186,7 @@ def test_most_json_trains_in_all_three_shapes(shape: str, tmp_path: Path) -> Non
     }
     config = tmp_path / "units.yaml"
     config.write_text(yaml.safe_dump(tree))
-    done = jobs.run("sft", config)
+    done = jobs.call("sft", config)
     assert done.returncode == 0, done.stderr
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 2 and "loss/asr" in lines[-1]
@@ -210,20 +195,14 @@ def test_most_json_trains_in_all_three_shapes(shape: str, tmp_path: Path) -> Non
 
 def test_interrupted_job_stops_cleanly_and_continues(finished: Path, folder: Path) -> None:
     words = (folder / "asr.yaml", "run.name=stopped")
-    job = subprocess.Popen(
-        jobs.command("sft", *words),
-        cwd=jobs.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    job = jobs.start("sft", *words)
     run = folder / "runs" / "stopped"
     wait_for_step(job, run, 5)
     os.kill(job.pid, signal.SIGINT)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 130 and "the same command continues" in errors
     assert "Traceback" not in errors
-    done = jobs.run("sft", *words)
+    done = jobs.call("sft", *words)
     assert done.returncode == 0, done.stderr
     assert ledger(run) == ledger(finished)
     ours = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
