@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -232,6 +233,7 @@ def main() -> None:
     options = results_io.arguments(__doc__.splitlines()[0])
     clips, reads, rounds = (96, 480, 1) if options.quick else (2_400, 12_000, 3)
     with tempfile.TemporaryDirectory() as folder:
+        load = os.getloadavg()[0]
         make_corpus(Path(folder), clips)
         results = compare(Path(folder), reads, rounds)
     ratio = results["ours"]["median"]["clips_per_s"] / results["lhotse"]["median"]["clips_per_s"]
@@ -242,6 +244,7 @@ def main() -> None:
         "clip_seconds": CLIP_S,
         "batch": BATCH,
         "processes": PROCESSES,
+        "load_before": load,  # of other work on the machine; both suffer, the ratio less
         "ratio": ratio,
         "results": results,
     }

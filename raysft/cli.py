@@ -34,7 +34,10 @@ def parse(
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
-            print(usage + ("\n\nConfig keys (key=value overrides them)\n" + describe() if keys else ""))
+            print(
+                usage
+                + ("\n\nConfig keys (key=value overrides them)\n" + describe() if keys else "")
+            )
             raise SystemExit(0)
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
@@ -84,7 +87,7 @@ def _leave(error: Exception, text: str, argv: Sequence[str]) -> None:
 
 
 class ProgressLine:
-    """Prints what workers report: one line that renews itself on a terminal, else a line at times."""
+    """Prints what workers report: one line that renews itself on a terminal, else some lines."""
 
     def __init__(self, out: TextIO | None = None, every_s: float = 5.0) -> None:
         self._out = out or sys.stdout
@@ -108,8 +111,8 @@ class ProgressLine:
             return
         now = time.monotonic()
         step, total = line["step"], line["total_steps"]
-        if self._begun is None or step <= self._begun[1]:
-            self._begun = (now - line["seconds"], step - 1)
+        if self._begun is None or step <= self._begun[1]:  # a start, or a restart
+            self._begun = (now - line["seconds"], step - line["steps"])
         last = step >= total
         if not self._live and not last and now - self._printed < self._every:
             return

@@ -1,8 +1,8 @@
 """Config -> a running job: index and plan on the driver, Ray Train workers, one outcome.
 
-    prepare   encoder, index, plan (see `prepare`)
-    train     TorchTrainer with restarts; every worker runs `train.loop.train` on its lanes
-    outcome   where the run's folder is and what the last evaluation said
+prepare   encoder, index, plan (see `prepare`)
+train     TorchTrainer with restarts; every worker runs `train.loop.train` on its lanes
+outcome   where the run's folder is and what the last evaluation said
 """
 
 from __future__ import annotations
@@ -300,5 +300,3 @@ def _record_rejected(folder: Path, rejected: list[Quarantined]) -> None:
 
 def _figure(name: str, value: float) -> str:
     return f"{value:.2%}" if name.startswith(("wer/", "cer/")) else f"{value:.4f}"
-
-

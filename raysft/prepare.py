@@ -113,9 +113,7 @@ def _memory(config: Config, encoder: Encoder) -> list[str]:
     row = config.data.tokens_per_batch * text.hidden_size
     layer = row * 17 * width
     kept = row * width * text.num_hidden_layers + layer
-    activations = (
-        kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers
-    )
+    activations = kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers
     return [
         f"parameters      {weights:,} ({trained:,} trained)",
         f"memory          {state / 2**20:,.0f} MiB of state and about "

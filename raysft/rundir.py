@@ -1,6 +1,6 @@
 """A run's folder: what it is created with, and whether a config may continue it.
 
-    config.yaml  the config as resolved, and the versions of the packages it ran with
+config.yaml  the config as resolved, and the versions of the packages it ran with
 """
 
 from __future__ import annotations

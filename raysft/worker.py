@@ -90,7 +90,9 @@ def build_job(
         tasks=list(data.train.tasks),
         total_steps=total_steps,
         examples=len(data.train) + len(data.train.rejected),
-        evaluate=partial(_evaluate, config, folder, world, data, adapter, strategy),
+        evaluate=partial(_evaluate, config, folder, world, data, adapter, strategy)
+        if data.eval is not None
+        else None,
         progress=progress if world.is_main else None,
     )
 
@@ -121,8 +123,7 @@ def _evaluate(
     final: bool,
 ) -> dict[str, float]:
     index, read = data.eval, data.read_eval
-    if index is None or read is None:
-        return {}
+    assert index is not None and read is not None  # `build_job` sees to it
     names = [name for name, _ in index.sources]
 
     def references(rows: np.ndarray) -> list[str | None]:

@@ -23,7 +23,7 @@ def tone(seconds: float, rate: int, pitch: float, channels: int = 1) -> np.ndarr
 
 @pytest.fixture(scope="session")
 def make_clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_clips(count, ...) writes clips of 0.3 to 1.2 s and a Ming JSON-lines file; returns it."""
+    """make_clips(count, ...) writes clips of 0.3 to 1.2 s and a Ming JSON-lines file."""
 
     def make(
         count: int,
@@ -42,9 +42,7 @@ def make_clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             soundfile.write(folder / name, wave, rate)
             text = " ".join(rng.choice(WORDS, rng.integers(1, 6)))
             path = str(folder / name) if absolute and number % 2 else name
-            lines.append(
-                {"task_type": tasks[number % len(tasks)], "wav_path": path, "text": text}
-            )
+            lines.append({"task_type": tasks[number % len(tasks)], "wav_path": path, "text": text})
         manifest = folder / "train.jsonl"
         manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return manifest

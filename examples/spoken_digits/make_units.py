@@ -17,11 +17,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from raysft.config.schema import SpeechTokens  # noqa: E402
-from raysft.data.audio import load  # noqa: E402
-from raysft.data.speech_tokens import SAMPLE_RATE, KMeans, SpeechTokenizer  # noqa: E402
+from raysft.config.schema import SpeechTokens
+from raysft.data.audio import load
+from raysft.data.speech_tokens import SAMPLE_RATE, KMeans, SpeechTokenizer
 
 SPLITS = ("train", "dev", "test", "test_unseen")
 SETTINGS = SpeechTokens(clusters=100, stack=4, fit_clips=500)

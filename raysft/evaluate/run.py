@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from raysft.config.schema import Evaluate
+from raysft.data import pack
 from raysft.data.example import MicroBatch
 from raysft.data.example import Sequence as Encoded
-from raysft.data import pack
 from raysft.data.text import transcript
 from raysft.evaluate.score import error_rates
 from raysft.models.base import Adapter
@@ -162,7 +162,9 @@ def _score(
         if count:
             values[f"loss/{task}"] = loss / count
             values[f"perplexity/{task}"] = math.exp(min(loss / count, 700.0))
-    everything = sorted((r for _, part in parts for r in part), key=lambda r: (r["source"], r["id"]))
+    everything = sorted(
+        (r for _, part in parts for r in part), key=lambda r: (r["source"], r["id"])
+    )
     for source in corpus.source_names:
         pairs = [(r["reference"], r["hypothesis"]) for r in everything if r["source"] == source]
         if pairs:

@@ -24,6 +24,7 @@ class Ddp:
             self.module = DistributedDataParallel(
                 self.module, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        self._trainable = trainable(self.module)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Turns before the last one keep their gradients to themselves."""
@@ -37,4 +38,4 @@ class Ddp:
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Gradients are whole on every worker: the plain norm."""
-        return nn.utils.clip_grad_norm_(trainable(self.module), max_norm or float("inf"))
+        return nn.utils.clip_grad_norm_(self._trainable, max_norm or float("inf"))

@@ -18,7 +18,7 @@ from raysft.parallel.world import World
 
 
 class Fsdp:
-    """Every block the model itself names as indivisible is one shard group, the rest is the root's."""
+    """A shard group for every block the model calls indivisible; the rest is the root's."""
 
     def __init__(self, module: nn.Module, world: World) -> None:
         if not dist.is_initialized():
@@ -28,6 +28,7 @@ class Fsdp:
         for block in _blocks(module):
             fully_shard(block, mesh=mesh)
         self.module: FSDPModule = fully_shard(module, mesh=mesh)  # type: ignore[assignment]
+        self._trainable = trainable(self.module)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -37,7 +38,7 @@ class Fsdp:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """The root's own parameters (embeddings, head) unsharded; blocks gather theirs as they run."""
+        """The root's own parameters (embeddings, head) unsharded; blocks gather as they run."""
         self.module.unshard()
         try:
             yield
@@ -46,11 +47,10 @@ class Fsdp:
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """The norm over all shards."""
-        parameters = trainable(self.module)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
         total = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if max_norm:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+            nn.utils.clip_grads_with_norm_(self._trainable, max_norm, total)
         return total
 
 

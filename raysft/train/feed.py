@@ -118,7 +118,7 @@ class Feed:
                         continue
                     batch = next(read) if held is None else held
                     held = None
-                    assert (batch.step, batch.lane) == (step.step, lane), "the stream lost its order"
+                    assert (batch.step, batch.lane) == (step.step, lane), "out of order"
                     found.append(batch)
                 yield self._assemble(step, found)
         finally:

@@ -34,7 +34,7 @@ class Lines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file (a last line cut off by a kill is left out); [] if there is none."""
+    """All whole lines of a file, without one that a kill cut off; [] if there is no file."""
     if not path.exists():
         return []
     found = []
@@ -73,7 +73,7 @@ def cut_back_run(folder: Path, step: int) -> None:
 
 
 class Ledger:
-    """ledger/lane_L.jsonl: the ids each (step, lane) trained on. A lane has one writer at a time."""
+    """ledger/lane_L.jsonl: the ids each (step, lane) trained on; a lane has one writer."""
 
     def __init__(self, folder: Path, lanes: Iterable[int]) -> None:
         self._files = {lane: Lines(folder / "ledger" / f"lane_{lane}.jsonl") for lane in lanes}

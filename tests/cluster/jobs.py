@@ -1,4 +1,4 @@
-"""Run jobs as a user does: `call` in this process (imports paid once), `start` in one of its own."""
+"""Run jobs as a user does: `call` in this process (imports paid once), `start` in its own."""
 
 from __future__ import annotations
 

@@ -29,10 +29,22 @@ KINDS = (
     ("flac", 96000, 1),
     ("mp3", 22050, 1),
 )
-METRICS = (
-    "step epoch loss loss/asr lr grad_norm tokens examples audio_seconds tokens_per_s padding "
-    "data_wait seconds world_size"
-).split()
+METRICS = [
+    "step",
+    "epoch",
+    "loss",
+    "loss/asr",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "examples",
+    "audio_seconds",
+    "tokens_per_s",
+    "padding",
+    "data_wait",
+    "seconds",
+    "world_size",
+]
 
 
 pytestmark = pytest.mark.usefixtures("joined")
@@ -79,7 +91,7 @@ def finished(folder: Path, joined: None) -> Path:
 def test_a_run_leaves_the_files_of_the_contract(finished: Path, corpus: Path) -> None:
     lines = read_lines(finished / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 13))
-    assert set(METRICS) <= set(lines[0])
+    assert set(lines[0]) >= METRICS
     evaluations = read_lines(finished / "eval.jsonl")
     assert [line["step"] for line in evaluations] == [6, 12]
     assert {"wer/dev", "cer/dev", "loss/asr", "perplexity/asr"} <= set(evaluations[-1])
@@ -91,7 +103,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path, corpus: Path) ->
     assert list((finished / "tensorboard").glob("events*"))
     assert read_lines(finished / "quarantine.jsonl") == []
     seen = [id_ for ids in ledger(finished).values() for id_ in ids]
-    first_epoch = {id_ for id_ in seen}
+    first_epoch = set(seen)
     assert len(first_epoch) == 70  # every kind of file was trained on
 
 

@@ -1,0 +1,235 @@
+"""What the loop counts, times and writes, apart from checkpoints.
+
+Everything here can be cut back to a checkpoint: counts and times since the last logged line are
+saved with it, and lines written after it are cut when a run continues.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysft.config.schema import Config
+from raysft.errors import UserError
+from raysft.parallel import World
+from raysft.train.metrics import Ledger, Lines, quarantine_line, read_lines
+from raysft.train.step import StepBatch
+
+
+@dataclass
+class Totals:
+    """Running sums since the last logged line: identical on all workers, saved with checkpoints."""
+
+    tasks: list[str]
+    sums: torch.Tensor = field(init=False)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new interval."""
+        self.sums = torch.zeros(2, 1 + len(self.tasks), dtype=torch.float64)
+        self.counts = {}
+
+    def add(self, sums: torch.Tensor, counts: dict[str, float]) -> None:
+        """Add one step."""
+        self.sums += sums.cpu()
+        for key, value in counts.items():
+            self.counts[key] = self.counts.get(key, 0.0) + value
+
+    def losses(self) -> dict[str, float]:
+        """Loss per supervised token: in all, and by task for tasks that were there."""
+        mean = (self.sums[0] / self.sums[1].clamp(min=1)).tolist()
+        found = {"loss": mean[0]}
+        for column, task in enumerate(self.tasks, start=1):
+            if self.sums[1, column] > 0:
+                found[f"loss/{task}"] = mean[column]
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: lists of exact float64."""
+        return {"sums": self.sums.tolist(), "counts": self.counts}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self.counts = dict(state["counts"])
+
+
+class Clock:
+    """Training time since the last logged line, the part of it spent waiting for data, and steps.
+
+    Evaluations and checkpoints are set aside: they are not what a step costs.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._seconds = self._waited = 0.0
+        self._steps = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a step's data."""
+        begun = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begun
+        self._steps += 1
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is not training."""
+        now = time.monotonic()
+        self._seconds, self._since = self._seconds + now - self._since, now
+        yield
+        self._since = time.monotonic()
+
+    def state(self) -> dict[str, float]:
+        """For the checkpoint."""
+        now = time.monotonic()
+        seconds = self._seconds + now - self._since
+        return {"seconds": seconds, "waited": self._waited, "steps": self._steps}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self._since = time.monotonic()
+        self._seconds, self._waited = state["seconds"], state["waited"]
+        self._steps = int(state["steps"])
+
+    def lap(self) -> dict[str, float]:
+        """`state`, and start again."""
+        found = self.state()
+        self.load({"seconds": 0.0, "waited": 0.0, "steps": 0})
+        return found
+
+
+class Record:
+    """The files of a run that the loop appends to; see `metrics`."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        world: World,
+        examples: int,
+        total_steps: int,
+        progress: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        """examples: what data.max_quarantined is a share of."""
+        self.config = config
+        self.folder = folder
+        self.world = world
+        self.examples = examples
+        self.total_steps = total_steps
+        self.progress = progress
+        self.known: set[str] = set()
+        self.files: list[Any] = []
+
+    def open(self, step: int) -> None:
+        """Open the files, cut back to `step` already, to append."""
+        self._ledger = Ledger(self.folder, self.world.lanes(self.config.data.lanes))
+        self.files = [self._ledger]
+        known = [line["id"] for line in read_lines(self.folder / "quarantine.jsonl")]
+        self.known = set(self.world.gather(known)[0])
+        self.tensorboard = None
+        if self.world.is_main:
+            self._metrics = Lines(self.folder / "metrics.jsonl")
+            self._quarantine = Lines(self.folder / "quarantine.jsonl")
+            self._eval = Lines(self.folder / "eval.jsonl")
+            self.files += [self._metrics, self._quarantine, self._eval]
+            if self.config.log.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(
+                    str(self.folder / "tensorboard"), purge_step=step + 1 if step else None
+                )
+                self.files.append(self.tensorboard)
+
+    def ledger(self, batch: StepBatch) -> None:
+        """Record the ids of a step that is done."""
+        for mb in batch.micro_batches:
+            self._ledger.write(mb.epoch, mb.step, mb.lane, mb.ids)
+
+    def quarantine(self, batch: StepBatch, counts: dict[str, float]) -> None:
+        """Name each newly quarantined example once; fail when there are too many of them."""
+        if not counts["quarantined"]:
+            return
+        local = [(mb.lane, q) for mb in batch.micro_batches for q in mb.quarantined]
+        found = sorted(
+            (item for part in self.world.gather(local) for item in part),
+            key=lambda item: (item[0], item[1].id),
+        )
+        for _, example in found:
+            if example.id in self.known:
+                continue
+            self.known.add(example.id)
+            if self.world.is_main:
+                self._quarantine.write(quarantine_line(example, batch.step))
+        limit = self.config.data.max_quarantined
+        if len(self.known) > limit * self.examples:
+            path = self.folder / "quarantine.jsonl"
+            raise UserError(
+                f"data.max_quarantined: {len(self.known)} of {self.examples} examples are unusable,"
+                f" more than {limit:.1%}; the last: {found[-1][1].id}: {found[-1][1].reason}; "
+                f"all are named in {path}"
+            )
+
+    def metrics(
+        self, batch: StepBatch, totals: Totals, clock: Clock, rate: float, norm: float
+    ) -> None:
+        """Write a line of metrics.jsonl, and start counting anew. A collective."""
+        counts, lap = totals.counts, clock.lap()
+        seconds = max(lap["seconds"], 1e-9)
+        wait = self.world.sum([lap["waited"] / seconds / self.world.size]).item()
+        line = {
+            "step": batch.step,
+            "epoch": batch.epoch,
+            **totals.losses(),
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": int(counts["tokens"]),
+            "supervised_tokens": int(counts["supervised"]),
+            "examples": int(counts["examples"]),
+            "audio_seconds": round(counts["audio_seconds"], 3),
+            "tokens_per_s": round(counts["tokens"] / seconds, 1),
+            "padding": round(1 - counts["tokens"] / max(1.0, counts["positions"]), 6),
+            "data_wait": round(wait, 4),
+            "seconds": round(seconds, 4),
+            "world_size": self.world.size,
+        }
+        totals.reset()
+        if self.world.is_main:
+            self._metrics.write(line)
+            self._scalars(line, batch.step)
+        if self.progress is not None:
+            self.progress({**line, "steps": lap["steps"], "total_steps": self.total_steps})
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Record the figures of an evaluation at `step`."""
+        if self.world.is_main:
+            self._eval.write({"step": step, **values})
+            self._scalars(values, step)
+        if self.progress is not None:
+            self.progress({"step": step, "total_steps": self.total_steps, "eval": values})
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the last step was evaluated already (before a restart)."""
+        lines = read_lines(self.folder / "eval.jsonl")
+        return bool(self.world.gather(any(line["step"] == step for line in lines))[0])
+
+    def _scalars(self, values: dict[str, Any], step: int) -> None:
+        if self.tensorboard is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float) and key not in ("step", "epoch"):
+                    self.tensorboard.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Close every file."""
+        for file in self.files:
+            file.close()
