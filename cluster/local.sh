@@ -119,12 +119,13 @@ start() {
   start_node --head --port="$BASE" --node-name=head --num-cpus="$HEAD_CPUS" --temp-dir="$DIR/ray" \
     --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD" \
     --ray-client-server-port=$((BASE + 7)) --labels=pool=head $(ports 0)
-  # The nodes share the head's log folder: more than one monitor would print each line again.
+  # A folder of its own for each node, as on machines of their own: in a shared one, a node that
+  # unpacks a job's working directory for its workers first deletes it under the job.
   local node
   for node in $(seq "$NODES"); do
     # shellcheck disable=SC2046
     start_node --address="127.0.0.1:$BASE" --node-name="node$node" --num-cpus="$NODE_CPUS" \
-      --labels="pool=workers" --include-log-monitor=false $(ports "$node")
+      --labels="pool=workers" --temp-dir="$DIR/ray$node" $(ports "$node")
   done
   local tries=0
   until [ "$(nodes_alive)" -eq $((NODES + 1)) ]; do

@@ -71,8 +71,6 @@ def guarded(main: Callable[[Sequence[str]], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:
-        _leave(error, f"error: {error}", argv)
     except Exception as error:  # noqa: BLE001 - the last resort: one line, traceback on request
         lines = str(error).strip().splitlines() or [""]
         text = f"error: {type(error).__name__}: {lines[-1]} (--debug shows where)"

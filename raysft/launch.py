@@ -268,7 +268,8 @@ def _train_or_evaluate(settings: dict[str, Any], progress: Progress) -> None:
         read_train=_reader(settings, "train", config.data.tokens_per_batch, config.run.seed),
         read_eval=_reader(settings, "eval", config.evaluate.tokens_per_batch, None),
     )
-    nodes = sorted(set(world.gather(ray.get_runtime_context().get_node_id()[:8])))
+    names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
+    nodes = sorted(set(world.gather(names[ray.get_runtime_context().get_node_id()])))
     if world.is_main:
         progress({"workers": world.size, "nodes": nodes})
     folder = Path(settings["folder"])

@@ -43,7 +43,11 @@ _DEFAULTS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 # Nobody pre-empts a process's own Ray; the watcher is one more actor and an error line.
-_EMBEDDED_DEFAULTS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+_EMBEDDED_DEFAULTS = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray runs workers at nice 15: beside anything else on the machine training would crawl.
+    "RAY_worker_niceness": "0",
+}
 
 # Ray puts sockets under its folder, and a socket's path has at most 107 bytes: what is left for
 # the parent folder after "/raysft-XXXXXXXX/session_<time>_<pid>/sockets/plasma_store".

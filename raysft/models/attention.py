@@ -39,13 +39,14 @@ EXACT_LAYERS = {"full_attention", "sliding_attention"}
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
-def document_mask(ends: torch.Tensor) -> torch.Tensor:
+def document_mask(ends: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     """The attention "mask" of a packed row.
 
-    ends: int32 [n + 1], cumulative document lengths from 0 to T. Returns [1, 1, 1, n + 1] on the
-    same device; the lengths are read back once here (one synchronisation on a GPU), not by layer.
+    ends: int32 [n + 1], cumulative document lengths from 0 to T. Returns [1, 1, 1, n + 1] on
+    `device` (default: where `ends` is). The lengths are read here, once and not by layer: `ends`
+    on a GPU cost a synchronisation, on the CPU nothing.
     """
-    mask = ends.view(1, 1, 1, -1)
+    mask = ends.view(1, 1, 1, -1).to(device or ends.device, non_blocking=True)
     mask.document_lengths = ends.diff().tolist()
     return mask
 

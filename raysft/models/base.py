@@ -91,7 +91,8 @@ class Supervised(nn.Module):
         """Losses of `batch`; the sum has a graph to every parameter even when nothing counts."""
         inputs = {k: v for k, v in batch.items() if k not in ("keep", "targets", "tasks")}
         if "documents" in inputs:
-            inputs["attention_mask"] = document_mask(inputs.pop("documents"))
+            ends = inputs.pop("documents")
+            inputs["attention_mask"] = document_mask(ends, inputs["input_ids"].device)
         self._keep = batch["keep"]
         try:
             logits = self.lm(**inputs, use_cache=False).logits[0]
@@ -103,7 +104,7 @@ class Supervised(nn.Module):
         chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
         sums, counts = (chosen * losses.detach()).sum(1), chosen.sum(1).long()
         by_task = {name: (sums[i], counts[i]) for i, name in enumerate(self.tasks)}
-        count = torch.tensor(losses.numel(), device=losses.device)
+        count = torch.full((), losses.numel(), device=losses.device)
         return LossSum(losses.sum(), count, by_task)
 
 

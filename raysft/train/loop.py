@@ -162,4 +162,5 @@ def _counts(world: World, batch: StepBatch) -> dict[str, float]:
         float(sum(mb.seconds for mb in batch.micro_batches)),
         float(sum(len(mb.quarantined) for mb in batch.micro_batches)),
     ]
-    return dict(zip(COUNTED, world.sum(local).tolist()))
+    # One worker's are already there: no way over its device and back.
+    return dict(zip(COUNTED, world.sum(local).tolist() if world.size > 1 else local))

@@ -39,17 +39,18 @@ class Totals:
         self.counts = {}
 
     def add(self, sums: torch.Tensor, counts: dict[str, float]) -> None:
-        """Add one step."""
-        self.sums += sums.cpu()
+        """Add one step. `sums` may be on a GPU: reading it back here would wait for the step."""
+        self.sums = self.sums.to(sums.device) + sums
         for key, value in counts.items():
             self.counts[key] = self.counts.get(key, 0.0) + value
 
     def losses(self) -> dict[str, float]:
         """Loss per supervised token: in all, and by task for tasks that were there."""
-        mean = (self.sums[0] / self.sums[1].clamp(min=1)).tolist()
+        sums = self.sums.cpu()
+        mean = (sums[0] / sums[1].clamp(min=1)).tolist()
         found = {"loss": mean[0]}
         for column, task in enumerate(self.tasks, start=1):
-            if self.sums[1, column] > 0:
+            if sums[1, column] > 0:
                 found[f"loss/{task}"] = mean[column]
         return found
 

@@ -96,10 +96,10 @@ def forward_backward(
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch."""
+    """Move the tensors of a batch, except `documents`, whose lengths the CPU needs to know."""
     if device.type == "cpu":
         return batch
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        key: value if key == "documents" else value.to(device, non_blocking=True)
         for key, value in batch.items()
     }

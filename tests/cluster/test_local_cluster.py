@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raysft.train.metrics import read_lines
 from tests.cluster.conftest import PYTHON, ROOT, alive, wait_until, without_ray_settings
 
 pytestmark = pytest.mark.timeout(400)
@@ -76,10 +77,18 @@ def cluster() -> Iterator[Cluster]:
 
 
 def submit(cluster: Cluster, folder: Path, *options: str, steps: int) -> tuple[int, str]:
-    (folder / "payload.py").write_text((ROOT / "tests/cluster/payload.py").read_text())
+    """Submit the recipe of the spoken digits; runs go to `folder`."""
     done = cluster.run(
-        *(RAY, "job", "submit", "--working-dir", str(folder), *options),
-        *("--", PYTHON, "payload.py", "2", str(steps)),
+        *(RAY, "job", "submit", "--working-dir", ".", *options),
+        *(
+            "--",
+            PYTHON,
+            "jobs/sft.py",
+            "examples/spoken_digits/asr.yaml",
+            f"train.max_steps={steps}",
+        ),
+        *(f"run.storage_path={folder}", "parallel.workers=2", "log.every=1", "data.eval=[]"),
+        *("evaluate.every=0",),
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -113,23 +122,26 @@ def test_a_job_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) ->
     assert done.returncode != 0
 
 
-def test_a_job_joins_the_cluster_and_spreads_its_workers_over_both_nodes(
+def test_a_job_spreads_its_workers_over_both_nodes_and_shows_its_progress(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     code, said = submit(cluster, tmp_path, steps=5)
     assert code == 0, said
-    assert "session embedded=False cpus=5" in said
-    assert {"node1", "node2"} == set(re.findall(r"rank \d on (\w+)", said))
-    assert len(re.findall(r"step 5 sum 2", said)) == 1, "each line is printed once"
+    assert "2 worker(s) started on node(s) node1, node2" in said
+    assert len(re.findall(r"step 5/5  loss", said)) == 1, "each line is printed once"
+    run = tmp_path / "spoken_digits_asr"
+    assert [line["world_size"] for line in read_lines(run / "metrics.jsonl")] == [2] * 5
+    assert (run / "checkpoints" / "step_5" / "COMMITTED").is_file()
 
 
 def test_stopping_a_job_leaves_no_worker_of_it(cluster: Cluster, tmp_path: Path) -> None:
     code, said = submit(cluster, tmp_path, "--no-wait", "--submission-id", "long", steps=10_000)
     assert code == 0, said
-    assert wait_until(lambda: "step 3" in cluster.run(RAY, "job", "logs", "long").stdout, 120)
+    logs = lambda: cluster.run(RAY, "job", "logs", "long").stdout  # noqa: E731
+    assert wait_until(lambda: "/10000  loss" in logs(), 120), logs()
 
     def workers() -> list[psutil.Process]:
-        busy = ("payload.py", "RayTrainWorker", "TrainController", "PlacementGroupCleaner")
+        busy = ("sft.py", "RayTrainWorker", "TrainController", "PlacementGroupCleaner")
         return [
             p
             for p in alive(holders(cluster.folder))
