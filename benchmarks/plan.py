@@ -89,7 +89,7 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
     )
     build = time.perf_counter() - began
     # A cursor names a window, so one late in the epoch can be written down without planning to it.
-    late = Cursor(plan.hash, 0, 10**6, ((0, int(0.99 * n / DATA.window), 0),))
+    late = Cursor(plan.hash, 0, 10**6, ((0, int(0.99 * (n / DATA.window - 1)), 0),))
     firsts: dict[str, list[float]] = {"0%": [], "99%": []}
     for _ in range(REPEATS):
         for name, cursor in (("0%", plan.start()), ("99%", late)):
