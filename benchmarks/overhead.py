@@ -19,7 +19,6 @@ rounds the fastest counts, lap by lap and run by run: what disturbs only slows. 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -39,7 +38,6 @@ from raysft.data.encode import Encoder
 from raysft.data.index import Index
 
 UNITS = 500
-NICE = 15  # the priority of Ray's worker processes; the others get it too
 LAP = 10  # steps
 SYLLABLES = ("ba", "den", "fi", "gor", "ka", "lum", "mi", "nes", "po", "ral", "su", "tev")
 
@@ -321,9 +319,7 @@ def measure(folder: Path, size: Size) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
     for number in range(size.rounds):
         for name, way in WAYS.items():
-            nice = 0 if way is ours else NICE
-            context = get_context("spawn")
-            with ProcessPoolExecutor(1, context, initializer=os.nice, initargs=(nice,)) as pool:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 result = pool.submit(way, folder, size, number).result()
             found[name].append(result)
             print(

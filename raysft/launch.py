@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
 import uuid
@@ -114,6 +115,7 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
         run_config=ray.train.RunConfig(
             name=f"start_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}",
             storage_path=str(folder / "ray_train"),
+            worker_runtime_env={"env_vars": _thread_settings(shares)},
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.parallel.max_failures, controller_failure_limit=3
@@ -125,6 +127,17 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
     except ray.train.TrainingFailedError as error:
         said = ray.get(monitor.failure.remote())
         raise UserError(said or _cause(error, config)) from error
+
+
+def _thread_settings(shares: Shares) -> dict[str, str]:
+    """Environment of a worker that computes on the CPU.
+
+    OpenMP threads wait for each other by spinning, millions of turns long: as soon as anything else
+    wants a core, a step takes several times as long. A short spin, then sleep, costs next to
+    nothing on an idle machine. What the user has set stays.
+    """
+    settings = {"GOMP_SPINCOUNT": "10000"}
+    return {} if shares.gpu else {k: os.environ.get(k, v) for k, v in settings.items()}
 
 
 def _interruptible(fit: Callable[[], Any]) -> None:

@@ -219,3 +219,49 @@ def test_interrupted_job_stops_cleanly_and_continues(finished: Path, folder: Pat
     assert ledger(run) == ledger(finished)
     ours = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert ours == [line["loss"] for line in read_lines(finished / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def speech_config(
+    make_clips: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Ming clips, asr and tts, for a causal LM: audio has to become units."""
+    folder = tmp_path_factory.mktemp("speech")
+    tree = {
+        "run": {"name": "units", "storage_path": str(folder / "runs")},
+        "data": {
+            "train": [str(make_clips(40, tasks=("asr", "tts")))],
+            "lanes": 2,
+            "tokens_per_batch": 400,
+            "mix": {"asr": 0.5, "tts": 0.5},
+        },
+        "model": CAUSAL,
+        "train": {"max_steps": 3},
+        "log": {"every": 1},
+    }
+    path = folder / "units.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_causal_lm_learns_asr_and_tts_from_audio_through_speech_tokens(
+    speech_config: Path, tmp_path: Path
+) -> None:
+    done = jobs.call("sft", speech_config, "data.speech_tokens={clusters: 20, fit_clips: 30}")
+    assert done.returncode == 0, done.stderr
+    run = speech_config.parent / "runs" / "units"
+    for line in read_lines(run / "metrics.jsonl"):
+        assert {"loss/asr", "loss/tts"} <= set(line), "the mix holds in every step"
+    exported = jobs.call("export", run, tmp_path / "out")
+    assert exported.returncode == 0, exported.stderr
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<|unit19|>") < net.get_input_embeddings().num_embeddings
+
+
+def test_a_causal_lm_without_a_speech_tokenizer_says_what_is_missing(speech_config: Path) -> None:
+    done = jobs.call("sft", speech_config, "run.name=none")
+    assert done.returncode == 1
+    assert "data.speech_tokens" in done.stderr and "audio_lm" in done.stderr
