@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from tests.cluster.conftest import default_interrupt
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,4 +55,5 @@ def start(job: str, *words: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=default_interrupt,
     )

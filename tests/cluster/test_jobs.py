@@ -29,7 +29,7 @@ KINDS = (
     ("flac", 96000, 1),
     ("mp3", 22050, 1),
 )
-METRICS = [
+METRICS = {
     "step",
     "epoch",
     "loss",
@@ -44,7 +44,7 @@ METRICS = [
     "data_wait",
     "seconds",
     "world_size",
-]
+}
 
 
 pytestmark = pytest.mark.usefixtures("joined")
@@ -178,31 +178,37 @@ def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Pa
     assert again.returncode == 1 and "is not empty" in again.stderr
 
 
-@pytest.mark.parametrize("shape", ["list", "data", "one"])
-def test_most_json_trains_in_all_three_shapes(shape: str, tmp_path: Path) -> None:
-    items = []
-    for number in range(1 if shape == "one" else 20):
-        units = "".join(f"[Hu{(7 * number + i) % 50}]" for i in range(12))
-        asr = {"instruction": "Transcribe.", "input": units, "output": f"WORD {number}"}
-        tts = {"instruction": "Say.", "input": f"WORD {number}", "output": units}
-        items += [{"id": f"a{number}", **asr}, {"id": f"tts_a{number}", **tts}]
-    content = {"list": items, "data": {"data": items}, "one": items[0]}[shape]
-    data = tmp_path / "my_train.json"
-    data.write_text(json.dumps(content))
+def test_most_json_trains_in_all_three_shapes(tmp_path: Path) -> None:
+    def items(prefix: str, count: int) -> list[dict[str, str]]:
+        found = []
+        for number in range(count):
+            units = "".join(f"[Hu{(7 * number + i) % 50}]" for i in range(12))
+            text, name = f"WORD {number}", f"{prefix}{number}"
+            found.append({"id": name, "instruction": "Transcribe.", "input": units, "output": text})
+            found.append(
+                {"id": f"tts_{name}", "instruction": "Say.", "input": text, "output": units}
+            )
+        return found
+
+    listed, wrapped, single = items("l", 10), items("w", 10), items("s", 1)[0]
+    shapes = {"list": listed, "wrapped": {"data": wrapped}, "single": single}
+    for name, content in shapes.items():
+        (tmp_path / f"{name}_train.json").write_text(json.dumps(content))
     tree = {
         "run": {"storage_path": str(tmp_path), "name": "run"},
         "data": {"train": [str(tmp_path)], "lanes": 2, "tokens_per_batch": 256},
         "model": {**CAUSAL, "speech_units": 50},
-        "train": {"max_steps": 2},
+        "train": {"epochs": 1},
         "log": {"every": 1},
     }
     config = tmp_path / "units.yaml"
     config.write_text(yaml.safe_dump(tree))
     done = jobs.call("sft", config)
     assert done.returncode == 0, done.stderr
-    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert len(lines) == 2 and "loss/asr" in lines[-1]
-    assert ("loss/tts" in {**lines[0], **lines[1]}) == (shape != "one")
+    seen = [id_ for ids in ledger(tmp_path / "run").values() for id_ in ids]
+    assert sorted(seen) == sorted(item["id"] for item in [*listed, *wrapped, single])
+    names = {name for line in read_lines(tmp_path / "run" / "metrics.jsonl") for name in line}
+    assert {"loss/asr", "loss/tts"} <= names
 
 
 def test_interrupted_job_stops_cleanly_and_continues(finished: Path, folder: Path) -> None:

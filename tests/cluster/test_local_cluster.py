@@ -153,6 +153,7 @@ def test_stopping_a_job_leaves_no_worker_of_it(cluster: Cluster, tmp_path: Path)
     assert wait_until(lambda: not workers(), 30), workers()
 
 
+@pytest.mark.slow
 def test_it_starts_again_after_a_stop(cluster: Cluster) -> None:
     assert cluster.run(SCRIPT, "stop").returncode == 0
     assert cluster.run(SCRIPT, "status").returncode == 1

@@ -86,7 +86,7 @@ def test_ledger_and_losses_are_the_same_for_every_world_size_and_strategy(
         assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
 
 
-@pytest.mark.parametrize(("size", "kills"), [(1, (2, 9, 13)), (2, (7, 15))])
+@pytest.mark.parametrize(("size", "kills"), [(1, (2, 13)), (2, (9,))])
 def test_killed_and_started_again_is_the_same_to_the_last_bit(
     size: int, kills: tuple[int, ...], corpus: Path, reference: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "results_io")
+SLOW = {"ingest", "overhead"}  # they start Ray and train
+NAMES = [
+    pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+    for path in sorted(FOLDER.glob("*.py"))
+    if path.stem != "results_io"
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
