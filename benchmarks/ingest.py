@@ -113,7 +113,9 @@ def ours(corpus: Path, reads: int) -> dict[str, Any]:
         # As many CPUs as a training worker would have: data tasks get PROCESSES, never one more.
         taken = max(1, int(session.cluster_cpus()) - PROCESSES)
         ray.get(ray.util.placement_group([{"CPU": taken}]).ready(), timeout=60)
-        spec = ReaderSpec(str(index.folder), ray.put(encoder), data.tokens_per_batch, 0)
+        spec = ReaderSpec(
+            ((str(index.folder), len(index)),), ray.put(encoder), data.tokens_per_batch, 0
+        )
         cold = measured(lambda: start(2))
         return {"cold_first_s": cold["first_s"], **measured(lambda: start(reads // BATCH))}
 

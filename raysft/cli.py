@@ -96,6 +96,9 @@ class ProgressLine:
 
     def __call__(self, line: dict[str, Any]) -> None:
         """Show one report of a worker."""
+        if "event" in line:
+            self._event(line)
+            return
         if "workers" in line:
             nodes = ", ".join(line["nodes"])
             self._out.write(f"{line['workers']} worker(s) started on node(s) {nodes}\n")
@@ -125,6 +128,25 @@ class ProgressLine:
             self._out.write(f"\r\x1b[2K{text}" + ("\n" if last else ""))
         else:
             self._out.write(text + "\n")
+        self._out.flush()
+
+    def _event(self, line: dict[str, Any]) -> None:
+        """What a user wants to know of starts and saves; the rest is in events.jsonl."""
+        kind = line["event"]
+        if kind == "continued" and line["step"]:
+            text = f"continued after step {line['step']} with {line['workers']} worker(s)"
+            lost = f", {line['lost_s']:.0f} s lost" if line["lost_s"] is not None else ""
+            text += f" ({line['reason']}; {line['steps_again']} steps again{lost})"
+        elif kind == "continued":
+            text = f"begun again with {line['workers']} worker(s) ({line['reason']})"
+        elif kind == "skipped":
+            text = f"checkpoint skipped: {line['reason']}"
+        elif kind == "stopped":
+            text = f"saved and stopped after step {line['step']}"
+        else:
+            return
+        self._end_line()
+        self._out.write(text + "\n")
         self._out.flush()
 
     def _end_line(self) -> None:

@@ -6,6 +6,7 @@ written beside it first and renamed.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +18,10 @@ from raysft.data.encode import make_encoder
 from raysft.errors import UserError
 from raysft.models.base import Adapter
 from raysft.rundir import read_config
-from raysft.train import checkpoint
+from raysft.train.catalogue import Catalogue, Saved
+from raysft.train.checkpoint import load_weights
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -48,13 +52,18 @@ def export(
 
 
 def export_run(run: Path, folder: Path) -> int:
-    """Export the newest checkpoint of the run in `run`; returns its step."""
+    """Export the newest sound checkpoint of the run in `run`; returns its step.
+
+    Raises UserError where there is none. A newer one that is damaged is named in a warning.
+    """
     config = read_config(run)
-    found = checkpoint.latest(run)
+    found, skipped = Catalogue.of(config.checkpoint, run).newest(Saved.damage)
+    for reason in skipped:
+        log.warning("skipped: %s", reason)
     if found is None:
         raise UserError(f"{run}: no committed checkpoint to export; train first")
     encoder = make_encoder(config.model, config.data, run)
     adapter = models.build(config.model, config.data, encoder, config.run.seed)
-    checkpoint.load_weights(found, adapter.supervised)
+    load_weights(found, adapter.supervised)
     export(adapter, folder)
-    return checkpoint.read_meta(found)["step"]
+    return found.step

@@ -22,20 +22,24 @@ import ray
 import ray.train
 import ray.train.torch
 
+from raysft import history
 from raysft.config import Config
 from raysft.data.example import Quarantined
+from raysft.data.generations import open_index
 from raysft.data.index import Index
 from raysft.data.plan import Cursor
 from raysft.data.stream import RayReader, ReaderSpec
 from raysft.errors import UserError
 from raysft.prepare import Prepared, prepare
 from raysft.rundir import open_run
-from raysft.train.checkpoint import latest, read_meta
+from raysft.train.catalogue import Catalogue
 from raysft.train.metrics import Lines, quarantine_line, read_lines
+from raysft.train.monitor import LEAVE, SAVE, Monitor
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
+RESIZE_EVERY_S = 10.0  # how often an elastic run looks for nodes that came
 
 
 @dataclass
@@ -53,50 +57,57 @@ class Outcome:
 
 
 def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
-    """Train (or continue) the run, or with task="evaluate" evaluate its newest checkpoint."""
+    """Train (or continue) the run, or with task="evaluate" evaluate its newest checkpoint.
+
+    Ctrl-C and SIGTERM, while training: saves, then raises KeyboardInterrupt or SystemExit.
+    """
     folder = open_run(config)
-    prepared = prepare(config, folder)
+    catalogue = Catalogue.of(config.checkpoint, folder)
+    saved, _ = catalogue.newest()
+    cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
+    prepared = prepare(config, folder, cursor, train=task == "train")
     if task == "evaluate":
-        if latest(folder) is None:
+        if saved is None:
             raise UserError(f"{folder}: no committed checkpoint to evaluate; train first")
         if prepared.eval is None:
             raise UserError("data.eval: empty; name a source, e.g. --data test.jsonl")
     _record_rejected(folder, prepared.rejected)
-    saved = latest(folder)
     if saved is not None:
-        prepared.plan.steps(Cursor.from_json(read_meta(saved)["cursor"]))  # refuses another plan's
-        print(f"continuing {folder} from step {read_meta(saved)['step']}", flush=True)
-    monitor = Monitor.options(num_cpus=0).remote()
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(monitor, progress, stop), daemon=True)
-    watcher.start()
+        print(f"continuing {folder} from step {saved.step}", flush=True)
+    monitor = (
+        ray.remote(Monitor)
+        .options(num_cpus=0)
+        .remote(config.parallel.max_failures, config.parallel.backoff_s)
+    )
+    watch = Watch(monitor, progress, folder if task == "train" else None)
     try:
-        _fit(prepared, folder, monitor, task)
-        failure = ray.get(monitor.failure.remote())
+        _fit(prepared, folder, monitor, task, watch)
+        failure = ray.get(monitor.ended.remote())
     finally:
-        stop.set()
-        watcher.join(timeout=10)
+        watch.close()
     if failure:
         raise UserError(failure)
     lines = read_lines(folder / "eval.jsonl")
     evaluation = {k: v for k, v in lines[-1].items() if k != "step"} if lines else {}
-    saved = latest(folder)
-    return Outcome(folder, read_meta(saved)["step"] if saved else 0, evaluation)
+    saved, _ = catalogue.newest()
+    return Outcome(folder, saved.step if saved else 0, evaluation)
 
 
-def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
+def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str, watch: Watch) -> None:
     config = prepared.config
     shares = Shares.of(config)
+    # Ray's own watch over workers sees one that is frozen; `Watchdog` one whose thread is.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.parallel.timeout_s))
     settings = {
         "config": config.model_dump(mode="json"),
         "folder": str(folder),
-        "train": str(prepared.train.folder),
-        "eval": str(prepared.eval.folder) if prepared.eval else None,
+        "train": tuple(history.places(folder)),
+        "eval": ((str(prepared.eval.folder), len(prepared.eval)),) if prepared.eval else None,
         "encoder": ray.put(prepared.encoder),
         "total_steps": prepared.total_steps,
         "examples": len(prepared.train) + len(prepared.train.rejected),
         "threads": shares.threads,
-        "data_cpus": shares.data_cpus / config.parallel.workers,
+        "data_cpus": shares.data_cpus,
         "task": task,
         "monitor": monitor,
     }
@@ -107,7 +118,10 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
             backend="nccl" if shares.gpu else "gloo", timeout_s=int(config.parallel.timeout_s)
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.parallel.workers,
+            num_workers=config.parallel.workers
+            if not config.parallel.elastic
+            else (config.parallel.min_workers, config.parallel.max_workers),
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             use_gpu=shares.gpu,
             resources_per_worker=shares.per_worker,
             placement_strategy="SPREAD",
@@ -117,16 +131,18 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
             storage_path=str(folder / "ray_train"),
             worker_runtime_env={"env_vars": _thread_settings(shares)},
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            callbacks=[Failures(monitor)],
+            # Monitor counts failures, for it knows whether the run gets on between them.
             failure_config=ray.train.FailureConfig(
-                max_failures=config.parallel.max_failures, controller_failure_limit=3
+                max_failures=-1, max_preemption_failures=-1, controller_failure_limit=3
             ),
         ),
     )
     try:
-        _interruptible(trainer.fit)
+        _interruptible(trainer.fit, monitor, config.checkpoint.grace_s if task == "train" else 0)
     except ray.train.TrainingFailedError as error:
-        said = ray.get(monitor.failure.remote())
-        raise UserError(said or _cause(error, config)) from error
+        said = ray.get(monitor.ended.remote())
+        raise UserError(said or f"training cannot go on: {_reason(error)}") from error
 
 
 def _thread_settings(shares: Shares) -> dict[str, str]:
@@ -140,34 +156,59 @@ def _thread_settings(shares: Shares) -> dict[str, str]:
     return {} if shares.gpu else {k: os.environ.get(k, v) for k, v in settings.items()}
 
 
-def _interruptible(fit: Callable[[], Any]) -> None:
-    """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0."""
+def _interruptible(fit: Callable[[], Any], monitor: Any, grace_s: float) -> None:
+    """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0.
+
+    On Ctrl-C or SIGTERM the workers have `grace_s` to save and leave; a second one leaves at once.
+    """
     failed: list[BaseException] = []
+    done = threading.Event()
 
     def target() -> None:
         try:
             fit()
         except BaseException as error:  # noqa: BLE001 - raised below, in the main thread
             failed.append(error)
+        done.set()
 
-    thread = threading.Thread(target=target, daemon=True, name="fit")
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
+    threading.Thread(target=target, daemon=True, name="fit").start()
+    try:
+        # Not Thread.join: interrupted, Python takes the thread for ended (bpo-45274).
+        while not done.wait(0.2):
+            pass
+    except (KeyboardInterrupt, SystemExit):
+        if grace_s:
+            print(f"\nsaving, for up to {grace_s:g} s; once more: leave now", flush=True)
+            monitor.tell.remote(LEAVE)
+            done.wait(grace_s)
+        raise
     if failed:
         raise failed[0]
 
 
-def _cause(error: ray.train.TrainingFailedError, config: Config) -> str:
-    """One line for a group of workers that failed more often than it may."""
+def _reason(error: BaseException) -> str:
+    """What ended a worker, in a line."""
     failures = getattr(error, "worker_failures", None) or {}
     first = next(iter(failures.values()), error)
-    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
-    last = lines[-1] if lines else type(first).__name__
-    return (
-        f"training failed and parallel.max_failures={config.parallel.max_failures} restarts are "
-        f"used up: {last}; the same command continues from the last checkpoint"
-    )
+    text = str(first)
+    if isinstance(first, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
+        return "its node ran low on memory and Ray ended the worker"
+    if isinstance(first, ray.exceptions.RayActorError):
+        return "the worker's process died (killed, or its node was lost)"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{lines[-1] if lines else type(first).__name__}"
+
+
+class Failures(ray.train.UserCallback):
+    """Tells the monitor why a worker group ended; runs in Ray Train's controller."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train."""
+        for rank, error in sorted(worker_exceptions.items()):
+            ray.get(self._monitor.failed.remote(f"worker {rank}: {_reason(error)}"))
 
 
 @dataclass(frozen=True)
@@ -184,71 +225,71 @@ class Shares:
         """Divide the cluster's CPUs as the config says, or so that both sides can work."""
         total = ray.cluster_resources()
         cpus, gpus = total.get("CPU", 1.0), total.get("GPU", 0.0)
-        workers, device = config.parallel.workers, config.parallel.device
+        workers, device = config.parallel.max_workers, config.parallel.device
         gpu = device == "cuda" or (device == "auto" and gpus >= 1)
-        if gpu and gpus < workers:
+        if gpu and gpus < config.parallel.min_workers:
             raise UserError(
-                f"parallel.workers: {workers} workers need a GPU each and the cluster has "
-                f"{gpus:g}; use at most that many, or parallel.device=cpu"
+                f"parallel.workers: {config.parallel.min_workers} workers need a GPU each and the "
+                f"cluster has {gpus:g}; use at most that many, or parallel.device=cpu"
             )
         # On CPU machines training is the larger part of the work: data tasks get a quarter.
         free = cpus - workers if gpu else cpus / 4
         data_cpus = float(config.data.cpus or max(1.0, free))
         each = config.parallel.cpus_per_worker
         if each is None:
-            each = 1.0 if gpu else max(0.01, min(1.0, (cpus - data_cpus) / workers))
+            whole = gpu or config.parallel.elastic  # Ray counts elastic workers in whole CPUs
+            each = 1.0 if whole else max(0.01, min(1.0, (cpus - data_cpus) / workers))
         per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
         threads = config.parallel.threads or max(1, int((cpus - data_cpus) / workers))
         return cls(gpu, per_worker, threads, data_cpus)
 
 
-@ray.remote
-class Monitor:
-    """Where workers tell the driver how it goes: progress, and a mistake that no restart mends."""
+class Watch:
+    """The driver's eyes while workers train: shows what they report, and sees nodes that are about
+    to be taken away, whose workers then save."""
 
-    def __init__(self) -> None:
-        self._lines: list[dict[str, Any]] = []
-        self._failure: str | None = None
+    def __init__(self, monitor: Any, progress: Progress, events: Path | None) -> None:
+        """events: the run's folder, where the end of a failed run is recorded; None: nowhere."""
+        self._monitor, self._progress, self._events = monitor, progress, events
+        self._stop = threading.Event()
+        self._draining: set[str] = set()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._thread.start()
 
-    def report(self, line: dict[str, Any]) -> None:
-        """Called by rank 0."""
-        self._lines.append(line)
+    def close(self) -> None:
+        """Show what is left, and stop."""
+        self._stop.set()
+        self._thread.join(timeout=10)
 
-    def take(self) -> list[dict[str, Any]]:
-        """What was reported since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
+    def _run(self) -> None:
+        while True:
+            last = self._stop.wait(0.5)
+            try:
+                for line in ray.get(self._monitor.take.remote()):
+                    self._progress(line)
+                draining = _draining()
+                if draining - self._draining:
+                    self._monitor.tell.remote(SAVE)
+                self._draining = draining
+            except ray.exceptions.RayError as error:  # the session ends: a signal, a lost head
+                log.warning("no more progress can be shown: %s", type(error).__name__)
+                return
+            if last:
+                return
 
-    def fail(self, message: str) -> None:
-        """Remember the first mistake."""
-        self._failure = self._failure or message
 
-    def failure(self) -> str | None:
-        """The mistake, if there was one: workers that are started again stop at once."""
-        return self._failure
-
-
-def _watch(monitor: Any, progress: Progress, stop: threading.Event) -> None:
-    while True:
-        last = stop.wait(0.5)
-        try:
-            lines = ray.get(monitor.take.remote())
-        except ray.exceptions.RayError as error:  # the session ends: Ctrl-C, SIGTERM, a lost head
-            log.warning("no more progress can be shown: %s", type(error).__name__)
-            return
-        for line in lines:
-            progress(line)
-        if last:
-            return
+def _draining() -> set[str]:
+    """Ids of nodes that Ray has been told will go away."""
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs, at every (re)start."""
     monitor = settings["monitor"]
-    if ray.get(monitor.failure.remote()):
+    if ray.get(monitor.ended.remote()):
         return  # started again after a mistake that no restart mends
     try:
-        _train_or_evaluate(settings, lambda line: monitor.report.remote(line))
+        _train_or_evaluate(settings, monitor)
     except (UserError, OSError) as error:
         said = str(error)
         if isinstance(error, OSError):
@@ -256,13 +297,13 @@ def _worker(settings: dict[str, Any]) -> None:
                 raise
             where = error.filename or settings["folder"]
             said = f"{where}: cannot be written: {error.strerror}; make room, then start again"
-        ray.get(monitor.fail.remote(said))
+        ray.get(monitor.mistake.remote(said))
         # Raising ends the other workers too. The driver prints the message: no traceback here.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 
-def _train_or_evaluate(settings: dict[str, Any], progress: Progress) -> None:
+def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     import torch  # here, not above: the driver has no use for it
 
     from raysft import worker
@@ -274,31 +315,64 @@ def _train_or_evaluate(settings: dict[str, Any], progress: Progress) -> None:
     world = World.current(worker.device_of(config))
     if world.device.type == "cpu":
         torch.set_num_threads(settings["threads"])
+    begun = ray.get(monitor.begin.remote(world.size)) if world.is_main else {}
+    begun = world.gather(begun)[0]
+    if "end" in begun:
+        return  # failed too often; the driver says so
+    time.sleep(begun.get("pause_s", 0.0))
+    data_cpus = settings["data_cpus"] / world.size
     data = worker.Data(
-        train=Index.load(settings["train"]),
-        eval=Index.load(settings["eval"]) if settings["eval"] else None,
+        examples=settings["examples"],
+        eval=Index.load(settings["eval"][0][0]) if settings["eval"] else None,
         encoder=ray.get(settings["encoder"]),
-        read_train=_reader(settings, "train", config.data.tokens_per_batch, config.run.seed),
-        read_eval=_reader(settings, "eval", config.evaluate.tokens_per_batch, None),
+        read_train=_reader(
+            settings, "train", config.data.tokens_per_batch, config.run.seed, data_cpus
+        ),
+        read_eval=_reader(settings, "eval", config.evaluate.tokens_per_batch, None, data_cpus),
     )
     names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
     nodes = sorted(set(world.gather(names[ray.get_runtime_context().get_node_id()])))
+
+    def progress(line: dict[str, Any]) -> None:
+        monitor.report.remote(line)
+
     if world.is_main:
         progress({"workers": world.size, "nodes": nodes})
     folder = Path(settings["folder"])
     job = worker.build_job(config, folder, world, data, settings["total_steps"], progress)
     if settings["task"] == "evaluate":
         worker.evaluate_checkpoint(job)
-    else:
-        train(job)
+        return
+    job.start = {"nodes": nodes, **begun}
+    job.hung = lambda reason: ray.get(
+        monitor.failed.remote(f"worker {world.rank}: {reason}", first=True)
+    )
+    job.signal = Signal(monitor) if world.is_main else job.signal
+    train(job)
 
 
-def _reader(settings: dict[str, Any], split: str, budget: int, seed: int | None) -> Any:
-    folder = settings[split]
-    if folder is None:
+class Signal:
+    """The monitor's signal as of a moment ago, without waiting for it."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor, self._asked, self._value = monitor, monitor.signal.remote(), 0
+
+    def __call__(self) -> int:
+        ready, _ = ray.wait([self._asked], timeout=0)
+        if ready:
+            self._value = ray.get(self._asked)
+            self._asked = self._monitor.signal.remote()
+        return self._value
+
+
+def _reader(
+    settings: dict[str, Any], split: str, budget: int, seed: int | None, cpus: float
+) -> Any:
+    places = settings[split]
+    if places is None:
         return None
-    spec = ReaderSpec(folder, settings["encoder"], budget, seed)
-    return RayReader(spec, Index.load(folder).seconds, settings["data_cpus"]).read
+    spec = ReaderSpec(places, settings["encoder"], budget, seed)
+    return RayReader(spec, open_index(places).seconds, cpus).read
 
 
 def _record_rejected(folder: Path, rejected: list[Quarantined]) -> None:

@@ -10,17 +10,22 @@ import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from raysft import history
 from raysft.config import Config
 from raysft.data import sources, speech_tokens
-from raysft.data.audio import load
+from raysft.data.audio import Limits, load
 from raysft.data.encode import Encoder, make_encoder
 from raysft.data.example import Quarantined
+from raysft.data.generations import Generations
 from raysft.data.index import Index, build_index
-from raysft.data.plan import Plan, Summary
+from raysft.data.plan import Cursor, Plan, Summary
+from raysft.data.quarantine import summary
+from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
 from raysft.rundir import check_run
 
@@ -33,7 +38,7 @@ class Prepared:
     encoder: Encoder
     train: Index
     eval: Index | None
-    plan: Plan
+    plan: Generations
     total_steps: int
     rejected: list[Quarantined]
 
@@ -45,27 +50,37 @@ def check(config: Config) -> None:
     sources.resolve_all(config.data.eval, "eval")
 
 
-def prepare(config: Config, folder: Path) -> Prepared:
-    """Encoder, indexes and plan; writes the index cache, and a speech tokenizer into `folder`."""
+def prepare(
+    config: Config, folder: Path, cursor: Cursor | None = None, train: bool = True
+) -> Prepared:
+    """Encoder, indexes and plan; writes the index cache, plan.json, and a speech tokenizer.
+
+    cursor: of the checkpoint that the run in `folder` goes on from; None: it starts.
+    train: False to evaluate a run that was trained: its plan is taken as it is.
+    """
     if config.data.speech_tokens is not None:
         speech_tokens.fit_or_load(
             config.data.speech_tokens, folder, _clips(config), config.run.seed
         )
     encoder = make_encoder(config.model, config.data, folder)
     cache = Path(config.data.index_path or Path(config.run.storage_path) / "index").absolute()
-    train = build_index(config.data.train, "train", encoder, cache)
+    index = build_index(config.data.train, "train", encoder, cache)
     evaluation = None
     if config.data.eval:
         evaluation = build_index(config.data.eval, "eval", encoder, cache)
-    plan = Plan.of(train, config.data, config.run.seed)
-    _check_usable(config, train, plan)
-    rejected = [*train.rejected, *_oversize(plan, train, config)]
-    if evaluation is not None:
-        rejected += evaluation.rejected
-    return Prepared(config, encoder, train, evaluation, plan, total_steps(config, plan), rejected)
+    rejected = list(evaluation.rejected) if evaluation is not None else []
+    if train:
+        newest = Plan.of(index, config.data, config.run.seed)
+        _check_usable(config, index, newest)
+        plan = history.follow(folder, index, config.data, config.run.seed, cursor)
+        rejected = [*index.rejected, *_oversize(newest, index, config), *rejected]
+    else:
+        plan = history.load(folder)
+    steps = total_steps(config, plan) if train else 0
+    return Prepared(config, encoder, index, evaluation, plan, steps, rejected)
 
 
-def total_steps(config: Config, plan: Plan) -> int:
+def total_steps(config: Config, plan: Generations) -> int:
     """The last step: `train.max_steps`, or that of the last epoch, whichever comes first."""
     if config.train.epochs is None and config.train.max_steps is not None:
         return config.train.max_steps
@@ -122,25 +137,38 @@ def _memory(config: Config, encoder: Encoder) -> list[str]:
 
 
 def _oversize(plan: Plan, index: Index, config: Config) -> list[Quarantined]:
-    budget = config.data.tokens_per_batch
     found = []
     for row, example in zip(plan.oversize, index.examples(plan.oversize)):
         audio = example.audio()
-        reason = f"takes {index.tokens[row]} positions, more than data.tokens_per_batch={budget}"
         path = audio[0].path if audio else ""
+        reason = _over_budget(index, row, config)
         found.append(Quarantined(example.id, index.source_name(int(row)), path, reason))
     return found
 
 
+def _over_budget(index: Index, row: int, config: Config) -> str:
+    budget = config.data.tokens_per_batch
+    return f"takes {index.tokens[row]} positions, more than data.tokens_per_batch={budget}"
+
+
 def _check_usable(config: Config, train: Index, plan: Plan) -> None:
-    examples = len(train) + len(train.rejected)
-    unusable = len(train.rejected) + len(plan.oversize)
-    if unusable > config.data.max_quarantined * examples:
-        first = train.rejected[0] if train.rejected else _oversize(plan, train, config)[0]
-        raise UserError(
-            f"data.max_quarantined: {unusable} of {examples} examples are unusable, more than "
-            f"{config.data.max_quarantined:.1%}; the first: {first.id}: {first.reason}"
-        )
+    rejected = train.rejected
+    examples = len(train) + len(rejected)
+    unusable = len(rejected) + len(plan.oversize)
+    if unusable <= config.data.max_quarantined * examples:
+        return
+    reasons = [item.reason for item in rejected]
+    reasons += [_over_budget(train, row, config) for row in plan.oversize]
+    if rejected:
+        first = f"{rejected[0].id}: {rejected[0].reason}"
+        which = "all but those over budget" if len(plan.oversize) else "all"
+        rest = f"; {which} are named in {train.folder / 'rejected.jsonl'}"
+    else:
+        first, rest = f"{train.ids(plan.oversize[:1])[0]}: {reasons[0]}", ""
+    raise UserError(
+        f"data.max_quarantined: {unusable} of {examples} examples are unusable, more than "
+        f"{config.data.max_quarantined:.1%}: {summary(reasons)}; the first: {first}{rest}"
+    )
 
 
 def _clips(config: Config) -> Iterator[np.ndarray]:
@@ -164,8 +192,13 @@ def _clips(config: Config) -> Iterator[np.ndarray]:
             "data.speech_tokens: no audio in data.train to fit it on; remove it, or set "
             "data.speech_tokens.path to a fitted one"
         )
+    limits = Limits.of(config.data)
+    # What takes more units than a micro-batch holds is never trained on: not decoded either.
+    most = config.data.tokens_per_batch * settings.stack / 100
+    decode = partial(load, rate=speech_tokens.SAMPLE_RATE, limits=limits, most_seconds=most)
+    reader = ClipReader(limits)
     for path in chosen:
         try:
-            yield load(path, speech_tokens.SAMPLE_RATE)
+            yield reader.call(decode, path)
         except BadExample:
             continue  # named in quarantine.jsonl when it is read for training

@@ -1,10 +1,14 @@
 """A run's folder: what it is created with, and whether a config may continue it.
 
-config.yaml  the config as resolved, and the versions of the packages it ran with
+config.yaml   the config as resolved, and the versions of the packages it ran with
+weights.json  which checkpoint a run with checkpoint.resume=weights_only begins with
+earlier_N/    the runs that were in this folder before such a beginning
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +20,8 @@ import yaml
 from raysft.config import Config, changed_keys, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.errors import UserError
-from raysft.train.checkpoint import committed, write_durably
+from raysft.train.catalogue import Catalogue, Saved
+from raysft.train.storage import open_storage, write_whole
 
 PACKAGES = ("raysft", "torch", "transformers", "ray", "numpy", "soundfile", "soxr")
 
@@ -24,13 +29,22 @@ PACKAGES = ("raysft", "torch", "transformers", "ray", "numpy", "soundfile", "sox
 FREE = (
     "parallel.*",
     "log.*",
-    "checkpoint.*",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.best*",
+    "checkpoint.resume",
+    "checkpoint.grace_s",
     "evaluate.*",
     "data.eval",
+    # Held against what the run trained on by their contents: see `history`.
+    "data.train*",
+    "data.mix*",
+    "data.extend",
     "data.cpus",
     "data.prefetch",
     "data.index_path",
     "data.max_quarantined",
+    "data.read_timeout_s",
     "run.storage_path",
 )
 
@@ -53,10 +67,87 @@ def open_run(config: Config) -> Path:
         raise UserError(
             f"run.storage_path: {folder} cannot be made: {error.strerror or error}"
         ) from None
-    written = folder / "config.yaml"
+    if _begins_anew(config, folder):
+        _set_aside(config, folder)
     versions = yaml.safe_dump({"versions": _versions()}, sort_keys=False)
-    write_durably(written, to_yaml(config) + versions)
+    _write(folder / "config.yaml", to_yaml(config) + versions)
     return folder
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _begins_anew(config: Config, folder: Path) -> bool:
+    """Whether this start takes a run's weights and nothing else: only the first with that key
+    does, the same command again continues."""
+    if config.checkpoint.resume != "weights_only":
+        return False
+    written = folder / "config.yaml"
+    return not written.is_file() or read_config(folder).checkpoint.resume != "weights_only"
+
+
+# What belongs to the run so far, and not to one that begins anew in its folder.
+_ITS_OWN = (
+    "checkpoints",
+    "ledger",
+    "tensorboard",
+    "predictions",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "quarantine.jsonl",
+    "events.jsonl",
+    "plan.json",
+    "weights.json",
+    "report.png",
+    "report.html",
+)
+
+
+def _set_aside(config: Config, folder: Path) -> None:
+    """Move the run so far to earlier_N, and write down which weights the new one begins with.
+    Done again from any point at which it was interrupted."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"checkpoint.resume: weights_only, but {folder} holds no run to take weights from; "
+            "name that run, or give exported weights as model.path"
+        )
+    old = read_config(folder).checkpoint
+    if old.path is not None and old.path == config.checkpoint.path:
+        raise UserError(
+            f"checkpoint.path: {old.path} holds the checkpoints of the run so far; with "
+            "checkpoint.resume=weights_only name another place for the new ones"
+        )
+    number = 1
+    while (folder / f"earlier_{number}" / "config.yaml").exists():
+        number += 1
+    aside = folder / f"earlier_{number}"
+    moved = aside if (aside / "checkpoints").exists() else folder
+    saved, _ = Catalogue.of(old, moved).newest()
+    if saved is None:
+        raise UserError(
+            f"checkpoint.resume: weights_only, but {folder} has no checkpoint to take them from"
+        )
+    aside.mkdir(exist_ok=True)
+    for name in _ITS_OWN:
+        if (folder / name).exists() and not (aside / name).exists():
+            os.replace(folder / name, aside / name)
+    facts = {"run": aside.name, "path": old.path, "step": saved.step}
+    _write(folder / "weights.json", json.dumps(facts))
+    os.replace(folder / "config.yaml", aside / "config.yaml")
+
+
+def initial_weights(folder: Path) -> Saved | None:
+    """The checkpoint whose weights the run in `folder` begins with; None: as model.* says."""
+    written = folder / "weights.json"
+    if not written.is_file():
+        return None
+    facts = json.loads(written.read_bytes())
+    storage = open_storage(folder / facts["run"], facts["path"])
+    return Saved(facts["step"], storage)
 
 
 def check_run(config: Config) -> None:
@@ -104,6 +195,14 @@ def _check_same(config: Config, folder: Path) -> None:
         )
     old = _read_tree(folder / "config.yaml")
     new = config.model_dump(mode="json")
+    if _begins_anew(config, folder):
+        changed = changed_keys({"model": old["model"]}, {"model": new["model"]})
+        if changed:
+            raise UserError(
+                f"{folder}: its weights are of another model: {'; '.join(changed)}. Set these back "
+                "to begin with its weights (checkpoint.resume=weights_only)"
+            )
+        return
     new["run"]["name"] = old["run"]["name"]  # a folder that was moved is still the same run
     free = FREE
     if config.optim.schedule == "constant" and (
@@ -115,10 +214,12 @@ def _check_same(config: Config, folder: Path) -> None:
         for change in changed_keys(old, new)
         if not any(fnmatch(change.split(" ")[0], pattern) for pattern in free)
     ]
-    if changed and committed(folder):
+    before = validate(old, str(folder / "config.yaml")).checkpoint
+    if changed and Catalogue.of(before, folder).committed():
         raise UserError(
             f"{folder}: holds a run of another config: {'; '.join(changed)}. Set these back to "
-            "continue it, choose another run.name to train anew, or delete the folder"
+            "continue it, choose another run.name to train anew, set checkpoint.resume="
+            "weights_only to begin anew with its weights, or delete the folder"
         )
 
 

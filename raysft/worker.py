@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,17 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysft import models
+from raysft import history, models
 from raysft.config import Config
 from raysft.data.encode import Encoder
 from raysft.data.example import MicroBatch
+from raysft.data.generations import open_index
 from raysft.data.index import Index
-from raysft.data.plan import Plan
 from raysft.data.read import Reader, Work
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.base import Adapter
 from raysft.parallel import World, make_strategy
-from raysft.train import checkpoint
+from raysft.rundir import initial_weights
+from raysft.train.catalogue import Catalogue
+from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.feed import Feed
 from raysft.train.loop import Job
 from raysft.train.metrics import Lines
@@ -39,9 +42,12 @@ Read = Callable[[Iterator[Work]], Iterator[MicroBatch]]
 
 @dataclass
 class Data:
-    """Indexes and how to read from them."""
+    """Examples and how to read them.
 
-    train: Index
+    examples: of the training data, usable or not: what data.max_quarantined is a share of.
+    """
+
+    examples: int
     eval: Index | None
     encoder: Encoder
     read_train: Read
@@ -49,15 +55,17 @@ class Data:
 
     @classmethod
     def in_process(
-        cls, config: Config, encoder: Encoder, train: Index, evaluation: Index | None
+        cls, config: Config, encoder: Encoder, folder: Path, train: Index, evaluation: Index | None
     ) -> Data:
-        """Read in this process, without Ray."""
+        """Read in this process, without Ray. folder: the run's, as `prepare` left it."""
         budget = config.data.tokens_per_batch
         read_eval = None
         if evaluation is not None:
             read_eval = Reader(evaluation, encoder, config.evaluate.tokens_per_batch, None).read
-        reader = Reader(train, encoder, budget, config.run.seed)
-        return cls(train, evaluation, encoder, reader.read, read_eval)
+        index = open_index(history.places(folder))
+        reader = Reader(index, encoder, budget, config.run.seed)
+        examples = len(train) + len(train.rejected)
+        return cls(examples, evaluation, encoder, reader.read, read_eval)
 
 
 def build_job(
@@ -68,18 +76,23 @@ def build_job(
     total_steps: int,
     progress: Progress | None = None,
 ) -> Job:
-    """Model, strategy, plan and feed of one worker."""
+    """Model, strategy, plan and feed of one worker. `folder`: the run's, with its config.yaml."""
     adapter = models.build(config.model, config.data, data.encoder, config.run.seed)
-    adapter.tasks[:] = data.train.tasks
+    adapter.tasks[:] = history.tasks(folder)
     if config.train.freeze:
         adapter.freeze(config.train.freeze)
     if config.train.gradient_checkpointing:
         adapter.enable_gradient_checkpointing()
     strategy = make_strategy(config.parallel.strategy, adapter.supervised, world)
-    plan = Plan.of(data.train, config.data, config.run.seed)
     settings = config.data
     feed = Feed(
-        plan, settings.lanes, adapter, data.read_train, world, total_steps, settings.prefetch
+        history.load(folder),
+        settings.lanes,
+        adapter,
+        data.read_train,
+        world,
+        total_steps,
+        settings.prefetch,
     )
     return Job(
         config=config,
@@ -87,24 +100,40 @@ def build_job(
         world=world,
         strategy=strategy,
         stream=feed,
-        tasks=list(data.train.tasks),
+        tasks=list(adapter.tasks),
         total_steps=total_steps,
-        examples=len(data.train) + len(data.train.rejected),
+        examples=data.examples,
+        catalogue=Catalogue.of(config.checkpoint, folder),
         evaluate=partial(_evaluate, config, folder, world, data, adapter, strategy)
         if data.eval is not None
         else None,
         progress=progress if world.is_main else None,
+        weights=initial_weights(folder),
+        extras=_extras(adapter, folder) if world.is_main else {},
     )
 
 
+def _extras(adapter: Adapter, folder: Path) -> dict[str, bytes]:
+    """What goes into each checkpoint beside the state: config, tokenizer, feature extractor."""
+    found = {}
+    if (folder / "config.yaml").is_file():
+        found["config.yaml"] = (folder / "config.yaml").read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter.save_processor(Path(scratch))
+        for path in sorted(Path(scratch).rglob("*")):
+            if path.is_file():
+                found[f"processor/{path.relative_to(scratch)}"] = path.read_bytes()
+    return found
+
+
 def evaluate_checkpoint(job: Job) -> dict[str, float]:
-    """Evaluate the newest checkpoint on all of data.eval; appends a line to eval.jsonl."""
-    found = checkpoint.latest(job.folder)
+    """Evaluate the newest sound checkpoint on all of data.eval; appends a line to eval.jsonl."""
+    found, _ = newest_sound(job.catalogue, job.world)
     assert found is not None and job.evaluate is not None  # checked by the job's entry
-    checkpoint.load_weights(found, job.strategy.module)
+    load_weights(found, job.strategy.module)
     job.strategy.module.eval()
-    step = checkpoint.read_meta(found)["step"]
-    values = job.evaluate(step, True)
+    step = found.step
+    values = job.evaluate(step, True, lambda: None)
     if job.world.is_main:
         lines = Lines(job.folder / "eval.jsonl")
         lines.write({"step": step, **values})
@@ -121,6 +150,7 @@ def _evaluate(
     strategy: Any,
     step: int,
     final: bool,
+    beat: Callable[[], None],
 ) -> dict[str, float]:
     index, read = data.eval, data.read_eval
     assert index is not None and read is not None  # `build_job` sees to it
@@ -144,6 +174,7 @@ def _evaluate(
             final,
             predictions=folder / "predictions" / f"step_{step}.jsonl",
             synced=config.parallel.strategy == "fsdp",
+            beat=beat,
         )
 
 

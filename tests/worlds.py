@@ -51,9 +51,11 @@ def main(size: int, kill_at: int, paths: list[Path]) -> None:
 
     from raysft import worker
     from raysft.config import load_config
+    from raysft.data.plan import Cursor
     from raysft.parallel import World
     from raysft.prepare import prepare
     from raysft.rundir import run_folder
+    from raysft.train.catalogue import Catalogue
     from raysft.train.loop import train
 
     torch.set_num_threads(1)
@@ -68,13 +70,17 @@ def main(size: int, kill_at: int, paths: list[Path]) -> None:
         config = load_config(path, [f"parallel.workers={size}"])
         folder = run_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
-        prepared = prepare(config, folder)
+        saved, _ = Catalogue.of(config.checkpoint, folder).newest()
+        cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
+        prepared = prepare(config, folder, cursor)
 
         def progress(line: dict[str, Any]) -> None:
-            if kill_at and line["step"] >= kill_at:
+            if kill_at and "loss" in line and line["step"] >= kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        data = worker.Data.in_process(config, prepared.encoder, prepared.train, prepared.eval)
+        data = worker.Data.in_process(
+            config, prepared.encoder, folder, prepared.train, prepared.eval
+        )
         world = World.current()
         train(worker.build_job(config, folder, world, data, prepared.total_steps, progress))
     dist.barrier()

@@ -105,9 +105,9 @@ def contradictions(config: Config) -> list[str]:
         found.append(
             f"run.name: {name!r} is not a plain folder name; folders go to run.storage_path"
         )
-    if config.parallel.workers > config.data.lanes:
+    if config.parallel.max_workers > config.data.lanes:
         found.append(
-            f"parallel.workers: {config.parallel.workers} workers share data.lanes: "
+            f"parallel.workers: {config.parallel.max_workers} workers share data.lanes: "
             f"{config.data.lanes}, so some would have nothing to do; "
             f"raise data.lanes or use at most {config.data.lanes} workers"
         )
@@ -128,6 +128,10 @@ def contradictions(config: Config) -> list[str]:
         found.append(
             "model.speech_units: contradicts data.speech_tokens, whose clusters are the units; "
             "remove one of the two"
+        )
+    if config.checkpoint.best and not (config.evaluate.every and config.data.eval):
+        found.append(
+            "checkpoint.best: nothing measures it while training; set data.eval and evaluate.every"
         )
     if config.evaluate.every and not config.data.eval:
         found.append("evaluate.every: set, but data.eval names no source")

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 
 class Section(BaseModel):
@@ -73,8 +82,27 @@ class Data(Section):
         description="share of each task in every step, e.g. {asr: 0.5, tts: 0.5}",
     )
     window: PositiveInt = Field(4096, description="examples planned, packed and shuffled together")
+    extend: bool = Field(
+        False,
+        description="data that has changed since the last start is used from the next epoch on "
+        "(else it is refused); append new files rather than changing old ones",
+    )
     max_quarantined: float = Field(
         0.05, ge=0, le=1, description="share of unusable examples above which the run fails"
+    )
+    min_seconds: float = Field(
+        0.025, ge=0.025, description="shorter clips are not used (25 ms: one frame of features)"
+    )
+    max_seconds: PositiveFloat | None = Field(
+        None, description="longer clips are not used; default: what fits tokens_per_batch"
+    )
+    silence_db: float | None = Field(
+        -90.0,
+        le=0,
+        description="clips whose peak is below this (dBFS) are not used; null: silence is",
+    )
+    read_timeout_s: PositiveFloat = Field(
+        60.0, description="seconds after which a clip that cannot be read to its end is given up"
     )
     index_path: str | None = Field(
         None, description="folder of cached indexes; default: run.storage_path/index"
@@ -131,7 +159,10 @@ class Parallel(Section):
     """How workers share the work."""
 
     strategy: Literal["ddp", "fsdp"] = Field("ddp", description="ddp: replicas; fsdp: FSDP2 shards")
-    workers: PositiveInt = Field(1, description="training workers; at most data.lanes")
+    workers: int | list[int] = Field(
+        1,
+        description="training workers, at most data.lanes; [min, max]: as many as have room",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where there is one"
     )
@@ -143,8 +174,44 @@ class Parallel(Section):
         None,
         description="torch threads of a worker on CPU; default: its node's cores / its workers",
     )
-    max_failures: int = Field(3, ge=-1, description="worker failures survived; -1: any number")
-    timeout_s: PositiveFloat = Field(1800, description="seconds after which a collective fails")
+    max_failures: int = Field(
+        3,
+        ge=-1,
+        description="failures survived since the last new checkpoint; -1: any number",
+    )
+    backoff_s: NonNegativeFloat = Field(
+        2.0,
+        description="pause before the second restart without a new checkpoint; doubles, at most 60",
+    )
+    timeout_s: PositiveFloat = Field(
+        300, description="seconds without progress after which a worker counts as hung"
+    )
+
+    @field_validator("workers", mode="plain")
+    @classmethod
+    def _one_or_two(cls, value: Any) -> int | list[int]:
+        numbers = value if isinstance(value, list) else [value]
+        whole = all(type(number) is int and number > 0 for number in numbers)
+        if not whole or len(numbers) != (2 if isinstance(value, list) else 1):
+            raise ValueError("a whole number of at least 1, or two of them as [min, max]")
+        if numbers != sorted(numbers):
+            raise ValueError("[min, max] with min no larger than max")
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers to train with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers to train with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run lasts."""
+        return self.min_workers != self.max_workers
 
 
 class Optim(Section):
@@ -183,9 +250,22 @@ class Checkpoint(Section):
     """When state is saved, and what a start does with it."""
 
     every: NonNegativeInt = Field(500, description="steps between checkpoints; 0: only at the end")
-    keep: PositiveInt = Field(2, description="checkpoints kept")
-    resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: continue the run if its folder exists; never: refuse instead"
+    keep: PositiveInt = Field(2, description="checkpoints kept: the last ones")
+    best: str | None = Field(
+        None, description="evaluation metric (wer/dev) whose best checkpoint is kept as well"
+    )
+    best_mode: Literal["min", "max"] = Field("min", description="min: the lowest value is the best")
+    path: str | None = Field(
+        None,
+        description="another folder, or a URL (s3://...), for checkpoints; default: the run's",
+    )
+    resume: Literal["auto", "weights_only", "never"] = Field(
+        "auto",
+        description="of a run that is there already: auto continues it; weights_only begins anew "
+        "with its weights; never refuses",
+    )
+    grace_s: PositiveFloat = Field(
+        30.0, description="seconds to save in on Ctrl-C, SIGTERM or a notice of pre-emption"
     )
 
 

@@ -124,6 +124,8 @@ class Summary:
 class Plan:
     """The plan of a run. Plans with equal `hash` give equal steps.
 
+    settings: what the plan depends on beside the index, as json can write it.
+    source: int [N], the column it was given.
     oversize: int64, rows of the index longer than `data.tokens_per_batch`: never planned.
     """
 
@@ -144,7 +146,7 @@ class Plan:
         if len(tokens) == 0:
             raise UserError("data.train has no usable example: nothing to train on")
         self._data, self._seed, self._tasks = data, seed, list(tasks)
-        self._task = np.asarray(task)
+        self._task, self.source = np.asarray(task), np.asarray(source)
         self._groups = sorted(data.mix)
         number = {name: i for i, name in enumerate(self._groups)}
         self._blocks = Blocks(
@@ -162,7 +164,8 @@ class Plan:
         self._check()
         self._shares = _Shares([data.mix[name] for name in self._groups] or [1.0], data.lanes)
         self.oversize = self._blocks.oversize
-        self.hash = _hash(index_hash, data, weights, seed)
+        self.settings = _settings(data, weights, seed)
+        self.hash = _hash(index_hash, self.settings)
         self._summaries: list[Summary] = []
         self._epoch_starts = [self.start()]
 
@@ -174,16 +177,39 @@ class Plan:
             index.tokens, index.task, index.tasks, index.source, weights, index.hash, data, seed
         )
 
-    def start(self) -> Cursor:
-        """The cursor before the first step."""
-        return Cursor(self.hash, 0, 0, ((0, 0, 0),) * len(self._shares))
+    def start(self, epoch: int = 0, step: int = 0) -> Cursor:
+        """The cursor before the first step of `epoch`, when `step` steps have been done before it:
+        every group stands before a new cycle."""
+        streams = ((epoch, 0, 0),) * len(self._shares)
+        if epoch:  # from which nothing may be due, where sources have little weight
+            streams = tuple(_Stream(self, group, at).at for group, at in enumerate(streams))
+        return Cursor(self.hash, min(at[0] for at in streams), step, streams)
+
+    def begins(self, cursor: Cursor) -> bool:
+        """Whether no step of the cursor's epoch is done yet.
+
+        Then the last step had begun in the epoch before: it ended a group's cycle there, so since
+        that end it has taken fewer micro-batches of this group than it took in all.
+        """
+        last = self._shares.at(cursor.step - 1) if self._groups and cursor.step else [1]
+        for group, at in enumerate(cursor.streams):
+            stream = _Stream(self, group, (cursor.epoch, 0, 0))
+            for _ in range(last[group] if len(last) > group else 1):
+                if stream.at == at or at == (cursor.epoch, 0, 0):
+                    return True
+                stream.take(1, None)
+        return False
+
+    def owns(self, cursor: Cursor) -> bool:
+        """Whether the cursor is one of this plan."""
+        return cursor.plan_hash == self.hash and len(cursor.streams) == len(self._shares)
 
     def steps(self, cursor: Cursor) -> Iterator[PlannedStep]:
         """The steps after `cursor`, epoch after epoch without end, planned window by window.
 
         Raises UserError where the cursor belongs to another plan.
         """
-        if cursor.plan_hash != self.hash or len(cursor.streams) != len(self._shares):
+        if not self.owns(cursor):
             raise UserError(
                 f"this checkpoint was made with another plan ({cursor.plan_hash[:12]}, now "
                 f"{self.hash[:12]}): the training data, run.seed or one of data.lanes, "
@@ -200,8 +226,37 @@ class Plan:
     def summary(self, epoch: int = 0) -> Summary:
         """Totals of an epoch. Plans all epochs up to it, once: about 1 s a million examples."""
         while len(self._summaries) <= epoch:
-            self._summarise(len(self._summaries))
+            total, after = self.summarise(len(self._summaries), self._epoch_starts[-1])
+            self._summaries.append(total)
+            self._epoch_starts.append(after)
         return self._summaries[epoch]
+
+    def summarise(self, epoch: int, start: Cursor) -> tuple[Summary, Cursor]:
+        """Totals of the epoch that begins at `start`, and where the next one begins."""
+        total = Summary(epoch)
+        pad, by_task = self._data.mode == "padded", np.zeros(len(self._tasks), np.int64)
+        # An epoch in which no example of a lightly weighted source has its turn has no step.
+        steps = self.steps(start) if start.epoch == epoch else iter(())
+        for planned in steps:
+            total.steps += 1
+            lanes = [rows for rows in planned.lanes if len(rows)]
+            lengths = self._blocks.tokens[np.concatenate(lanes)].astype(np.int64)
+            sizes = np.array([len(rows) for rows in lanes])
+            total.micro_batches += len(lanes)
+            total.examples += len(lengths)
+            longest = np.maximum.reduceat(lengths, np.cumsum(sizes) - sizes)
+            total.computed += int((sizes * longest).sum() if pad else lengths.sum())
+            task = self._task[np.concatenate(lanes)]
+            by_task += np.bincount(task, lengths, len(by_task)).astype(np.int64)
+            start = planned.after
+            if start.epoch > epoch:
+                break
+        total.tokens = int(by_task.sum())
+        total.budget = total.micro_batches * self._data.tokens_per_batch
+        total.tokens_by_task = {
+            name: int(n) for name, n in zip(self._tasks, by_task, strict=True) if n
+        }
+        return total, start
 
     def _check(self) -> None:
         """Refuse data that this config cannot plan."""
@@ -240,7 +295,7 @@ class Plan:
                 self.hash,
                 max(epoch, min(stream.cycle for stream in streams)),
                 step,
-                tuple((stream.cycle, stream.window, stream.place) for stream in streams),
+                tuple(stream.at for stream in streams),
             )
             yield PlannedStep(epoch, step, taken, after)
 
@@ -283,34 +338,6 @@ class Plan:
         excess = int(cycle.totals[window + 1]) % max(1, int(self._data.tokens_per_batch * _FILL))
         return rows, pack.choose(self._blocks.tokens[rows], excess)
 
-    def _summarise(self, epoch: int) -> None:
-        """Append the next epoch's summary, and the cursor at which the epoch after it starts."""
-        start, total = self._epoch_starts[epoch], Summary(epoch)
-        pad, by_task = self._data.mode == "padded", np.zeros(len(self._tasks), np.int64)
-        # An epoch in which no example of a lightly weighted source has its turn has no step.
-        steps = self.steps(start) if start.epoch == epoch else iter(())
-        for planned in steps:
-            total.steps += 1
-            lanes = [rows for rows in planned.lanes if len(rows)]
-            lengths = self._blocks.tokens[np.concatenate(lanes)].astype(np.int64)
-            sizes = np.array([len(rows) for rows in lanes])
-            total.micro_batches += len(lanes)
-            total.examples += len(lengths)
-            longest = np.maximum.reduceat(lengths, np.cumsum(sizes) - sizes)
-            total.computed += int((sizes * longest).sum() if pad else lengths.sum())
-            task = self._task[np.concatenate(lanes)]
-            by_task += np.bincount(task, lengths, len(by_task)).astype(np.int64)
-            start = planned.after
-            if start.epoch > epoch:
-                break
-        total.tokens = int(by_task.sum())
-        total.budget = total.micro_batches * self._data.tokens_per_batch
-        total.tokens_by_task = {
-            name: int(n) for name, n in zip(self._tasks, by_task, strict=True) if n
-        }
-        self._summaries.append(total)
-        self._epoch_starts.append(start)
-
 
 class _Stream:
     """A group's micro-batches, window after window, cycle after cycle. Always stands before one."""
@@ -337,6 +364,11 @@ class _Stream:
             self.place += 1
             self._settle()
         return taken
+
+    @property
+    def at(self) -> tuple[int, int, int]:
+        """Cycle, window and micro-batch it stands before."""
+        return self.cycle, self.window, self.place
 
     def _settle(self) -> None:
         """Move on to the next micro-batch there is: windows and cycles may be empty."""
@@ -384,11 +416,10 @@ class _Shares:
         return (self._least + np.bincount(hit, minlength=len(self._least))).tolist()
 
 
-def _hash(index_hash: str, data: Data, weights: Sequence[float], seed: int) -> str:
-    """What the plan depends on, as 64 hex digits."""
-    facts = {
+def _settings(data: Data, weights: Sequence[float], seed: int) -> dict[str, Any]:
+    """What the plan depends on beside the index."""
+    return {
         "algorithm": ALGORITHM,
-        "index": index_hash,
         "weights": [float(weight) for weight in weights],
         "seed": seed,
         "lanes": data.lanes,
@@ -398,4 +429,9 @@ def _hash(index_hash: str, data: Data, weights: Sequence[float], seed: int) -> s
         "mix": dict(data.mix),
         "window": data.window,
     }
+
+
+def _hash(index_hash: str, settings: dict[str, Any]) -> str:
+    """What the plan depends on, as 64 hex digits."""
+    facts = {"index": index_hash, **settings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,8 @@ clip; memory is that of one chunk of works' records and one micro-batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 
 import numpy as np
@@ -17,10 +18,12 @@ from raysft.data.audio import load
 from raysft.data.encode import Encoder
 from raysft.data.example import Example, MicroBatch, Quarantined, Sequence
 from raysft.data.index import Index
+from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample
 
 CLIP_S = 2.0  # seconds of audio that take about as long to read as the rest of an example
 CHUNK = 128  # examples of at most CLIP_S a chunk of work should hold: a quarter of a second's work
+GROWN = 2.0  # times its length in the index above which a clip is not even decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Work:
 class Reader:
     """Reads works with an index and an encoder; the same works give the same micro-batches.
 
+    Raises UserError where data files have changed, or their storage answers no more.
+
     budget: positions a micro-batch may take, where examples turn out longer than planned.
     seed: of augmentation in training, drawn by (seed, epoch, step, lane, slot); None in evaluation.
     """
@@ -45,6 +50,10 @@ class Reader:
     encoder: Encoder
     budget: int
     seed: int | None
+    _clips: ClipReader = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._clips = ClipReader(self.encoder.limits)
 
     def read(self, works: Iterator[Work]) -> Iterator[MicroBatch]:
         """Micro-batches in the order of `works`, each as soon as it is ready."""
@@ -53,6 +62,7 @@ class Reader:
 
     def read_chunk(self, works: list[Work]) -> Iterator[MicroBatch]:
         """As `read`; the records of all works are fetched in one pass over their files."""
+        self._clips.refresh()
         rows = np.concatenate([work.rows for work in works]) if works else np.zeros(0, np.int64)
         examples = iter(self.index.examples(rows))
         for work in works:
@@ -66,7 +76,9 @@ class Reader:
         spare = max(0, self.budget - sum(planned))
         for slot, example in enumerate(examples):
             try:
-                sequence = self._sequence(example, self._rng(work, slot), planned[slot])
+                clips = self._load(example, work.rows[slot])
+                rng = self._rng(work, slot)
+                sequence = self.encoder.encode(example, clips, rng, promised=planned[slot])
                 excess = len(sequence.input_ids) - planned[slot]
                 if excess > spare:
                     raise BadExample(
@@ -92,15 +104,15 @@ class Reader:
         key = [self.seed % 2**64, work.epoch]
         return np.random.Generator(np.random.Philox(counter=counter, key=key))
 
-    def _sequence(
-        self, example: Example, rng: np.random.Generator | None, planned: int
-    ) -> Sequence:
-        rate = self.encoder.sample_rate
-        clips = []
-        for audio in example.audio():
-            assert rate is not None  # an encoder that takes audio names its rate
-            clips.append(load(audio.path, rate))
-        return self.encoder.encode(example, clips, rng, promised=planned)
+    def _load(self, example: Example, row: int) -> list[np.ndarray]:
+        audio = example.audio()
+        if not audio:
+            return []
+        rate, limits = self.encoder.sample_rate, self.encoder.limits
+        assert rate is not None  # an encoder that takes audio names its rate
+        most = GROWN * float(self.index.seconds[row]) + 1.0
+        decode = partial(load, rate=rate, limits=limits, most_seconds=most)
+        return [self._clips.call(decode, clip.path) for clip in audio]
 
     def _quarantined(self, row: int, example: Example, reason: str) -> Quarantined:
         audio = example.audio()

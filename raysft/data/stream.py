@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from raysft.data.example import MicroBatch, Quarantined
-from raysft.data.index import Index
+from raysft.data.generations import Places, open_index
 from raysft.data.read import CHUNK, Reader, Work, chunks
+from raysft.data.stalled import MOST_STUCK, stuck
 from raysft.errors import UserError
 
 FIRST_SPAN = 2  # chunks a CPU in the first span: of CHUNK, so that the first batches come early
@@ -42,7 +44,7 @@ LARGE = 4 * CHUNK  # of this size: between two tasks a process waits 10 to 100 m
 class ReaderSpec:
     """What a data task needs to make its `Reader`; made once a process, then reused."""
 
-    index: str  # folder
+    index: Places
     encoder: Any  # ObjectRef of the encoder
     budget: int
     seed: int | None
@@ -53,7 +55,7 @@ class ReaderSpec:
         if key not in _READERS:
             if len(_READERS) > 1:  # a run has one to train and one to evaluate
                 _READERS.clear()
-            index = Index.load(self.index)
+            index = open_index(self.index)
             _READERS[key] = Reader(index, ray.get(self.encoder), self.budget, self.seed)
         return _READERS[key]
 
@@ -86,6 +88,8 @@ class _Chunks(Datasource):
 
 def _read(spec: ReaderSpec, chunk: list[Work]) -> Callable[[], Iterable[pa.Table]]:
     def blocks() -> Iterator[pa.Table]:
+        if stuck() >= MOST_STUCK:  # nothing has begun: Ray does this task in a fresh process
+            os._exit(1)
         try:
             for batch in spec.reader().read_chunk(chunk):
                 yield to_table(batch)

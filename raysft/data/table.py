@@ -20,6 +20,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,20 @@ class IndexedSource(NamedTuple):
     weight: float
 
 
+class IndexedFile(NamedTuple):
+    """A data file as it was indexed.
+
+    source: counts in `sources`. digest: sha256 of its bytes. part: hash of what its examples came
+    to (which can be used, how long they are). examples: how many.
+    """
+
+    path: str
+    source: int
+    digest: str
+    part: str
+    examples: int
+
+
 class Index:
     """A built index. Its columns have one entry an example, sources one after the other.
 
@@ -64,6 +79,8 @@ class Index:
     task: int16 [N], counts in `tasks`. source: int16 [N], counts in `sources`.
     hash: of what is planned: which examples, how long, of which task. Names and weights of
         sources and the place of the data do not change it.
+    described: of each source name, weight, format and task. files: in the order of their examples.
+    encoder: fingerprint of what measured the lengths.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,8 +89,11 @@ class Index:
         self.hash: str = meta["hash"]
         self.tasks: list[str] = meta["tasks"]
         self.sources = [IndexedSource(item["name"], item["weight"]) for item in meta["sources"]]
-        self._resolved = meta["sources"]
-        self._files = [(Path(path), source) for path, source in meta["files"]]
+        self.described: list[dict[str, Any]] = meta["sources"]
+        self.encoder: str = meta["encoder"]
+        self.files = [IndexedFile(*file) for file in meta["files"]]
+        self._files = [(Path(file.path), file.source) for file in self.files]
+        self._starts = list(accumulate((file.examples for file in self.files), initial=0))
         self._handles: dict[int, int] = {}
         self._reading = threading.Lock()
         columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
@@ -118,6 +138,14 @@ class Index:
         """Name of the source an example is from."""
         return self.sources[self.source[row]].name
 
+    def records(self, number: int) -> np.ndarray:
+        """Of the examples of file `number`, in order: int64 [examples, 3] of byte offset, bytes
+        and checksum of the record. What was only appended to a file leaves the others as they are.
+        """
+        mine = slice(self._starts[number], self._starts[number + 1])
+        columns = [self._columns[name][mine] for name in ("offset", "size", "crc")]
+        return np.stack(columns, axis=1).astype(np.int64)
+
     def ids(self, rows: np.ndarray) -> list[str]:
         """Ids of examples, in the order of `rows` (reads their records)."""
         return [example.id for example in self.examples(rows)]
@@ -142,9 +170,9 @@ class Index:
                     f"{file} has changed since it was indexed (item {line}); a run keeps to the "
                     "data it was started with: restore the file, or start a run of another name"
                 )
-            form = formats.get(self._resolved[source]["format"])
+            form = formats.get(self.described[source]["format"])
             item = Item(picked["offset"][place], picked["size"][place], line, raw)
-            located = formats.read(form, item, file, self._resolved[source]["task"])
+            located = formats.read(form, item, file, self.described[source]["task"])
             assert located.example is not None, located.error  # these bytes were parsed before
             found[place] = located.example
         return [example for example in found if example is not None]
@@ -201,9 +229,10 @@ def join(
     places = {id(source): number for number, source in enumerate(resolved)}
     owners = [places[id(source)] for source, _ in files]
     tasks = sorted({task for part in found for task in part.tasks})
+    hashes = [part.hash() for part in found]
     facts = [
-        [owner, digest, source.format, source.task, file.stem, part.hash()]
-        for owner, digest, (source, file), part in zip(owners, digests, files, found)
+        [owner, digest, source.format, source.task, file.stem, part]
+        for owner, digest, (source, file), part in zip(owners, digests, files, hashes)
     ]
     content = hashlib.sha256(
         json.dumps([parts.VERSION, encoder.fingerprint, encoder.sample_rate, facts]).encode()
@@ -217,7 +246,11 @@ def join(
             {"name": s.name, "weight": s.weight, "format": s.format, "task": s.task}
             for s in resolved
         ],
-        "files": [[str(file), owner] for owner, (_, file) in zip(owners, files)],
+        "encoder": f"{encoder.fingerprint} at {encoder.sample_rate} Hz",
+        "files": [
+            list(IndexedFile(str(file), owner, digest, kept, len(part.rows)))
+            for owner, digest, (_, file), kept, part in zip(owners, digests, files, hashes, found)
+        ],
     }
     rejected = "".join(
         json.dumps(asdict(Quarantined(item.id, source.name, item.path, item.reason))) + "\n"

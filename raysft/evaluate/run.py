@@ -86,12 +86,13 @@ def evaluate(
     final: bool,
     predictions: Path | None = None,
     synced: bool = False,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Losses by task, WER and CER by source: the same values on every worker. A collective.
 
     `read` turns lists of index rows into micro-batches, in order. `predictions` is a file of JSON
     lines (id, source, reference, hypothesis) that rank 0 writes. `synced`: sharded parameters, so
-    every worker must run the same number of forward passes.
+    every worker must run the same number of forward passes. `beat` is called before each batch.
     """
     plan = batches(corpus, settings.tokens_per_batch, None if final else settings.max_examples)
     mine = plan[world.rank :: world.size]
@@ -101,6 +102,7 @@ def evaluate(
     stream = read(mine)
     with torch.inference_mode(mode=not synced), torch.no_grad():
         for number in range(rounds):
+            beat()
             rows = mine[number] if number < len(mine) else np.zeros(0, np.int64)
             batch = next(stream) if number < len(mine) else MicroBatch.join(0, 0, 0, [])
             with autocast(precision, world.device):

@@ -117,7 +117,6 @@ class AudioLM(Adapter):
         extractor alone, with a warning.
         """
         super().save(folder, state_dict)
-        self.preprocessor.save_pretrained(folder)
         if not isinstance(self.preprocessor, Qwen2AudioProcessor):
             log.warning(
                 "no processor is exported, for Qwen2AudioProcessor computes Whisper's log-mel, and "
@@ -126,6 +125,11 @@ class AudioLM(Adapter):
                 "transposed to [clips, mels, frames]",
                 self.frames_limit,
             )
+
+    def save_processor(self, folder: Path) -> None:
+        """As `Adapter.save_processor`, with the feature extractor."""
+        super().save_processor(folder)
+        self.preprocessor.save_pretrained(folder)
 
 
 def make_adapter(

@@ -288,6 +288,10 @@ class Adapter(ABC):
             for name in self.model.all_tied_weights_keys:
                 weights.pop(name, None)
         self.model.save_pretrained(folder, state_dict=weights)
+        self.save_processor(folder)
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what turns text and audio into the model's inputs."""
         self.tokenizer.save_pretrained(folder)
 
 

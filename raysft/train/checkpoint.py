@@ -1,117 +1,247 @@
-"""Checkpoints: sharded state, a cursor, a commit marker that appears last.
+"""Save and load the state of a run: sharded, asynchronously, published when it is durable.
 
-    checkpoints/step_N/state/       torch distributed checkpoint: model and optimizer, by name
-    checkpoints/step_N/meta.json    step, cursor, running sums of metrics, world size, versions
-    checkpoints/step_N/COMMITTED    without it the folder does not exist for any reader
-
-Every worker writes its own shards. The marker is written (flushed, synced, renamed) only when all
-have; older checkpoints are pruned only after that.
+`Saver.start` copies the state to host memory (all that training waits for), then a thread of every
+worker writes that worker's shards; when all have, rank 0 publishes the checkpoint and only then
+prunes older ones. One save is in flight: the next waits for it. Costs host memory of one copy of a
+worker's state. See `catalogue` for the layout.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-from pathlib import Path
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from raysft.errors import UserError
 from raysft.parallel import World
 from raysft.parallel.strategy import load_state, state_of
+from raysft.train.catalogue import MARKER, Catalogue, Saved
+from raysft.train.storage import Folder, Storage, digest
 
-MARKER = "COMMITTED"
-_NAME = re.compile(r"step_(\d+)")
-
-
-def committed(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every committed checkpoint of a run, oldest first."""
-    found = []
-    for path in (folder / "checkpoints").glob("step_*"):
-        match = _NAME.fullmatch(path.name)
-        if match and (path / MARKER).is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
+_SUMS = ".sums"  # beside the shards of a worker while they are written: [[name, sha256, bytes]]
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest committed checkpoint of a run, or None."""
-    found = committed(folder)
-    return found[-1][1] if found else None
+@dataclass
+class Save:
+    """One save, on this worker. Times in seconds."""
+
+    step: int
+    stalled: float  # training waited for the one before and for the copy
+    begun: float
+    seconds: float = 0.0  # until it was published (rank 0) or this worker's shards were written
+    bytes: int = 0  # of all files (rank 0)
+    error: BaseException | None = None
+    thread: threading.Thread | None = field(default=None, repr=False)
 
 
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """meta.json of a checkpoint."""
-    return json.loads((checkpoint / "meta.json").read_text())
+class Saver:
+    """Saves of one start of a run; a worker group makes its own, together."""
 
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        world: World,
+        keep: int,
+        spare: Callable[[], int | None] = lambda: None,
+        extras: dict[str, bytes] | None = None,
+        owned: Callable[[], str | None] = lambda: None,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """A collective.
 
-def save(
-    folder: Path,
-    step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    meta: dict[str, Any],
-    keep: int,
-    world: World,
-) -> Path:
-    """Write checkpoint `step` of the run in `folder` and prune to the last `keep`. A collective."""
-    target = folder / "checkpoints" / f"step_{step}"
-    if world.is_main:
-        if target.exists():  # left by an interrupted save, or by a run that is being done again
-            (target / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(target)
-        (target / "state").mkdir(parents=True)
-    world.barrier()
-    try:
-        dcp.save(
-            state_of(module, optimizer),
-            storage_writer=dcp.FileSystemWriter(str(target / "state")),
-            no_dist=not dist.is_initialized(),
+        keep: checkpoints that stay. spare: step of another that stays (the best), asked when older
+        ones go. extras: path in the checkpoint -> content, the same in each. owned: why this start
+        no longer owns the run (asked before anything is published), or None. settle: brings to the
+        disk what belongs to the checkpoint and is not in it (the ledger).
+        """
+        self.catalogue, self.world, self.keep = catalogue, world, keep
+        self._spare, self._extras, self._owned = spare, extras or {}, owned
+        self._settle = settle
+        self._token = world.gather(uuid.uuid4().hex)[0]
+        self._storage = catalogue.storage
+        # Of its own, on CPU tensors: a save's messages must not meet those of training.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._running: Save | None = None
+        self._done: list[Save] = []
+
+    def start(
+        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
+    ) -> None:
+        """Begin to save; returns once the state is copied. A collective.
+
+        Raises UserError where the save before this one, which it waits for, has failed.
+        """
+        begun = time.monotonic()
+        self.wait()
+        staged = self._stager.stage(state_of(module, optimizer))
+        save = Save(step, time.monotonic() - begun, begun)
+        save.thread = threading.Thread(
+            target=self._run, args=(save, staged, meta), daemon=True, name="checkpoint"
         )
-    except (OSError, CheckpointException) as error:
-        if world.is_main:  # no marker: it does not exist for readers; leave no rubbish either
-            shutil.rmtree(target, ignore_errors=True)
-        raise UserError(f"{target}: the checkpoint cannot be written: {_cause(error)}") from error
-    world.barrier()
-    if world.is_main:
-        write_durably(target / "meta.json", json.dumps({"step": step, **meta}))
-        write_durably(target / MARKER, f"{step}\n")
-        for _, old in committed(folder)[:-keep]:
-            (old / MARKER).unlink()
-            shutil.rmtree(old)
-    world.barrier()
-    return target
+        save.thread.start()
+        self._running = save
+
+    def wait(self, waiting: Callable[[], None] = lambda: None) -> None:
+        """Until nothing is in flight; calls `waiting` every second.
+
+        Raises UserError where that save has failed.
+        """
+        if self._running is not None and self._running.thread is not None:
+            while self._running.thread.is_alive():
+                waiting()
+                self._running.thread.join(timeout=1.0)
+        self._finish()
+
+    def finished(self) -> list[Save]:
+        """Saves that ended since the last call. Raises UserError where one has failed."""
+        if self._running is not None and self._running.thread is not None:
+            if self._running.thread.is_alive():
+                return []
+            self._finish()
+        done, self._done = self._done, []
+        return done
+
+    def prune(self) -> None:
+        """Delete what `keep` and `spare` do not hold (after an evaluation has changed the best)."""
+        if self.world.is_main:
+            self.catalogue.prune(self.keep, self._spare())
+
+    def _finish(self) -> None:
+        save, self._running = self._running, None
+        if save is None:
+            return
+        if save.error is not None:
+            where = self._storage.where(f"step_{save.step}")
+            raise UserError(
+                f"{where}: the checkpoint cannot be written: {_cause(save.error)}"
+            ) from save.error
+        self._done.append(save)
+
+    def _run(self, save: Save, staged: dict[str, Any], meta: dict[str, Any]) -> None:
+        name = f"step_{save.step}"
+        draft = self._storage.draft(name, self._token)
+        try:
+            self._settle()
+            dcp.save(
+                staged,
+                storage_writer=_writer(self._storage, f"{draft}/state"),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+            if self.world.is_main:
+                save.bytes = self._publish(draft, name, {"step": save.step, **meta})
+                self.prune()
+        except (OSError, CheckpointException, UserError) as error:
+            save.error = error
+            if self.world.is_main and draft != name:  # nothing half-written stays
+                self._storage.remove(draft)
+        except BaseException as error:  # noqa: BLE001 - raised in the training thread
+            save.error = error
+        save.seconds = time.monotonic() - save.begun
+
+    def _publish(self, draft: str, name: str, meta: dict[str, Any]) -> int:
+        files: dict[str, list[Any]] = {}
+        for path in self._storage.files(draft):
+            if path.endswith(_SUMS):
+                with self._storage.open(f"{draft}/{path}") as stream:
+                    files.update({f"state/{n}": [d, size] for n, d, size in json.load(stream)})
+        with self._storage.open(f"{draft}/state/.metadata") as stream:
+            files["state/.metadata"] = list(digest(stream))
+        for path, content in self._extras.items():
+            self._storage.write(f"{draft}/{path}", content)
+            files[path] = [sha256(content).hexdigest(), len(content)]
+        content = json.dumps({**meta, "files": files}).encode()
+        self._storage.write(f"{draft}/meta.json", content)
+        taken = self._owned()
+        if taken is not None:
+            raise UserError(taken)
+        self._storage.publish(draft, name, MARKER, f"{sha256(content).hexdigest()}\n".encode())
+        return sum(size for _, size in files.values())
 
 
-def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(saved: Saved, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load model and optimizer in place (any strategy, any world size); returns meta.json."""
     state = state_of(module, optimizer)
-    dcp.load(
-        state,
-        storage_reader=dcp.FileSystemReader(str(checkpoint / "state")),
-        no_dist=not dist.is_initialized(),
-    )
+    dcp.load(state, storage_reader=_reader(saved), no_dist=not dist.is_initialized())
     load_state(module, optimizer, state)
-    return read_meta(checkpoint)
+    return saved.meta()
 
 
-def load_weights(checkpoint: Path, module: nn.Module) -> None:
-    """Load the model's weights alone, in place (evaluation, export). A collective."""
+def load_weights(saved: Saved, module: nn.Module) -> None:
+    """Load the model's weights alone, in place. A collective."""
     state = {"model": get_model_state_dict(module)}
-    dcp.load(
-        state,
-        storage_reader=dcp.FileSystemReader(str(checkpoint / "state")),
-        no_dist=not dist.is_initialized(),
-    )
+    dcp.load(state, storage_reader=_reader(saved), no_dist=not dist.is_initialized())
     set_model_state_dict(module, state["model"])
+
+
+def newest_sound(catalogue: Catalogue, world: World) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint whose every file is as it was written, and why newer ones are not it.
+
+    Each worker reads its share of the files. A collective.
+    """
+    steps = world.gather([saved.step for saved in catalogue.committed()])[0]
+
+    def damage(saved: Saved) -> str | None:
+        found = world.gather(saved.damage(world.rank, world.size))
+        return next((reason for reason in found if reason), None)
+
+    return catalogue.newest(damage, [Saved(step, catalogue.storage) for step in steps])
+
+
+class _Sums:
+    """Joined to a torch writer: hashes the shards this worker has written, once they are there."""
+
+    storage: Storage
+    root: str
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """As torch's; then the checksums, in a file beside the shards."""
+        written = super().write_data(plan, planner)  # type: ignore[misc]
+        sums = []
+        for name in sorted({result.storage_data.relative_path for result in written.wait()}):
+            with self.storage.open(f"{self.root}/{name}") as stream:
+                sums.append([name, *digest(stream)])
+        if sums:
+            self.storage.write(f"{self.root}/{sums[0][0]}{_SUMS}", json.dumps(sums).encode())
+        return written
+
+
+class _FolderWriter(_Sums, dcp.FileSystemWriter):
+    pass
+
+
+class _StoreWriter(_Sums, FsspecWriter):
+    pass
+
+
+def _writer(storage: Storage, root: str) -> dcp.StorageWriter:
+    kind = _FolderWriter if isinstance(storage, Folder) else _StoreWriter
+    writer = kind(storage.where(root))
+    writer.storage, writer.root = storage, root
+    return writer
+
+
+def _reader(saved: Saved) -> dcp.StorageReader:
+    where = f"{saved.where}/state"
+    return dcp.FileSystemReader(where) if isinstance(saved.storage, Folder) else FsspecReader(where)
 
 
 def _cause(error: BaseException) -> str:
@@ -124,22 +254,3 @@ def _cause(error: BaseException) -> str:
     if error.__cause__ is not None or error.__context__ is not None:
         return _cause(error.__cause__ or error.__context__ or error)
     return str(error)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that it is whole on disk or not there: write, flush, sync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-        parent = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

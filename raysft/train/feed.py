@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from raysft.data.example import MicroBatch
-from raysft.data.plan import Cursor, Plan, PlannedStep
+from raysft.data.generations import Generations
+from raysft.data.plan import Cursor, PlannedStep
 from raysft.data.read import Work
 from raysft.models.base import Adapter
 from raysft.parallel import World
@@ -29,7 +30,7 @@ class Feed:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Generations,
         lanes: int,
         adapter: Adapter,
         read: Read,

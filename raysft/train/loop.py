@@ -7,8 +7,10 @@ as if nothing had happened.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +18,14 @@ import torch
 
 from raysft.config.schema import Config
 from raysft.parallel import Strategy, World
-from raysft.train import checkpoint
-from raysft.train.metrics import cut_back_run
+from raysft.train.catalogue import Catalogue, Saved, best_step
+from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
+from raysft.train.metrics import cut_back_run, last_recorded
+from raysft.train.monitor import LEAVE
 from raysft.train.optim import learning_rate, make_optimizer, set_learning_rate
 from raysft.train.record import Clock, Record, Totals
 from raysft.train.step import StepBatch, forward_backward
+from raysft.train.watchdog import Watchdog
 
 
 class Stream(Protocol):
@@ -33,7 +38,13 @@ class Stream(Protocol):
 
 @dataclass
 class Job:
-    """What a worker needs to train, whoever built it."""
+    """What a worker needs to train, whoever built it.
+
+    signal: rank 0's is asked before every step, see `monitor`. weights: a checkpoint to begin with
+        where the run has none. extras: files that every checkpoint carries. start: facts for the
+        first event of this start. hung: told why, before a worker that makes no progress ends its
+        process; None: never ends it.
+    """
 
     config: Config
     folder: Path
@@ -43,29 +54,38 @@ class Job:
     tasks: list[str]
     total_steps: int
     examples: int  # in the index and rejected from it: what max_quarantined is a share of
-    evaluate: Callable[[int, bool], dict[str, float]] | None = None
+    catalogue: Catalogue
+    evaluate: Callable[[int, bool, Callable[[], None]], dict[str, float]] | None = None
     progress: Callable[[dict[str, Any]], None] | None = None
+    signal: Callable[[], int] = lambda: 0
+    weights: Saved | None = None
+    extras: dict[str, bytes] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    hung: Callable[[str], None] | None = None
 
 
 COUNTED = ("tokens", "positions", "supervised", "examples", "audio_seconds", "quarantined")
 
 
 def train(job: Job) -> int:
-    """Run from the last committed checkpoint (or from the start) to the last step; returns it."""
+    """Run from the newest sound checkpoint (or from the start) to the last step, or to the step
+    at which it was told to leave; returns that step."""
     config, world, strategy = job.config, job.world, job.strategy
     optimizer = make_optimizer(strategy.module, config.optim)
     totals, clock = Totals(job.tasks), Clock()
     record = Record(config, job.folder, world, job.examples, job.total_steps, job.progress)
-    step, cursor = _restore(job, optimizer, totals, clock)
-    record.open(step)
+    step, cursor = _restore(job, record, optimizer, totals, clock)
     strategy.module.train()
-    last_saved = step
+    keeper = Keeper(job, record, optimizer, totals, clock)
+    last_saved, signal = step, 0
     try:
         batches = job.stream.open(cursor)
-        while step < job.total_steps:
+        while step < job.total_steps and signal != LEAVE:
+            keeper.beat("waiting for data")
             with clock.waiting():
                 batch = next(batches)
-            counts = _counts(world, batch)
+            keeper.beat(f"in step {batch.step}")
+            counts, signal = _counts(world, batch, job.signal())
             record.quarantine(batch, counts)
             sums = forward_backward(
                 strategy,
@@ -88,16 +108,21 @@ def train(job: Job) -> int:
             if step % config.log.every == 0 or step == job.total_steps:
                 record.metrics(batch, totals, clock, rate, float(norm))
             if _due(config.evaluate.every, step, job.total_steps):
-                _evaluate(job, step, record, clock, final=False)
-            if _due(config.checkpoint.every, step, job.total_steps):
-                _save(job, step, optimizer, cursor, totals, clock)
+                keeper.evaluate(step, final=False)
+            if signal or _due(config.checkpoint.every, step, job.total_steps):
+                keeper.save(step, cursor, wait=bool(signal))
                 last_saved = step
-        if last_saved != step or not checkpoint.committed(job.folder):
-            _save(job, step, optimizer, cursor, totals, clock)
-        if config.evaluate.at_end and not record.evaluated(step):
-            _evaluate(job, step, record, clock, final=True)
+            keeper.look()
+        if last_saved != step or not job.catalogue.committed():
+            keeper.save(step, cursor, wait=True)
+        if signal == LEAVE and step < job.total_steps:
+            record.event("stopped", step=step, reason="told to leave")
+        elif config.evaluate.at_end and not record.evaluated(step):
+            keeper.evaluate(step, final=True)
+        keeper.finish(step)
     finally:
         job.stream.close()
+        keeper.close()
         record.close()
     return step
 
@@ -106,54 +131,126 @@ def _due(every: int, step: int, total: int) -> bool:
     return bool(every) and step % every == 0 and step < total
 
 
+class Keeper:
+    """What goes on beside the steps: saves, evaluations, and the watch over progress."""
+
+    def __init__(
+        self,
+        job: Job,
+        record: Record,
+        optimizer: torch.optim.Optimizer,
+        totals: Totals,
+        clock: Clock,
+    ) -> None:
+        self.job, self.record, self.optimizer = job, record, optimizer
+        self.totals, self.clock = totals, clock
+        settings = job.config.checkpoint
+
+        def best() -> int | None:
+            if settings.best is None:
+                return None
+            return best_step(record.evaluations, settings.best, settings.best_mode)
+
+        self.saver = Saver(
+            job.catalogue,
+            job.world,
+            settings.keep,
+            best,
+            job.extras,
+            record.ownership,
+            record.settle,
+        )
+        self.watchdog = None
+        if job.hung is not None:
+            self.watchdog = Watchdog(job.config.parallel.timeout_s, job.hung)
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog of progress."""
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
+
+    def save(self, step: int, cursor: dict[str, Any] | None, wait: bool) -> None:
+        """Begin a checkpoint; with `wait` return when it is published."""
+        with self.clock.aside():
+            meta = {
+                "cursor": cursor,
+                "totals": self.totals.state(),
+                "clock": self.clock.state(),
+                "world_size": self.job.world.size,
+                "time": time.time(),
+            }
+            # The one before may still be on its way to slow storage: that is no hang.
+            self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
+            self.saver.start(step, self.job.strategy.module, self.optimizer, meta)
+            if wait:
+                self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
+
+    def look(self) -> None:
+        """Record saves that have ended. Raises UserError where one has failed."""
+        for save in self.saver.finished():
+            self.record.saved(save)
+
+    def evaluate(self, step: int, final: bool) -> None:
+        """Evaluate the model as it is. A collective."""
+        if self.job.evaluate is None:
+            return
+        with self.clock.aside():
+            self.job.strategy.module.eval()
+            beat = partial(self.beat, f"in the evaluation at step {step}")
+            beat()
+            values = self.job.evaluate(step, final, beat)
+            self.job.strategy.module.train()
+        self.record.evaluation(step, values)
+
+    def finish(self, step: int) -> None:
+        """All is saved and evaluated: wait for what is in flight."""
+        self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
+        self.look()
+        if self.job.config.checkpoint.best:
+            self.saver.prune()
+        if step == self.job.total_steps:
+            self.record.event("finished", step=step)
+
+    def close(self) -> None:
+        """Stop the watch."""
+        if self.watchdog is not None:
+            self.watchdog.close()
+
+
 def _restore(
-    job: Job, optimizer: torch.optim.Optimizer, totals: Totals, clock: Clock
+    job: Job,
+    record: Record,
+    optimizer: torch.optim.Optimizer,
+    totals: Totals,
+    clock: Clock,
 ) -> tuple[int, dict[str, Any] | None]:
-    """Load the newest committed checkpoint; cut what was recorded after it."""
-    found = job.world.gather(checkpoint.latest(job.folder))[0]
-    step, cursor = 0, None
+    """Load the newest sound checkpoint; cut what was recorded after it; open the records."""
+    record.take_over()
+    found, skipped = newest_sound(job.catalogue, job.world)
+    step, cursor, meta = 0, None, {}
     if found is not None:
-        meta = checkpoint.load(found, job.strategy.module, optimizer)
+        meta = load(found, job.strategy.module, optimizer)
         step, cursor = meta["step"], meta["cursor"]
         totals.load(meta["totals"])
         clock.load(meta["clock"])
+    elif job.weights is not None:
+        load_weights(job.weights, job.strategy.module)
+    last = 0
     if job.world.is_main:
+        last = last_recorded(job.folder)
+        job.catalogue.clear(step)
         cut_back_run(job.folder, step)
     job.world.barrier()
+    record.open(step)
+    for reason in skipped:
+        record.event("skipped", reason=reason)
+    record.begun(step, last, meta.get("time"), meta.get("world_size"), job.start)
     return step, cursor
 
 
-def _save(
-    job: Job,
-    step: int,
-    optimizer: torch.optim.Optimizer,
-    cursor: dict[str, Any] | None,
-    totals: Totals,
-    clock: Clock,
-) -> None:
-    with clock.aside():
-        meta = {
-            "cursor": cursor,
-            "totals": totals.state(),
-            "clock": clock.state(),
-            "world_size": job.world.size,
-        }
-        keep = job.config.checkpoint.keep
-        checkpoint.save(job.folder, step, job.strategy.module, optimizer, meta, keep, job.world)
-
-
-def _evaluate(job: Job, step: int, record: Record, clock: Clock, final: bool) -> None:
-    if job.evaluate is None:
-        return
-    with clock.aside():
-        job.strategy.module.eval()
-        values = job.evaluate(step, final)
-        job.strategy.module.train()
-    record.evaluation(step, values)
-
-
-def _counts(world: World, batch: StepBatch) -> dict[str, float]:
-    """What this step holds over all workers; one small collective, before the forward pass."""
+def _counts(world: World, batch: StepBatch, signal: int) -> tuple[dict[str, float], int]:
+    """What this step holds over all workers, and rank 0's signal; one small collective, before the
+    forward pass."""
     local = [
         float(sum(turn.tokens for turn in batch.turns)),
         float(sum(turn.positions for turn in batch.turns)),
@@ -161,6 +258,8 @@ def _counts(world: World, batch: StepBatch) -> dict[str, float]:
         float(sum(len(mb.ids) for mb in batch.micro_batches)),
         float(sum(mb.seconds for mb in batch.micro_batches)),
         float(sum(len(mb.quarantined) for mb in batch.micro_batches)),
+        float(signal if world.is_main else 0),
     ]
     # One worker's are already there: no way over its device and back.
-    return dict(zip(COUNTED, world.sum(local).tolist() if world.size > 1 else local))
+    found = world.sum(local).tolist() if world.size > 1 else local
+    return dict(zip(COUNTED, found)), int(found[-1])

@@ -2,13 +2,15 @@
 
 All are lines of JSON, appended and flushed as they happen, and cut back to the checkpoint's step
 when a run continues: after any number of restarts every (step, lane) is there exactly once.
+events.jsonl, which tells of starts, failures and saves themselves, is never cut back.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,33 +30,41 @@ class Lines:
         self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """What was written is on the disk when this returns."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file, without one that a kill cut off; [] if there is no file."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
-
-
-def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keep the lines for which `keep` holds; the file is replaced in one move."""
+def stream_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file, one after the other, without one that a kill cut off."""
     if not path.exists():
         return
-    lines = read_lines(path)
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All of `stream_lines`; [] if there is no file."""
+    return list(stream_lines(path))
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the lines up to `step`. The file is always replaced by another of its name: a worker
+    of an earlier start that should still be alive goes on writing into the one that is gone."""
+    if not path.exists():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as out:
-        for line in lines:
-            if keep(line):
+        for line in stream_lines(path):
+            if line.get("step", 0) <= step:
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
         out.flush()
         os.fsync(out.fileno())
@@ -62,25 +72,60 @@ def cut_back(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def cut_back_run(folder: Path, step: int) -> None:
-    """Forget everything a run recorded after `step`; one worker does this before others write."""
-    for path in (
-        folder / "metrics.jsonl",
-        folder / "eval.jsonl",
-        folder / "quarantine.jsonl",
-        *sorted((folder / "ledger").glob("*.jsonl")),
-    ):
-        cut_back(path, lambda line: line.get("step", 0) <= step)
+    """Forget everything a run recorded after `step`; one worker does this before others write.
+
+    Costs reading what was recorded since the start before this one.
+    """
+    for name in ("metrics.jsonl", "eval.jsonl", "quarantine.jsonl"):
+        cut_back(folder / name, step)
+    for files in ledger_files(folder).values():
+        while files and files[-1][0] > step + 1:
+            files.pop()[1].unlink()
+        if files:  # no other can hold later steps: each ends where the next begins
+            cut_back(files[-1][1], step)
+
+
+_LEDGER = re.compile(r"lane_(\d+)_from_(\d+)\.jsonl")
+
+
+def ledger_files(folder: Path) -> dict[int, list[tuple[int, Path]]]:
+    """Of each lane: (first step it may hold, file), in the order of steps."""
+    found: dict[int, list[tuple[int, Path]]] = {}
+    for path in (folder / "ledger").glob("*.jsonl"):
+        match = _LEDGER.fullmatch(path.name)
+        if match:
+            found.setdefault(int(match[1]), []).append((int(match[2]), path))
+    return {lane: sorted(files) for lane, files in sorted(found.items())}
+
+
+def last_recorded(folder: Path) -> int:
+    """The last step that some lane has in the ledger; 0 without any."""
+    last = 0
+    for files in ledger_files(folder).values():
+        for line in stream_lines(files[-1][1]):
+            last = max(last, line["step"])
+    return last
 
 
 class Ledger:
-    """ledger/lane_L.jsonl: the ids each (step, lane) trained on; a lane has one writer."""
+    """ledger/lane_L_from_N.jsonl: the ids each (step, lane) trained on, from step N on.
 
-    def __init__(self, folder: Path, lanes: Iterable[int]) -> None:
-        self._files = {lane: Lines(folder / "ledger" / f"lane_{lane}.jsonl") for lane in lanes}
+    A lane has one writer, and every start of a run its own files.
+    """
+
+    def __init__(self, folder: Path, lanes: Iterable[int], first: int) -> None:
+        self._files = {
+            lane: Lines(folder / "ledger" / f"lane_{lane}_from_{first}.jsonl") for lane in lanes
+        }
 
     def write(self, epoch: int, step: int, lane: int, ids: list[str]) -> None:
         """Record one micro-batch, after its step is done."""
         self._files[lane].write({"epoch": epoch, "step": step, "lane": lane, "ids": ids})
+
+    def sync(self) -> None:
+        """What was written is on the disk when this returns."""
+        for file in self._files.values():
+            file.sync()
 
     def close(self) -> None:
         """Close the files."""

@@ -6,7 +6,9 @@ saved with it, and lines written after it are cut when a run continues.
 
 from __future__ import annotations
 
+import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +18,13 @@ from typing import Any
 import torch
 
 from raysft.config.schema import Config
+from raysft.data.quarantine import summary
 from raysft.errors import UserError
 from raysft.parallel import World
+from raysft.train.checkpoint import Save
 from raysft.train.metrics import Ledger, Lines, quarantine_line, read_lines
 from raysft.train.step import StepBatch
+from raysft.train.storage import write_whole
 
 
 @dataclass
@@ -60,7 +65,9 @@ class Totals:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self.sums = torch.zeros(2, 1 + len(self.tasks), dtype=torch.float64)
+        self.sums[:, : sums.shape[1]] = sums  # tasks that data.extend brought come last
         self.counts = dict(state["counts"])
 
 
@@ -129,21 +136,46 @@ class Record:
         self.examples = examples
         self.total_steps = total_steps
         self.progress = progress
-        self.known: set[str] = set()
+        self.known: dict[str, str] = {}  # quarantined: id -> reason
+        self.evaluations: dict[int, dict[str, float]] = {}
         self.files: list[Any] = []
+        self._token = ""
+
+    def take_over(self) -> None:
+        """From here on this start owns the run: an earlier one that is still alive publishes no
+        more checkpoints. A collective."""
+        self._token = self.world.gather(uuid.uuid4().hex)[0]
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({"token": self._token, "since": time.time()})
+            write_whole(self.folder / "owner.json", content.encode())
+        self.world.barrier()
+
+    def ownership(self) -> str | None:
+        """Why this start no longer owns the run, or None."""
+        found = json.loads((self.folder / "owner.json").read_bytes())
+        if found["token"] == self._token:
+            return None
+        return f"{self.folder}: another job has taken over this run; this one ends"
 
     def open(self, step: int) -> None:
         """Open the files, cut back to `step` already, to append."""
-        self._ledger = Ledger(self.folder, self.world.lanes(self.config.data.lanes))
+        self._ledger = Ledger(self.folder, self.world.lanes(self.config.data.lanes), step + 1)
         self.files = [self._ledger]
-        known = [line["id"] for line in read_lines(self.folder / "quarantine.jsonl")]
-        self.known = set(self.world.gather(known)[0])
+        lines = read_lines(self.folder / "quarantine.jsonl")
+        self.known = self.world.gather({line["id"]: line["reason"] for line in lines})[0]
+        lines = read_lines(self.folder / "eval.jsonl")
+        self.evaluations = self.world.gather({line.pop("step"): line for line in lines})[0]
         self.tensorboard = None
+        self._lost = {"restarts": 0, "steps_again": 0, "lost_s": 0.0}
         if self.world.is_main:
             self._metrics = Lines(self.folder / "metrics.jsonl")
             self._quarantine = Lines(self.folder / "quarantine.jsonl")
             self._eval = Lines(self.folder / "eval.jsonl")
-            self.files += [self._metrics, self._quarantine, self._eval]
+            self._events = Lines(self.folder / "events.jsonl")
+            self.files += [self._metrics, self._quarantine, self._eval, self._events]
+            for line in read_lines(self.folder / "events.jsonl"):
+                self._count(line)
             if self.config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -151,6 +183,64 @@ class Record:
                     str(self.folder / "tensorboard"), purge_step=step + 1 if step else None
                 )
                 self.files.append(self.tensorboard)
+
+    def begun(
+        self,
+        step: int,
+        last: int,
+        saved_at: float | None,
+        before: int | None,
+        facts: dict[str, Any],
+    ) -> None:
+        """Record that this start goes on after `step`.
+
+        last: the last step recorded before it was cut back; saved_at: when the checkpoint's state
+        was copied (time.time()); before: workers that wrote it; facts: what the launcher knows.
+        """
+        if not step and not last and not facts.get("reason"):
+            self.event("started", step=0, workers=self.world.size, **facts)
+            return
+        now = self.world.size
+        reason = facts.get("reason") or (
+            f"resized from {before} to {now} workers"
+            if before not in (None, now)
+            else "started again"
+        )
+        again = max(0, last - step)
+        lost = round(time.time() - saved_at, 1) if saved_at else None
+        told = {**facts, "reason": reason, "steps_again": again, "lost_s": lost}
+        self.event("continued", step=step, workers=now, workers_before=before, **told)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Append a line to events.jsonl, and show it."""
+        line = {"time": round(time.time(), 3), "event": name, **facts}
+        if self.world.is_main:
+            self._events.write(line)
+            self._count(line)
+        if self.progress is not None:
+            self.progress(line)
+
+    def saved(self, save: Save) -> None:
+        """Record a checkpoint that is published."""
+        self.event(
+            "saved",
+            step=save.step,
+            stalled_s=round(save.stalled, 4),
+            seconds=round(save.seconds, 3),
+            bytes=save.bytes,
+        )
+
+    def _count(self, line: dict[str, Any]) -> None:
+        if line["event"] == "continued":
+            self._lost["restarts"] += 1
+            self._lost["steps_again"] += line["steps_again"]
+            self._lost["lost_s"] = round(self._lost["lost_s"] + (line["lost_s"] or 0.0), 1)
+
+    def settle(self) -> None:
+        """What has been recorded is on the disk when this returns."""
+        for file in self.files:
+            if file is not self.tensorboard:
+                file.sync()
 
     def ledger(self, batch: StepBatch) -> None:
         """Record the ids of a step that is done."""
@@ -169,7 +259,7 @@ class Record:
         for _, example in found:
             if example.id in self.known:
                 continue
-            self.known.add(example.id)
+            self.known[example.id] = example.reason
             if self.world.is_main:
                 self._quarantine.write(quarantine_line(example, batch.step))
         limit = self.config.data.max_quarantined
@@ -177,8 +267,8 @@ class Record:
             path = self.folder / "quarantine.jsonl"
             raise UserError(
                 f"data.max_quarantined: {len(self.known)} of {self.examples} examples are unusable,"
-                f" more than {limit:.1%}; the last: {found[-1][1].id}: {found[-1][1].reason}; "
-                f"all are named in {path}"
+                f" more than {limit:.1%}: {summary(list(self.known.values()))}; the last: "
+                f"{found[-1][1].id}: {found[-1][1].reason}; all are named in {path}"
             )
 
     def metrics(
@@ -203,6 +293,7 @@ class Record:
             "data_wait": round(wait, 4),
             "seconds": round(seconds, 4),
             "world_size": self.world.size,
+            **self._lost,
         }
         totals.reset()
         if self.world.is_main:
@@ -213,6 +304,8 @@ class Record:
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Record the figures of an evaluation at `step`."""
+        values = self.world.gather(values)[0]
+        self.evaluations[step] = values
         if self.world.is_main:
             self._eval.write({"step": step, **values})
             self._scalars(values, step)
@@ -220,9 +313,8 @@ class Record:
             self.progress({"step": step, "total_steps": self.total_steps, "eval": values})
 
     def evaluated(self, step: int) -> bool:
-        """Whether the last step was evaluated already (before a restart)."""
-        lines = read_lines(self.folder / "eval.jsonl")
-        return bool(self.world.gather(any(line["step"] == step for line in lines))[0])
+        """Whether this step was evaluated already (before a restart)."""
+        return step in self.evaluations
 
     def _scalars(self, values: dict[str, Any], step: int) -> None:
         if self.tensorboard is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
+
+import psutil
 
 from tests.cluster.conftest import default_interrupt
 
@@ -57,3 +60,17 @@ def start(job: str, *words: object) -> subprocess.Popen[str]:
         text=True,
         preexec_fn=default_interrupt,
     )
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Of the cluster at RAY_ADDRESS: processes that Ray calls so (RayTrainWorker, ...). Another
+    Ray of this machine is left alone."""
+    port = os.environ["RAY_ADDRESS"].rsplit(":", 1)[1]
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if name in " ".join(process.cmdline()):
+                raylet = " ".join(process.parent().cmdline())
+                if f":{port}" in raylet:
+                    found.append(process)
+    return found

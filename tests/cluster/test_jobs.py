@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -111,8 +110,7 @@ def test_two_workers_one_killed_train_the_same_batches(finished: Path, folder: P
     job = jobs.start("sft", folder / "asr.yaml", "run.name=two", "parallel.workers=2")
     run = folder / "runs" / "two"
     wait_for_step(job, run, 6)  # after the checkpoint of step 4
-    workers = [p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(_command_of(p))]
-    workers[0].send_signal(signal.SIGKILL)
+    jobs.processes("RayTrainWorker")[0].send_signal(signal.SIGKILL)
     output, errors = job.communicate(timeout=200)
     assert job.returncode == 0, output + errors
     assert output.count("2 worker(s) started") == 2
@@ -130,13 +128,6 @@ def wait_for_step(job: subprocess.Popen[str], run: Path, step: int) -> None:
             job.kill()
             pytest.fail(f"the job ended early: {job.communicate()}")
         time.sleep(0.05)
-
-
-def _command_of(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def test_the_same_command_on_a_finished_run_trains_nothing(finished: Path, folder: Path) -> None:

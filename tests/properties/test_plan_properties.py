@@ -136,6 +136,26 @@ def test_going_on_from_any_cursor_gives_the_same_steps(world: World, done: int) 
 
 
 @MANY
+@given(worlds(weighted=True))
+def test_a_cursor_tells_whether_its_epoch_has_begun(world: World) -> None:
+    plan = world.plan()
+    assert plan.begins(plan.start())
+    for step in world.run(15):
+        assert plan.begins(step.after) == (step.after.epoch > step.epoch)
+
+
+@MANY
+@given(worlds(mixed=False), st.integers(1, 3), st.integers(0, 50))
+def test_an_epoch_can_be_begun_without_those_before_it(world: World, epoch: int, done: int) -> None:
+    plan = world.plan()
+    start = plan.start(epoch, done)
+    assert plan.begins(start)
+    steps = list(itertools.takewhile(lambda step: step.epoch == epoch, plan.steps(start)))
+    assert [step.step for step in steps] == list(range(done + 1, done + 1 + len(steps)))
+    assert sorted(rows(steps)) == fitting(world)
+
+
+@MANY
 @given(worlds(mixed=False, order="sequential"))
 def test_sequential_order_is_kept(world: World) -> None:
     steps = world.run(world.plan().count_steps(0))

@@ -1,11 +1,13 @@
 """Clips become mono samples of the length their header promised, or one readable reason."""
 
 import os
+import resource
 
 import numpy as np
 import pytest
 import soundfile
 
+from raysft.config.schema import Data
 from raysft.data import audio
 from raysft.errors import BadExample
 
@@ -80,9 +82,9 @@ def load16(path: str) -> np.ndarray:
 
 def test_unusable_files_are_refused_with_their_reason(tmp_path):
     assert "no such file" in refused(tmp_path / "none.wav")
-    assert "not a regular file" in refused(tmp_path)
+    assert "a folder, not a file" in refused(tmp_path)
     os.mkfifo(tmp_path / "pipe.wav")  # would wait for ever if it were opened
-    assert "not a regular file" in refused(tmp_path / "pipe.wav")
+    assert "a pipe, socket or device, not a file" in refused(tmp_path / "pipe.wav")
     (tmp_path / "empty.wav").touch()
     assert "empty" in refused(tmp_path / "empty.wav")
     (tmp_path / "page.wav").write_bytes(b"<html>not found</html>" * 50)
@@ -90,17 +92,41 @@ def test_unusable_files_are_refused_with_their_reason(tmp_path):
     (tmp_path / "clip.raw").write_bytes(bytes(4000))
     assert "no header" in refused(tmp_path / "clip.raw")
     assert "cannot be read" in refused(tmp_path / "a\0b.wav")
+    (tmp_path / "loop.wav").symlink_to(tmp_path / "loop.wav")
+    assert "cannot be read" in refused(tmp_path / "loop.wav")
+    assert "no such file" in refused(tmp_path / "page.wav" / "clip.wav")
     soundfile.write(tmp_path / "short.wav", tone(16000, 0.02), 16000)
-    assert "shorter than one frame" in refused(tmp_path / "short.wav")
+    assert "too short: 320 samples at 16000 Hz" in refused(tmp_path / "short.wav")
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3"])
-def test_clips_that_were_cut_off_are_refused(tmp_path, suffix):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_without_permission_is_refused(tmp_path):
+    soundfile.write(tmp_path / "clip.wav", tone(16000), 16000)
+    (tmp_path / "clip.wav").chmod(0)
+    assert "cannot be read (permission denied)" in refused(tmp_path / "clip.wav")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "opus"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_clips_that_were_cut_off_are_refused(tmp_path, suffix, share):
     whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
     noise = np.random.default_rng(0).normal(0, 0.1, 32000)
-    soundfile.write(whole, noise, 16000)
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    opus = {"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}
+    soundfile.write(whole, noise, 16000, **opus)
+    assert len(load16(str(whole))) == 32000
+    cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
     assert "cut off" in refused(cut, load16)
+
+
+@pytest.mark.parametrize("cut", [*range(1, 40), 300, 4000])
+def test_an_ogg_is_whole_only_with_its_last_page(tmp_path, cut):
+    whole = tmp_path / "whole.ogg"
+    soundfile.write(whole, np.random.default_rng(0).normal(0, 0.1, 32000), 16000)
+    data = whole.read_bytes()
+    (tmp_path / "cut.ogg").write_bytes(data[:-cut])
+    assert "cut off" in refused(tmp_path / "cut.ogg")
+    whole.write_bytes(data + b"TAG, as some programs append one")
+    audio.probe(str(whole))
 
 
 def test_a_wav_streamed_without_its_length_is_read(tmp_path):
@@ -119,3 +145,65 @@ def test_samples_that_are_no_numbers_are_refused(tmp_path, wrong):
     wave[100] = wrong
     soundfile.write(tmp_path / "clip.wav", wave, 16000, subtype="FLOAT")
     assert "NaN or infinite" in refused(tmp_path / "clip.wav", load16)
+
+
+def test_clips_shorter_or_longer_than_wanted_are_refused_by_header_and_decoded(tmp_path):
+    path = str(tmp_path / "clip.wav")
+    soundfile.write(path, tone(16000, 0.5), 16000)
+    assert Data().min_seconds == audio.SHORTEST_S  # one frame: what every front end can take
+    for by in (audio.probe, load16):
+        assert "too short: 8000 samples" in refused(path, with_limits(by, min_seconds=0.6))
+        assert "too long: 0.50 s, more than data.max_seconds=0.4" in refused(
+            path, with_limits(by, max_seconds=0.4)
+        )
+        with_limits(by, min_seconds=0.5, max_seconds=0.5)(path)
+
+
+def with_limits(by, **limits):
+    def read(path):
+        if by is audio.probe:
+            return audio.probe(path, audio.Limits(**limits))
+        return audio.load(path, 16000, audio.Limits(**limits))
+
+    return read
+
+
+@pytest.mark.parametrize("wave", [np.zeros(8000), 1e-5 * np.ones(8000), -1e-5 * np.ones(8000)])
+def test_silence_is_refused_unless_it_is_wanted(tmp_path, wave):
+    path = str(tmp_path / "clip.wav")
+    soundfile.write(path, wave, 16000, subtype="FLOAT")
+    wanted = audio.Limits.of(Data(silence_db=None))
+    assert len(audio.load(path, 16000, wanted)) == 8000
+    reason = refused(path, lambda path: audio.load(path, 16000, audio.Limits.of(Data())))
+    assert "silent: " in reason
+    assert "data.silence_db=null" in reason
+
+
+def test_by_default_two_steps_of_16_bits_are_no_silence(tmp_path):
+    path = str(tmp_path / "clip.wav")
+    limits = audio.Limits.of(Data())
+    soundfile.write(path, np.tile([1, -1, 0], 3000).astype(np.int16), 16000)  # dithered silence
+    assert "silent: its peak is -90.3 dBFS" in refused(path, lambda p: audio.load(p, 16000, limits))
+    soundfile.write(path, np.tile([0, -2], 4000).astype(np.int16), 16000)
+    assert np.abs(audio.load(path, 16000, limits)).max() == 2 / 32768
+
+
+def test_a_header_that_promises_more_than_expected_is_refused_undecoded(tmp_path):
+    path = tmp_path / "clip.flac"
+    soundfile.write(path, tone(16000), 16000)
+    data = bytearray(path.read_bytes())
+    data[21] |= 0x0F  # the length in a flac's header: 36 bits, of which these are the highest
+    path.write_bytes(data)
+    assert audio.probe(str(path))[0] > 1 << 35
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reason = refused(path, lambda path: audio.load(path, 16000, most_seconds=2.0))
+    assert "longer than indexed" in reason
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 50_000  # kB
+
+
+@pytest.mark.parametrize("rate", [1, 7, 1000, 655350])
+def test_odd_rates_are_read_or_refused(tmp_path, rate):
+    path = str(tmp_path / "clip.wav")
+    soundfile.write(path, tone(16000, 1.5 * rate / 16000 + 0.01), rate)
+    samples, _ = audio.probe(path)
+    assert len(audio.load(path, 16000)) == audio.resampled_length(samples, rate, 16000)

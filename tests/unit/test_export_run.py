@@ -76,7 +76,9 @@ def trained(folder: Path, data: Path, model: dict[str, Any], name: str) -> Run:
     run = open_run(config)
     prepared = prepare.prepare(config, run)
     assert not prepared.rejected
-    data_of_run = worker.Data.in_process(config, prepared.encoder, prepared.train, prepared.eval)
+    data_of_run = worker.Data.in_process(
+        config, prepared.encoder, run, prepared.train, prepared.eval
+    )
     make = (config, run, World.current(), data_of_run, prepared.total_steps)
     train(worker.build_job(*make))
     job = worker.build_job(*make)

@@ -28,6 +28,7 @@ class Encoder:
     """Positions: a frame of 160 samples each, and a character each."""
 
     sample_rate = RATE
+    limits = audio.Limits()
 
     def __init__(self, fingerprint="f"):
         self.fingerprint = fingerprint
@@ -81,9 +82,9 @@ def probes(monkeypatch):
     seen = []
     real = audio.probe
 
-    def probe(path):
+    def probe(path, limits):
         seen.append(Path(path).name)
-        return real(path)
+        return real(path, limits)
 
     monkeypatch.setattr(audio, "probe", probe)
     return seen

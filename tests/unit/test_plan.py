@@ -261,6 +261,7 @@ def test_a_source_too_small_for_its_weight_waits_for_its_turn() -> None:
     steps = list(itertools.islice(a_plan.steps(a_plan.start()), 3))
     assert [step.epoch for step in steps] == [0, 4, 8]
     assert [a_plan.count_steps(n) for n in range(9)] == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert [a_plan.start(epoch).epoch for epoch in range(6)] == [0, 4, 4, 4, 4, 8]
 
 
 def test_summary_counts_what_the_steps_hold() -> None:
@@ -329,6 +330,22 @@ def test_hash_changes_with_everything_a_plan_depends_on(change: dict[str, object
     tokens = lengths(100)
     assert plan(tokens).hash == plan(tokens).hash
     assert plan(tokens, **change).hash != plan(tokens).hash
+
+
+def test_what_a_plan_depends_on_can_be_written_down() -> None:
+    settings = plan(lengths(100), mix={"asr": 1.0}, weights=(2.0,), seed=5).settings
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings == {
+        "algorithm": 1,
+        "weights": [2.0],
+        "seed": 5,
+        "lanes": 4,
+        "tokens_per_batch": 1000,
+        "mode": "packed",
+        "order": "shuffled",
+        "mix": {"asr": 1.0},
+        "window": 256,
+    }
 
 
 def test_going_on_from_late_in_an_epoch_plans_nothing_before_it() -> None:

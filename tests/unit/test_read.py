@@ -104,6 +104,15 @@ def test_a_clip_that_grew_is_quarantined_where_the_budget_has_no_room_for_it(cor
     assert full.lengths.sum() <= reader.budget
 
 
+def test_a_clip_that_became_much_longer_is_not_even_decoded(corpus: Path) -> None:
+    reader = make_reader(corpus)
+    path = corpus.parent / "clip0003.wav"
+    soundfile.write(path, tone(60.0, 16000, 300), 16000)
+    batch = everything(reader)
+    assert [q.path for q in batch.quarantined] == [str(path)]
+    assert "longer than indexed: 60.00 s by its header" in batch.quarantined[0].reason
+
+
 @pytest.mark.parametrize("noise", [None, 0.5])
 def test_a_quarantined_example_leaves_its_slot_empty_and_changes_nothing_else(
     corpus: Path, noise: float | None

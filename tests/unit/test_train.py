@@ -99,7 +99,9 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
         prepared = prepare(config, folder)
         if spoil is not None:
             spoil(prepared)
-        data = worker.Data.in_process(config, prepared.encoder, prepared.train, prepared.eval)
+        data = worker.Data.in_process(
+            config, prepared.encoder, folder, prepared.train, prepared.eval
+        )
         world = World.current()
         job = worker.build_job(config, folder, world, data, prepared.total_steps, progress)
         return Run(prepared, job)
@@ -136,7 +138,7 @@ def ledger_ids(folder: Path, step: int) -> list[str]:
     """Every id that the run trained on in `step`."""
     found = []
     for lane in range(LANES):
-        lines = read_lines(folder / "ledger" / f"lane_{lane}.jsonl")
+        lines = read_lines(folder / "ledger" / f"lane_{lane}_from_1.jsonl")
         found += [name for line in lines if line["step"] == step for name in line["ids"]]
     return found
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from raysft.config.schema import Data, Model
 from raysft.data import speech_tokens
+from raysft.data.audio import Limits
 from raysft.data.encode.base import Encoder
 from raysft.errors import UserError
 
@@ -22,8 +23,15 @@ def make_encoder(model: Model, data: Data, run_folder: str | Path) -> Encoder:
     """The encoder of the configured model; no weights are read.
 
     A speech tokenizer must have been fitted before (`speech_tokens.fit_or_load`): it is looked
-    for in `run_folder`, or at data.speech_tokens.path. Raises UserError.
+    for in `run_folder`, or at data.speech_tokens.path. Clips that stall are remembered in
+    `run_folder`. Raises UserError.
     """
+    encoder = _encoder(model, data, Path(run_folder))
+    encoder.limits = Limits.of(data, Path(run_folder))
+    return encoder
+
+
+def _encoder(model: Model, data: Data, run_folder: Path) -> Encoder:
     if model_family(model) == "audio_lm":
         from raysft.data.encode.audio_lm import AudioLMEncoder
 
@@ -37,7 +45,7 @@ def make_encoder(model: Model, data: Data, run_folder: str | Path) -> Encoder:
 
     fitted = None
     if data.speech_tokens is not None:
-        fitted = speech_tokens.load(data.speech_tokens, Path(run_folder))
+        fitted = speech_tokens.load(data.speech_tokens, run_folder)
     return CausalLMEncoder(model, data, fitted)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raysft.data.audio import SHORTEST_S
+from raysft.data.audio import SHORTEST_S, Limits
 from raysft.data.example import Audio, Example, Sequence, Units
 from raysft.data.text import Segment, Template
 from raysft.errors import BadExample
@@ -41,11 +41,13 @@ class Encoder(ABC):
     sample_rate: Hz of the clips it wants; None where it takes no clips.
     fingerprint: changes whenever token ids or lengths could.
     template: holds the tokenizer; template.end_id is the token that ends every answer.
+    limits: of the clips it is given.
     """
 
     sample_rate: int | None
     fingerprint: str
     template: Template
+    limits: Limits = Limits()
 
     @property
     def tokenizer(self):

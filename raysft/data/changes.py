@@ -1,0 +1,224 @@
+"""What differs between the data a run was trained on and the data there is now, in words.
+
+index + plan -> generations -> changes (here) -> refusal or extension at a resume.
+`facts` is what a run keeps in its folder of an index and a plan. Comparing two takes seconds for
+10 million examples: only files whose bytes differ are looked into, by their records' checksums.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysft.data.plan import Plan
+from raysft.data.table import Index, IndexedFile
+from raysft.errors import UserError
+
+NAMED = 3
+"""Files, examples or keys that a message names before it only counts."""
+
+# What data.extend may change: it is part of the data. Everything else holds for the whole run.
+EXTENDABLE = ("weights", "mix")
+
+
+def facts(from_epoch: int, index: Index, plan: Plan) -> dict[str, Any]:
+    """What a run trains on from an epoch on, as json can write it."""
+    return {
+        "from_epoch": from_epoch,
+        "plan_hash": plan.hash,
+        "settings": plan.settings,
+        "index": str(index.folder),
+        "index_hash": index.hash,
+        "encoder": index.encoder,
+        "examples": len(index),
+        "tasks": index.tasks,
+        "sources": [dict(source) for source in index.described],
+        "files": [file._asdict() for file in index.files],
+    }
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any], fixed: bool = False) -> list[str]:
+    """Settings that differ between two `facts`, each with its value now and before.
+
+    fixed: only those that data.extend cannot change.
+    """
+    names = {"seed": "run.seed", "algorithm": "the version of raysft's planning"}
+    found = []
+    for key in sorted({*old["settings"], *new["settings"]}):
+        now, before = (side["settings"].get(key) for side in (new, old))
+        if now == before or (fixed and key in EXTENDABLE):
+            continue
+        if key == "weights":
+            pairs = enumerate(zip(now, before)) if len(now) == len(before) else ()
+            found += [
+                f"data.train[{i}].weight is {a:g}, was {b:g}" for i, (a, b) in pairs if a != b
+            ]
+        else:
+            found.append(f"{names.get(key, f'data.{key}')} is {now}, was {before}")
+    return found
+
+
+def changed_data(old: dict[str, Any], new: dict[str, Any], index: Index) -> list[str]:
+    """What of the data differs between two `facts`; index: the one of `new`."""
+    if old["index_hash"] == new["index_hash"]:
+        return []
+    found = []
+    if old["encoder"] != new["encoder"]:
+        found.append("the model's tokenizer or audio features are others (lengths depend on them)")
+    for number, (a, b) in enumerate(zip(new["sources"], old["sources"])):
+        found += [
+            f"data.train[{number}].{key} is {a[key]}, was {b[key]}"
+            for key in ("format", "task")
+            if a[key] != b[key]
+        ]
+    files = _Files(_files(old), _files(new))
+    before = _index(old)
+    if files.removed:
+        went = sum(file.examples for file in files.removed)
+        found.append(f"{_named('file', files.removed)} removed ({went:,} examples)")
+    if files.added:
+        came = sum(file.examples for file in files.added)
+        found.append(f"{_named('file', files.added)} added ({came:,} examples)")
+    if files.changed:
+        went, came = _exchanged(files.changed, before, index)
+        what = f"{went:,} examples went, {came:,} came" if before else f"{came:+,} examples"
+        found.append(f"{_named('file', [b for _, b in files.changed])} changed ({what})")
+    found += _usable(files.judged, before, index)
+    if not found:
+        found.append("the entries or files of data.train are in another order")
+    return found
+
+
+def overwritten(old: dict[str, Any], index: Index) -> list[str]:
+    """Files that no longer hold the records that the old index reads from them."""
+    now = {file.path: (number, file) for number, file in enumerate(index.files)}
+    before = _index(old)
+    lost = []
+    for number, file in enumerate(_files(old)):
+        if not Path(file.path).exists():
+            lost.append(f"{file.path} (gone)")
+        elif file.path in now and now[file.path][1].digest != file.digest and before is not None:
+            left = _left(before.records(number), index.records(now[file.path][0]))
+            with open(file.path, "rb") as stream:
+                for offset, size, crc in left.tolist():
+                    stream.seek(offset)
+                    if zlib.crc32(stream.read(size)) != crc:
+                        lost.append(f"{file.path} (changed in place)")
+                        break
+    return lost
+
+
+def _left(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The records of `old` that are not in `new`; both in the order of their offsets."""
+    if not len(new):
+        return old
+    place = np.minimum(np.searchsorted(new[:, 0], old[:, 0]), len(new) - 1)
+    return old[(new[place] != old).any(axis=1)]
+
+
+class _Files:
+    """Files of two indexes, matched by path, else by name and content: files may move."""
+
+    def __init__(self, old: list[IndexedFile], new: list[IndexedFile]) -> None:
+        before, after = _numbered(old, _by_path), _numbered(new, _by_path)
+        pairs = [(old[before[key]], new[after[key]]) for key in before if key in after]
+        gone = [old[number] for key, number in before.items() if key not in after]
+        come = [new[number] for key, number in after.items() if key not in before]
+        moved, found = _numbered(gone, _by_content), _numbered(come, _by_content)
+        pairs += [(gone[moved[key]], come[found[key]]) for key in moved if key in found]
+        self.removed = [gone[number] for key, number in moved.items() if key not in found]
+        self.added = [come[number] for key, number in found.items() if key not in moved]
+        self.changed = [(a, b) for a, b in pairs if a.digest != b.digest]
+        # The same bytes: yet other examples can be used, or their clips have other lengths.
+        self.judged = [(a, b) for a, b in pairs if a.digest == b.digest and a.part != b.part]
+
+
+def _by_path(file: IndexedFile) -> str:
+    return file.path
+
+
+def _by_content(file: IndexedFile) -> tuple[str, str]:
+    return Path(file.path).stem, file.digest
+
+
+def _numbered(files: list[IndexedFile], key: Any) -> dict[tuple[Any, int], int]:
+    """(key, how many times it was there before) -> number: a file may serve two sources."""
+    seen: Counter[Any] = Counter()
+    found = {}
+    for number, file in enumerate(files):
+        found[key(file), seen[key(file)]] = number
+        seen[key(file)] += 1
+    return found
+
+
+def _exchanged(
+    changed: list[tuple[IndexedFile, IndexedFile]], before: Index | None, index: Index
+) -> tuple[int, int]:
+    """Examples that went and came, by their records; only their difference without `before`."""
+    if before is None:
+        return 0, sum(b.examples - a.examples for a, b in changed)
+    went = came = 0
+    numbers = [{file: i for i, file in enumerate(side.files)} for side in (before, index)]
+    for a, b in changed:
+        sides = []
+        for side, known, file in ((before, numbers[0], a), (index, numbers[1], b)):
+            records = side.records(known[file])
+            sides.append(records[:, 1] << 32 | records[:, 2])  # bytes and checksum of each
+        values, place = np.unique(np.concatenate(sides), return_inverse=True)
+        counts = [
+            np.bincount(part, minlength=len(values)) for part in np.split(place, [len(sides[0])])
+        ]
+        went += int(np.maximum(counts[0] - counts[1], 0).sum())
+        came += int(np.maximum(counts[1] - counts[0], 0).sum())
+    return went, came
+
+
+def _usable(
+    judged: list[tuple[IndexedFile, IndexedFile]], before: Index | None, index: Index
+) -> list[str]:
+    """Of files with the same bytes: what became usable, or is no longer."""
+    if not judged:
+        return []
+    where = _named("file", [file for _, file in judged])
+    if before is None:
+        difference = sum(b.examples - a.examples for a, b in judged)
+        return [f"{where}: {difference:+,} examples can be used, by their clips"]
+    # Clips of all sources: ids may be there twice.
+    then, now = (Counter(item.id for item in side.rejected) for side in (before, index))
+    found = []
+    for ids, what in ((then - now, "repaired"), (now - then, "no longer usable")):
+        if ids:
+            count = ids.total()
+            found.append(f"{count:,} {_plural('example', count)} {what}: {_first(sorted(ids))}")
+    return found or [f"{where}: clips have other lengths than when they were indexed"]
+
+
+def _files(side: dict[str, Any]) -> list[IndexedFile]:
+    return [IndexedFile(**file) for file in side["files"]]
+
+
+def _index(side: dict[str, Any]) -> Index | None:
+    """The index of `facts`, where it is still there: a message can then say more."""
+    try:
+        return Index.load(side["index"])
+    except UserError:
+        return None
+
+
+def _named(noun: str, files: Iterable[IndexedFile]) -> str:
+    names = sorted({file.path for file in files})
+    return f"{len(names)} {_plural(noun, len(names))} ({_first(names)})"
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,52 @@
+"""Reasons of quarantine by kind: what `data.max_quarantined` is explained with.
+
+A reason is one readable line, made where the example was found unusable; the kind is read from
+its text, so that quarantine.jsonl, the index's cache and the stream carry only the line. Kinds and
+the words they are known by are a vocabulary: change both together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+OTHER = "other"
+
+# What a kind's reason says after what it is about ("PATH: ", "FILE line 3: ", or nothing).
+_WORDS = {
+    "missing": r"no such file",
+    "folder": r"a folder, not a file",
+    "not a file": r"a pipe, socket or device, not a file",
+    "unreadable": r"cannot be read",
+    "stalled": r"no answer within",
+    "empty": r"empty file",
+    "not audio": r"not audio that|raw samples have no header|its header gives no",
+    "truncated": r"(?:damaged or )?cut off",
+    "NaN or infinite": r"has NaN or infinite samples",
+    "silent": r"silent",
+    "too short": r"too short|\d+ samples at \d+ Hz: shorter|its clip of .* s is (?:too )?short",
+    "too long": r"too long|its clip is .* s, the model reads at most",
+    "over budget": r"takes \d+ positions, more than data\.tokens_per_batch",
+    "longer than indexed": r"takes \d+ positions, (?:but )?\d+|longer than indexed",
+    "malformed record": r"not (?:valid|readable|a JSON)|fields? '|task_type is|holds half a surr",
+    "bad text": r"its text (?:contains|cannot)",
+    "unknown unit": r"unit -?\d+, but",
+}
+KINDS = (*_WORDS, OTHER)
+# Greedy: the last match counts, for what a reason is about, a path, may look like one.
+_GROUPS = "|".join(f"(?P<k{number}>{words})" for number, words in enumerate(_WORDS.values()))
+_KIND = re.compile(rf"(?:.*: )?(?:{_GROUPS})", re.DOTALL)
+
+
+def kind(reason: str) -> str:
+    """The kind of a reason, one of KINDS."""
+    found = _KIND.match(reason)
+    return OTHER if found is None else KINDS[int(found.lastgroup[1:])]
+
+
+def summary(reasons: Iterable[str]) -> str:
+    """How many there are of each kind, most first: "412 missing, 30 not audio, 2 silent"."""
+    counts = Counter(map(kind, reasons))
+    order = sorted(counts, key=lambda name: (-counts[name], KINDS.index(name)))
+    return ", ".join(f"{counts[name]} {name}" for name in order)

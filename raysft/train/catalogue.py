@@ -1,0 +1,160 @@
+"""The checkpoints of a run: which are whole, which is the newest sound one, which go.
+
+    step_N/state/       torch distributed checkpoint: model and optimizer, by parameter name
+    step_N/config.yaml  the config and the versions it ran with
+    step_N/processor/   tokenizer and feature extractor
+    step_N/meta.json    step, cursor, running sums of metrics, world size; sha256 of files above
+    step_N/COMMITTED    sha256 of meta.json; without it the checkpoint does not exist for readers
+
+Needs no torch: the driver and the audit read it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysft.config.schema import Checkpoint
+from raysft.errors import UserError
+from raysft.train.storage import Storage, digest, open_storage
+
+MARKER = "COMMITTED"
+_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint. It may still turn out to be damaged: see `damage`."""
+
+    step: int
+    storage: Storage
+
+    @property
+    def name(self) -> str:
+        """As the storage knows it."""
+        return f"step_{self.step}"
+
+    @property
+    def where(self) -> str:
+        """Folder or URL, for messages."""
+        return self.storage.where(self.name)
+
+    def meta(self) -> dict[str, Any]:
+        """meta.json. Raises UserError where it is not what was committed."""
+        try:
+            content = self._read("meta.json")
+            marker = self._read(MARKER).decode("ascii", "replace").strip()
+        except OSError as error:
+            raise UserError(f"{self.where}: cannot be read: {error.strerror or error}") from error
+        if hashlib.sha256(content).hexdigest() != marker:
+            raise UserError(f"{self.where}: meta.json is not as it was written (checksum differs)")
+        return json.loads(content)
+
+    def damage(self, part: int = 0, parts: int = 1) -> str | None:
+        """Read every `parts`-th file from number `part` on; what is wrong with them, or None."""
+        try:
+            files = self.meta()["files"]
+            for name in sorted(files)[part::parts]:
+                with self.storage.open(f"{self.name}/{name}") as stream:
+                    if list(digest(stream)) != files[name]:
+                        return f"{name} is not as it was written (checksum differs)"
+        except UserError as error:
+            return str(error)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+        return None
+
+    def _read(self, name: str) -> bytes:
+        with self.storage.open(f"{self.name}/{name}") as stream:
+            return stream.read()
+
+
+class Catalogue:
+    """What lies in a storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @classmethod
+    def of(cls, settings: Checkpoint, run: Path) -> Catalogue:
+        """Of the run in folder `run`."""
+        return cls(open_storage(run, settings.path))
+
+    def committed(self) -> list[Saved]:
+        """Checkpoints with a marker, oldest first."""
+        steps = sorted(int(m[1]) for name in self.storage.names() if (m := _NAME.fullmatch(name)))
+        return [Saved(step, self.storage) for step in steps if self._marked(f"step_{step}")]
+
+    def newest(
+        self,
+        damage: Callable[[Saved], str | None] = lambda saved: _unreadable(saved),
+        committed: list[Saved] | None = None,
+    ) -> tuple[Saved | None, list[str]]:
+        """The newest checkpoint without damage (None: there is none at all), and what was wrong
+        with newer ones. By default only looks at meta.json.
+
+        Raises UserError if there are checkpoints and every one is damaged: starting at step 0
+        because of that is a decision for the user.
+        """
+        skipped = []
+        for saved in reversed(self.committed() if committed is None else committed):
+            reason = damage(saved)
+            if reason is None:
+                return saved, skipped
+            skipped.append(f"{saved.where}: {reason}")
+        if skipped:
+            raise UserError(
+                f"no checkpoint of this run can be read: {'; '.join(skipped)}; mend or restore "
+                "one, or delete them all to train from the start"
+            )
+        return None, []
+
+    def prune(self, keep: int, spare: int | None = None) -> None:
+        """Delete all but the last `keep` committed ones and that of step `spare`."""
+        for saved in self.committed()[:-keep]:
+            if saved.step != spare:
+                self.storage.withdraw(saved.name, MARKER)
+                self.storage.remove(saved.name)
+
+    def clear(self, keep_to: int) -> None:
+        """Before a run goes on from step `keep_to` (0: from its start): what an interrupted save
+        left behind goes; later checkpoints, skipped as damaged, lose their marker only."""
+        whole = {saved.step for saved in self.committed()}
+        for name in self.storage.names():
+            match = _NAME.fullmatch(name)
+            if match and int(match[1]) > keep_to and int(match[1]) in whole:
+                self.storage.withdraw(name, MARKER)
+            elif name.startswith(".step_") or (match and int(match[1]) not in whole):
+                self.storage.remove(name)
+
+    def _marked(self, name: str) -> bool:
+        try:
+            self.storage.open(f"{name}/{MARKER}").close()
+        except OSError:
+            return False
+        return True
+
+
+def _unreadable(saved: Saved) -> str | None:
+    try:
+        saved.meta()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def best_step(values: dict[int, dict[str, float]], metric: str, mode: str) -> int | None:
+    """The step with the best value of an evaluation metric, the earliest of equal ones.
+
+    values: step -> what an evaluation said. None where no evaluation has the metric.
+    """
+    found = [(step, line[metric]) for step, line in sorted(values.items()) if metric in line]
+    if not found:
+        return None
+    sign = 1 if mode == "min" else -1
+    return min(found, key=lambda item: sign * item[1])[0]

@@ -1,0 +1,92 @@
+"""What driver and workers of a run tell each other, and who decides about restarts.
+
+One object a submission, living in a process of its own (`launch` makes it a Ray actor): it outlives
+worker groups, so it is where failures are counted. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+LONGEST_BACKOFF_S = 60.0
+# Signals to rank 0, obeyed after the step at hand. SAVE: once, a node will be taken away.
+# LEAVE: save and leave, now and whenever started again.
+SAVE, LEAVE = 1, 2
+
+
+class Monitor:
+    """Progress to the driver; signals to the workers; the failure budget."""
+
+    def __init__(self, max_failures: int, backoff_s: float) -> None:
+        """max_failures: without a new checkpoint in between; -1: any number."""
+        self._max, self._backoff = max_failures, backoff_s
+        self._lines: list[dict[str, Any]] = []
+        self._mistake: str | None = None
+        self._signal = 0
+        self._starts = 0
+        self._workers: int | None = None
+        self._reasons: list[str] = []  # of what ended the group that runs or ran
+        self._failures = 0  # since the last new checkpoint
+        self._saved = -1  # step of the newest checkpoint known here
+
+    def report(self, line: dict[str, Any]) -> None:
+        """Called by rank 0: something to show. A new checkpoint renews the failure budget."""
+        if line.get("event") == "saved" and line["step"] > self._saved:
+            self._saved, self._failures = line["step"], 0
+        self._lines.append({"at": time.time(), **line})
+
+    def take(self) -> list[dict[str, Any]]:
+        """What was reported since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def mistake(self, message: str) -> None:
+        """Remember the first mistake that no restart mends."""
+        self._mistake = self._mistake or message
+
+    def ended(self) -> str | None:
+        """The message the run ends with: workers that are started again stop at once."""
+        return self._mistake
+
+    def signal(self) -> int:
+        """What rank 0 should do: SAVE, LEAVE or 0 (go on)."""
+        signal = self._signal
+        if signal == SAVE:
+            self._signal = 0
+        return signal
+
+    def tell(self, signal: int) -> None:
+        """Send a signal. Leaving cannot be taken back."""
+        self._signal = max(signal, self._signal)
+
+    def failed(self, reason: str, first: bool = False) -> None:
+        """A worker failed, or ended itself. `first`: this is the cause, others follow from it."""
+        if first:
+            self._reasons.insert(0, reason)
+        else:
+            self._reasons.append(reason)
+
+    def begin(self, workers: int) -> dict[str, Any]:
+        """Called by rank 0 of each worker group when it starts: what ended the one before, and how
+        long to pause. {"end": message} where the failure budget is used up."""
+        self._starts += 1
+        before, self._workers = self._workers, workers
+        reasons, self._reasons = self._reasons, []
+        if self._starts == 1:
+            return {}
+        if not reasons:  # Ray ended the group to make one of another size
+            return {"reason": f"resized from {before} to {workers} workers"}
+        self._failures += 1
+        if 0 <= self._max < self._failures:
+            since = f"since the checkpoint of step {self._saved}" if self._saved >= 0 else "so far"
+            self._mistake = (
+                f"training failed {self._failures} times {since}, and parallel.max_failures="
+                f"{self._max}; the last time: {reasons[0]}; the same command continues from the "
+                "last checkpoint"
+            )
+            return {"end": self._mistake}
+        pause = 0.0
+        if self._failures > 1:
+            pause = min(LONGEST_BACKOFF_S, self._backoff * 2 ** (self._failures - 2))
+        return {"reason": reasons[0], "failures": self._failures, "pause_s": pause}

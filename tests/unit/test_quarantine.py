@@ -1,0 +1,86 @@
+"""Reasons have kinds, and many of them one short line."""
+
+from __future__ import annotations
+
+import pytest
+
+from raysft.data.quarantine import KINDS, OTHER, kind, summary
+
+REASONS = {
+    "missing": ["no such file"],
+    "folder": ["a folder, not a file"],
+    "not a file": ["a pipe, socket or device, not a file"],
+    "unreadable": ["cannot be read (permission denied)"],
+    "stalled": ["no answer within 60 s (data.read_timeout_s): see that its storage answers"],
+    "empty": ["empty file"],
+    "not audio": [
+        "not audio that can be read (Format not recognised.)",
+        "raw samples have no header: convert the clip to wav or flac",
+        "its header gives no length: write the clip anew",
+    ],
+    "truncated": [
+        "cut off: 10 of 20 samples are there",
+        "damaged or cut off: decoding failed (libsndfile error 158)",
+    ],
+    "NaN or infinite": ["has NaN or infinite samples"],
+    "silent": ["silent: all samples are 0, below data.silence_db=-90"],
+    "too short": ["too short: 1 samples at 16000 Hz, less than data.min_seconds=0.025"],
+    "too long": ["too long: 61.00 s, more than data.max_seconds=60"],
+    "longer than indexed": ["longer than indexed: 3600.00 s by its header, expected at most 5 s"],
+}
+WITHOUT_A_PATH = {
+    "too short": [
+        "320 samples at 16000 Hz: shorter than one frame (0.025 s)",
+        "its clip of 0.030 s is too short: 1 audio token",
+        "its clip of 0.030 s is shorter than one speech unit",
+    ],
+    "too long": ["its clip is 31.00 s, the model reads at most 30.00 s"],
+    "over budget": ["takes 9000 positions, more than data.tokens_per_batch=4096"],
+    "longer than indexed": [
+        "takes 90 positions, but 70 by the lengths its clips' headers give",
+        "takes 90 positions, 70 were planned from its header; it no longer fits its micro-batch",
+    ],
+    "malformed record": [
+        "not valid JSON: Expecting value at character 3",
+        "not valid UTF-8: invalid start byte at byte 4",
+        "not a JSON object: found a list",
+        "not readable as JSON: too deep",
+        "holds half a surrogate pair (\\ud800 to \\udfff), not text",
+        "field 'text' is empty",
+        "fields 'instruction' and 'input' are both empty",
+        "task_type is 'edit'; supported: asr, tts",
+    ],
+    "bad text": ["its text contains <|AUDIO|>, a token that steers the model"],
+    "unknown unit": ["unit 100, but there are 100 units"],
+}
+
+
+@pytest.mark.parametrize("of", [*REASONS])
+@pytest.mark.parametrize(
+    "place", ["/data/a.wav: ", "train.jsonl line 7: /data/a.wav: ", "/data: no such file/a.wav: "]
+)
+def test_the_reason_of_a_clip_has_its_kind_wherever_the_clip_lies(of: str, place: str) -> None:
+    assert {kind(place + reason) for reason in REASONS[of]} == {of}
+
+
+@pytest.mark.parametrize("of", [*WITHOUT_A_PATH])
+@pytest.mark.parametrize("place", ["", "train.jsonl line 7: "])
+def test_the_reason_of_an_example_has_its_kind(of: str, place: str) -> None:
+    assert {kind(place + reason) for reason in WITHOUT_A_PATH[of]} == {of}
+
+
+def test_every_kind_has_a_reason_here_and_others_are_counted_too() -> None:
+    assert {*REASONS, *WITHOUT_A_PATH, OTHER} == set(KINDS)
+    assert kind("/data/empty file.wav: something new") == OTHER
+    assert kind("") == OTHER
+
+
+def test_a_summary_counts_by_kind_the_most_frequent_first() -> None:
+    reasons = ["/a.wav: silent: all samples are 0"] * 2
+    reasons += [f"x.jsonl line {line}: /{line}.wav: no such file" for line in range(412)]
+    reasons += [f"/{number}.wav: not audio that can be read (?)" for number in range(30)]
+    reasons += ["something new", "/a.wav: cut off: 1 of 2 samples are there"]
+    expected = "412 missing, 30 not audio, 2 silent, 1 truncated, 1 other"
+    assert summary(reasons) == expected
+    assert summary(reversed(reasons)) == expected
+    assert summary([]) == ""
