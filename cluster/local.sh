@@ -5,6 +5,8 @@
 #   cluster/local.sh start     start it, print what to export and how to submit a job
 #   cluster/local.sh status    its nodes; exit code 0 if it runs
 #   cluster/local.sh stop      stop it (and its jobs), and nothing else on this machine
+#   cluster/local.sh lose N    kill -9 whatever runs on node N (0: the head), as a power cut would
+#   cluster/local.sh add N     start node N again
 #
 # Settings, from the environment:
 #   RAYSFT_HEAD_CPUS        CPUs of the head                   (1)
@@ -43,7 +45,12 @@ fail() {
 # open. (Names and environments do not tell: Ray renames its processes over both.)
 members() {
   # Processes that end meanwhile, or are not ours to look into, are errors to find.
-  { find /proc/[0-9]*/fd -lname "$DIR/*" 2>/dev/null || true; } | cut -d/ -f3 | sort -un
+  { find /proc/[0-9]*/fd -lname "${1:-$DIR}/*" 2>/dev/null || true; } | cut -d/ -f3 | sort -un
+}
+
+# The folder of node number $1; 0 is the head.
+folder_of() {
+  [ "$1" = 0 ] && echo "$DIR/ray" || echo "$DIR/ray$1"
 }
 
 # The ports node number $1 listens on, as flags; its workers get 500 of their own.
@@ -86,10 +93,22 @@ start_node() {
   env RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_ADDRESS="127.0.0.1:$BASE" TMPDIR="$DIR/tmp" \
     RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 \
     TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S="${TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S:-3}" \
+    RAY_health_check_initial_delay_ms="${RAY_health_check_initial_delay_ms:-1000}" \
+    RAY_health_check_period_ms="${RAY_health_check_period_ms:-1000}" \
+    RAY_health_check_timeout_ms="${RAY_health_check_timeout_ms:-2000}" \
+    RAY_health_check_failure_threshold="${RAY_health_check_failure_threshold:-3}" \
     python -c "$START" start "$@" --node-ip-address=127.0.0.1 --num-gpus=0 \
     --object-store-memory="$STORE" --disable-usage-stats --log-color=false \
     </dev/null >>"$log" 2>&1 ||
     { tail -n 20 "$log" >&2; stop >&2; fail "a node did not start (above: the end of its log)"; }
+}
+
+# A folder of its own for each node, as on machines of their own: in a shared one, a node that
+# unpacks a job's working directory for its workers first deletes it under the job.
+start_worker_node() {
+  # shellcheck disable=SC2046
+  start_node --address="127.0.0.1:$BASE" --node-name="node$1" --num-cpus="$NODE_CPUS" \
+    --labels="pool=workers" --temp-dir="$(folder_of "$1")" $(ports "$1")
 }
 
 nodes_alive() {
@@ -119,13 +138,9 @@ start() {
   start_node --head --port="$BASE" --node-name=head --num-cpus="$HEAD_CPUS" --temp-dir="$DIR/ray" \
     --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD" \
     --ray-client-server-port=$((BASE + 7)) --labels=pool=head $(ports 0)
-  # A folder of its own for each node, as on machines of their own: in a shared one, a node that
-  # unpacks a job's working directory for its workers first deletes it under the job.
   local node
   for node in $(seq "$NODES"); do
-    # shellcheck disable=SC2046
-    start_node --address="127.0.0.1:$BASE" --node-name="node$node" --num-cpus="$NODE_CPUS" \
-      --labels="pool=workers" --temp-dir="$DIR/ray$node" $(ports "$node")
+    start_worker_node "$node"
   done
   local tries=0
   until [ "$(nodes_alive)" -eq $((NODES + 1)) ]; do
@@ -166,7 +181,31 @@ stop() {
   echo "stopped"
 }
 
+numbered() {
+  [[ "${1:-}" =~ ^[0-9]+$ ]] && [ "$1" -le "$NODES" ] || fail "which node? 0 (head) to $NODES"
+}
+
+lose() {
+  numbered "${1:-}"
+  local pids
+  pids=$(members "$(folder_of "$1")")
+  [ -n "$pids" ] || fail "node $1 does not run"
+  # shellcheck disable=SC2086
+  kill -KILL $pids 2>/dev/null || true
+  echo "lost node $1"
+}
+
+add() {
+  numbered "${1:-}"
+  [ "$1" -gt 0 ] || fail "a lost head takes its cluster with it: stop, then start"
+  [ -z "$(members "$(folder_of "$1")")" ] || fail "node $1 runs"
+  rm -rf "$(folder_of "$1")"
+  use_cluster
+  start_worker_node "$1"
+  echo "added node $1"
+}
+
 case "${1:-}" in
-start | stop | status) "$1" ;;
-*) fail "usage: cluster/local.sh start | status | stop" ;;
+start | stop | status | lose | add) "$@" ;;
+*) fail "usage: cluster/local.sh start | status | stop | lose N | add N" ;;
 esac

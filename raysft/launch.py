@@ -108,6 +108,7 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str, watch: Watch
         "examples": len(prepared.train) + len(prepared.train.rejected),
         "threads": shares.threads,
         "data_cpus": shares.data_cpus,
+        "worker_cpus": shares.per_worker["CPU"],
         "task": task,
         "monitor": monitor,
     }
@@ -320,7 +321,9 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     if "end" in begun:
         return  # failed too often; the driver says so
     time.sleep(begun.get("pause_s", 0.0))
-    data_cpus = settings["data_cpus"] / world.size
+    # Workers may hold every CPU of a small cluster: data tasks then ask for none, and share.
+    left = ray.cluster_resources().get("CPU", 0.0) - world.size * settings["worker_cpus"]
+    data_cpus = max(0.0, min(settings["data_cpus"], left)) / world.size
     data = worker.Data(
         examples=settings["examples"],
         eval=Index.load(settings["eval"][0][0]) if settings["eval"] else None,

@@ -47,6 +47,8 @@ _EMBEDDED_DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray runs workers at nice 15: beside anything else on the machine training would crawl.
     "RAY_worker_niceness": "0",
+    # A worker that is frozen cannot leave its process group: half a minute for nothing.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
 
 # Ray puts sockets under its folder, and a socket's path has at most 107 bytes: what is left for

@@ -30,8 +30,7 @@ def blocks(language: str) -> list[str]:
 def test_commands_and_python_run_as_written(tmp_path: Path) -> None:
     for name in ("jobs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (commands,) = blocks("sh")
-    for line in commands.splitlines():
+    for line in "".join(blocks("sh")).splitlines():
         words = shlex.split(line, comments=True)
         assert words[0] == "python"
         words[0] = sys.executable
