@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 bench: setup
-	for name in padding plan ingest overhead; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in padding plan ingest overhead resume chaos; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft import history
 from raysft.config import Config
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
 RESIZE_EVERY_S = 10.0  # how often an elastic run looks for nodes that came
+ROOM_WITHIN_S = 10.0
 
 
 @dataclass
@@ -74,9 +76,11 @@ def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
     _record_rejected(folder, prepared.rejected)
     if saved is not None:
         print(f"continuing {folder} from step {saved.step}", flush=True)
+    # On this node: while the driver lives, so does the monitor, whatever other nodes are lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = (
         ray.remote(Monitor)
-        .options(num_cpus=0)
+        .options(num_cpus=0, scheduling_strategy=here)
         .remote(config.parallel.max_failures, config.parallel.backoff_s)
     )
     watch = Watch(monitor, progress, folder if task == "train" else None)
@@ -98,6 +102,12 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str, watch: Watch
     shares = Shares.of(config)
     # Ray's own watch over workers sees one that is frozen; `Watchdog` one whose thread is.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.parallel.timeout_s))
+    # How long to wait for room for all workers. An elastic run asks for as many as there seems to
+    # be room for, a moment after a node was lost for too many: soon it has to count again.
+    elastic = config.parallel.elastic
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_WITHIN_S) if elastic else "300"
+    )
     settings = {
         "config": config.model_dump(mode="json"),
         "folder": str(folder),
@@ -119,9 +129,9 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str, watch: Watch
             backend="nccl" if shares.gpu else "gloo", timeout_s=int(config.parallel.timeout_s)
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.parallel.workers
-            if not config.parallel.elastic
-            else (config.parallel.min_workers, config.parallel.max_workers),
+            num_workers=(config.parallel.min_workers, config.parallel.max_workers)
+            if elastic
+            else config.parallel.max_workers,
             elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             use_gpu=shares.gpu,
             resources_per_worker=shares.per_worker,
@@ -135,7 +145,9 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str, watch: Watch
             callbacks=[Failures(monitor)],
             # Monitor counts failures, for it knows whether the run gets on between them.
             failure_config=ray.train.FailureConfig(
-                max_failures=-1, max_preemption_failures=-1, controller_failure_limit=3
+                max_failures=-1,
+                max_preemption_failures=-1,
+                controller_failure_limit=-1 if elastic else 3,
             ),
         ),
     )
@@ -194,10 +206,12 @@ def _reason(error: BaseException) -> str:
     text = str(first)
     if isinstance(first, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
         return "its node ran low on memory and Ray ended the worker"
-    if isinstance(first, ray.exceptions.RayActorError):
+    if isinstance(first, ray.exceptions.RayActorError | ray.exceptions.ActorUnavailableError):
         return "the worker's process died (killed, or its node was lost)"
+    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return "lost its connection to another worker, which died or whose node was lost"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{lines[-1] if lines else type(first).__name__}"
+    return (lines[-1] if lines else type(first).__name__)[:300]
 
 
 class Failures(ray.train.UserCallback):
@@ -305,6 +319,10 @@ def _worker(settings: dict[str, Any]) -> None:
 
 
 def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
+    # First of all, so that whatever ends this group from here on counts as its failure.
+    context = ray.train.get_context()
+    is_main, size = context.get_world_rank() == 0, context.get_world_size()
+    begun = ray.get(monitor.begin.remote(size)) if is_main else {}
     import torch  # here, not above: the driver has no use for it
 
     from raysft import worker
@@ -316,7 +334,6 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     world = World.current(worker.device_of(config))
     if world.device.type == "cpu":
         torch.set_num_threads(settings["threads"])
-    begun = ray.get(monitor.begin.remote(world.size)) if world.is_main else {}
     begun = world.gather(begun)[0]
     if "end" in begun:
         return  # failed too often; the driver says so

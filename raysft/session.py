@@ -39,12 +39,10 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # The controller answers reports and sees the end of workers at this interval (2 s by default).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Starting workers imports torch on every node: more than a minute on a busy machine.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-}
-# Nobody pre-empts a process's own Ray; the watcher is one more actor and an error line.
-_EMBEDDED_DEFAULTS = {
+    # The driver looks for nodes about to be taken away itself (`launch.Watch`), once for all.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_EMBEDDED_DEFAULTS = {
     # Ray runs workers at nice 15: beside anything else on the machine training would crawl.
     "RAY_worker_niceness": "0",
     # A worker that is frozen cannot leave its process group: half a minute for nothing.

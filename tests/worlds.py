@@ -3,19 +3,117 @@
 python -m tests.worlds SIZE KILL_AT CONFIG.yaml [CONFIG.yaml ...]
 
 KILL_AT: a step after whose metrics line rank 0 kills itself with SIGKILL (0: never).
+
+`fork` gives tests that need many lives of a process one in milliseconds.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tests.models import CAUSAL
+
+if TYPE_CHECKING:
+    from raysft.config import Config
+    from raysft.parallel import World
+    from raysft.train.loop import Job
 
 ROOT = Path(__file__).resolve().parents[1]
+_forks = multiprocessing.get_context("forkserver")
+_LOADED = ["raysft.worker", "torch._dynamo", "transformers.models.qwen3.modeling_qwen3"]
+
+
+def fork(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """Call `target` in a new process that has torch loaded already. `exitcode`: 0, 1 after an
+    error (its traceback is on stderr), or minus the signal that killed it."""
+    _forks.set_forkserver_preload([*_LOADED, target.__module__])  # for the first one
+    process = _forks.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def die_at(operation: int) -> None:
+    """From now on, this process kills itself instead of its n-th change of the file system (of
+    names, or to make something durable), whichever thread makes it."""
+    count = itertools.count(1)
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, watched(getattr(os, name)))
+
+
+def tiny(folder: Path, name: str = "run", **changes: Any) -> Config:
+    """tiny(folder, section__key=value, ...): a language model over 60 items of units; a step takes
+    milliseconds and is saved."""
+    from raysft.config import Config
+
+    corpus = folder / "units.json"
+    if not corpus.exists():
+        items = [
+            {"id": f"u{i}", "input": f"[Hu{i % 20}]" * (1 + i % 7), "output": f"text {i}"}
+            for i in range(60)
+        ]
+        corpus.write_text(json.dumps(items))
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"name": name, "storage_path": str(folder / "runs"), "seed": 1},
+        "data": {
+            "train": [{"path": str(corpus)}],
+            "lanes": 2,
+            "tokens_per_batch": 120,
+            "window": 16,
+            "index_path": str(folder / "index"),
+        },
+        "model": {**CAUSAL, "speech_units": 20},
+        "optim": {"lr": 3e-3, "weight_decay": 0.1},
+        "train": {"max_steps": 12},
+        "log": {"every": 1, "tensorboard": False},
+        "checkpoint": {"every": 1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree.setdefault(section, {})[name] = value
+    return Config.model_validate(tree)
+
+
+def start(
+    config: Config, world: World, progress: Callable[[dict[str, Any]], None] | None = None
+) -> Job:
+    """The job of one process, made as a Ray Train worker's is, with an in-process reader."""
+    import torch
+
+    from raysft import worker
+    from raysft.data.plan import Cursor
+    from raysft.prepare import prepare
+    from raysft.rundir import open_run, run_folder
+    from raysft.train.catalogue import Catalogue
+
+    torch.set_num_threads(1)
+    worker.quiet()
+    folder = open_run(config) if world.is_main else run_folder(config)
+    world.barrier()
+    saved, _ = Catalogue.of(config.checkpoint, folder).newest()
+    cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
+    found = prepare(config, folder, cursor)
+    data = worker.Data.in_process(config, found.encoder, folder, found.train, found.eval)
+    return worker.build_job(config, folder, world, data, found.total_steps, progress)
 
 
 def run(size: int, *configs: Path, kill_at: int = 0) -> int:
@@ -46,43 +144,26 @@ def run(size: int, *configs: Path, kill_at: int = 0) -> int:
 
 def main(size: int, kill_at: int, paths: list[Path]) -> None:
     """One process: the same path as a Ray Train worker's, with an in-process reader."""
-    import torch
     import torch.distributed as dist
 
-    from raysft import worker
     from raysft.config import load_config
-    from raysft.data.plan import Cursor
     from raysft.parallel import World
-    from raysft.prepare import prepare
-    from raysft.rundir import run_folder
-    from raysft.train.catalogue import Catalogue
     from raysft.train.loop import train
 
-    torch.set_num_threads(1)
-    worker.quiet()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{os.environ['RENDEZVOUS']}",
         rank=int(os.environ["RANK"]),
         world_size=size,
     )
+
+    def progress(line: dict[str, Any]) -> None:
+        if kill_at and "loss" in line and line["step"] >= kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     for path in paths:
         config = load_config(path, [f"parallel.workers={size}"])
-        folder = run_folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        saved, _ = Catalogue.of(config.checkpoint, folder).newest()
-        cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
-        prepared = prepare(config, folder, cursor)
-
-        def progress(line: dict[str, Any]) -> None:
-            if kill_at and "loss" in line and line["step"] >= kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        data = worker.Data.in_process(
-            config, prepared.encoder, folder, prepared.train, prepared.eval
-        )
-        world = World.current()
-        train(worker.build_job(config, folder, world, data, prepared.total_steps, progress))
+        train(start(config, World.current(), progress))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -25,6 +25,7 @@ from raysft.train.storage import Storage, digest, open_storage
 
 MARKER = "COMMITTED"
 _NAME = re.compile(r"step_(\d+)")
+_BEGUN = re.compile(r"\.?step_(\d+)(\..*)?")  # a draft's name goes on
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Catalogue:
         return cls(open_storage(run, settings.path))
 
     def committed(self) -> list[Saved]:
-        """Checkpoints with a marker, oldest first."""
+        """Checkpoints with a marker, oldest first. Raises UserError where one cannot be read:
+        taken for missing, what it marks would be deleted."""
         steps = sorted(int(m[1]) for name in self.storage.names() if (m := _NAME.fullmatch(name)))
         return [Saved(step, self.storage) for step in steps if self._marked(f"step_{step}")]
 
@@ -132,11 +134,24 @@ class Catalogue:
             elif name.startswith(".step_") or (match and int(match[1]) not in whole):
                 self.storage.remove(name)
 
+    def unfinished(self, after: int) -> list[str]:
+        """What there is of steps beyond `after` that is no checkpoint, and why."""
+        found = []
+        for name in sorted(self.storage.names()):
+            match = _BEGUN.fullmatch(name)
+            if match and int(match[1]) > after and (match[2] or not self._marked(name)):
+                where = self.storage.where(name)
+                found.append(f"{where}: has no commit marker: not finished, or damaged")
+        return found
+
     def _marked(self, name: str) -> bool:
         try:
             self.storage.open(f"{name}/{MARKER}").close()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            where = f"{self.storage.where(name)}/{MARKER}"
+            raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
         return True
 
 

@@ -35,7 +35,7 @@ from raysft.parallel.strategy import load_state, state_of
 from raysft.train.catalogue import MARKER, Catalogue, Saved
 from raysft.train.storage import Folder, Storage, digest
 
-_SUMS = ".sums"  # beside the shards of a worker while they are written: [[name, sha256, bytes]]
+_SUMS = ".sums"  # beside the shards of a worker: [[name, sha256, bytes]]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Save:
     """One save, on this worker. Times in seconds."""
 
     step: int
-    stalled: float  # training waited for the one before and for the copy
+    stalled: float  # training waited: for the copy, and at the next save for the end of this one
     begun: float
     seconds: float = 0.0  # until it was published (rank 0) or this worker's shards were written
     bytes: int = 0  # of all files (rank 0)
@@ -89,8 +89,8 @@ class Saver:
 
         Raises UserError where the save before this one, which it waits for, has failed.
         """
-        begun = time.monotonic()
         self.wait()
+        begun = time.monotonic()
         staged = self._stager.stage(state_of(module, optimizer))
         save = Save(step, time.monotonic() - begun, begun)
         save.thread = threading.Thread(
@@ -104,17 +104,18 @@ class Saver:
 
         Raises UserError where that save has failed.
         """
+        begun = time.monotonic()
         if self._running is not None and self._running.thread is not None:
             while self._running.thread.is_alive():
                 waiting()
                 self._running.thread.join(timeout=1.0)
+            self._running.stalled += time.monotonic() - begun
         self._finish()
 
     def finished(self) -> list[Save]:
         """Saves that ended since the last call. Raises UserError where one has failed."""
-        if self._running is not None and self._running.thread is not None:
-            if self._running.thread.is_alive():
-                return []
+        running = self._running
+        if running is not None and running.thread is not None and not running.thread.is_alive():
             self._finish()
         done, self._done = self._done, []
         return done
@@ -142,7 +143,7 @@ class Saver:
             self._settle()
             dcp.save(
                 staged,
-                storage_writer=_writer(self._storage, f"{draft}/state"),
+                storage_writer=_writer(self._storage, f"{draft}/state", self._token),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
@@ -160,7 +161,8 @@ class Saver:
     def _publish(self, draft: str, name: str, meta: dict[str, Any]) -> int:
         files: dict[str, list[Any]] = {}
         for path in self._storage.files(draft):
-            if path.endswith(_SUMS):
+            # In a store, those of an earlier save of this step may still lie there.
+            if path.endswith(f".{self._token}{_SUMS}"):
                 with self._storage.open(f"{draft}/{path}") as stream:
                     files.update({f"state/{n}": [d, size] for n, d, size in json.load(stream)})
         with self._storage.open(f"{draft}/state/.metadata") as stream:
@@ -203,7 +205,9 @@ def newest_sound(catalogue: Catalogue, world: World) -> tuple[Saved | None, list
         found = world.gather(saved.damage(world.rank, world.size))
         return next((reason for reason in found if reason), None)
 
-    return catalogue.newest(damage, [Saved(step, catalogue.storage) for step in steps])
+    found, skipped = catalogue.newest(damage, [Saved(step, catalogue.storage) for step in steps])
+    cut_off = catalogue.unfinished(found.step if found is not None else 0)
+    return found, [*skipped, *world.gather(cut_off)[0]]
 
 
 class _Sums:
@@ -211,6 +215,7 @@ class _Sums:
 
     storage: Storage
     root: str
+    token: str
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """As torch's; then the checksums, in a file beside the shards."""
@@ -220,7 +225,8 @@ class _Sums:
             with self.storage.open(f"{self.root}/{name}") as stream:
                 sums.append([name, *digest(stream)])
         if sums:
-            self.storage.write(f"{self.root}/{sums[0][0]}{_SUMS}", json.dumps(sums).encode())
+            path = f"{self.root}/{sums[0][0]}.{self.token}{_SUMS}"
+            self.storage.write(path, json.dumps(sums).encode())
         return written
 
 
@@ -232,10 +238,12 @@ class _StoreWriter(_Sums, FsspecWriter):
     pass
 
 
-def _writer(storage: Storage, root: str) -> dcp.StorageWriter:
-    kind = _FolderWriter if isinstance(storage, Folder) else _StoreWriter
-    writer = kind(storage.where(root))
-    writer.storage, writer.root = storage, root
+def _writer(storage: Storage, root: str, token: str) -> dcp.StorageWriter:
+    if isinstance(storage, Folder):
+        writer = _FolderWriter(storage.where(root))
+    else:  # an object that is closed is durable; torch would sync all disks of the machine
+        writer = _StoreWriter(storage.where(root), sync_files=False)
+    writer.storage, writer.root, writer.token = storage, root, token
     return writer
 
 

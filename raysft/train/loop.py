@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from raysft.config.schema import Config
+from raysft.errors import UserError
 from raysft.parallel import Strategy, World
 from raysft.train.catalogue import Catalogue, Saved, best_step
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
@@ -79,6 +80,8 @@ def train(job: Job) -> int:
     keeper = Keeper(job, record, optimizer, totals, clock)
     last_saved, signal = step, 0
     try:
+        if _due(config.evaluate.every, step, job.total_steps) and not record.evaluated(step):
+            keeper.evaluate(step, final=False)  # it was interrupted after the step was saved
         batches = job.stream.open(cursor)
         while step < job.total_steps and signal != LEAVE:
             keeper.beat("waiting for data")
@@ -107,11 +110,13 @@ def train(job: Job) -> int:
             record.ledger(batch)
             if step % config.log.every == 0 or step == job.total_steps:
                 record.metrics(batch, totals, clock, rate, float(norm))
-            if _due(config.evaluate.every, step, job.total_steps):
-                keeper.evaluate(step, final=False)
-            if signal or _due(config.checkpoint.every, step, job.total_steps):
+            evaluate = _due(config.evaluate.every, step, job.total_steps)
+            best = evaluate and config.checkpoint.best is not None
+            if signal or best or _due(config.checkpoint.every, step, job.total_steps):
                 keeper.save(step, cursor, wait=bool(signal))
                 last_saved = step
+            if evaluate and signal != LEAVE:
+                keeper.evaluate(step, final=False)
             keeper.look()
         if last_saved != step or not job.catalogue.committed():
             keeper.save(step, cursor, wait=True)
@@ -128,7 +133,7 @@ def train(job: Job) -> int:
 
 
 def _due(every: int, step: int, total: int) -> bool:
-    return bool(every) and step % every == 0 and step < total
+    return bool(every) and step % every == 0 and 0 < step < total
 
 
 class Keeper:
@@ -200,14 +205,19 @@ class Keeper:
             beat()
             values = self.job.evaluate(step, final, beat)
             self.job.strategy.module.train()
+        best = self.job.config.checkpoint.best
+        if best is not None and best not in values:
+            raise UserError(
+                f"checkpoint.best: {best} is not measured; an evaluation gives {', '.join(values)}"
+            )
         self.record.evaluation(step, values)
+        if best is not None:
+            self.saver.prune()
 
     def finish(self, step: int) -> None:
         """All is saved and evaluated: wait for what is in flight."""
         self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
         self.look()
-        if self.job.config.checkpoint.best:
-            self.saver.prune()
         if step == self.job.total_steps:
             self.record.event("finished", step=step)
 

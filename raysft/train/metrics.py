@@ -22,6 +22,7 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_half_a_line(path)
         self.path = path
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held open
 
@@ -37,6 +38,17 @@ class Lines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _drop_half_a_line(path: Path) -> None:
+    """A kill or a full disk cut it off; what is appended must not become its end."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if size and file.read() != b"\n":
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
 
 
 def stream_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -76,6 +76,8 @@ class Monitor:
         if self._starts == 1:
             return {}
         if not reasons:  # Ray ended the group to make one of another size
+            if before == workers:
+                return {"reason": "Ray started the workers again"}
             return {"reason": f"resized from {before} to {workers} workers"}
         self._failures += 1
         if 0 <= self._max < self._failures:
@@ -88,5 +90,6 @@ class Monitor:
             return {"end": self._mistake}
         pause = 0.0
         if self._failures > 1:
-            pause = min(LONGEST_BACKOFF_S, self._backoff * 2 ** (self._failures - 2))
+            doublings = min(self._failures - 2, 64)  # more would not fit a float some day
+            pause = min(LONGEST_BACKOFF_S, self._backoff * 2.0**doublings)
         return {"reason": reasons[0], "failures": self._failures, "pause_s": pause}

@@ -64,8 +64,11 @@ class Storage(Protocol):
 
 def open_storage(run: Path, place: str | None) -> Storage:
     """`checkpoint.path`, or the run folder's `checkpoints`. Raises UserError for an unknown one."""
-    if place is None or "://" not in place:
-        return Folder(Path(place).expanduser().absolute() if place else run / "checkpoints")
+    if place is None:
+        return Folder(run / "checkpoints")
+    kind, _, path = place.rpartition("://")
+    if kind in ("", "file", "local"):  # written whole and durably, as fsspec's own would not be
+        return Folder(Path(path).expanduser().absolute())
     return Store(place)
 
 

@@ -18,7 +18,7 @@ from tests.cluster.conftest import PYTHON, alive, wait_until
 from tests.cluster.test_local_cluster import RAY, SCRIPT, Cluster, holders
 from tests.models import AUDIO
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 # A job that is told to stop gets this long to save.
 GRACE = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "40"}})
 
@@ -33,6 +33,7 @@ def cluster() -> Iterator[Cluster]:
         "RAYSFT_DASHBOARD_PORT": "22999",
         "RAYSFT_NODE_CPUS": "1",
         "OMP_NUM_THREADS": "1",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # addresses on loopback stay as they are
     }
     try:
         cluster.start()
@@ -128,8 +129,8 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_it_is_back(
 def test_notice_of_preemption_saves_before_the_node_goes(cluster: Cluster, config: Path) -> None:
     job = Job(cluster, config, "drained", "parallel.workers=[1, 3]", "checkpoint.every=100000")
     job.wait(lambda: job.workers() == 3 and job.steps() > 3, 180)
-    nodes = cluster.run(PYTHON, "-c", NODE_IDS)
-    ids = dict(line.split() for line in nodes.stdout.splitlines() if line.startswith("node"))
+    listed = cluster.run(RAY, "list", "nodes", "--format", "json")
+    ids = {node["node_name"]: node["node_id"] for node in json.loads(listed.stdout)}
     gcs = "127.0.0.1:" + cluster.environ["RAYSFT_PORT_BASE"]
     done = cluster.run(
         *(RAY, "drain-node", "--address", gcs, "--node-id", ids["node2"]),
@@ -143,15 +144,6 @@ def test_notice_of_preemption_saves_before_the_node_goes(cluster: Cluster, confi
     job.stop()
     assert audit(job.run).clean
     assert cluster.run(SCRIPT, "add", "2").returncode == 0
-
-
-NODE_IDS = """
-import os, ray
-ray.init(address="127.0.0.1:" + os.environ["RAYSFT_PORT_BASE"], logging_level="ERROR")
-for node in ray.nodes():
-    if node["Alive"]:
-        print(node["NodeName"], node["NodeID"])
-"""
 
 
 def test_a_head_that_dies_loses_nothing(cluster: Cluster, config: Path) -> None:

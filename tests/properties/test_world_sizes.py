@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import yaml
 
+from raysft.audit import audit
 from raysft.train.metrics import read_lines
 from tests import worlds
 from tests.models import AUDIO
@@ -98,3 +101,28 @@ def test_killed_and_started_again_is_the_same_to_the_last_bit(
     assert worlds.run(size, killed) == 0
     assert ledger(tmp_path / "runs" / "killed") == ledger(reference)
     assert losses(tmp_path / "runs" / "killed") == losses(tmp_path / "runs" / "undisturbed")
+
+
+def test_the_same_clips_are_quarantined_after_kills_and_at_any_world_size(
+    make_clips: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Found while training: their headers are as they should be."""
+    corpus = make_clips(67)
+    records = [json.loads(line) for line in corpus.read_text().splitlines()]
+    paths = [corpus.parent / record["wav_path"] for record in records]
+    for number, spoil in ((5, np.nan), (23, np.inf), (41, 0.0)):
+        samples, rate = soundfile.read(paths[number])
+        soundfile.write(paths[number], np.full_like(samples, spoil), rate, "FLOAT", format="WAV")
+    listed = []
+    for name, size, kills in (("one", 1, ()), ("three", 3, ()), ("killed", 2, (5, 12))):
+        config = write_config(tmp_path, corpus, name, data__max_quarantined=0.1)
+        for step in kills:
+            assert worlds.run(size, config, kill_at=step) == -signal.SIGKILL
+        assert worlds.run(size, config) == 0
+        run = tmp_path / "runs" / name
+        assert audit(run).clean
+        listed.append(read_lines(run / "quarantine.jsonl"))
+    assert listed[0] == listed[1] == listed[2]
+    found = {Path(line["path"]): line["reason"].split(": ")[1] for line in listed[0]}
+    assert set(found) == {paths[number] for number in (5, 23, 41)}
+    assert "NaN or infinite" in found[paths[5]] and "silent" in found[paths[41]]

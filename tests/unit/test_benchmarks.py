@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-SLOW = {"ingest", "overhead"}  # they start Ray and train
+SLOW = {"ingest", "overhead", "chaos"}  # they start Ray and train
+SHARED = {"results_io", "local_cluster"}  # what benchmarks share
 NAMES = [
     pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
     for path in sorted(FOLDER.glob("*.py"))
-    if path.stem != "results_io"
+    if path.stem not in SHARED
 ]
 
 

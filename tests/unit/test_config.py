@@ -63,6 +63,17 @@ def test_overrides_reach_lists_and_nested_keys_and_are_yaml(path: Path) -> None:
     assert config.data.speech_tokens is not None and config.data.speech_tokens.clusters == 50
 
 
+@pytest.mark.parametrize(
+    ("value", "least", "most"), [("3", 3, 3), ("[1, 4]", 1, 4), ("[2, 2]", 2, 2)]
+)
+def test_workers_are_a_number_or_a_range_that_is_elastic_if_it_holds_more_than_one(
+    value: str, least: int, most: int, path: Path
+) -> None:
+    parallel = load_config(path, [f"parallel.workers={value}"]).parallel
+    assert (parallel.min_workers, parallel.max_workers) == (least, most)
+    assert parallel.elastic == (least < most)
+
+
 def test_all_mistakes_are_reported_together_with_key_value_and_remedy(path: Path) -> None:
     text = error_of(
         path,
@@ -88,6 +99,18 @@ def test_all_mistakes_are_reported_together_with_key_value_and_remedy(path: Path
         ("model.tokenizer=null", "model.tokenizer: needed with model.config"),
         ("data.train=[]", "data.train: empty"),
         ("evaluate.every=5", "evaluate.every: set, but data.eval names no source"),
+        ("checkpoint.best=wer/dev", "checkpoint.best: nothing measures it while training; set"),
+        ("checkpoint.resume=always", "checkpoint.resume: expected 'auto', 'weights_only' or 'nev"),
+        ("checkpoint.keep=0", "checkpoint.keep: expected greater than 0, found 0"),
+        ("checkpoint.grace_s=0", "checkpoint.grace_s: expected greater than 0, found 0"),
+        ("parallel.timeout_s=0", "parallel.timeout_s: expected greater than 0, found 0"),
+        ("parallel.backoff_s=-1", "parallel.backoff_s: expected greater than or equal to 0"),
+        ("parallel.max_failures=-2", "parallel.max_failures: expected greater than or equal to -1"),
+        ("parallel.workers=0", "parallel.workers: expected a whole number of at least 1, or two"),
+        ("parallel.workers=true", "parallel.workers: expected a whole number of at least 1, or"),
+        ("parallel.workers=[1, 2, 3]", "parallel.workers: expected a whole number of at least 1"),
+        ("parallel.workers=[3, 1]", "parallel.workers: expected [min, max] with min no larger"),
+        ("parallel.workers=[1, 9]", "parallel.workers: "),
         ("run.name=../x", "run.name: '../x' is not a plain folder name"),
         ("run=3", "run: expected keys below it, found 3"),
         ("optim.lr", "expected key=value"),

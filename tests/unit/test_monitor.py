@@ -1,0 +1,143 @@
+"""The failure budget, signals and reasons of a submission; and what its user is shown of them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from raysft.cli import ProgressLine
+from raysft.train.monitor import LEAVE, LONGEST_BACKOFF_S, SAVE, Monitor
+
+
+def fail(monitor: Monitor, reason: str = "worker 1: died", workers: int = 2) -> dict[str, Any]:
+    """A worker fails and a new group begins: what it is told."""
+    monitor.failed(reason)
+    return monitor.begin(workers)
+
+
+def begun(max_failures: int = 3, backoff_s: float = 2.0) -> Monitor:
+    monitor = Monitor(max_failures, backoff_s)
+    assert monitor.begin(2) == {}
+    return monitor
+
+
+def saved(step: int) -> dict[str, Any]:
+    return {"event": "saved", "step": step}
+
+
+def test_only_failures_without_a_new_checkpoint_in_between_count() -> None:
+    monitor = begun(max_failures=2)
+    for step in range(10, 100, 10):
+        assert fail(monitor)["failures"] == 1
+        assert fail(monitor)["failures"] == 2
+        monitor.report(saved(step))
+    monitor.report(saved(20))  # no new one
+    assert fail(monitor)["failures"] == 1
+    assert fail(monitor)["failures"] == 2
+    assert monitor.ended() is None
+    end = fail(monitor, "worker 0: out of memory")["end"]
+    assert end == monitor.ended()
+    assert end == (
+        "training failed 3 times since the checkpoint of step 90, and parallel.max_failures=2; "
+        "the last time: worker 0: out of memory; the same command continues from the last "
+        "checkpoint"
+    )
+
+
+def test_no_failure_is_survived_with_max_failures_0_and_any_number_with_minus_1() -> None:
+    assert "failed 1 times so far" in fail(begun(max_failures=0))["end"]
+    monitor = begun(max_failures=-1)
+    for _ in range(3000):
+        assert "end" not in fail(monitor)
+    assert monitor.ended() is None
+
+
+@pytest.mark.parametrize(
+    ("backoff_s", "pauses"),
+    [(2.0, [0, 2, 4, 8, 16, 32, 60, 60]), (0.0, [0] * 8), (90.0, [0, 60, 60])],
+)
+def test_the_pause_before_a_restart_doubles_up_to_a_minute(
+    backoff_s: float, pauses: list[float]
+) -> None:
+    monitor = begun(max_failures=-1, backoff_s=backoff_s)
+    assert [fail(monitor)["pause_s"] for _ in pauses] == pauses
+    assert max(pauses) <= LONGEST_BACKOFF_S
+    monitor.report(saved(1))
+    assert fail(monitor)["pause_s"] == 0
+
+
+def test_the_reason_is_the_cause_and_not_what_followed_from_it() -> None:
+    monitor = begun()
+    monitor.failed("worker 0: connection closed by peer")
+    monitor.failed("worker 1: no progress for 300 s while in step 5", first=True)
+    assert monitor.begin(2)["reason"] == "worker 1: no progress for 300 s while in step 5"
+    assert fail(monitor, "worker 0: died")["reason"] == "worker 0: died"
+
+
+def test_a_resize_is_no_failure() -> None:
+    monitor = begun(max_failures=0)
+    assert monitor.begin(1) == {"reason": "resized from 2 to 1 workers"}
+    assert monitor.begin(3) == {"reason": "resized from 1 to 3 workers"}
+    assert monitor.begin(3) == {"reason": "Ray started the workers again"}
+    assert monitor.ended() is None
+
+
+def test_a_failure_with_fewer_workers_after_it_counts_as_one() -> None:
+    assert fail(begun(max_failures=0), workers=1)["end"]
+
+
+def test_save_is_delivered_once_and_leave_sticks() -> None:
+    monitor = begun()
+    assert monitor.signal() == 0
+    monitor.tell(SAVE)
+    assert [monitor.signal() for _ in range(3)] == [SAVE, 0, 0]
+    monitor.tell(SAVE)
+    monitor.tell(LEAVE)
+    monitor.tell(SAVE)
+    fail(monitor)  # a group that is started again is told, too
+    assert [monitor.signal() for _ in range(3)] == [LEAVE, LEAVE, LEAVE]
+
+
+def test_the_first_mistake_is_what_the_run_ends_with_and_lines_are_taken_once() -> None:
+    monitor = begun()
+    monitor.mistake("the disk is full")
+    monitor.mistake("another worker: the disk is full")
+    assert monitor.ended() == "the disk is full"
+    monitor.report({"step": 1})
+    monitor.report({"step": 2})
+    assert [line["step"] for line in monitor.take()] == [1, 2]
+    assert monitor.take() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (
+            {
+                "event": "continued",
+                "step": 20,
+                "workers": 2,
+                "reason": "worker 1: died",
+                "steps_again": 3,
+                "lost_s": 7.4,
+            },
+            "continued after step 20 with 2 worker(s) (worker 1: died; 3 steps again, 7 s lost)",
+        ),
+        (
+            {"event": "continued", "step": 0, "workers": 1, "reason": "started again"},
+            "begun again with 1 worker(s) (started again)",
+        ),
+        (
+            {"event": "skipped", "reason": "/run/step_20: meta.json is not as it was written"},
+            "checkpoint skipped: /run/step_20: meta.json is not as it was written",
+        ),
+        ({"event": "stopped", "step": 9, "reason": "told"}, "saved and stopped after step 9"),
+        ({"event": "saved", "step": 9}, ""),
+    ],
+)
+def test_the_user_is_shown_what_happened_in_a_line(line: dict[str, Any], shown: str) -> None:
+    out = io.StringIO()
+    ProgressLine(out)(line)
+    assert out.getvalue() == (f"{shown}\n" if shown else "")
