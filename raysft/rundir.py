@@ -86,8 +86,14 @@ def _begins_anew(config: Config, folder: Path) -> bool:
     does, the same command again continues."""
     if config.checkpoint.resume != "weights_only":
         return False
-    written = folder / "config.yaml"
-    return not written.is_file() or read_config(folder).checkpoint.resume != "weights_only"
+    if not (folder / "config.yaml").is_file():
+        return not _was_set_aside(folder)
+    return read_config(folder).checkpoint.resume != "weights_only"
+
+
+def _was_set_aside(folder: Path) -> bool:
+    """Whether all of the run before was moved, and only the new config was not written yet."""
+    return (folder / "weights.json").is_file() and not (folder / "config.yaml").exists()
 
 
 # What belongs to the run so far, and not to one that begins anew in its folder.
@@ -125,8 +131,8 @@ def _set_aside(config: Config, folder: Path) -> None:
     while (folder / f"earlier_{number}" / "config.yaml").exists():
         number += 1
     aside = folder / f"earlier_{number}"
-    moved = aside if (aside / "checkpoints").exists() else folder
-    saved, _ = Catalogue.of(old, moved).newest()
+    moved = aside if old.path is None and (aside / "checkpoints").exists() else folder
+    saved, _ = Catalogue.of(old, moved).newest(Saved.damage)  # once: read to the last byte
     if saved is None:
         raise UserError(
             f"checkpoint.resume: weights_only, but {folder} has no checkpoint to take them from"
@@ -146,7 +152,8 @@ def initial_weights(folder: Path) -> Saved | None:
     if not written.is_file():
         return None
     facts = json.loads(written.read_bytes())
-    storage = open_storage(folder / facts["run"], facts["path"])
+    whose = folder if facts["path"] else folder / facts["run"]
+    storage = open_storage(whose, facts["path"])
     return Saved(facts["step"], storage)
 
 
@@ -154,11 +161,22 @@ def check_run(config: Config) -> None:
     """Raises UserError if the run's folder is there and this config may not continue it."""
     folder = run_folder(config)
     if (folder / "config.yaml").is_file():
+        _check_whole(config, folder)
         _check_same(config, folder)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()) and not _was_set_aside(folder):
         raise UserError(
             f"{folder}: is there and holds no config.yaml, so it is not the folder of a run; "
             "choose another run.name or run.storage_path"
+        )
+
+
+def _check_whole(config: Config, folder: Path) -> None:
+    """Refuse a run that was half set aside: without its checkpoints it would begin at step 0."""
+    halves = [path for path in folder.glob("earlier_*") if not (path / "config.yaml").exists()]
+    if halves and not _begins_anew(config, folder):
+        raise UserError(
+            f"{folder}: a start with checkpoint.resume=weights_only was interrupted while it moved "
+            f"the run to {halves[0].name}; give that command again"
         )
 
 

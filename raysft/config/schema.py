@@ -257,7 +257,8 @@ class Checkpoint(Section):
     best_mode: Literal["min", "max"] = Field("min", description="min: the lowest value is the best")
     path: str | None = Field(
         None,
-        description="another folder, or a URL (s3://...), for checkpoints; default: the run's",
+        description="folder or URL (s3://...) below which checkpoints go, in a folder of the run's "
+        "name; default: the run's folder",
     )
     resume: Literal["auto", "weights_only", "never"] = Field(
         "auto",

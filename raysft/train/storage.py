@@ -63,13 +63,14 @@ class Storage(Protocol):
 
 
 def open_storage(run: Path, place: str | None) -> Storage:
-    """`checkpoint.path`, or the run folder's `checkpoints`. Raises UserError for an unknown one."""
+    """The run folder's `checkpoints`, or a folder of the run's name below `checkpoint.path` (where
+    that is relative: below the folder of runs). Raises UserError for an unknown kind of URL."""
     if place is None:
         return Folder(run / "checkpoints")
     kind, _, path = place.rpartition("://")
     if kind in ("", "file", "local"):  # written whole and durably, as fsspec's own would not be
-        return Folder(Path(path).expanduser().absolute())
-    return Store(place)
+        return Folder(run.absolute().parent / Path(path).expanduser() / run.name)
+    return Store(f"{place.rstrip('/')}/{run.name}")
 
 
 def digest(stream: IO[bytes]) -> tuple[str, int]:

@@ -127,14 +127,14 @@ def test_a_run_in_an_object_store_is_interrupted_and_continued_exactly(home: Pat
     url = f"objects://{home}/bucket/runs/a"
     ObjectStore.log.clear()
     run = interrupted(home, "stored", at=7, checkpoint__path=url, checkpoint__every=3)
-    storage = Store(url)
+    storage = Store(f"{url}/stored")  # of the run's name
     storage.write("step_9/state/__0_0.distcp", b"half an upload")
     train(start(tiny(home, "stored", checkpoint__path=url, checkpoint__every=3), ONE))
     assert not (run / "checkpoints").exists()
     assert steps(storage) == [9, 12] and sorted(storage.names()) == ["step_12", "step_9"]
     assert all(saved.damage() is None for saved in Catalogue(storage).committed())
     skipped = [e["reason"] for e in read_lines(run / "events.jsonl") if e["event"] == "skipped"]
-    assert [reason.split(": ")[0] for reason in skipped] == [f"{url}/step_9"]
+    assert [reason.split(": ")[0] for reason in skipped] == [f"{url}/stored/step_9"]
     puts = [key for kind, key in ObjectStore.log if kind == "put" and "/step_12/" in key]
     assert puts[-1].endswith(MARKER)
     assert losses(run) == losses(home / "runs" / "whole")

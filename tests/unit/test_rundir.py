@@ -219,7 +219,8 @@ def test_weights_only_refuses_a_run_without_a_checkpoint_and_one_place_for_two_r
     with pytest.raises(UserError, match=r"checkpoint.path: .*elsewhere holds the checkpoints of"):
         open_run(tiny(home, "placed", **place, **ANEW))
     job = start(tiny(home, "placed", **ANEW), ONE)
-    assert job.weights is not None and job.weights.where == str(home / "elsewhere" / "step_1")
+    place = home / "elsewhere" / "placed"
+    assert job.weights is not None and job.weights.where == str(place / "step_1")
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoint to take them from"):
         open_run(tiny(home, **ANEW))

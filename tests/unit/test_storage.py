@@ -207,20 +207,21 @@ def test_checkpoint_path_is_a_folder_or_a_url(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for place, folder in (
         (None, tmp_path / "run" / "checkpoints"),
-        (f"{tmp_path}/other", tmp_path / "other"),
-        (f"file://{tmp_path}/other", tmp_path / "other"),  # fsspec's own would not be durable
-        ("~/other", tmp_path / "home" / "other"),
+        (f"{tmp_path}/other", tmp_path / "other" / "run"),
+        (f"file://{tmp_path}/other", tmp_path / "other" / "run"),  # fsspec's would not be durable
+        ("~/other", tmp_path / "home" / "other" / "run"),
+        ("other", tmp_path / "other" / "run"),  # wherever a worker's own folder is
     ):
         found = open_storage(tmp_path / "run", place)
         assert isinstance(found, Folder) and found.root == folder
     found = open_storage(tmp_path / "run", f"objects://{tmp_path}/bucket/a/")
     assert isinstance(found, Store)
-    assert found.where("step_3") == f"objects://{tmp_path}/bucket/a/step_3"
+    assert found.where("step_3") == f"objects://{tmp_path}/bucket/a/run/step_3"
 
 
 def test_a_url_of_no_known_store_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"checkpoint.path: nowhere://a: .*expected a folder or"):
+    with pytest.raises(UserError, match=r"checkpoint.path: nowhere://a/.*expected a folder or"):
         open_storage(tmp_path, "nowhere://a")
     if importlib.util.find_spec("s3fs") is None:
-        with pytest.raises(UserError, match=r"checkpoint.path: s3://a: .*s3fs"):
+        with pytest.raises(UserError, match=r"checkpoint.path: s3://a/.*s3fs"):
             open_storage(tmp_path, "s3://a")
