@@ -1,4 +1,7 @@
-"""A picture of a run: loss, evaluation and throughput over steps, from the files it wrote."""
+"""A picture of a run: loss, evaluation and throughput over steps, from the files it wrote.
+
+Dotted lines: where the run went on after a restart or a resize.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     _losses(axes[0], metrics, evaluations)
     _rates(axes[1], evaluations)
     _speed(axes[2], metrics)
+    again = [line for line in read_lines(folder / "events.jsonl") if line["event"] == "continued"]
     for axis in axes:
+        for line in again:
+            axis.axvline(line["step"], color="0.6", linewidth=0.8, linestyle=":")
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     target = target or folder / "report.png"

@@ -147,6 +147,7 @@ def test_notice_of_preemption_saves_before_the_node_goes(cluster: Cluster, confi
 
 
 def test_a_head_that_dies_loses_nothing(cluster: Cluster, config: Path) -> None:
+    """The job submitted again does not start from zero (ray 45516, kuberay 2153)."""
     job = Job(cluster, config, "headless", "parallel.workers=2")
     job.wait(lambda: job.steps() > 14, 180)
     assert cluster.run(SCRIPT, "lose", "0").returncode == 0

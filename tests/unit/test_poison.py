@@ -235,6 +235,7 @@ def clips(folder: Path, count: int) -> list[Path]:
 def test_a_read_that_never_returns_is_given_up_in_time_and_the_next_clips_are_read(
     tmp_path: Path, hold: Callable[..., subprocess.Popen[str]]
 ) -> None:
+    """One bad clip does not block a job for hours (swift 9507)."""
     paths = clips(tmp_path / "data", 8)
     names = [path.name for path in paths]
     reader = reader_of(manifest(tmp_path / "data", names), tmp_path / "run", read_timeout_s=1.0)
