@@ -7,6 +7,7 @@ outcome   where the run's folder is and what the last evaluation said
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -83,21 +84,27 @@ def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
         .options(num_cpus=0, scheduling_strategy=here)
         .remote(config.parallel.max_failures, config.parallel.backoff_s)
     )
-    watch = Watch(monitor, progress, folder if task == "train" else None)
+    watch = Watch(monitor, progress)
     try:
-        _fit(prepared, folder, monitor, task, watch)
+        _fit(prepared, folder, monitor, task)
         failure = ray.get(monitor.ended.remote())
+        if failure:
+            raise UserError(failure)
+    except UserError as error:
+        with contextlib.suppress(OSError):  # a full disk is what it may be about
+            events = Lines(folder / "events.jsonl")
+            events.write({"time": round(time.time(), 3), "event": "failed", "reason": str(error)})
+            events.close()
+        raise
     finally:
         watch.close()
-    if failure:
-        raise UserError(failure)
     lines = read_lines(folder / "eval.jsonl")
     evaluation = {k: v for k, v in lines[-1].items() if k != "step"} if lines else {}
     saved, _ = catalogue.newest()
     return Outcome(folder, saved.step if saved else 0, evaluation)
 
 
-def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str, watch: Watch) -> None:
+def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
     config = prepared.config
     shares = Shares.of(config)
     # Ray's own watch over workers sees one that is frozen; `Watchdog` one whose thread is.
@@ -223,7 +230,9 @@ class Failures(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train."""
         for rank, error in sorted(worker_exceptions.items()):
-            ray.get(self._monitor.failed.remote(f"worker {rank}: {_reason(error)}"))
+            died = isinstance(error, ray.exceptions.RayError)  # others only notice that one did
+            reason = f"worker {rank}: {_reason(error)}"
+            ray.get(self._monitor.failed.remote(reason, first=died))
 
 
 @dataclass(frozen=True)
@@ -263,9 +272,8 @@ class Watch:
     """The driver's eyes while workers train: shows what they report, and sees nodes that are about
     to be taken away, whose workers then save."""
 
-    def __init__(self, monitor: Any, progress: Progress, events: Path | None) -> None:
-        """events: the run's folder, where the end of a failed run is recorded; None: nowhere."""
-        self._monitor, self._progress, self._events = monitor, progress, events
+    def __init__(self, monitor: Any, progress: Progress) -> None:
+        self._monitor, self._progress = monitor, progress
         self._stop = threading.Event()
         self._draining: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
