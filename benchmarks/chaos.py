@@ -276,8 +276,8 @@ def recoveries(run: Run) -> None:
         at, begun = kill.at, kill.at
         until = made[number + 1].at if number + 1 < len(made) else run.ended
         assert at is not None and until is not None
-        if kill.kind == "data" and number and made[number - 1].new_s is None:
-            continue  # the run was not training
+        if kill.kind == "data" and not _recovered(run, made[:number], at):
+            continue
         if kill.kind in ENDS_WORKERS:
             begun = next((when for when in restarts if at < when < until), None)
             if begun is None:
@@ -291,6 +291,13 @@ def recoveries(run: Run) -> None:
         kill.pause_s = float(np.diff(ends).max()) if later else None
 
 
+def _recovered(run: Run, before: list[Kill], at: float) -> bool:
+    """Whether there was a new step between the last kill that ended the workers and `at`."""
+    last = max((k.at for k in before if k.kind in ENDS_WORKERS and k.at is not None), default=0.0)
+    first, then = (max((n for w, n, _ in run.seen if w <= end), default=0) for end in (last, at))
+    return then > first + 1  # one may have been on its way when the kill came
+
+
 def loss_difference(one: Path, other: Path, steps: int) -> float:
     """Largest difference of a loss or gradient norm of a step. Raises RuntimeError where one of the
     runs has not recorded each step once."""
@@ -298,7 +305,7 @@ def loss_difference(one: Path, other: Path, steps: int) -> float:
     for run, found in zip((one, other), lines):
         if [line["step"] for line in found] != list(range(1, steps + 1)):
             raise RuntimeError(f"{run}: metrics.jsonl has not each step once")
-    keys = [key for key in lines[0][0] if key.startswith("loss") or key == "grad_norm"]
+    keys = [key for key in lines[0][0] if key.startswith(("loss", "grad_norm"))]
     return max(abs(a[key] - b[key]) for a, b in zip(*lines) for key in keys)
 
 
@@ -321,12 +328,9 @@ def summarize(
     difference = loss_difference(calm.folder, wild.folder, size.steps)
     audits = {
         name: {
-            "clean": report.clean,
-            "lost": report.lost,
-            "repeated": report.repeated,
+            **{key: getattr(report, key) for key in ("clean", "lost", "repeated", "findings")},
             "quarantined": len(report.quarantined),
             "summary": report.summary(),
-            "findings": report.findings,
         }
         for name, report in reports.items()
     }
@@ -360,11 +364,8 @@ def _figures(kind: str, kills: list[Kill]) -> dict[str, Any]:
     for name in ("again_s", "new_s", "pause_s"):
         values = [getattr(kill, name) for kill in made if kill.new_s is not None]
         if values:
-            found[name] = {
-                "median": statistics.median(values),
-                "least": min(values),
-                "most": max(values),
-            }
+            middle = statistics.median(values)
+            found[name] = {"median": middle, "least": min(values), "most": max(values)}
     return found
 
 
@@ -425,8 +426,7 @@ def main() -> None:
     rng = np.random.default_rng(size.seed)
     write_corpus(folder, size, rng)
     write_config(folder, size)
-    cluster = Cluster(folder, size.nodes)
-    load = os.getloadavg()[0]  # what else ran here makes recoveries longer
+    cluster, load = Cluster(folder, size.nodes), os.getloadavg()[0]
     try:
         cluster.do("start")
         calm = train(cluster, folder, "undisturbed", [], rng)

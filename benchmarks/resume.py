@@ -47,7 +47,7 @@ class Shape:
     threads: int = 3
 
 
-FULL = (Shape(256, 5, 512, rounds=7), Shape(640, 9, 256, rounds=5))
+FULL = (Shape(256, 5, 512, rounds=5), Shape(640, 9, 128, rounds=3))
 QUICK = (Shape(64, 2, 64, rounds=2, threads=1),)
 
 
@@ -266,6 +266,7 @@ def draw(saves: list[dict[str, Any]], resumed: dict[str, Any]) -> pyplot.Figure:
 def main() -> None:
     options = results_io.arguments(__doc__.splitlines()[0])
     load = os.getloadavg()[0]
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `launch` sets it for workers
     saves = []
     for shape in QUICK if options.quick else FULL:
         with (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -119,6 +118,7 @@ def test_a_frozen_worker_is_noticed_and_replaced(
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_data_tasks_that_are_killed_are_done_again(config: Path, undisturbed: Path) -> None:
     run = undisturbed.with_name("data_tasks")
     job = jobs.start("sft", config, "run.name=data_tasks")
@@ -135,23 +135,7 @@ def test_data_tasks_that_are_killed_are_done_again(config: Path, undisturbed: Pa
     assert losses(run) == losses(undisturbed)
 
 
-def test_ctrl_c_in_a_terminal_saves_and_leaves(config: Path, undisturbed: Path) -> None:
-    """A terminal sends it to every process of the group."""
-    run = undisturbed.with_name("ctrl_c")
-    job = jobs.start("sft", config, "run.name=ctrl_c", "checkpoint.every=1000")
-    wait_for_step(job, run, 4)
-    os.kill(job.pid, signal.SIGINT)
-    output, errors = job.communicate(timeout=100)
-    assert job.returncode == 130, output + errors
-    assert "saved and stopped after step" in output
-    assert "the same command continues" in errors
-    done = jobs.call("sft", config, "run.name=ctrl_c", "checkpoint.every=1000")
-    assert done.returncode == 0, done.stderr
-    (again,) = [e for e in read_lines(run / "events.jsonl") if e["event"] == "continued"]
-    assert again["step"] >= 4 and again["steps_again"] == 0
-    assert losses(run) == losses(undisturbed)
-
-
+@pytest.mark.slow
 def test_a_run_that_gets_nowhere_ends_and_says_why(config: Path, undisturbed: Path) -> None:
     run = undisturbed.with_name("hopeless")
     job = jobs.start(

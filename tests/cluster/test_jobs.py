@@ -208,11 +208,13 @@ def test_interrupted_job_stops_cleanly_and_continues(finished: Path, folder: Pat
     run = folder / "runs" / "stopped"
     wait_for_step(job, run, 5)
     os.kill(job.pid, signal.SIGINT)
-    _, errors = job.communicate(timeout=60)
+    output, errors = job.communicate(timeout=60)
     assert job.returncode == 130 and "the same command continues" in errors
-    assert "Traceback" not in errors
+    assert "saved and stopped after step" in output and "Traceback" not in errors
     done = jobs.call("sft", *words)
     assert done.returncode == 0, done.stderr
+    (again,) = [e for e in read_lines(run / "events.jsonl") if e["event"] == "continued"]
+    assert again["step"] >= 5 and again["steps_again"] == 0
     assert ledger(run) == ledger(finished)
     ours = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert ours == [line["loss"] for line in read_lines(finished / "metrics.jsonl")]
