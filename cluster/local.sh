@@ -192,6 +192,9 @@ lose() {
   [ -n "$pids" ] || fail "node $1 does not run"
   # shellcheck disable=SC2086
   kill -KILL $pids 2>/dev/null || true
+  until [ -z "$(members "$(folder_of "$1")")" ]; do
+    sleep 0.1
+  done
   echo "lost node $1"
 }
 

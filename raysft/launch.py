@@ -213,12 +213,18 @@ def _reason(error: BaseException) -> str:
     text = str(first)
     if isinstance(first, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
         return "its node ran low on memory and Ray ended the worker"
-    if isinstance(first, ray.exceptions.RayActorError | ray.exceptions.ActorUnavailableError):
+    if _died(first):
         return "the worker's process died (killed, or its node was lost)"
     if "Connection closed by peer" in text or "Connection reset by peer" in text:
         return "lost its connection to another worker, which died or whose node was lost"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[-1] if lines else type(first).__name__)[:300]
+
+
+def _died(error: BaseException) -> bool:
+    """Whether a worker's process ended; other workers' errors only follow from that."""
+    kinds = (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError)
+    return isinstance(error, kinds) or "worker process has died" in str(error)
 
 
 class Failures(ray.train.UserCallback):
@@ -230,9 +236,8 @@ class Failures(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train."""
         for rank, error in sorted(worker_exceptions.items()):
-            died = isinstance(error, ray.exceptions.RayError)  # others only notice that one did
             reason = f"worker {rank}: {_reason(error)}"
-            ray.get(self._monitor.failed.remote(reason, first=died))
+            ray.get(self._monitor.failed.remote(reason, first=_died(error)))
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ def test_a_head_that_dies_loses_nothing(cluster: Cluster, config: Path) -> None:
     cluster.start()
     saved = max(line["step"] for line in job.events("saved"))
     again = Job(cluster, config, "headless", "parallel.workers=2")
-    again.wait(lambda: again.steps() > saved + 3, 180)
+    again.wait(lambda: bool(again.events("continued")), 180)
+    again.wait(lambda: again.steps() > saved + 3, 60)
     assert again.events("continued")[-1]["step"] >= saved
     again.stop()
     assert audit(again.run).clean
