@@ -73,7 +73,8 @@ def gone(name: str, seconds: float = 30.0) -> bool:
     return not jobs.processes(name)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_world_sizes does it without Ray
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_four_workers_then_two_then_three_then_one_train_the_same(
     strategy: str, config: Path, undisturbed: Path
 ) -> None:

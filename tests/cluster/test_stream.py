@@ -197,9 +197,9 @@ def test_closing_a_stream_early_leaves_no_task_running(
     first = list(itertools.islice(stream, 5))
     assert reading()
     stream.close()
-    assert wait_until(lambda: not reading(), 10)
+    assert wait_until(lambda: not reading(), 30)
     cpus = ray.cluster_resources()["CPU"]
-    assert wait_until(lambda: ray.available_resources().get("CPU") == cpus, 10)
+    assert wait_until(lambda: ray.available_resources().get("CPU") == cpus, 30)
     assert_same(first, corpus.expected(works[:5]))
 
 
