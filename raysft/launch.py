@@ -235,6 +235,8 @@ class Failures(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train."""
+        # Its pages of traceback about workers that are gone: the reason is told in one line.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         for rank, error in sorted(worker_exceptions.items()):
             reason = f"worker {rank}: {_reason(error)}"
             ray.get(self._monitor.failed.remote(reason, first=_died(error)))
