@@ -8,12 +8,15 @@ import io
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import psutil
+import pytest
 
+from raysft.train.metrics import read_lines
 from tests.cluster.conftest import default_interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,3 +77,13 @@ def processes(name: str) -> list[psutil.Process]:
                 if f":{port}" in raylet:
                     found.append(process)
     return found
+
+
+def wait_for_step(job: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Return once `step` is logged; fails with the job's output if it ends before."""
+    end = time.monotonic() + 200
+    while len(read_lines(run / "metrics.jsonl")) < step:
+        if job.poll() is not None or time.monotonic() > end:
+            job.kill()
+            pytest.fail(f"the job ended early: {job.communicate()}")
+        time.sleep(0.05)

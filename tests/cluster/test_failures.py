@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,16 +54,6 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def wait_for_step(job: subprocess.Popen[str], run: Path, step: int) -> None:
-    """Return once `step` is logged; fails with the job's output if it ends before."""
-    end = time.monotonic() + 200
-    while len(read_lines(run / "metrics.jsonl")) < step:
-        if job.poll() is not None or time.monotonic() > end:
-            job.kill()
-            pytest.fail(f"the job ended early: {job.communicate()}")
-        time.sleep(0.05)
-
-
 def gone(name: str, seconds: float = 30.0) -> bool:
     """Whether no process of that name is left after at most `seconds`."""
     end = time.monotonic() + seconds
@@ -82,7 +71,7 @@ def test_four_workers_then_two_then_three_then_one_train_the_same(
     words = (f"run.name={strategy}", f"parallel.strategy={strategy}")
     run = undisturbed.with_name(strategy)
     first = jobs.start("sft", config, *words, "parallel.workers=4", "train.max_steps=9")
-    wait_for_step(first, run, 5)
+    jobs.wait_for_step(first, run, 5)
     first.kill()
     first.wait()
     for workers, steps in ((2, 10), (3, 15), (1, STEPS)):
@@ -105,7 +94,7 @@ def test_a_frozen_worker_is_noticed_and_replaced(
     name = f"frozen_{workers}"
     run = undisturbed.with_name(name)
     job = jobs.start("sft", config, f"run.name={name}", f"parallel.workers={workers}")
-    wait_for_step(job, run, 5)
+    jobs.wait_for_step(job, run, 5)
     jobs.processes("RayTrainWorker")[0].send_signal(signal.SIGSTOP)
     frozen = time.time()
     output, errors = job.communicate(timeout=200)
@@ -143,7 +132,7 @@ def test_a_run_that_gets_nowhere_ends_and_says_why(config: Path, undisturbed: Pa
         "sft", config, "run.name=hopeless", "parallel.max_failures=1", "checkpoint.every=1000"
     )
     for _ in range(2):
-        wait_for_step(job, run, 1)
+        jobs.wait_for_step(job, run, 1)
         for process in jobs.processes("RayTrainWorker"):
             process.kill()
         (run / "metrics.jsonl").unlink(missing_ok=True)

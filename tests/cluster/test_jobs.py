@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,7 +107,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path, corpus: Path) ->
 def test_two_workers_one_killed_train_the_same_batches(finished: Path, folder: Path) -> None:
     job = jobs.start("sft", folder / "asr.yaml", "run.name=two", "parallel.workers=2")
     run = folder / "runs" / "two"
-    wait_for_step(job, run, 6)  # after the checkpoint of step 4
+    jobs.wait_for_step(job, run, 6)  # after the checkpoint of step 4
     jobs.processes("RayTrainWorker")[0].send_signal(signal.SIGKILL)
     output, errors = job.communicate(timeout=200)
     assert job.returncode == 0, output + errors
@@ -118,16 +116,6 @@ def test_two_workers_one_killed_train_the_same_batches(finished: Path, folder: P
     ours = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     theirs = [line["loss"] for line in read_lines(finished / "metrics.jsonl")]
     assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-def wait_for_step(job: subprocess.Popen[str], run: Path, step: int) -> None:
-    """Return once `step` is logged; fails with the job's output if it ends before."""
-    end = time.monotonic() + 200
-    while len(read_lines(run / "metrics.jsonl")) < step:
-        if job.poll() is not None or time.monotonic() > end:
-            job.kill()
-            pytest.fail(f"the job ended early: {job.communicate()}")
-        time.sleep(0.05)
 
 
 def test_the_same_command_on_a_finished_run_trains_nothing(finished: Path, folder: Path) -> None:
@@ -206,7 +194,7 @@ def test_interrupted_job_stops_cleanly_and_continues(finished: Path, folder: Pat
     words = (folder / "asr.yaml", "run.name=stopped")
     job = jobs.start("sft", *words)
     run = folder / "runs" / "stopped"
-    wait_for_step(job, run, 5)
+    jobs.wait_for_step(job, run, 5)
     os.kill(job.pid, signal.SIGINT)
     output, errors = job.communicate(timeout=60)
     assert job.returncode == 130 and "the same command continues" in errors
