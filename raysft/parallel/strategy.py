@@ -12,8 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
@@ -66,9 +64,3 @@ def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[
     set_state_dict(
         module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]
     )
-
-
-def full_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole model's weights on the CPU of rank 0 (empty on other ranks). A collective."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(module, options=options)

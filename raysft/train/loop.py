@@ -78,7 +78,7 @@ def train(job: Job) -> int:
     step, cursor = _restore(job, record, optimizer, totals, clock)
     strategy.module.train()
     keeper = Keeper(job, record, optimizer, totals, clock)
-    last_saved, signal = step, 0
+    last_saved, signal = step if cursor is not None else -1, 0
     try:
         if _due(config.evaluate.every, step, job.total_steps) and not record.evaluated(step):
             keeper.evaluate(step, final=False)  # it was interrupted after the step was saved
@@ -118,7 +118,7 @@ def train(job: Job) -> int:
             if evaluate and signal != LEAVE:
                 keeper.evaluate(step, final=False)
             keeper.look()
-        if last_saved != step or not job.catalogue.committed():
+        if last_saved != step:  # not asked of the storage: rank 0 may still be publishing
             keeper.save(step, cursor, wait=True)
         if signal == LEAVE and step < job.total_steps:
             record.event("stopped", step=step, reason="told to leave")
@@ -184,11 +184,14 @@ class Keeper:
                 "world_size": self.job.world.size,
                 "time": time.time(),
             }
-            # The one before may still be on its way to slow storage: that is no hang.
-            self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
+            self._saved()
             self.saver.start(step, self.job.strategy.module, self.optimizer, meta)
             if wait:
-                self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
+                self._saved()
+
+    def _saved(self) -> None:
+        """Wait until no save is in flight. It may go to slow storage: that is no hang."""
+        self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
 
     def look(self) -> None:
         """Record saves that have ended. Raises UserError where one has failed."""
@@ -216,7 +219,7 @@ class Keeper:
 
     def finish(self, step: int) -> None:
         """All is saved and evaluated: wait for what is in flight."""
-        self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
+        self._saved()
         self.look()
         if step == self.job.total_steps:
             self.record.event("finished", step=step)
