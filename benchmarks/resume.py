@@ -60,11 +60,11 @@ def save_costs(folder: Path, shape: Shape) -> dict[str, Any]:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from raysft.config.schema import Checkpoint, Optim
+    from raysft.config.schema import Checkpoint, Config
     from raysft.parallel import World
+    from raysft.parallel.ddp import Ddp
     from raysft.train.catalogue import Catalogue
     from raysft.train.checkpoint import Saver
-    from raysft.train.optim import make_optimizer
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process
     torch.set_num_threads(shape.threads)
@@ -81,7 +81,7 @@ def save_costs(folder: Path, shape: Shape) -> dict[str, Any]:
             tie_word_embeddings=False,
         )
     )
-    optimizer = make_optimizer(model, Optim(lr=1e-5))
+    strategy = Ddp(Config(), model, World.current())
     ids = torch.randint(0, 512, (1, shape.tokens))
     saver = Saver(Catalogue.of(Checkpoint(), folder), World.current(), keep=1)
 
@@ -91,14 +91,13 @@ def save_costs(folder: Path, shape: Shape) -> dict[str, Any]:
         for _ in range(LAP):
             logits = model(input_ids=ids, use_cache=False).logits
             F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            strategy.step(1.0)
         return time.perf_counter() - began
 
     def save(number: int, wait: bool) -> float:
         """Seconds that training waits."""
         began = time.perf_counter()
-        saver.start(number, model, optimizer, {"cursor": None})
+        saver.start(number, strategy, {"cursor": None})
         if wait:
             saver.wait()
         return time.perf_counter() - began

@@ -19,7 +19,7 @@ from raysft.errors import UserError
 from raysft.models.base import Adapter
 from raysft.rundir import read_config
 from raysft.train.catalogue import Catalogue, Saved
-from raysft.train.checkpoint import load_weights
+from raysft.train.checkpoint import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,5 @@ def export_run(run: Path, folder: Path) -> int:
         raise UserError(f"{run}: no committed checkpoint to export; train first")
     encoder = make_encoder(config.model, config.data, run)
     adapter = models.build(config.model, config.data, encoder, config.run.seed)
-    load_weights(found, adapter.supervised)
-    export(adapter, folder)
+    export(adapter, folder, read_weights(found))
     return found.step

@@ -83,7 +83,7 @@ def build_job(
         adapter.freeze(config.train.freeze)
     if config.train.gradient_checkpointing:
         adapter.enable_gradient_checkpointing()
-    strategy = make_strategy(config.parallel.strategy, adapter.supervised, world)
+    strategy = make_strategy(config, adapter.supervised, world)
     settings = config.data
     feed = Feed(
         history.load(folder),
@@ -130,7 +130,7 @@ def evaluate_checkpoint(job: Job) -> dict[str, float]:
     """Evaluate the newest sound checkpoint on all of data.eval; appends a line to eval.jsonl."""
     found, _ = newest_sound(job.catalogue, job.world)
     assert found is not None and job.evaluate is not None  # checked by the job's entry
-    load_weights(found, job.strategy.module)
+    load_weights(found, job.strategy)
     job.strategy.module.eval()
     step = found.step
     values = job.evaluate(step, True, lambda: None)
@@ -170,10 +170,10 @@ def _evaluate(
             batches,
             config.evaluate,
             world,
-            config.train.precision,
+            strategy.autocast,
             final,
             predictions=folder / "predictions" / f"step_{step}.jsonl",
-            synced=config.parallel.strategy == "fsdp",
+            synced=config.parallel.strategy in ("fsdp", "zero3"),
             beat=beat,
         )
 

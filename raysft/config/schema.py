@@ -70,8 +70,10 @@ class Data(Section):
     lanes: PositiveInt = Field(
         8, description="virtual data-parallel ranks; a step is one micro-batch of each"
     )
-    tokens_per_batch: PositiveInt = Field(
-        4096, description="budget of a micro-batch in model positions (audio positions included)"
+    tokens_per_batch: PositiveInt | Literal["auto"] = Field(
+        4096,
+        description="budget of a micro-batch in model positions (audio positions included); auto: "
+        "the largest that leaves 10% of the device's memory free, found before training",
     )
     mode: Literal["packed", "padded"] = Field(
         "packed", description="packed: sequences share a row; padded: a row each, sorted by length"
@@ -158,7 +160,28 @@ class Model(Section):
 class Parallel(Section):
     """How workers share the work."""
 
-    strategy: Literal["ddp", "fsdp"] = Field("ddp", description="ddp: replicas; fsdp: FSDP2 shards")
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "ep"] = Field(
+        "ddp",
+        description="ddp: replicas; fsdp: FSDP2 shards; zero1, zero2, zero3: DeepSpeed; ep: shares "
+        "the experts of a mixture",
+    )
+    replicate: PositiveInt = Field(
+        1,
+        description="fsdp: copies of the model; each is sharded over workers / replicate (HSDP)",
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="what lies in host memory between uses; optimizer: its state (zero1 to zero3); "
+        "parameters: that and the parameters (fsdp, zero3)",
+    )
+    deepspeed: str | None = Field(
+        None, description="zero1 to zero3: a DeepSpeed JSON of your own, joined to what raysft sets"
+    )
+    memory_gb: PositiveFloat | None = Field(
+        None,
+        description="memory a worker may use, for data.tokens_per_batch: auto; default: the GPU's "
+        "(on CPU it has to be given)",
+    )
     workers: int | list[int] = Field(
         1,
         description="training workers, at most data.lanes; [min, max]: as many as have room",
@@ -214,18 +237,44 @@ class Parallel(Section):
         return self.min_workers != self.max_workers
 
 
+class OptimGroup(Section):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    match: list[str] = Field(
+        min_length=1, description="name patterns (*audio_tower*); the first group that matches wins"
+    )
+    lr: PositiveFloat | None = Field(None, description="their peak rate; default: optim.lr")
+    weight_decay: float | None = Field(
+        None, ge=0, description="their weight decay; default: optim.weight_decay"
+    )
+
+
 class Optim(Section):
     """AdamW and its schedule."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw: torch's, fused; adamw8bit: its state in 8 bits (torchao)"
+    )
     lr: PositiveFloat = Field(1e-5, description="peak learning rate")
     betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2, description="AdamW betas")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="on matrices; norms and biases have none")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after warm-up"
+    groups: list[OptimGroup] = Field(
+        default_factory=list, description="parameters with a rate or decay of their own"
+    )
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "constant", description="after warm-up; wsd: constant, then linear decay at the end"
     )
     warmup: float = Field(0, ge=0, description="warm-up: steps if >= 1, else a share of all steps")
+    decay: float = Field(
+        0.1, ge=0, description="wsd: the decay at the end: steps if >= 1, else a share of all steps"
+    )
     clip: float = Field(1.0, ge=0, description="maximal gradient norm; 0: no clipping")
+    max_skipped: NonNegativeInt = Field(
+        20,
+        description="steps in a row whose gradient may be NaN or infinite; they change no weights; "
+        "one more ends the run",
+    )
 
 
 class Train(Section):
@@ -235,14 +284,56 @@ class Train(Section):
         None, description="optimizer steps (default: train.epochs)"
     )
     epochs: PositiveInt | None = Field(None, description="passes over the data (default 1)")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast, fp32 master weights"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="bf16, fp16: products in half precision over fp32 master weights; fp16 scales "
+        "the loss",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass"
     )
+    compile: bool = Field(False, description="torch.compile on every block of the model")
     freeze: list[str] = Field(
         default_factory=list, description="parameters that stay as they are: name patterns (a.b.*)"
+    )
+
+
+class Peft(Section):
+    """What is trained instead of all weights, through the peft library."""
+
+    method: Literal["none", "lora", "qlora", "adalora", "ia3", "prefix", "prompt"] = Field(
+        "none", description="none: all weights; qlora: lora over a base in 4 bits (NF4)"
+    )
+    r: PositiveInt = Field(16, description="rank (adalora: the mean rank it ends with)")
+    alpha: PositiveFloat = Field(32, description="scale of the update: alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before an adapter")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+    dora: bool = Field(False, description="train magnitude and direction apart (DoRA)")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="layers with adapters: names, one regular expression, or all-linear (those of "
+        "the language model; ia3: its keys, values and feed-forward)",
+    )
+    exclude_modules: list[str] = Field(
+        default_factory=list, description="layers that get no adapter, by name"
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="modules that train whole beside the adapters, e.g. [multi_modal_projector]",
+    )
+    init_r: PositiveInt | None = Field(
+        None, description="adalora: the rank it starts with; default: 1.5 r"
+    )
+    tinit: float = Field(
+        0.1, ge=0, description="adalora: ranks begin to fall; steps if >= 1, else a share of all"
+    )
+    tfinal: float = Field(
+        0.3, ge=0, description="adalora: last steps, of fixed ranks; steps if >= 1, else a share"
+    )
+    every: PositiveInt = Field(10, description="adalora: steps between changes of rank")
+    virtual_tokens: PositiveInt = Field(20, description="prefix, prompt: positions that train")
+    path: str | None = Field(
+        None, description="an adapter to begin with, in peft's layout; its settings have to be ours"
     )
 
 
@@ -302,6 +393,7 @@ class Config(Section):
     run: Run = Field(default_factory=Run)
     data: Data = Field(default_factory=Data)
     model: Model = Field(default_factory=Model)
+    peft: Peft = Field(default_factory=Peft)
     parallel: Parallel = Field(default_factory=Parallel)
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)

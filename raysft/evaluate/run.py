@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from raysft.data.text import transcript
 from raysft.evaluate.score import error_rates
 from raysft.models.base import Adapter
 from raysft.parallel import World
-from raysft.train.step import autocast, to_device
+from raysft.train.step import to_device
 
 Read = Callable[[list[np.ndarray]], Iterator[MicroBatch]]
 TRANSCRIBED = ("asr",)
@@ -82,7 +83,7 @@ def evaluate(
     read: Read,
     settings: Evaluate,
     world: World,
-    precision: str,
+    autocast: Callable[[], AbstractContextManager[Any]],
     final: bool,
     predictions: Path | None = None,
     synced: bool = False,
@@ -105,14 +106,14 @@ def evaluate(
             beat()
             rows = mine[number] if number < len(mine) else np.zeros(0, np.int64)
             batch = next(stream) if number < len(mine) else MicroBatch.join(0, 0, 0, [])
-            with autocast(precision, world.device):
+            with autocast():
                 found = module(to_device(adapter.collate(batch), world.device))
             for task, (loss, count) in found.by_task.items():
                 total = losses.setdefault(task, [0.0, 0.0])
                 total[0] += float(loss)
                 total[1] += float(count)
             if settings.generate:
-                results += _transcribe(adapter, corpus, batch, rows, settings, precision, synced)
+                results += _transcribe(adapter, corpus, batch, rows, settings, autocast, synced)
     return _score(world, corpus, losses, results, settings, predictions)
 
 
@@ -122,13 +123,13 @@ def _transcribe(
     batch: MicroBatch,
     rows: np.ndarray,
     settings: Evaluate,
-    precision: str,
+    autocast: Callable[[], AbstractContextManager[Any]],
     synced: bool,
 ) -> list[dict[str, Any]]:
     wanted = [p for p in prompts_of(adapter, batch) if p.task in TRANSCRIBED]
     if not wanted and not synced:
         return []
-    with autocast(precision, next(adapter.model.parameters()).device):
+    with autocast():
         texts = adapter.generate(wanted, settings.max_new_tokens, synced_gpus=synced)
     if not wanted:
         return []

@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,13 +43,14 @@ Batch = dict[str, torch.Tensor]
 class LossSum(NamedTuple):
     """Cross-entropies summed over supervised tokens (float32), and how many those are.
 
-    by_task holds (detached sum, count) for every task collated so far. A tuple, so that FSDP2 and
-    DDP find the tensors in it.
+    by_task holds (detached sum, count) for every task collated so far. penalty: on the weights,
+    to be added once a step. A tuple, so that FSDP2 and DDP find the tensors in it.
     """
 
     sum: torch.Tensor
     count: torch.Tensor
     by_task: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    penalty: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -64,13 +66,15 @@ class Document:
 class Supervised(nn.Module):
     """The model with its loss as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
 
-    tasks: names by task number; the adapter appends as it meets new ones.
+    tasks: names by task number; the adapter appends as it meets new ones. penalty: gives the
+    term that training adds to the loss once a step.
     """
 
     def __init__(self, net: PreTrainedModel, tasks: list[str]) -> None:
         super().__init__()
         self.lm = net
         self.tasks = tasks
+        self.penalty: Callable[[], torch.Tensor] | None = None
         self._keep: torch.Tensor | None = None
         head = net.get_output_embeddings()
         if head is None:
@@ -105,7 +109,8 @@ class Supervised(nn.Module):
         sums, counts = (chosen * losses.detach()).sum(1), chosen.sum(1).long()
         by_task = {name: (sums[i], counts[i]) for i, name in enumerate(self.tasks)}
         count = torch.full((), losses.numel(), device=losses.device)
-        return LossSum(losses.sum(), count, by_task)
+        penalty = self.penalty() if self.penalty is not None and self.training else None
+        return LossSum(losses.sum(), count, by_task, penalty)
 
 
 class Adapter(ABC):

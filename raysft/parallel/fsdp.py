@@ -1,40 +1,73 @@
-"""fsdp: FSDP2. Parameters, gradients and optimizer state are sharded layer by layer."""
+"""fsdp: FSDP2. Parameters, gradients and optimizer state are sharded layer by layer.
+
+With `parallel.replicate` there are several copies of the model, each sharded over its own workers
+(HSDP). In half precision the shards travel in half precision; gradients are summed in float32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
+from raysft.config.schema import Config
 from raysft.errors import UserError
-from raysft.parallel.strategy import trainable
+from raysft.parallel.native import HALF, Native
 from raysft.parallel.world import World
 
 
-class Fsdp:
+class Fsdp(Native):
     """A shard group for every block the model calls indivisible; the rest is the root's."""
 
-    def __init__(self, module: nn.Module, world: World) -> None:
+    module: FSDPModule
+
+    def __init__(self, config: Config, module: nn.Module, world: World) -> None:
         if not dist.is_initialized():
             raise UserError("parallel.strategy: fsdp needs a process group; use ddp in one process")
-        module = module.to(world.device)
-        mesh = init_device_mesh(world.device.type, (world.size,))
-        for block in _blocks(module):
-            fully_shard(block, mesh=mesh)
-        self.module: FSDPModule = fully_shard(module, mesh=mesh)  # type: ignore[assignment]
-        self._trainable = trainable(self.module)
+        offload = config.parallel.offload == "parameters"
+        if not offload:
+            module = module.to(world.device)
+        settings: dict[str, Any] = {"mesh": _mesh(config.parallel.replicate, world)}
+        if (half := HALF.get(config.train.precision)) is not None:
+            settings["mp_policy"] = MixedPrecisionPolicy(half, torch.float32)
+        if offload:
+            settings["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        # AdaLoRA ranks whole matrices by their gradients: its adapters stay whole.
+        self._whole = _adapters(module) if config.peft.method == "adalora" else []
+        if self._whole:
+            settings["ignored_params"] = set(self._whole)
+        for block in blocks(module):
+            fully_shard(block, **settings)
+        super().__init__(config, fully_shard(module, **settings), world)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """Gradients are reduced in the last turn only: a whole gradient is held until then."""
         self.module.set_requires_gradient_sync(last)
         yield
+
+    def reduce(self) -> None:
+        """Adapters that are whole on every worker are averaged here, all in one message."""
+        gradients = [p.grad for p in self._whole if p.grad is not None]
+        if not gradients:
+            return
+        flat = torch.cat([g.flatten() for g in gradients])
+        self.world.sum_tensor(flat).div_(self.world.size)
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -45,16 +78,25 @@ class Fsdp:
         finally:
             self.module.reshard()
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """The norm over all shards."""
-        norm = nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
-        total = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if max_norm:
-            nn.utils.clip_grads_with_norm_(self._trainable, max_norm, total)
-        return total
+
+def _mesh(replicate: int, world: World) -> DeviceMesh:
+    if world.size % replicate:
+        raise UserError(
+            f"parallel.replicate: {world.size} workers cannot hold {replicate} copies of the model "
+            "with as many workers each"
+        )
+    kind = world.device.type
+    if replicate == 1:
+        return init_device_mesh(kind, (world.size,))
+    shape = (replicate, world.size // replicate)
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def _adapters(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
     """Modules of the classes that transformers models list as not to be split, innermost first."""
     names: set[str] = set()
     for part in module.modules():

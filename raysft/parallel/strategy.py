@@ -1,66 +1,111 @@
-"""The interface of a strategy: wrap, accumulate, clip, and the state of model and optimizer.
+"""The interface of a strategy: it holds the wrapped model and its optimizer, and their state.
 
-State goes through torch's distributed state-dict API, so a checkpoint names parameters as the plain
-model does and can be loaded by another strategy or at another world size.
+A strategy's state names parameters as the plain model does, whole or as DTensors, so a checkpoint
+can be loaded by another strategy or at another world size. Optimizer state is by parameter too;
+rates, decays and the like are not in it, for they follow from the config.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_state_dict,
-    set_state_dict,
-)
 
+from raysft.config.schema import Config
 from raysft.parallel.world import World
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What became of a step. norm: of the whole gradient, before clipping. skipped: it was NaN or
+    infinite, and no weight has changed."""
+
+    norm: float
+    skipped: bool
 
 
 class Strategy(Protocol):
-    """What the training loop asks of a strategy."""
+    """What the training loop asks of a strategy. Every method is a collective but `autocast`."""
 
     module: nn.Module
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around a forward pass: computes in `train.precision`."""
+        ...
+
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Around the forward and backward of one turn; gradients meet in the `last` one only."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`; workers' gradients are averaged."""
+        ...
+
+    def step(self, rate: float, before_zero: Callable[[], None] = lambda: None) -> Stepped:
+        """Clip as `optim.clip` says, move the weights, clear the gradients.
+
+        rate: share of the peak learning rate. before_zero: called after a step that was not
+        skipped, while its gradients are still there.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Forget the gradient of a step in which nothing was supervised."""
         ...
 
     def whole(self) -> AbstractContextManager[Any]:
         """Around evaluation: submodules may be called on their own, not through `module`."""
         ...
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """Norm of the whole gradient before clipping (a 0-d tensor); clips if max_norm > 0."""
+    def state(self) -> State:
+        """{"model": {name: tensor}, "optim": {name: {key: tensor}}}: what a checkpoint holds.
+
+        With adapters (`peft.method`) only what trains. A worker gives what it is to write.
+        """
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of the state, as JSON."""
+        ...
+
+    def load(self, read: Callable[[State], None], weights_only: bool = False) -> None:
+        """Take over a saved state. read: fills the tensors of a (part of a) `state` in place.
+
+        weights_only: leave the optimizer as it is.
+        """
+        ...
+
+    def load_facts(self, facts: dict[str, Any]) -> None:
+        """The inverse of `facts`."""
         ...
 
 
-def make_strategy(name: str, module: nn.Module, world: World) -> Strategy:
-    """Wrap `module` (on CPU, the same weights on every worker) as `parallel.strategy` says."""
+def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
+    """Wrap `module` (on CPU, the same weights on every worker) as `parallel.strategy` says.
+
+    module: what frozen parameters it has are known; their state is not saved where `peft.method`
+    is set. Raises UserError where the strategy cannot work here.
+    """
+    name = config.parallel.strategy
     if name == "fsdp":
         from raysft.parallel.fsdp import Fsdp
 
-        return Fsdp(module, world)
+        return Fsdp(config, module, world)
+    if name.startswith("zero"):
+        from raysft.parallel.zero import Zero
+
+        return Zero(config, module, world)
     from raysft.parallel.ddp import Ddp
 
-    return Ddp(module, world)
+    return Ddp(config, module, world)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that receive gradients."""
     return [p for p in module.parameters() if p.requires_grad]
-
-
-def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Model and optimizer state by parameter name; sharded tensors stay sharded."""
-    model, optim = get_state_dict(module, optimizer)
-    return {"model": model, "optim": optim}
-
-
-def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of `state_of`."""
-    set_state_dict(
-        module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]
-    )

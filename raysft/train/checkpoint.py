@@ -14,27 +14,27 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from raysft.errors import UserError
-from raysft.parallel import World
-from raysft.parallel.strategy import load_state, state_of
+from raysft.parallel import Strategy, World
 from raysft.train.catalogue import MARKER, Catalogue, Saved
 from raysft.train.storage import Folder, Storage, digest
 
+_MODEL = "model."  # what the names of weights begin with in a state
 _SUMS = ".sums"  # beside the shards of a worker: [[name, sha256, bytes]]
 
 
@@ -63,17 +63,19 @@ class Saver:
         extras: dict[str, bytes] | None = None,
         owned: Callable[[], str | None] = lambda: None,
         settle: Callable[[], None] = lambda: None,
+        derive: Callable[[dict[str, torch.Tensor]], dict[str, bytes]] | None = None,
     ) -> None:
         """A collective.
 
         keep: checkpoints that stay. spare: step of another that stays (the best), asked when older
         ones go. extras: path in the checkpoint -> content, the same in each. owned: why this start
         no longer owns the run (asked before anything is published), or None. settle: brings to the
-        disk what belongs to the checkpoint and is not in it (the ledger).
+        disk what belongs to the checkpoint and is not in it (the ledger). derive: further files
+        of a checkpoint, made of the weights it holds (by name, on the CPU).
         """
         self.catalogue, self.world, self.keep = catalogue, world, keep
         self._spare, self._extras, self._owned = spare, extras or {}, owned
-        self._settle = settle
+        self._settle, self._derive = settle, derive
         self._token = world.gather(uuid.uuid4().hex)[0]
         self._storage = catalogue.storage
         # Of its own, on CPU tensors: a save's messages must not meet those of training.
@@ -83,15 +85,21 @@ class Saver:
         self._done: list[Save] = []
 
     def start(
-        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]
+        self,
+        step: int,
+        strategy: Strategy,
+        meta: dict[str, Any],
+        more: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Begin to save; returns once the state is copied. A collective.
+
+        more: tensors to save beside the strategy's, the same on every worker.
 
         Raises UserError where the save before this one, which it waits for, has failed.
         """
         self.wait()
         begun = time.monotonic()
-        staged = self._stager.stage(state_of(module, optimizer))
+        staged = self._stager.stage({**strategy.state(), "more": more or {}})
         save = Save(step, time.monotonic() - begun, begun)
         save.thread = threading.Thread(
             target=self._run, args=(save, staged, meta), daemon=True, name="checkpoint"
@@ -167,7 +175,10 @@ class Saver:
                     files.update({f"state/{n}": [d, size] for n, d, size in json.load(stream)})
         with self._storage.open(f"{draft}/state/.metadata") as stream:
             files["state/.metadata"] = list(digest(stream))
-        for path, content in self._extras.items():
+        extras = dict(self._extras)
+        if self._derive is not None:
+            extras.update(self._derive(_weights(self._storage, f"{draft}/state")))
+        for path, content in extras.items():
             self._storage.write(f"{draft}/{path}", content)
             files[path] = [sha256(content).hexdigest(), len(content)]
         content = json.dumps({**meta, "files": files}).encode()
@@ -179,19 +190,41 @@ class Saver:
         return sum(size for _, size in files.values())
 
 
-def load(saved: Saved, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load model and optimizer in place (any strategy, any world size); returns meta.json."""
-    state = state_of(module, optimizer)
-    dcp.load(state, storage_reader=_reader(saved), no_dist=not dist.is_initialized())
-    load_state(module, optimizer, state)
+def load(
+    saved: Saved, strategy: Strategy, more: dict[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """Load model and optimizer in place (any strategy, any world size), and `more` as it was given
+    to the save; returns meta.json. A collective."""
+    strategy.load(partial(_fill, saved))
+    if more:
+        _fill(saved, {"more": more})
     return saved.meta()
 
 
-def load_weights(saved: Saved, module: nn.Module) -> None:
+def load_weights(saved: Saved, strategy: Strategy) -> None:
     """Load the model's weights alone, in place. A collective."""
-    state = {"model": get_model_state_dict(module)}
-    dcp.load(state, storage_reader=_reader(saved), no_dist=not dist.is_initialized())
-    set_model_state_dict(module, state["model"])
+    strategy.load(partial(_fill, saved), weights_only=True)
+
+
+def read_weights(saved: Saved) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint holds, by name, whole, on the CPU; in this process alone."""
+    return _weights(saved.storage, f"{saved.name}/state")
+
+
+def _weights(storage: Storage, root: str) -> dict[str, torch.Tensor]:
+    reader = _reader(storage, root)
+    found = {
+        name.removeprefix(_MODEL): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load({"model": found}, storage_reader=reader, no_dist=True)
+    return found
+
+
+def _fill(saved: Saved, state: dict[str, Any]) -> None:
+    reader = _reader(saved.storage, f"{saved.name}/state")
+    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def newest_sound(catalogue: Catalogue, world: World) -> tuple[Saved | None, list[str]]:
@@ -247,9 +280,9 @@ def _writer(storage: Storage, root: str, token: str) -> dcp.StorageWriter:
     return writer
 
 
-def _reader(saved: Saved) -> dcp.StorageReader:
-    where = f"{saved.where}/state"
-    return dcp.FileSystemReader(where) if isinstance(saved.storage, Folder) else FsspecReader(where)
+def _reader(storage: Storage, root: str) -> dcp.StorageReader:
+    where = storage.where(root)
+    return dcp.FileSystemReader(where) if isinstance(storage, Folder) else FsspecReader(where)
 
 
 def _cause(error: BaseException) -> str:

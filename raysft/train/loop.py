@@ -19,11 +19,12 @@ import torch
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.parallel import Strategy, World
+from raysft.parallel.optim import rate as rate_at
+from raysft.parallel.strategy import Stepped
 from raysft.train.catalogue import Catalogue, Saved, best_step
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
 from raysft.train.metrics import cut_back_run, last_recorded
 from raysft.train.monitor import LEAVE
-from raysft.train.optim import learning_rate, make_optimizer, set_learning_rate
 from raysft.train.record import Clock, Record, Totals
 from raysft.train.step import StepBatch, forward_backward
 from raysft.train.watchdog import Watchdog
@@ -37,6 +38,30 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+class Adapters(Protocol):
+    """State of adapters beside their weights (the ranks of AdaLoRA), and what is made of them."""
+
+    def after_step(self, step: int) -> None:
+        """After the weights have moved, while their gradients are still there."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """State to save, and to be filled on loading; the same on every worker."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of the state, as JSON."""
+        ...
+
+    def load_facts(self, facts: dict[str, Any]) -> None:
+        """The inverse of `facts`."""
+        ...
+
+    def files(self, weights: dict[str, torch.Tensor]) -> dict[str, bytes]:
+        """An adapter of these weights in peft's layout: path -> content."""
+        ...
+
+
 @dataclass
 class Job:
     """What a worker needs to train, whoever built it.
@@ -44,7 +69,7 @@ class Job:
     signal: rank 0's is asked before every step, see `monitor`. weights: a checkpoint to begin with
         where the run has none. extras: files that every checkpoint carries. start: facts for the
         first event of this start. hung: told why, before a worker that makes no progress ends its
-        process; None: never ends it.
+        process; None: never ends it. adapters: what `peft.method` trains, None for all weights.
     """
 
     config: Config
@@ -60,9 +85,15 @@ class Job:
     progress: Callable[[dict[str, Any]], None] | None = None
     signal: Callable[[], int] = lambda: 0
     weights: Saved | None = None
+    adapters: Adapters | None = None
     extras: dict[str, bytes] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     hung: Callable[[str], None] | None = None
+
+    def after_step(self, step: int) -> None:
+        """What adapters do between two steps, with the gradients of the first."""
+        if self.adapters is not None:
+            self.adapters.after_step(step)
 
 
 COUNTED = ("tokens", "positions", "supervised", "examples", "audio_seconds", "quarantined")
@@ -72,12 +103,11 @@ def train(job: Job) -> int:
     """Run from the newest sound checkpoint (or from the start) to the last step, or to the step
     at which it was told to leave; returns that step."""
     config, world, strategy = job.config, job.world, job.strategy
-    optimizer = make_optimizer(strategy.module, config.optim)
     totals, clock = Totals(job.tasks), Clock()
     record = Record(config, job.folder, world, job.examples, job.total_steps, job.progress)
-    step, cursor = _restore(job, record, optimizer, totals, clock)
+    step, cursor = _restore(job, record, totals, clock)
     strategy.module.train()
-    keeper = Keeper(job, record, optimizer, totals, clock)
+    keeper = Keeper(job, record, totals, clock)
     last_saved, signal = step if cursor is not None else -1, 0
     try:
         if _due(config.evaluate.every, step, job.total_steps) and not record.evaluated(step):
@@ -97,19 +127,19 @@ def train(job: Job) -> int:
                 job.tasks,
                 counts["supervised"],
                 config.run.seed,
-                config.train.precision,
             )
-            norm = strategy.clip(config.optim.clip)
-            rate = learning_rate(config.optim, batch.step, job.total_steps)
-            set_learning_rate(optimizer, rate)
-            if counts["supervised"]:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             step, cursor = batch.step, batch.after
-            totals.add(world.sum_tensor(sums), counts)
+            rate = rate_at(config.optim, step, job.total_steps)
+            found = Stepped(0.0, skipped=False)
+            if counts["supervised"]:
+                found = strategy.step(rate, partial(job.after_step, step))
+            else:
+                strategy.drop()
+            totals.add(world.sum_tensor(sums), counts, found.skipped)
             record.ledger(batch)
+            record.skipped(step, totals, found)
             if step % config.log.every == 0 or step == job.total_steps:
-                record.metrics(batch, totals, clock, rate, float(norm))
+                record.metrics(batch, totals, clock, rate * config.optim.lr, found.norm)
             evaluate = _due(config.evaluate.every, step, job.total_steps)
             best = evaluate and config.checkpoint.best is not None
             if signal or best or _due(config.checkpoint.every, step, job.total_steps):
@@ -143,11 +173,10 @@ class Keeper:
         self,
         job: Job,
         record: Record,
-        optimizer: torch.optim.Optimizer,
         totals: Totals,
         clock: Clock,
     ) -> None:
-        self.job, self.record, self.optimizer = job, record, optimizer
+        self.job, self.record = job, record
         self.totals, self.clock = totals, clock
         settings = job.config.checkpoint
 
@@ -164,6 +193,7 @@ class Keeper:
             job.extras,
             record.ownership,
             record.settle,
+            job.adapters.files if job.adapters is not None else None,
         )
         self.watchdog = None
         if job.hung is not None:
@@ -182,10 +212,15 @@ class Keeper:
                 "totals": self.totals.state(),
                 "clock": self.clock.state(),
                 "world_size": self.job.world.size,
+                "strategy": self.job.strategy.facts(),
                 "time": time.time(),
             }
+            more: dict[str, torch.Tensor] = {}
+            if self.job.adapters is not None:
+                meta["adapters"] = self.job.adapters.facts()
+                more = self.job.adapters.tensors()
             self._saved()
-            self.saver.start(step, self.job.strategy.module, self.optimizer, meta)
+            self.saver.start(step, self.job.strategy, meta, more)
             if wait:
                 self._saved()
 
@@ -233,7 +268,6 @@ class Keeper:
 def _restore(
     job: Job,
     record: Record,
-    optimizer: torch.optim.Optimizer,
     totals: Totals,
     clock: Clock,
 ) -> tuple[int, dict[str, Any] | None]:
@@ -242,12 +276,16 @@ def _restore(
     found, skipped = newest_sound(job.catalogue, job.world)
     step, cursor, meta = 0, None, {}
     if found is not None:
-        meta = load(found, job.strategy.module, optimizer)
+        adapters = job.adapters
+        meta = load(found, job.strategy, adapters.tensors() if adapters is not None else None)
+        if adapters is not None:
+            adapters.load_facts(meta["adapters"])
+        job.strategy.load_facts(meta["strategy"])
         step, cursor = meta["step"], meta["cursor"]
         totals.load(meta["totals"])
         clock.load(meta["clock"])
     elif job.weights is not None:
-        load_weights(job.weights, job.strategy.module)
+        load_weights(job.weights, job.strategy)
     last = 0
     if job.world.is_main:
         last = last_recorded(job.folder)

@@ -21,6 +21,7 @@ from raysft.config.schema import Config
 from raysft.data.quarantine import summary
 from raysft.errors import UserError
 from raysft.parallel import World
+from raysft.parallel.strategy import Stepped
 from raysft.train.checkpoint import Save
 from raysft.train.metrics import Ledger, Lines, quarantine_line, read_lines
 from raysft.train.step import StepBatch
@@ -34,6 +35,8 @@ class Totals:
     tasks: list[str]
     sums: torch.Tensor = field(init=False)
     counts: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0  # steps in a row, up to now
+    all_skipped: int = 0  # since the run began
 
     def __post_init__(self) -> None:
         self.reset()
@@ -43,9 +46,15 @@ class Totals:
         self.sums = torch.zeros(2, 1 + len(self.tasks), dtype=torch.float64)
         self.counts = {}
 
-    def add(self, sums: torch.Tensor, counts: dict[str, float]) -> None:
-        """Add one step. `sums` may be on a GPU: reading it back here would wait for the step."""
-        self.sums = self.sums.to(sums.device) + sums
+    def add(self, sums: torch.Tensor, counts: dict[str, float], skipped: bool) -> None:
+        """Add one step. `sums` may be on a GPU: reading it back here would wait for the step.
+
+        skipped: its gradient was not finite, and its loss may not be; it is in no mean.
+        """
+        self.skipped = self.skipped + 1 if skipped else 0
+        self.all_skipped += skipped
+        if not skipped:
+            self.sums = self.sums.to(sums.device) + sums
         for key, value in counts.items():
             self.counts[key] = self.counts.get(key, 0.0) + value
 
@@ -61,7 +70,11 @@ class Totals:
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: lists of exact float64."""
-        return {"sums": self.sums.tolist(), "counts": self.counts}
+        return {
+            "sums": self.sums.tolist(),
+            "counts": self.counts,
+            "skipped": [self.skipped, self.all_skipped],
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
@@ -69,6 +82,7 @@ class Totals:
         self.sums = torch.zeros(2, 1 + len(self.tasks), dtype=torch.float64)
         self.sums[:, : sums.shape[1]] = sums  # tasks that data.extend brought come last
         self.counts = dict(state["counts"])
+        self.skipped, self.all_skipped = state["skipped"]
 
 
 class Clock:
@@ -271,6 +285,19 @@ class Record:
                 f"{found[-1][1].id}: {found[-1][1].reason}; all are named in {path}"
             )
 
+    def skipped(self, step: int, totals: Totals, found: Stepped) -> None:
+        """Tell of a step whose gradient was not finite; fail when too many follow each other."""
+        if not found.skipped:
+            return
+        self.event("skipped_step", step=step, norm=str(found.norm), in_a_row=totals.skipped)
+        limit = self.config.optim.max_skipped
+        if totals.skipped > limit:
+            raise UserError(
+                f"optim.max_skipped: the gradients of {totals.skipped} steps in a row are NaN or "
+                f"infinite, the last at step {step}; lower optim.lr, set optim.clip, or train with "
+                "train.precision=bf16 or fp32"
+            )
+
     def metrics(
         self, batch: StepBatch, totals: Totals, clock: Clock, rate: float, norm: float
     ) -> None:
@@ -293,6 +320,7 @@ class Record:
             "data_wait": round(wait, 4),
             "seconds": round(seconds, 4),
             "world_size": self.world.size,
+            "skipped": totals.all_skipped,
             **self._lost,
         }
         totals.reset()

@@ -8,7 +8,6 @@ on how many workers share the lanes, nor on how tokens fall to them.
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +56,6 @@ def seed_turn(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16: matrix products in bfloat16 over fp32 weights; fp32: nothing."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
 def forward_backward(
     strategy: Strategy,
     world: World,
@@ -71,20 +63,23 @@ def forward_backward(
     tasks: list[str],
     global_tokens: float,
     seed: int,
-    precision: str,
 ) -> torch.Tensor:
     """Accumulate the gradient of the step's loss; returns float64 [2, 1 + tasks] of this worker.
 
-    Row 0 holds summed losses, row 1 supervised tokens: in all, then by task.
+    Row 0 holds summed losses, row 1 supervised tokens: in all, then by task. A penalty on the
+    weights counts once a step, not once a token, and is in no reported loss.
     """
     sums = torch.zeros(2, 1 + len(tasks), dtype=torch.float64, device=world.device)
     scale = world.size / max(1.0, global_tokens)
     for number, turn in enumerate(batch.turns):
         seed_turn(lane_seed(seed, batch.epoch, batch.step, turn.lane), world.device)
         with strategy.accumulate(last=number == len(batch.turns) - 1):
-            with autocast(precision, world.device):
+            with strategy.autocast():
                 losses = strategy.module(to_device(turn.batch, world.device))
-            (losses.sum * scale).backward()
+            loss = losses.sum * scale
+            if losses.penalty is not None:
+                loss = loss + losses.penalty / len(batch.turns)
+            strategy.backward(loss)
         sums[0, 0] += losses.sum.detach()
         sums[1, 0] += losses.count
         for column, task in enumerate(tasks, start=1):

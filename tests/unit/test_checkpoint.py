@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from raysft.config.schema import Config, Optim
 from raysft.errors import UserError
 from raysft.parallel import World
+from raysft.parallel.ddp import Ddp
 from raysft.train.catalogue import MARKER, Catalogue, best_step
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
 from raysft.train.storage import Folder, Storage, Store, open_storage
@@ -32,24 +34,25 @@ class Trained:
     def __init__(self, storage: Storage, seed: int = 0, **settings: Any) -> None:
         torch.manual_seed(seed)
         self.module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
+        self.strategy = Ddp(Config(optim=Optim(lr=0.1)), self.module, ONE)
         self.storage, self.catalogue = storage, Catalogue(storage)
         self.saver = Saver(self.catalogue, ONE, settings.pop("keep", 9), **settings)
 
     def step(self) -> None:
         self.module(torch.randn(4, 6)).square().sum().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.strategy.step(1.0)
 
     def save(self, *steps: int, **meta: Any) -> None:
         for step in steps:
             self.step()
-            self.saver.start(step, self.module, self.optimizer, meta)
+            self.saver.start(step, self.strategy, meta)
             self.saver.wait()
 
     def state(self) -> list[torch.Tensor]:
         """All numbers there are, copied."""
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        moments = [
+            value for state in self.strategy.optimizer.state.values() for value in state.values()
+        ]
         return [tensor.detach().clone() for tensor in (*self.module.parameters(), *moments)]
 
 
@@ -79,11 +82,11 @@ def test_model_and_optimizer_come_back_to_the_bit_from_every_kind_of_place(
     theirs = Trained(storage, seed=1)
     theirs.step()
     assert not same(ours.state(), theirs.state())
-    assert load(found, theirs.module, theirs.optimizer)["note"] == "second"
+    assert load(found, theirs.strategy)["note"] == "second"
     assert same(ours.state(), theirs.state())
-    weights = Trained(storage, seed=2).module
-    load_weights(found, weights)
-    assert same(list(weights.parameters()), list(ours.module.parameters()))
+    weights = Trained(storage, seed=2)
+    load_weights(found, weights.strategy)
+    assert same(list(weights.module.parameters()), list(ours.module.parameters()))
     assert not synced, "a save into a store must not wait for all disks of the machine"
     files = found.meta()["files"]
     assert set(files) == {"state/__0_0.distcp", "state/.metadata", "processor/a.json"}
@@ -107,7 +110,7 @@ def test_what_is_saved_is_the_state_at_the_call_while_training_goes_on(tmp_path:
     storage.go.clear()
     ours.step()
     before = ours.state()
-    ours.saver.start(1, ours.module, ours.optimizer, {})
+    ours.saver.start(1, ours.strategy, {})
     for _ in range(3):
         ours.step()
     assert ours.saver.finished() == [] and not same(before, ours.state())
@@ -115,7 +118,7 @@ def test_what_is_saved_is_the_state_at_the_call_while_training_goes_on(tmp_path:
     ours.saver.wait()
     found, _ = newest_sound(ours.catalogue, ONE)
     assert found is not None
-    load(found, ours.module, ours.optimizer)
+    load(found, ours.strategy)
     assert same(before, ours.state())
 
 
@@ -126,7 +129,7 @@ def test_a_save_in_flight_is_waited_for_by_the_next_which_is_told_and_timed(
     ours = Trained(storage)
     storage.go.clear()
     ours.step()
-    ours.saver.start(1, ours.module, ours.optimizer, {})
+    ours.saver.start(1, ours.strategy, {})
     beats: list[list[str]] = []
 
     def waiting() -> None:
@@ -137,7 +140,7 @@ def test_a_save_in_flight_is_waited_for_by_the_next_which_is_told_and_timed(
     assert beats and "step_1" not in beats[0]
     assert "step_1" in storage.names(), "published before the next begins"
     storage.go.clear()
-    ours.saver.start(2, ours.module, ours.optimizer, {})
+    ours.saver.start(2, ours.strategy, {})
     [first] = ours.saver.finished()  # told while the next is in flight
     assert (first.step, ours.saver.finished()) == (1, [])
     assert 0.25 < first.stalled <= first.seconds + 1.1
@@ -228,7 +231,7 @@ def test_a_save_that_fails_is_told_and_leaves_the_one_before_and_nothing_of_itse
     ours.save(1)
     storage.left = write  # checksums, config.yaml, meta.json, marker
     ours.step()
-    ours.saver.start(2, ours.module, ours.optimizer, {})
+    ours.saver.start(2, ours.strategy, {})
     said = f"{tmp_path}/step_2: the checkpoint cannot be written: No space left on device"
     deadline = time.monotonic() + 20
     with pytest.raises(UserError, match=said):

@@ -1,0 +1,126 @@
+"""What the strategies of plain torch (ddp, fsdp) share: precision, the step, and their state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from raysft.config.schema import Config
+from raysft.parallel.optim import make_optimizer, set_rate
+from raysft.parallel.scale import LossScale
+from raysft.parallel.strategy import State, Stepped, trainable
+from raysft.parallel.world import World
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Native:
+    """A module whose parameters torch's own optimizers can step."""
+
+    module: nn.Module
+
+    def __init__(self, config: Config, module: nn.Module, world: World) -> None:
+        """module: wrapped already."""
+        self.module = module
+        self.world = world
+        self.optimizer = make_optimizer(module, config.optim)
+        self._clip = config.optim.clip
+        self._half = HALF.get(config.train.precision)
+        self._scale = LossScale(dynamic=config.train.precision == "fp16")
+        self._adapters_only = config.peft.method != "none"
+        self._trainable = trainable(module)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in half precision over the weights as they are; fp32: nothing."""
+        if self._half is None:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=self._half)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of the loss, scaled where half-precision gradients would vanish."""
+        (loss * self._scale.value if self._scale.value != 1.0 else loss).backward()
+
+    def step(self, rate: float, before_zero: Callable[[], None] = lambda: None) -> Stepped:
+        """See `Strategy.step`. The norm is the same on every worker, and so is what it decides."""
+        self.reduce()
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
+        norm = _norm(gradients) / self._scale.value
+        finite = math.isfinite(norm)
+        if finite:
+            factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
+            factor /= self._scale.value
+            if factor != 1.0:
+                _multiply(gradients, factor)
+            set_rate(self.optimizer, rate)
+            self.optimizer.step()
+            before_zero()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._scale.update(finite)
+        return Stepped(norm, skipped=not finite)
+
+    def drop(self) -> None:
+        """See `Strategy.drop`."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def reduce(self) -> None:
+        """Average what the wrapper has not averaged in the last turn."""
+
+    def state(self) -> State:
+        """See `Strategy.state`; sharded tensors stay sharded."""
+        optim = get_optimizer_state_dict(self.module, self.optimizer)
+        return {"model": self._weights(), "optim": optim["state"]}
+
+    def facts(self) -> dict[str, Any]:
+        """The loss scale."""
+        return {"loss_scale": self._scale.state()}
+
+    def load(self, read: Callable[[State], None], weights_only: bool = False) -> None:
+        """See `Strategy.load`."""
+        state = {"model": self._weights()} if weights_only else self.state()
+        read(state)
+        options = StateDictOptions(strict=not self._adapters_only)
+        set_model_state_dict(self.module, state["model"], options=options)
+        if not weights_only:
+            groups = get_optimizer_state_dict(self.module, self.optimizer)["param_groups"]
+            found = {"state": state["optim"], "param_groups": groups}
+            set_optimizer_state_dict(self.module, self.optimizer, found)
+
+    def load_facts(self, facts: dict[str, Any]) -> None:
+        """See `Strategy.load_facts`."""
+        self._scale.load(facts["loss_scale"])
+
+    def _weights(self) -> dict[str, Any]:
+        options = StateDictOptions(ignore_frozen_params=self._adapters_only)
+        return get_model_state_dict(self.module, options=options)
+
+
+def _norm(gradients: list[torch.Tensor]) -> float:
+    """Over all shards of all gradients; plain ones are whole on every worker."""
+    squares = 0.0
+    for sharded in (True, False):
+        of_kind = [g for g in gradients if isinstance(g, DTensor) is sharded]
+        if of_kind:
+            norm = nn.utils.get_total_norm(of_kind)
+            total = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            squares += total.double().item() ** 2
+    return math.sqrt(squares)
+
+
+def _multiply(gradients: list[torch.Tensor], factor: float) -> None:
+    for sharded in (True, False):
+        of_kind = [g for g in gradients if isinstance(g, DTensor) is sharded]
+        if of_kind:
+            torch._foreach_mul_(of_kind, factor)

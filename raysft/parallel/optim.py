@@ -1,0 +1,107 @@
+"""AdamW and the learning-rate schedule, as pure functions of the config and the step."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+
+from raysft.config.schema import Optim
+from raysft.errors import UserError
+
+# What wrappers put before the names of a model's parameters.
+WRAPPERS = ("module.", "lm.", "base_model.model.")
+
+
+def make_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, as `optim` says."""
+    groups = parameter_groups(module.named_parameters(), optim)
+    settings: dict[str, Any] = {
+        "lr": optim.lr,
+        "betas": (optim.betas[0], optim.betas[1]),
+        "eps": optim.eps,
+    }
+    if optim.optimizer == "adamw8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise UserError(
+                "optim.optimizer: adamw8bit needs torchao: pip install 'raysft[quant]'"
+            ) from None
+        return AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], optim: Optim
+) -> list[dict[str, Any]]:
+    """The optimizer's groups: by `optim.groups`, and in each with decay (matrices) and without.
+
+    `peak` of a group is its peak learning rate. Raises UserError for a pattern that matches no
+    parameter that trains.
+    """
+    parameters = {plain_name(name): p for name, p in named if p.requires_grad}
+    for number, group in enumerate(optim.groups):
+        for pattern in group.match:
+            if not any(fnmatch(name, pattern) for name in parameters):
+                near = difflib.get_close_matches(pattern, parameters, 3, cutoff=0.3)
+                raise UserError(
+                    f"optim.groups[{number}].match: {pattern} matches no parameter that trains; "
+                    f"names look like {', '.join(near or list(parameters)[:3])}"
+                )
+    found: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        number = next(
+            (i for i, g in enumerate(optim.groups) if any(fnmatch(name, m) for m in g.match)), -1
+        )
+        own = optim.groups[number] if number >= 0 else None
+        decays = parameter.ndim >= 2
+        decay = optim.weight_decay if own is None or own.weight_decay is None else own.weight_decay
+        peak = optim.lr if own is None or own.lr is None else own.lr
+        group = found.setdefault(
+            (number, decays),
+            {"params": [], "weight_decay": decay if decays else 0.0, "lr": peak, "peak": peak},
+        )
+        group["params"].append(parameter)
+    return list(found.values())
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model as transformers knows it."""
+    for prefix in WRAPPERS:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def steps_of(share: float, total: int) -> int:
+    """A number of steps: `share` itself if >= 1, else that share of all steps."""
+    return round(share if share >= 1 else share * total)
+
+
+def rate(optim: Optim, step: int, total: int) -> float:
+    """The learning rate of step 1..total as a share of its peak: linear warm-up, then constant,
+    linear or cosine decay to zero, or constant with a linear decay at the end (wsd)."""
+    warmup = steps_of(optim.warmup, total)
+    if step <= warmup:
+        return step / warmup
+    if optim.schedule == "constant":
+        return 1.0
+    # The last step still moves: decay reaches zero one step after it.
+    if optim.schedule == "wsd":
+        decay = min(steps_of(optim.decay, total), total - warmup)
+        return min(1.0, (total + 1 - step) / max(1, decay))
+    progress = min(1.0, (step - 1 - warmup) / max(1, total - warmup))
+    if optim.schedule == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """The rate of the next `optimizer.step()`, as a share of each group's peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
