@@ -116,12 +116,15 @@ def start(
     return worker.build_job(config, folder, world, data, found.total_steps, progress)
 
 
-def run(size: int, *configs: Path, kill_at: int = 0) -> int:
-    """Run each config with `size` processes, one after the other; returns rank 0's exit code."""
+def run(size: int, *configs: Path, kill_at: int = 0, module: str = "tests.worlds") -> int:
+    """Run each config with `size` processes, one after the other; returns rank 0's exit code.
+
+    module: what the processes run, with the arguments of this one.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.worlds", str(size), str(kill_at), *map(str, configs)],
+                [sys.executable, "-m", module, str(size), str(kill_at), *map(str, configs)],
                 cwd=ROOT,
                 env={
                     **os.environ,

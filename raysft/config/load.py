@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raysft.config.combinations import contradictions
 from raysft.config.schema import Config
 from raysft.errors import UserError
 
@@ -95,47 +96,6 @@ def _without(tree: dict[str, Any], locations: list[tuple[Any, ...]]) -> Config |
         return Config.model_validate(tree)
     except ValidationError:
         return None
-
-
-def contradictions(config: Config) -> list[str]:
-    """Keys that are each right but do not go together."""
-    found = []
-    name = config.run.name
-    if not name or Path(name).name != name or name in (".", ".."):
-        found.append(
-            f"run.name: {name!r} is not a plain folder name; folders go to run.storage_path"
-        )
-    if config.parallel.max_workers > config.data.lanes:
-        found.append(
-            f"parallel.workers: {config.parallel.max_workers} workers share data.lanes: "
-            f"{config.data.lanes}, so some would have nothing to do; "
-            f"raise data.lanes or use at most {config.data.lanes} workers"
-        )
-    if (config.model.path is None) == (config.model.config is None):
-        given = "both are" if config.model.path else "neither is"
-        found.append(
-            f"model: {given} given: set model.path (a folder or hub id with weights) "
-            "or model.config (random weights)"
-        )
-    if config.model.config is not None:
-        if "model_type" not in config.model.config:
-            found.append("model.config.model_type: missing; e.g. qwen3, llama or qwen2_audio")
-        if config.model.tokenizer is None:
-            found.append("model.tokenizer: needed with model.config: a folder, a hub id or `bytes`")
-    if not config.data.train:
-        found.append("data.train: empty; name at least one source, e.g. data.train: [train.jsonl]")
-    if config.data.speech_tokens and config.model.speech_units:
-        found.append(
-            "model.speech_units: contradicts data.speech_tokens, whose clusters are the units; "
-            "remove one of the two"
-        )
-    if config.checkpoint.best and not (config.evaluate.every and config.data.eval):
-        found.append(
-            "checkpoint.best: nothing measures it while training; set data.eval and evaluate.every"
-        )
-    if config.evaluate.every and not config.data.eval:
-        found.append("evaluate.every: set, but data.eval names no source")
-    return found
 
 
 def to_yaml(config: Config) -> str:

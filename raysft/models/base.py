@@ -2,7 +2,8 @@
 
 Stands between stream and step: `collate` lays a micro-batch out, `Supervised` (the module that a
 strategy wraps) turns it into losses, `generate` serves evaluation, `save` serves export.
-Cost: logits are computed at supervised positions only; packed rows have no padding at all.
+Cost: logits are computed at supervised positions only, and are never all there at a time (`loss`);
+packed rows have no padding at all.
 
 What a batch holds (int64 but for the masks; R rows of L positions, M supervised tokens):
     input_ids, position_ids [R, L]     positions restart with every document
@@ -25,13 +26,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.models.attention import document_mask
+from raysft.models.loss import chunk_rows, chunked_losses, cross_entropy, head_is_last
 
 IGNORED = -100
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
@@ -79,7 +80,9 @@ class Supervised(nn.Module):
         head = net.get_output_embeddings()
         if head is None:
             raise UserError(f"model: {type(net).__name__} has no language-model head to train")
+        self._head = (head,)  # in a tuple: a module's attribute would be saved under two names
         head.register_forward_pre_hook(self._select)
+        self._vocabulary, self._head_is_last = head_is_last(net, head)
 
     def _select(self, head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
         """Only what predicts a supervised token goes through the head: [R, L, H] -> [1, M, H].
@@ -97,20 +100,45 @@ class Supervised(nn.Module):
         if "documents" in inputs:
             ends = inputs.pop("documents")
             inputs["attention_mask"] = document_mask(ends, inputs["input_ids"].device)
-        self._keep = batch["keep"]
+        losses, total = self._losses(inputs, batch["keep"], batch["targets"])
+        # By comparison, not by scattered additions: the same bits every time on a GPU too.
+        names = list(self.tasks)  # the thread that lays out the next batches may add to them
+        numbers = torch.arange(len(names), device=losses.device).unsqueeze(1)
+        chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
+        sums, counts = (chosen * losses.detach()).sum(1), chosen.sum(1).long()
+        by_task = {name: (sums[i], counts[i]) for i, name in enumerate(names)}
+        count = torch.full((), losses.numel(), device=losses.device)
+        penalty = self.penalty() if self.penalty is not None and self.training else None
+        return LossSum(total, count, by_task, penalty)
+
+    def _losses(
+        self, inputs: Batch, keep: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 losses [M] and their sum, which has the graph.
+
+        Those of many rows are made inside the head, which returns them as logits [1, M + 1, 1]:
+        whatever is hooked to the head sees one call, on every worker.
+        """
+        head, rows = self._head[0], chunk_rows(self._vocabulary, keep.device)
+        chunked = self._head_is_last and len(keep) > rows
+        own, compute = head.__dict__.get("forward"), head.forward
+        if chunked:
+            head.forward = lambda hidden: chunked_losses(
+                head, compute, hidden[0], targets, rows
+            ).view(1, -1, 1)
+        self._keep = keep
         try:
             logits = self.lm(**inputs, use_cache=False).logits[0]
         finally:
             self._keep = None
-        losses = F.cross_entropy(logits.float(), batch["targets"], reduction="none")
-        # By comparison, not by scattered additions: the same bits every time on a GPU too.
-        numbers = torch.arange(len(self.tasks), device=losses.device).unsqueeze(1)
-        chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
-        sums, counts = (chosen * losses.detach()).sum(1), chosen.sum(1).long()
-        by_task = {name: (sums[i], counts[i]) for i, name in enumerate(self.tasks)}
-        count = torch.full((), losses.numel(), device=losses.device)
-        penalty = self.penalty() if self.penalty is not None and self.training else None
-        return LossSum(losses.sum(), count, by_task, penalty)
+            if own is not None:
+                head.forward = own
+            elif chunked:
+                del head.forward
+        if chunked:
+            return logits[:-1, 0].detach(), logits[-1, 0]
+        losses = cross_entropy(logits, targets)
+        return losses, losses.sum()
 
 
 class Adapter(ABC):
@@ -183,10 +211,11 @@ class Adapter(ABC):
             at = np.flatnonzero(document.labels[1:] != IGNORED)
             keep.append(at + offset)
             targets.append(document.labels[1:][at])
-            tasks.append(np.full(len(at), self._task_number(document.task)))
+            if len(at):  # else its task is none of those that are trained
+                tasks.append(np.full(len(at), self._task_number(document.task)))
         batch["keep"] = _ints(np.concatenate(keep))
         batch["targets"] = _ints(np.concatenate(targets))
-        batch["tasks"] = _ints(np.concatenate(tasks))
+        batch["tasks"] = _ints(np.concatenate([np.zeros(0), *tasks]))
         return batch | self.features(documents)
 
     def dummy(self) -> Batch:

@@ -1,0 +1,199 @@
+"""Keys that are each right but do not go together: found before anything starts.
+
+Pure functions of the config; what only the model's files can tell is refused where it is built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raysft.config.schema import Config, Optim, Peft, Section
+
+# Which keys of `peft` a method reads; `path` and `method` go with every one.
+_TARGETS = ("target_modules", "exclude_modules", "modules_to_save")
+_LORA = ("r", "alpha", "dropout", *_TARGETS)
+PEFT_KEYS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "lora": (*_LORA, "rslora", "dora"),
+    "qlora": (*_LORA, "rslora", "dora"),
+    "adalora": (*_LORA, "init_r", "tinit", "tfinal", "every"),
+    "ia3": _TARGETS,
+    "prefix": ("virtual_tokens",),
+    "prompt": ("virtual_tokens",),
+}
+OFFLOADS = {
+    "optimizer": ("zero1", "zero2", "zero3"),
+    "parameters": ("fsdp", "zero3"),
+}
+AUDIO_TYPES = ("qwen2_audio",)
+
+
+def contradictions(config: Config) -> list[str]:
+    """One line for each contradiction, with the remedy."""
+    return [*_run(config), *_strategy(config), *_peft(config), *_optim(config)]
+
+
+def _run(config: Config) -> list[str]:
+    found = []
+    name = config.run.name
+    if not name or Path(name).name != name or name in (".", ".."):
+        found.append(
+            f"run.name: {name!r} is not a plain folder name; folders go to run.storage_path"
+        )
+    if config.parallel.max_workers > config.data.lanes:
+        found.append(
+            f"parallel.workers: {config.parallel.max_workers} workers share data.lanes: "
+            f"{config.data.lanes}, so some would have nothing to do; "
+            f"raise data.lanes or use at most {config.data.lanes} workers"
+        )
+    if (config.model.path is None) == (config.model.config is None):
+        given = "both are" if config.model.path else "neither is"
+        found.append(
+            f"model: {given} given: set model.path (a folder or hub id with weights) "
+            "or model.config (random weights)"
+        )
+    if config.model.config is not None:
+        if "model_type" not in config.model.config:
+            found.append("model.config.model_type: missing; e.g. qwen3, llama or qwen2_audio")
+        if config.model.tokenizer is None:
+            found.append("model.tokenizer: needed with model.config: a folder, a hub id or `bytes`")
+    if not config.data.train:
+        found.append("data.train: empty; name at least one source, e.g. data.train: [train.jsonl]")
+    if config.data.speech_tokens and config.model.speech_units:
+        found.append(
+            "model.speech_units: contradicts data.speech_tokens, whose clusters are the units; "
+            "remove one of the two"
+        )
+    if config.checkpoint.best and not (config.evaluate.every and config.data.eval):
+        found.append(
+            "checkpoint.best: nothing measures it while training; set data.eval and evaluate.every"
+        )
+    if config.evaluate.every and not config.data.eval:
+        found.append("evaluate.every: set, but data.eval names no source")
+    return found
+
+
+def _strategy(config: Config) -> list[str]:
+    found = []
+    parallel, strategy = config.parallel, config.parallel.strategy
+    if strategy == "ep":
+        kind = (config.model.config or {}).get("model_type", "this model")
+        found.append(
+            f"parallel.strategy: ep shares the experts of a mixture among workers, and {kind} "
+            "is trained without that here; use fsdp or zero3"
+        )
+    if parallel.replicate > 1:
+        if strategy != "fsdp":
+            found.append(f"parallel.replicate: only fsdp has copies of shards, not {strategy}")
+        elif parallel.elastic or parallel.max_workers % parallel.replicate:
+            found.append(
+                f"parallel.replicate: {parallel.replicate} copies need a fixed number of workers "
+                f"that is a multiple of it, not parallel.workers: {parallel.workers}"
+            )
+    if parallel.offload != "none" and strategy not in OFFLOADS[parallel.offload]:
+        works = [key for key, names in OFFLOADS.items() if strategy in names]
+        remedy = f"use {' or '.join(works)}" if works else "remove it"
+        found.append(
+            f"parallel.offload: {parallel.offload} does not go with parallel.strategy: {strategy}; "
+            f"{remedy} ({parallel.offload} goes with {', '.join(OFFLOADS[parallel.offload])})"
+        )
+    zero = strategy.startswith("zero")
+    if parallel.deepspeed is not None and not zero:
+        found.append(
+            f"parallel.deepspeed: does nothing with parallel.strategy: {strategy}; "
+            "use zero1, zero2 or zero3, or remove it"
+        )
+    if parallel.memory_gb is not None and config.data.tokens_per_batch != "auto":
+        found.append(
+            "parallel.memory_gb: only data.tokens_per_batch: auto reads it; set that, or remove it"
+        )
+    if config.train.compile and zero:
+        found.append(
+            f"train.compile: the hooks of {strategy} break what is compiled; use ddp or fsdp"
+        )
+    return found
+
+
+def _peft(config: Config) -> list[str]:
+    peft, method = config.peft, config.peft.method
+    strategy = config.parallel.strategy
+    found = []
+    used = ("method", *PEFT_KEYS[method], *(("path",) if method != "none" else ()))
+    for key in _set_keys(peft, Peft()):
+        if key not in used:
+            readers = [m for m, keys in PEFT_KEYS.items() if key in keys or key == "path"]
+            readers = [m for m in readers if m != "none"]
+            found.append(
+                f"peft.{key}: does nothing with peft.method: {method}; "
+                f"{', '.join(readers)} read{'s' if len(readers) == 1 else ''} it"
+            )
+    if method == "none":
+        return found
+    if config.train.freeze:
+        found.append(
+            f"train.freeze: with peft.method: {method} the model is frozen already; keep adapters "
+            "off layers with peft.exclude_modules"
+        )
+    if method in ("prefix", "prompt"):
+        if config.data.mode == "packed":
+            found.append(
+                f"peft.method: {method} would reach the first document of a packed row only; "
+                "use data.mode: padded"
+            )
+        kind = (config.model.config or {}).get("model_type")
+        if config.model.family == "audio_lm" or kind in AUDIO_TYPES:
+            found.append(f"peft.method: {audio_refusal(method)}")
+    if method == "prefix" and config.train.gradient_checkpointing:
+        found.append(
+            "train.gradient_checkpointing: peft.method: prefix hands keys to every layer, which "
+            "recomputation would lose; set it to false"
+        )
+    if method == "adalora" and strategy.startswith("zero"):
+        found.append(
+            f"peft.method: adalora ranks by whole gradients, which {strategy} does not keep; "
+            "use parallel.strategy: ddp or fsdp"
+        )
+    if method == "qlora" and strategy != "ddp":
+        found.append(
+            f"peft.method: qlora keeps its base in 4 bits, which {strategy} cannot shard; "
+            "use parallel.strategy: ddp, or peft.method: lora"
+        )
+    if method == "qlora" and config.model.path is None:
+        found.append("peft.method: qlora quantises weights that are there: set model.path")
+    return found
+
+
+def audio_refusal(method: str) -> str:
+    """Why `prefix` or `prompt` cannot train an audio_lm."""
+    why = (
+        "transformers' Qwen2-Audio takes no prefix"
+        if method == "prefix"
+        else "prompt tuning replaces the embeddings in which the audio lies: it would be ignored"
+    )
+    return f"{method} does not work with audio_lm ({why}); use lora, adalora or ia3"
+
+
+def _optim(config: Config) -> list[str]:
+    optim = config.optim
+    found = []
+    if optim.schedule != "wsd" and optim.decay != Optim().decay:
+        found.append(
+            f"optim.decay: does nothing with optim.schedule: {optim.schedule}; it is wsd's"
+        )
+    if optim.optimizer == "adamw8bit" and config.parallel.strategy.startswith("zero"):
+        found.append(
+            "optim.optimizer: adamw8bit cannot be partitioned by "
+            f"{config.parallel.strategy}; use ddp or fsdp, or adamw"
+        )
+    unlimited = config.parallel.device == "cpu" and config.parallel.memory_gb is None
+    if config.data.tokens_per_batch == "auto" and unlimited:
+        found.append("data.tokens_per_batch: auto on CPU needs a limit: set parallel.memory_gb")
+    return found
+
+
+def _set_keys(section: Section, default: Section) -> list[str]:
+    """Keys whose value is not the default one. Not those that were written out: a run's own
+    config has every key."""
+    values: dict[str, Any] = section.model_dump()
+    return [key for key, value in values.items() if value != getattr(default, key)]

@@ -1,0 +1,183 @@
+"""Every strategy with every PEFT method and both families: the same losses, the same checkpoints.
+
+Two gloo processes and three lanes (so the second worker has a turn of weight zero) against one
+process; what a combination cannot do is refused in tests/unit/test_combinations.py. `make test`
+runs pairs such that each strategy meets several methods and each method several strategies; the
+slow test runs all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raysft.audit import audit
+from raysft.config import Config, load_config
+from raysft.config.combinations import contradictions
+from raysft.data.encode import make_encoder
+from raysft.export import export
+from raysft.models import build
+from raysft.train.metrics import read_lines
+from tests import worlds
+from tests.models import AUDIO, CAUSAL
+
+STEPS = 10
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+METHODS = ("none", "lora", "adalora", "ia3", "prefix", "prompt")
+UNITS = 20
+Case = tuple[str, str, str]  # strategy, method, family
+
+
+def _cases() -> list[Case]:
+    """All that is not refused."""
+    cases = [(s, m, f) for s in STRATEGIES for m in METHODS for f in ("causal_lm", "audio_lm")]
+    return [case for case in cases if not contradictions(Config.model_validate(tree(*case)))]
+
+
+def tree(strategy: str, method: str, family: str) -> dict[str, Any]:
+    """A config without its paths."""
+    peft: dict[str, Any] = {"method": method}
+    if method in ("lora", "adalora"):
+        peft |= {"r": 4, "alpha": 8}
+    if method == "adalora":
+        peft |= {"init_r": 6, "tinit": 2, "tfinal": 2, "every": 2}
+    if method in ("prefix", "prompt"):
+        peft |= {"virtual_tokens": 3}
+    audio = family == "audio_lm"
+    return {
+        "run": {"name": f"{strategy}_{method}_{family}", "seed": 3},
+        "data": {
+            "train": [{"path": "corpus"}],
+            "lanes": 3,
+            "tokens_per_batch": 500 if audio else 120,
+            "window": 40,
+            "mode": "padded" if method in ("prefix", "prompt") else "packed",
+        },
+        "model": {"path": "base", "family": family} | ({} if audio else {"speech_units": UNITS}),
+        "peft": peft,
+        "parallel": {"strategy": strategy},
+        "optim": {"lr": 1e-2, "weight_decay": 0.01, "clip": 0.1},
+        "train": {"max_steps": STEPS},
+        "log": {"every": 1, "tensorboard": False},
+        "checkpoint": {"every": 4},
+    }
+
+
+class Bench:
+    """Bases, corpora, and runs by case."""
+
+    def __init__(self, folder: Path, clips: Path) -> None:
+        self.folder = folder
+        items = [
+            {"id": f"u{i}", "input": f"[Hu{i % UNITS}]" * (1 + i % 7), "output": f"text {i}"}
+            for i in range(60)
+        ]
+        units = folder / "units.json"
+        units.write_text(json.dumps(items))
+        self.corpus = {"causal_lm": units, "audio_lm": clips}
+        for family, model in (
+            ("causal_lm", {**CAUSAL, "speech_units": UNITS}),
+            ("audio_lm", AUDIO),
+        ):
+            config = Config.model_validate({"model": model})
+            encoder = make_encoder(config.model, config.data, folder)
+            export(build(config.model, config.data, encoder, 1), folder / family)
+
+    def config(self, case: Case, name: str, **sections: dict[str, Any]) -> Path:
+        found = tree(*case)
+        found["run"] |= {"name": name, "storage_path": str(self.folder / "runs")}
+        found["data"]["train"] = [{"path": str(self.corpus[case[2]])}]
+        found["model"]["path"] = str(self.folder / case[2])
+        for section, values in sections.items():
+            found.setdefault(section, {}).update(values)
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(found))
+        return path
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def bench(make_clips: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("matrix"), make_clips(40))
+
+
+def column(run: Path, key: str) -> list[float]:
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line[key] for line in lines]
+
+
+def check(bench: Bench, cases: list[Case]) -> None:
+    """One process as the reference, then two by strategy: undisturbed, and left and continued."""
+    one = {}
+    for _, method, family in cases:
+        one[method, family] = bench.config(("ddp", method, family), f"one_{method}_{family}")
+    assert worlds.run(1, *one.values(), module="tests.matrix") == 0
+    for strategy in dict.fromkeys(strategy for strategy, _, _ in cases):
+        mine = [case for case in cases if case[0] == strategy]
+        whole = [bench.config(case, "_".join(case)) for case in mine]
+        again = [bench.config(case, "again_" + "_".join(case)) for case in mine]
+        assert worlds.run(2, *whole, *again, kill_at=7, module="tests.matrix") == 0
+    for case in cases:
+        compare(bench, case)
+
+
+def compare(bench: Bench, case: Case) -> None:
+    _, method, family = case
+    name = "_".join(case)
+    reference, whole, again = (
+        bench.run(n) for n in (f"one_{method}_{family}", name, f"again_{name}")
+    )
+    assert column(whole, "loss") == pytest.approx(column(reference, "loss"), rel=1e-4), case
+    norms = column(reference, "grad_norm")
+    assert column(whole, "grad_norm") == pytest.approx(norms, rel=1e-3), case
+    assert column(whole, "loss")[-1] < column(whole, "loss")[0], f"{case} learns nothing"
+    for key in ("loss", "grad_norm"):
+        assert column(again, key) == column(whole, key), f"{case}: resume is not exact"
+    assert audit(again).clean
+    moved = json.loads((whole / "moved.json").read_text())
+    expected = json.loads((reference / "moved.json").read_text())
+    assert {n for n, p in moved.items() if p["trains"]} == {
+        n for n, p in expected.items() if p["trains"]
+    }, case
+    wrong = [n for n, p in moved.items() if p["trains"] != p["moved"]]
+    assert not wrong, f"{case}: trains, but has not moved, or the reverse: {wrong}"
+
+
+PAIRS: list[Case] = [
+    ("ddp", "lora", "causal_lm"),
+    ("ddp", "adalora", "audio_lm"),
+    ("fsdp", "adalora", "causal_lm"),
+    ("fsdp", "lora", "audio_lm"),
+    ("fsdp", "prefix", "causal_lm"),
+    ("zero1", "ia3", "audio_lm"),
+    ("zero2", "none", "causal_lm"),
+    ("zero3", "lora", "audio_lm"),
+    ("zero3", "prompt", "causal_lm"),
+]
+
+
+def test_pairs_of_strategy_and_method_train_alike_and_resume_exactly(bench: Bench) -> None:
+    check(bench, PAIRS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_of_a_strategy_train_alike_and_resume_exactly(strategy: str, bench: Bench) -> None:
+    check(bench, [case for case in _cases() if case[0] == strategy and case not in PAIRS])
+
+
+def test_every_config_of_the_matrix_is_accepted_or_refused_with_a_reason(bench: Bench) -> None:
+    """27 + 17 of the 60 combinations work; the others say why not and what to do."""
+    cases = _cases()
+    assert sum(f == "causal_lm" for _, _, f in cases) == 27
+    assert sum(f == "audio_lm" for _, _, f in cases) == 17
+    for case in cases:
+        assert load_config(bench.config(case, "_".join(case)))
