@@ -20,8 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python examples/spoken_digits/demo.py
 
+# Tests with a cluster mostly wait: they run beside the others.
 test: setup
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' tests/cluster > cluster-tests.log 2>&1 & \
+	cluster=$$!; rest=0; \
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore tests/cluster || rest=$$?; \
+	wait $$cluster; cluster=$$?; cat cluster-tests.log; rm -f cluster-tests.log; \
+	test $$cluster = 0 -a $$rest = 0
 
 test-all: setup
 	$(BIN)/python -m pytest
@@ -31,7 +36,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 bench: setup
-	for name in padding plan ingest overhead resume chaos; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in padding plan ingest overhead resume chaos strategies; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -26,6 +26,7 @@ OFFLOADS = {
     "optimizer": ("zero1", "zero2", "zero3"),
     "parameters": ("fsdp", "zero3"),
 }
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 AUDIO_TYPES = ("qwen2_audio",)
 
 
@@ -78,10 +79,13 @@ def _strategy(config: Config) -> list[str]:
     found = []
     parallel, strategy = config.parallel, config.parallel.strategy
     if strategy == "ep":
-        kind = (config.model.config or {}).get("model_type", "this model")
+        settings = config.model.config
+        why = "it is not available yet"
+        if settings is not None and not any(key in settings for key in EXPERTS):
+            why = f"{settings.get('model_type')} has none (of {', '.join(EXPERTS)}, none is set)"
         found.append(
-            f"parallel.strategy: ep shares the experts of a mixture among workers, and {kind} "
-            "is trained without that here; use fsdp or zero3"
+            "parallel.strategy: ep shares the experts of a mixture among workers, but "
+            f"{why}; use fsdp or zero3"
         )
     if parallel.replicate > 1:
         if strategy != "fsdp":

@@ -42,6 +42,8 @@ class Native:
         self._scale = LossScale(dynamic=config.train.precision == "fp16")
         self._adapters_only = config.peft.method != "none"
         self._trainable = trainable(module)
+        # torchao compiles its step. A CPU gains little by that, and may have no compiler.
+        self._eager = config.optim.optimizer == "adamw8bit" and world.device.type == "cpu"
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in half precision over the weights as they are; fp32: nothing."""
@@ -65,7 +67,8 @@ class Native:
             if factor != 1.0:
                 _multiply(gradients, factor)
             set_rate(self.optimizer, rate)
-            self.optimizer.step()
+            with self._uncompiled():
+                self.optimizer.step()
             before_zero()
         self.optimizer.zero_grad(set_to_none=True)
         self._scale.update(finite)
@@ -80,8 +83,7 @@ class Native:
 
     def state(self) -> State:
         """See `Strategy.state`; sharded tensors stay sharded."""
-        optim = get_optimizer_state_dict(self.module, self.optimizer)
-        return {"model": self._weights(), "optim": optim["state"]}
+        return {"model": self._weights(), "optim": self._moments()["state"]}
 
     def facts(self) -> dict[str, Any]:
         """The loss scale."""
@@ -94,17 +96,28 @@ class Native:
         options = StateDictOptions(strict=not self._adapters_only)
         set_model_state_dict(self.module, state["model"], options=options)
         if not weights_only:
-            groups = get_optimizer_state_dict(self.module, self.optimizer)["param_groups"]
-            found = {"state": state["optim"], "param_groups": groups}
+            found = {**self._moments(), "state": state["optim"]}
             set_optimizer_state_dict(self.module, self.optimizer, found)
 
     def load_facts(self, facts: dict[str, Any]) -> None:
         """See `Strategy.load_facts`."""
         self._scale.load(facts["loss_scale"])
 
+    def _moments(self) -> dict[str, Any]:
+        with self._uncompiled():  # it takes a step of rate zero where there are none yet
+            return get_optimizer_state_dict(self.module, self.optimizer)
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        return torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
+
     def _weights(self) -> dict[str, Any]:
-        options = StateDictOptions(ignore_frozen_params=self._adapters_only)
-        return get_model_state_dict(self.module, options=options)
+        if not self._adapters_only:
+            return get_model_state_dict(self.module)
+        options = StateDictOptions(ignore_frozen_params=True)
+        found = get_model_state_dict(self.module, options=options)
+        # What is left of frozen weights: their second names, and buffers.
+        names = [plain(name) for name, p in self.module.named_parameters() if p.requires_grad]
+        return {name: found[name] for name in names}
 
 
 def _norm(gradients: list[torch.Tensor]) -> float:
@@ -117,6 +130,11 @@ def _norm(gradients: list[torch.Tensor]) -> float:
             total = norm.full_tensor() if isinstance(norm, DTensor) else norm
             squares += total.double().item() ** 2
     return math.sqrt(squares)
+
+
+def plain(name: str) -> str:
+    """A parameter's name in the module that was wrapped."""
+    return name.removeprefix("module.")
 
 
 def _multiply(gradients: list[torch.Tensor], factor: float) -> None:

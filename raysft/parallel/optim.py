@@ -104,4 +104,7 @@ def rate(optim: Optim, step: int, total: int) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """The rate of the next `optimizer.step()`, as a share of each group's peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
+        if isinstance(group["lr"], torch.Tensor):  # torchao's: a new number would be compiled in
+            group["lr"].fill_(group["peak"] * share)
+        else:
+            group["lr"] = group["peak"] * share

@@ -1,0 +1,130 @@
+"""Cross-entropy of a head's logits without holding all of them.
+
+Stands in the step, inside the head: `base.Supervised` lets the head return losses where it would
+return logits. 8,192 tokens of a vocabulary of 150,000 are 4.9 GB of float32 logits, and three times
+that with their softmax and gradient. Here the rows go through the head in chunks of CHUNK_BYTES.
+
+- The gradients of a chunk are computed along with its losses, so nothing is computed twice. Until
+  the backward pass the head's gradient is held: as much as the head itself, if it trains.
+- In float16, where gradients that are not scaled yet would vanish, a chunk's logits are computed
+  once more in the backward pass.
+- All rows in one chunk: as if nothing was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+Forward = Callable[..., torch.Tensor]
+
+# Bytes of a chunk's float32 logits. On a GPU smaller products would leave it idle: 1,000 rows.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 600 * 2**20}
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows whose float32 logits take `CHUNK_BYTES`; at least 1."""
+    return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+
+
+@torch.no_grad()
+def head_is_last(net: PreTrainedModel, head: nn.Module) -> tuple[int, bool]:
+    """Size of the vocabulary, and whether the model's logits are what its head returns.
+
+    Models that scale or cap their logits need all of them. Proven on four tokens, bit by bit; in
+    float32, to which some models cast.
+    """
+    audio = getattr(net.config, "audio_token_id", None)
+    tokens = [i for i in range(5) if i != audio][:4]
+    device = net.get_input_embeddings().weight.device
+    seen: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda _module, _args, out: seen.append(out))
+    training = net.training
+    net.eval()
+    try:
+        logits = net(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
+    finally:
+        hook.remove()
+        net.train(training)
+    same = len(seen) == 1 and torch.equal(seen[0].float(), logits.float())
+    return logits.shape[-1], same and bool(logits.any())  # zeros would stay zeros
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Float32 losses [M] of logits [M, V]; targets int64 [M]."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _of_hidden(forward: Forward, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(forward(hidden), targets)
+
+
+def chunked_losses(
+    head: nn.Module, forward: Forward, hidden: torch.Tensor, targets: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """Of hidden [M, H]: [M + 1], `cross_entropy` without a gradient and, last, its sum with one.
+
+    rows: how many have logits at a time. forward: what the head computes, without its hooks, whose
+    work is done when this is called.
+    """
+    parts = list(zip(hidden.split(rows), targets.split(rows), strict=True))
+    if not torch.is_grad_enabled():
+        losses = torch.cat([_of_hidden(forward, *part) for part in parts])
+        return torch.cat([losses, losses.sum().unsqueeze(0)])
+    if not _in_float16(hidden):
+        trained = [p for p in head.parameters() if p.requires_grad]
+        losses, total = _Ahead.apply(forward, rows, targets, hidden, *trained)
+    else:
+        found = [checkpoint(_of_hidden, forward, *part, use_reentrant=False) for part in parts]
+        losses = torch.cat(found)
+        total = losses.sum()
+    return torch.cat([losses.detach(), total.unsqueeze(0)])
+
+
+class _Ahead(torch.autograd.Function):
+    """Losses [M], their sum, and along with them the sum's gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        forward: Forward,
+        rows: int,
+        targets: torch.Tensor,
+        hidden: torch.Tensor,
+        *trained: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, by_hidden, by_trained = [], [], []
+        for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                found = _of_hidden(forward, leaf, wanted)
+                total = found.sum()
+            first, *rest = torch.autograd.grad(total, (leaf, *trained))
+            losses.append(found.detach())
+            by_hidden.append(first)
+            if by_trained:
+                torch._foreach_add_(by_trained, rest)
+            else:
+                by_trained = rest
+        ctx.save_for_backward(torch.cat(by_hidden), *by_trained)
+        joined = torch.cat(losses)
+        ctx.mark_non_differentiable(joined)
+        return joined, joined.sum()
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor, factor: torch.Tensor) -> tuple[Any, ...]:
+        # In place, for the head's gradient is large. A second backward pass would be refused.
+        return (None, None, None, *(g.mul_(factor) for g in ctx.saved_tensors))
+
+
+def _in_float16(hidden: torch.Tensor) -> bool:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == torch.float16
+    return hidden.dtype == torch.float16
