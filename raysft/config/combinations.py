@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from raysft.config.deepspeed import check as check_deepspeed
 from raysft.config.schema import Config, Optim, Peft, Section
 
 # Which keys of `peft` a method reads; `path` and `method` go with every one.
@@ -32,7 +33,13 @@ AUDIO_TYPES = ("qwen2_audio",)
 
 def contradictions(config: Config) -> list[str]:
     """One line for each contradiction, with the remedy."""
-    return [*_run(config), *_strategy(config), *_peft(config), *_optim(config)]
+    return [
+        *_run(config),
+        *_strategy(config),
+        *check_deepspeed(config),
+        *_peft(config),
+        *_optim(config),
+    ]
 
 
 def _run(config: Config) -> list[str]:

@@ -73,71 +73,79 @@ KNOWN: dict[str, tuple[str, ...]] = {
 
 
 class Rule(NamedTuple):
-    """A key (or section) of DeepSpeed's, the value raysft gives it, and what says so."""
+    """A key (or section) of DeepSpeed's, the value raysft gives it, and why, with the remedy."""
 
     key: str
     value: Any
-    because: str
+    why: str
 
 
 def rules(config: Config) -> list[Rule]:
     """What a user's JSON must not contradict."""
-    parallel, optim, precision = config.parallel, config.optim, config.train.precision
-    offload = f"parallel.offload is {parallel.offload}"
+    return [*_of_keys(config), *_of_raysft(config)]
+
+
+def _of_keys(config: Config) -> list[Rule]:
+    parallel, optim, train = config.parallel, config.optim, config.train
     zero = "zero_optimization"
-    where = {
-        "optimizer": "none" if parallel.offload == "none" else "cpu",
-        "param": "cpu" if parallel.offload == "parameters" else "none",
-    }
-    lanes = f"a step is {config.data.lanes} micro-batches (data.lanes), filled by tokens"
-    mean = "workers' gradients are averaged"
-    master = "master weights and optimizer state are in float32"
-    scaling = "train.precision: fp16 scales the loss by a rule of its own"
-    found = [
-        Rule(f"{zero}.stage", stage_of(config), f"parallel.strategy is {parallel.strategy}"),
-        Rule("fp16.enabled", precision == "fp16", f"train.precision is {precision}"),
-        Rule("bf16.enabled", precision == "bf16", f"train.precision is {precision}"),
-        Rule("gradient_clipping", optim.clip, f"optim.clip is {optim.clip}"),
-        Rule(f"{zero}.offload_optimizer.device", where["optimizer"], offload),
-        Rule(f"{zero}.offload_param.device", where["param"], offload),
-        Rule("optimizer.type", "AdamW", f"optim.optimizer is {optim.optimizer}"),
-        Rule("optimizer.params.lr", optim.lr, f"optim.lr is {optim.lr}"),
-        Rule("optimizer.params.betas", optim.betas, f"optim.betas is {optim.betas}"),
-        Rule("optimizer.params.eps", optim.eps, f"optim.eps is {optim.eps}"),
-        Rule(
+    optimizer = "none" if parallel.offload == "none" else "cpu"
+    parameters = "cpu" if parallel.offload == "parameters" else "none"
+    found: list[tuple[str, Any, str, Any]] = [
+        (f"{zero}.stage", stage_of(config), "parallel.strategy", parallel.strategy),
+        (f"{zero}.offload_optimizer.device", optimizer, "parallel.offload", parallel.offload),
+        (f"{zero}.offload_param.device", parameters, "parallel.offload", parallel.offload),
+        (f"{zero}.cpu_offload", optimizer == "cpu", "parallel.offload", parallel.offload),
+        (f"{zero}.cpu_offload_param", parameters == "cpu", "parallel.offload", parallel.offload),
+        ("fp16.enabled", train.precision == "fp16", "train.precision", train.precision),
+        ("bf16.enabled", train.precision == "bf16", "train.precision", train.precision),
+        ("data_types.param_dtype", _ANY, "train.precision", train.precision),
+        ("gradient_clipping", optim.clip, "optim.clip", optim.clip),
+        ("optimizer.type", "AdamW", "optim.optimizer", optim.optimizer),
+        ("optimizer.params.lr", optim.lr, "optim.lr", optim.lr),
+        ("optimizer.params.betas", optim.betas, "optim.betas", optim.betas),
+        ("optimizer.params.eps", optim.eps, "optim.eps", optim.eps),
+        (
             "optimizer.params.weight_decay",
             optim.weight_decay,
-            f"optim.weight_decay is {optim.weight_decay}",
+            "optim.weight_decay",
+            optim.weight_decay,
         ),
-        Rule("optimizer", _ANY, "raysft makes the optimizer (optim)"),
-        Rule("scheduler", _ANY, f"optim.schedule is {optim.schedule}"),
-        Rule("train_batch_size", _ANY, lanes),
-        Rule("train_micro_batch_size_per_gpu", _ANY, lanes),
-        Rule("gradient_accumulation_steps", _ANY, lanes),
-        Rule("managed_gradient_accumulation", True, lanes),
-        Rule("gradient_allreduce_op", "mean", mean),
-        Rule(f"{zero}.compute_grad_norm", True, "every step's gradient norm is reported"),
-        Rule(f"{zero}.round_robin_gradients", False, "checkpoints need parameters in their order"),
-        Rule(f"{zero}.zenflow", _ANY, "raysft takes whole steps"),
-        Rule(f"{zero}.offload_optimizer.super_offload", False, "AdamW is torch's"),
-        *(Rule(f"{zero}.{key}", _ANY, offload) for key in ("cpu_offload", "cpu_offload_param")),
-        Rule("zero_force_ds_cpu_optimizer", False, "AdamW is torch's"),
-        Rule("fp16.fp16_master_weights_and_grads", False, master),
-        Rule("fp16", _ANY, scaling),
-        Rule("bf16.check_grad_overflow", True, "a step whose gradient is not finite is skipped"),
-        Rule("bf16.bf16_master_weights_and_grads", False, master),
-        Rule("bf16.bf16_optimizer_states", False, master),
-        Rule("bfloat16", _ANY, "its name is bf16"),
-        Rule("data_types.param_dtype", _ANY, f"train.precision is {precision}"),
+        ("scheduler", _ANY, "optim.schedule", optim.schedule),
     ]
+    return [Rule(key, value, f"{our} is {ours}; remove one") for key, value, our, ours in found]
+
+
+def _of_raysft(config: Config) -> list[Rule]:
+    zero = "zero_optimization"
+    lanes = f"a step is data.lanes: {config.data.lanes} micro-batches, filled by tokens"
+    master = "master weights and optimizer state are float32"
     own = "raysft does that itself or not at all"
     sections = (
         *("amp", "torch_autocast", "compile", "weight_quantization", "compression_training"),
         *("checkpoint", "datastates", "elasticity", "autotuning", "curriculum_learning"),
         *("data_efficiency", "hybrid_engine", "tensor_parallel", "expert_parallel", "pipeline"),
-        *("sequence_parallel_size", "data_parallel_size"),
+        *("sequence_parallel_size", "data_parallel_size", "optimizer"),
     )
-    return [*found, *(Rule(section, _ANY, own) for section in sections)]
+    found = [
+        ("train_batch_size", _ANY, lanes),
+        ("train_micro_batch_size_per_gpu", _ANY, lanes),
+        ("gradient_accumulation_steps", _ANY, lanes),
+        ("managed_gradient_accumulation", True, lanes),
+        ("gradient_allreduce_op", "mean", "workers' gradients are averaged"),
+        (f"{zero}.compute_grad_norm", True, "the norm of every step's gradient is reported"),
+        (f"{zero}.round_robin_gradients", False, "checkpoints need parameters in their order"),
+        (f"{zero}.zenflow", _ANY, "every weight moves in every step"),
+        (f"{zero}.offload_optimizer.super_offload", False, "AdamW is torch's"),
+        ("zero_force_ds_cpu_optimizer", False, "AdamW is torch's"),
+        ("fp16.fp16_master_weights_and_grads", False, master),
+        ("fp16", _ANY, "the loss is scaled by a rule that all strategies share"),
+        ("bf16.check_grad_overflow", True, "a step whose gradient is not finite is skipped"),
+        ("bf16.bf16_master_weights_and_grads", False, master),
+        ("bf16.bf16_optimizer_states", False, master),
+        ("bfloat16", _ANY, "DeepSpeed's key is bf16"),
+        *((section, _ANY, own) for section in sections),
+    ]
+    return [Rule(key, value, f"{why}; remove it") for key, value, why in found]
 
 
 def stage_of(config: Config) -> int:
@@ -147,32 +155,30 @@ def stage_of(config: Config) -> int:
 
 def check(config: Config) -> list[str]:
     """One line for each mistake in `parallel.deepspeed`."""
-    if config.parallel.deepspeed is None or not config.parallel.strategy.startswith("zero"):
+    path = config.parallel.deepspeed
+    if path is None or not config.parallel.strategy.startswith("zero"):
         return []
     try:
-        tree = read(config.parallel.deepspeed)
+        tree = read(path)
     except UserError as error:
         return [str(error)]
-    where = f"parallel.deepspeed {config.parallel.deepspeed}"
-    found = _unknown(tree)
-    unknown = {line.split(":")[0] for line in found}
-    ours = rules(config)
+    unknown, ours = _unknown(tree), rules(config)
+    found = [f"{key}: {hint}" for key, hint in unknown.items()]
     for key, value in leaves(tree):
-        if any(key == name or key.startswith(f"{name}.") for name in unknown) or value == AUTO:
+        if value == AUTO or any(_below(key, name) for name in unknown):
             continue
-        rule = next((r for r in ours if key == r.key or key.startswith(f"{r.key}.")), None)
-        if rule is None or value == rule.value or _switched_off(tree, key):
-            continue
-        shown = json.dumps(value)
-        found.append(f"{key} is {shown}, but {rule.because}; remove one")
-    return [f"{where}: {line}".replace("; remove one", _remedy(line)) for line in found]
+        rule = _rule(ours, key)
+        if rule is not None and value != rule.value and not _switched_off(tree, key):
+            found.append(f"{key} is {json.dumps(value)}, but {rule.why}")
+    return [f"parallel.deepspeed {path}: {line}" for line in found]
 
 
-def _remedy(line: str) -> str:
-    """Where no key of the config would help, only DeepSpeed's can go."""
-    because = line.partition(", but ")[2]
-    ours = because.startswith(("parallel.", "train.precision is", "optim."))
-    return "; remove one" if ours else "; remove it"
+def added(config: Config) -> dict[str, Any]:
+    """What the user's JSON adds to what raysft sets: dotted key -> value."""
+    if config.parallel.deepspeed is None:
+        return {}
+    ours, tree = rules(config), read(config.parallel.deepspeed)
+    return {k: v for k, v in leaves(tree) if v != AUTO and _rule(ours, k) is None}
 
 
 def read(path: str) -> dict[str, Any]:
@@ -209,27 +215,39 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _unknown(tree: dict[str, Any]) -> list[str]:
-    found = []
+def _rule(ours: list[Rule], key: str) -> Rule | None:
+    """The first one for a key or a section above it."""
+    return next((rule for rule in ours if _below(key, rule.key)), None)
+
+
+def _below(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _unknown(tree: dict[str, Any]) -> dict[str, str]:
+    """Keys that DeepSpeed does not have, or that are no section, and what is wrong with each."""
+    found = {}
     for section, known in KNOWN.items():
         node: Any = tree
         for part in filter(None, section.split(".")):
-            node = node.get(part) if isinstance(node, dict) else None
-        if section and isinstance(node, dict | str | type(None)) is False:
-            found.append(f"{section}: expected {{...}}, found {json.dumps(node)}")
-        for key in node if isinstance(node, dict) else ():
-            if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-                found.append(f"{section + '.' if section else ''}{key}: unknown key{hint}")
-    return found
+            node = node.get(part, {}) if isinstance(node, dict) else {}
+        if node is None or node == AUTO:
+            continue
+        if not isinstance(node, dict):
+            found[section] = f"expected {{...}}, found {json.dumps(node)}"
+            continue
+        for key in set(node) - set(known):
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            found[f"{section}.{key}" if section else key] = f"unknown key{hint}"
+    return dict(sorted(found.items()))
 
 
 def _switched_off(tree: dict[str, Any], key: str) -> bool:
-    """Whether a section that holds `key` says `enabled: false`, so that nothing in it counts."""
+    """Whether a section above `key` says `enabled: false`: nothing in it counts then."""
     node: Any = tree
     for part in key.split(".")[:-1]:
         node = node[part]
-        if node.get("enabled") is False:
-            return not key.endswith(".enabled") or part not in ("fp16", "bf16")
+        if node.get("enabled") is False and key != f"{part}.enabled":
+            return True
     return False
