@@ -1,6 +1,10 @@
 """Write the newest checkpoint of a run as a folder that transformers loads by from_pretrained.
 
-python jobs/export.py RUN OUT [--debug]
+python jobs/export.py RUN OUT [--merge] [--debug]
+
+Of a run with adapters (peft.method) the folder is the adapter, for PeftModel.from_pretrained; with
+--merge it is the whole model, adapter included. Where the run has added tokens to the tokenizer,
+give the base their rows first: base.resize_token_embeddings(len(tokenizer)).
 """
 
 from __future__ import annotations
@@ -16,12 +20,13 @@ from raysft.cli import guarded, parse
 
 def main(argv: Sequence[str]) -> None:
     """Needs neither Ray nor the training data."""
-    arguments = parse(argv, __doc__ or "", positional=2, keys=False)
+    arguments = parse(argv, __doc__ or "", positional=2, flags=["merge"], keys=False)
 
     from raysft.export import export_run
 
     run, out = (Path(word) for word in arguments.positional)
-    print(f"exported step {export_run(run, out)} to {out}")
+    step = export_run(run, out, merge="merge" in arguments.flags)
+    print(f"exported step {step} to {out}")
 
 
 if __name__ == "__main__":

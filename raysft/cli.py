@@ -122,7 +122,8 @@ class ProgressLine:
         left = (now - self._begun[0]) / done * (total - step)
         text = (
             f"step {step}/{total}  loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tok/s  "
-            f"data wait {line['data_wait']:.0%}  eta {int(left // 60)}:{int(left % 60):02d}"
+            f"{_share_of_peak(line)}data wait {line['data_wait']:.0%}  "
+            f"eta {int(left // 60)}:{int(left % 60):02d}"
         )
         if self._live:
             self._out.write(f"\r\x1b[2K{text}" + ("\n" if last else ""))
@@ -152,6 +153,11 @@ class ProgressLine:
     def _end_line(self) -> None:
         if self._live and self._printed:
             self._out.write("\r\x1b[2K")
+
+
+def _share_of_peak(line: dict[str, Any]) -> str:
+    """Where the device's peak is known."""
+    return f"mfu {line['mfu']:.0%}  " if "mfu" in line else ""
 
 
 def _short(key: str, value: float) -> str:

@@ -1,22 +1,30 @@
-"""The last step of the way: a folder that plain transformers loads with `from_pretrained`.
+"""The last step of the way: a folder that transformers, or peft, loads with `from_pretrained`.
 
-Cost: one write of the weights in float32. The folder appears whole or not at all: everything is
-written beside it first and renamed.
+A run with adapters gives its adapter as the checkpoint holds it, or merged weights: the base in
+float32, from where `model.path` has it, and the adapter's part added.
+
+Cost: one write of the weights in float32; of an adapter, of the adapter. The folder appears whole
+or not at all: everything is written beside it first and renamed.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from raysft import models
+from raysft.config import Config
 from raysft.data.encode import make_encoder
 from raysft.errors import UserError
 from raysft.models.base import Adapter
+from raysft.models.peft import FOLDER as ADAPTER
+from raysft.models.peft import VIRTUAL, merge_adapters
 from raysft.rundir import read_config
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import read_weights
@@ -33,7 +41,11 @@ def export(
     data.features: fbank the feature extractor alone, with a warning: see `AudioLM.save`).
     Raises UserError if `folder` exists and is not an empty folder, or cannot be written.
     """
-    target = Path(folder).absolute()
+    return _write(Path(folder), lambda partial: adapter.save(partial, state_dict))
+
+
+def _write(folder: Path, fill: Callable[[Path], None]) -> Path:
+    target = folder.absolute()
     if target.is_dir():
         if any(target.iterdir()):
             raise UserError(f"export: {target} is not empty; give a new folder")
@@ -42,7 +54,7 @@ def export(
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        adapter.save(partial, state_dict)
+        fill(partial)
         partial.replace(target)
     except OSError as error:
         raise UserError(f"export: cannot write {target}: {error.strerror or error}") from error
@@ -51,10 +63,12 @@ def export(
     return target
 
 
-def export_run(run: Path, folder: Path) -> int:
+def export_run(run: Path, folder: Path, merge: bool = False) -> int:
     """Export the newest sound checkpoint of the run in `run`; returns its step.
 
-    Raises UserError where there is none. A newer one that is damaged is named in a warning.
+    merge: of a run with adapters the whole model, not the adapter. Raises UserError where there is
+    no checkpoint, or it cannot give what is asked for. A newer one that is damaged is named in a
+    warning.
     """
     config = read_config(run)
     found, skipped = Catalogue.of(config.checkpoint, run).newest(Saved.damage)
@@ -62,7 +76,45 @@ def export_run(run: Path, folder: Path) -> int:
         log.warning("skipped: %s", reason)
     if found is None:
         raise UserError(f"{run}: no committed checkpoint to export; train first")
+    method = config.peft.method
+    if merge and method == "none":
+        raise UserError("export --merge: this run trained all weights; there is nothing to merge")
+    if merge and method in VIRTUAL:
+        raise UserError(
+            f"export --merge: peft.method: {method} trains positions, which cannot be merged into "
+            "weights; export the adapter, without --merge"
+        )
+    if method != "none" and not merge:
+        _export_adapter(config, found, folder)
+        return found.step
     encoder = make_encoder(config.model, config.data, run)
     adapter = models.build(config.model, config.data, encoder, config.run.seed)
-    export(adapter, folder, read_weights(found))
+    weights: dict[str, torch.Tensor] | None = read_weights(found)
+    if merge:
+        settings = json.loads(found.read(f"{ADAPTER}/adapter_config.json"))
+        merge_adapters(adapter, config, settings.get("total_step") or 0, weights or {})
+        weights = None
+    export(adapter, folder, weights)
     return found.step
+
+
+def _export_adapter(config: Config, found: Saved, folder: Path) -> None:
+    """The adapter with tokenizer and processor, as they lie in the checkpoint."""
+    if config.model.path is None:
+        remedy = "export the whole model with --merge"
+        if config.peft.method in VIRTUAL:
+            remedy = f"train {config.peft.method} on a model that has a model.path"
+        raise UserError(
+            "export: an adapter is of use beside its base only, and the base of this run is "
+            f"nowhere: it was made from model.config; {remedy}"
+        )
+    names = {name: name.split("/", 1) for name in found.meta()["files"]}
+    wanted = {n: rest[-1] for n, rest in names.items() if rest[0] in (ADAPTER, "processor")}
+
+    def fill(partial: Path) -> None:
+        for name, place in wanted.items():
+            target = partial / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(found.read(name))
+
+    _write(folder, fill)

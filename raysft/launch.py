@@ -24,7 +24,7 @@ import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysft import history
+from raysft import budget, history
 from raysft.config import Config
 from raysft.data.example import Quarantined
 from raysft.data.generations import open_index
@@ -32,8 +32,9 @@ from raysft.data.index import Index
 from raysft.data.plan import Cursor
 from raysft.data.stream import RayReader, ReaderSpec
 from raysft.errors import UserError
-from raysft.prepare import Prepared, prepare
-from raysft.rundir import open_run
+from raysft.group import Shares, died, interruptible, reason_of, thread_settings
+from raysft.prepare import Prepared, prepare, read_train
+from raysft.rundir import open_run, with_budget, with_budget_of_run, write_config
 from raysft.train.catalogue import Catalogue
 from raysft.train.metrics import Lines, quarantine_line, read_lines
 from raysft.train.monitor import LEAVE, SAVE, Monitor
@@ -64,7 +65,11 @@ def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
 
     Ctrl-C and SIGTERM, while training: saves, then raises KeyboardInterrupt or SystemExit.
     """
+    config = with_budget_of_run(config)
     folder = open_run(config)
+    if config.data.tokens_per_batch == "auto" and task == "train":
+        config = with_budget(config, budget.find(config, folder, *read_train(config, folder)))
+        write_config(config, folder)
     catalogue = Catalogue.of(config.checkpoint, folder)
     saved, _ = catalogue.newest()
     cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
@@ -147,7 +152,7 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
         run_config=ray.train.RunConfig(
             name=f"start_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}",
             storage_path=str(folder / "ray_train"),
-            worker_runtime_env={"env_vars": _thread_settings(shares)},
+            worker_runtime_env={"env_vars": thread_settings(shares)},
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             callbacks=[Failures(monitor)],
             # Monitor counts failures, for it knows whether the run gets on between them.
@@ -159,72 +164,11 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
         ),
     )
     try:
-        _interruptible(trainer.fit, monitor, config.checkpoint.grace_s if task == "train" else 0)
+        grace_s = config.checkpoint.grace_s if task == "train" else 0.0
+        interruptible(trainer.fit, lambda: monitor.tell.remote(LEAVE), grace_s)
     except ray.train.TrainingFailedError as error:
         said = ray.get(monitor.ended.remote())
-        raise UserError(said or f"training cannot go on: {_reason(error)}") from error
-
-
-def _thread_settings(shares: Shares) -> dict[str, str]:
-    """Environment of a worker that computes on the CPU.
-
-    OpenMP threads wait for each other by spinning, millions of turns long: as soon as anything else
-    wants a core, a step takes several times as long. A short spin, then sleep, costs next to
-    nothing on an idle machine. What the user has set stays.
-    """
-    settings = {"GOMP_SPINCOUNT": "10000"}
-    return {} if shares.gpu else {k: os.environ.get(k, v) for k, v in settings.items()}
-
-
-def _interruptible(fit: Callable[[], Any], monitor: Any, grace_s: float) -> None:
-    """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0.
-
-    On Ctrl-C or SIGTERM the workers have `grace_s` to save and leave; a second one leaves at once.
-    """
-    failed: list[BaseException] = []
-    done = threading.Event()
-
-    def target() -> None:
-        try:
-            fit()
-        except BaseException as error:  # noqa: BLE001 - raised below, in the main thread
-            failed.append(error)
-        done.set()
-
-    threading.Thread(target=target, daemon=True, name="fit").start()
-    try:
-        # Not Thread.join: interrupted, Python takes the thread for ended (bpo-45274).
-        while not done.wait(0.2):
-            pass
-    except (KeyboardInterrupt, SystemExit):
-        if grace_s:
-            print(f"\nsaving, for up to {grace_s:g} s; once more: leave now", flush=True)
-            monitor.tell.remote(LEAVE)
-            done.wait(grace_s)
-        raise
-    if failed:
-        raise failed[0]
-
-
-def _reason(error: BaseException) -> str:
-    """What ended a worker, in a line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    first = next(iter(failures.values()), error)
-    text = str(first)
-    if isinstance(first, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
-        return "its node ran low on memory and Ray ended the worker"
-    if _died(first):
-        return "the worker's process died (killed, or its node was lost)"
-    if "Connection closed by peer" in text or "Connection reset by peer" in text:
-        return "lost its connection to another worker, which died or whose node was lost"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[-1] if lines else type(first).__name__)[:300]
-
-
-def _died(error: BaseException) -> bool:
-    """Whether a worker's process ended; other workers' errors only follow from that."""
-    kinds = (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError)
-    return isinstance(error, kinds) or "worker process has died" in str(error)
+        raise UserError(said or f"training cannot go on: {reason_of(error)}") from error
 
 
 class Failures(ray.train.UserCallback):
@@ -238,41 +182,8 @@ class Failures(ray.train.UserCallback):
         # Its pages of traceback about workers that are gone: the reason is told in one line.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         for rank, error in sorted(worker_exceptions.items()):
-            reason = f"worker {rank}: {_reason(error)}"
-            ray.get(self._monitor.failed.remote(reason, first=_died(error)))
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Who gets which part of the cluster: training workers, and Ray Data tasks."""
-
-    gpu: bool
-    per_worker: dict[str, float]
-    threads: int
-    data_cpus: float
-
-    @classmethod
-    def of(cls, config: Config) -> Shares:
-        """Divide the cluster's CPUs as the config says, or so that both sides can work."""
-        total = ray.cluster_resources()
-        cpus, gpus = total.get("CPU", 1.0), total.get("GPU", 0.0)
-        workers, device = config.parallel.max_workers, config.parallel.device
-        gpu = device == "cuda" or (device == "auto" and gpus >= 1)
-        if gpu and gpus < config.parallel.min_workers:
-            raise UserError(
-                f"parallel.workers: {config.parallel.min_workers} workers need a GPU each and the "
-                f"cluster has {gpus:g}; use at most that many, or parallel.device=cpu"
-            )
-        # On CPU machines training is the larger part of the work: data tasks get a quarter.
-        free = cpus - workers if gpu else cpus / 4
-        data_cpus = float(config.data.cpus or max(1.0, free))
-        each = config.parallel.cpus_per_worker
-        if each is None:
-            whole = gpu or config.parallel.elastic  # Ray counts elastic workers in whole CPUs
-            each = 1.0 if whole else max(0.01, min(1.0, (cpus - data_cpus) / workers))
-        per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
-        threads = config.parallel.threads or max(1, int((cpus - data_cpus) / workers))
-        return cls(gpu, per_worker, threads, data_cpus)
+            said = f"worker {rank}: {reason_of(error)}"
+            ray.get(self._monitor.failed.remote(said, first=died(error)))
 
 
 class Watch:

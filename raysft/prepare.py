@@ -6,6 +6,7 @@ runs, then cached) and one read of the length column.
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ from raysft.data.plan import Cursor, Plan, Summary
 from raysft.data.quarantine import summary
 from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
-from raysft.rundir import check_run
+from raysft.rundir import check_run, with_budget, with_budget_of_run
+
+ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
 
 
 @dataclass
@@ -58,16 +61,10 @@ def prepare(
     cursor: of the checkpoint that the run in `folder` goes on from; None: it starts.
     train: False to evaluate a run that was trained: its plan is taken as it is.
     """
-    if config.data.speech_tokens is not None:
-        speech_tokens.fit_or_load(
-            config.data.speech_tokens, folder, _clips(config), config.run.seed
-        )
-    encoder = make_encoder(config.model, config.data, folder)
-    cache = Path(config.data.index_path or Path(config.run.storage_path) / "index").absolute()
-    index = build_index(config.data.train, "train", encoder, cache)
+    encoder, index = read_train(config, folder)
     evaluation = None
     if config.data.eval:
-        evaluation = build_index(config.data.eval, "eval", encoder, cache)
+        evaluation = build_index(config.data.eval, "eval", encoder, _cache(config))
     rejected = list(evaluation.rejected) if evaluation is not None else []
     if train:
         newest = Plan.of(index, config.data, config.run.seed)
@@ -80,6 +77,20 @@ def prepare(
     return Prepared(config, encoder, index, evaluation, plan, steps, rejected)
 
 
+def read_train(config: Config, folder: Path) -> tuple[Encoder, Index]:
+    """Encoder and index of the training data; writes the index cache, and a speech tokenizer."""
+    if config.data.speech_tokens is not None:
+        speech_tokens.fit_or_load(
+            config.data.speech_tokens, folder, _clips(config), config.run.seed
+        )
+    encoder = make_encoder(config.model, config.data, folder)
+    return encoder, build_index(config.data.train, "train", encoder, _cache(config))
+
+
+def _cache(config: Config) -> Path:
+    return Path(config.data.index_path or Path(config.run.storage_path) / "index").absolute()
+
+
 def total_steps(config: Config, plan: Generations) -> int:
     """The last step: `train.max_steps`, or that of the last epoch, whichever comes first."""
     if config.train.epochs is None and config.train.max_steps is not None:
@@ -90,11 +101,18 @@ def total_steps(config: Config, plan: Generations) -> int:
 
 def dry_run(config: Config) -> str:
     """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing."""
+    config, assumed = with_budget_of_run(config), []
+    if config.data.tokens_per_batch == "auto":
+        config = with_budget(config, ASSUMED)
+        assumed = [
+            f"tokens_per_batch {ASSUMED:,} is assumed here; auto: the run finds it at its start"
+        ]
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(config, Path(scratch))
         epoch = prepared.plan.summary(0)
         index = prepared.train
         lines = [
+            *assumed,
             f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable",
             f"audio           {float(np.sum(index.seconds, dtype=np.float64)) / 3600:,.2f} hours",
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
@@ -102,7 +120,7 @@ def dry_run(config: Config) -> str:
             f"tokens          {epoch.tokens:,} an epoch ({_by_task(epoch)})",
             f"padding         {epoch.padding:.2%} of computed positions",
             f"unfilled        {epoch.unfilled:.2%} of the budget",
-            *_memory(config, prepared.encoder),
+            *_memory(config, prepared.encoder, prepared.total_steps),
         ]
         lines += [f"unusable        {q.id}: {q.reason}" for q in prepared.rejected[:10]]
         return "\n".join(lines)
@@ -112,18 +130,21 @@ def _by_task(epoch: Summary) -> str:
     return ", ".join(f"{task} {tokens:,}" for task, tokens in epoch.tokens_by_task.items())
 
 
-def _memory(config: Config, encoder: Encoder) -> list[str]:
-    """Weights, gradients and AdamW's two moments in float32; activations by the rule of
-    Korthikanti et al. 2022 (34 bytes a position, layer and hidden unit in 16 bit, attention scores
-    not kept), doubled in float32; one layer's and every layer's input under checkpointing."""
-    from raysft import models
+def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
+    """Weights as they are stored, gradients and AdamW's two moments in float32; activations by the
+    rule of Korthikanti et al. 2022 (34 bytes a position, layer and hidden unit in 16 bit, attention
+    scores not kept), doubled in float32; one layer's and every layer's input under checkpointing.
+    """
+    from raysft import worker
 
-    adapter = models.build(config.model, config.data, encoder, config.run.seed)
-    weights = sum(p.numel() for p in adapter.model.parameters())
-    trained = sum(p.numel() for p in adapter.model.parameters() if p.requires_grad)
-    shards = config.parallel.workers if config.parallel.strategy == "fsdp" else 1
-    state = (4 * weights + 12 * trained) / shards
-    text = adapter.model.config.get_text_config()
+    adapter, _ = worker.build_model(config, encoder, total_steps)
+    parameters = list(adapter.model.parameters())
+    stored = sum(p.numel() * p.element_size() for p in parameters)
+    weights = sum(p.numel() * (1 if p.is_floating_point() else 2) for p in parameters)  # 4 bits
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    shards = config.parallel.min_workers if config.parallel.strategy == "fsdp" else 1
+    state = (stored + 12 * trained) / shards
+    text = adapter.net.config.get_text_config()
     width = 4 if config.train.precision == "fp32" else 2
     row = config.data.tokens_per_batch * text.hidden_size
     layer = row * 17 * width
@@ -194,7 +215,8 @@ def _clips(config: Config) -> Iterator[np.ndarray]:
         )
     limits = Limits.of(config.data)
     # What takes more units than a micro-batch holds is never trained on: not decoded either.
-    most = config.data.tokens_per_batch * settings.stack / 100
+    budget = config.data.tokens_per_batch
+    most = math.inf if budget == "auto" else budget * settings.stack / 100
     decode = partial(load, rate=speech_tokens.SAMPLE_RATE, limits=limits, most_seconds=most)
     reader = ClipReader(limits)
     for path in chosen:

@@ -59,6 +59,7 @@ def open_run(config: Config) -> Path:
 
     Raises UserError where the folder holds another run, is not a run's, or cannot be written.
     """
+    config = with_budget_of_run(config)
     check_run(config)
     folder = run_folder(config)
     try:
@@ -69,9 +70,36 @@ def open_run(config: Config) -> Path:
         ) from None
     if _begins_anew(config, folder):
         _set_aside(config, folder)
+    write_config(config, folder)
+    return folder
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """The run's config.yaml, with the versions of the packages it runs with."""
     versions = yaml.safe_dump({"versions": _versions()}, sort_keys=False)
     _write(folder / "config.yaml", to_yaml(config) + versions)
-    return folder
+
+
+def with_budget(config: Config, budget: int) -> Config:
+    """`config` with its number: what the run's config.yaml holds."""
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"tokens_per_batch": budget}),
+            "parallel": config.parallel.model_copy(update={"memory_gb": None}),
+        }
+    )
+
+
+def with_budget_of_run(config: Config) -> Config:
+    """`config` as it continues the run in its folder: there, data.tokens_per_batch: auto means the
+    number that the run has. Without such a run, or where it has none yet: as it is."""
+    folder = run_folder(config)
+    if config.data.tokens_per_batch != "auto" or not (folder / "config.yaml").is_file():
+        return config
+    budget = read_config(folder).data.tokens_per_batch
+    if budget == "auto" or _begins_anew(config, folder):
+        return config
+    return with_budget(config, budget)
 
 
 def _write(path: Path, text: str) -> None:
@@ -159,6 +187,7 @@ def initial_weights(folder: Path) -> Saved | None:
 
 def check_run(config: Config) -> None:
     """Raises UserError if the run's folder is there and this config may not continue it."""
+    config = with_budget_of_run(config)
     folder = run_folder(config)
     if (folder / "config.yaml").is_file():
         _check_whole(config, folder)

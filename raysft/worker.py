@@ -28,11 +28,14 @@ from raysft.data.index import Index
 from raysft.data.read import Reader, Work
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.base import Adapter
+from raysft.models.peft import PeftAdapters, add_adapters
+from raysft.models.quantized import nf4
 from raysft.parallel import World, make_strategy
 from raysft.rundir import initial_weights
 from raysft.train.catalogue import Catalogue
 from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.feed import Feed
+from raysft.train.flops import cost_of
 from raysft.train.loop import Job
 from raysft.train.metrics import Lines
 
@@ -68,6 +71,22 @@ class Data:
         return cls(examples, evaluation, encoder, reader.read, read_eval)
 
 
+def build_model(
+    config: Config, encoder: Encoder, total_steps: int
+) -> tuple[Adapter, PeftAdapters | None]:
+    """The model on the CPU, as a strategy takes it: with what `peft` and `train` do to it."""
+    quantization = nf4(config) if config.peft.method == "qlora" else None
+    adapter = models.build(config.model, config.data, encoder, config.run.seed, quantization)
+    adapters = None
+    if config.peft.method != "none":
+        adapters = add_adapters(adapter, config, total_steps)
+    elif config.train.freeze:
+        adapter.freeze(config.train.freeze)
+    if config.train.gradient_checkpointing:
+        adapter.enable_gradient_checkpointing()
+    return adapter, adapters
+
+
 def build_job(
     config: Config,
     folder: Path,
@@ -77,12 +96,9 @@ def build_job(
     progress: Progress | None = None,
 ) -> Job:
     """Model, strategy, plan and feed of one worker. `folder`: the run's, with its config.yaml."""
-    adapter = models.build(config.model, config.data, data.encoder, config.run.seed)
+    adapter, adapters = build_model(config, data.encoder, total_steps)
     adapter.tasks[:] = history.tasks(folder)
-    if config.train.freeze:
-        adapter.freeze(config.train.freeze)
-    if config.train.gradient_checkpointing:
-        adapter.enable_gradient_checkpointing()
+    cost = cost_of(adapter.model)  # while the parameters are whole
     strategy = make_strategy(config, adapter.supervised, world)
     settings = config.data
     feed = Feed(
@@ -109,6 +125,8 @@ def build_job(
         else None,
         progress=progress if world.is_main else None,
         weights=initial_weights(folder),
+        adapters=adapters,
+        cost=cost,
         extras=_extras(adapter, folder) if world.is_main else {},
     )
 
@@ -191,3 +209,4 @@ def quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is a no-op.*")
+    warnings.filterwarnings("ignore", message="Position ids are not supported")

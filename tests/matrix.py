@@ -1,9 +1,10 @@
 """The processes of the matrix test: one run after another, what moved, and what was resumed.
 
-python -m tests.matrix SIZE ABANDON_AT CONFIG.yaml [CONFIG.yaml ...]
+`main` is what each runs. Every run is trained to its end. One named again_* is first trained up to
+step `abandon_at` and left there without a word, as a kill would leave it, and then continued from
+its last checkpoint. One named left_* is left there and not continued. With `abandon_at` < 0 nothing
+is trained: the gradient of the first step is written to gradient.safetensors.
 
-Every run is trained to its end. One named again_* is first trained up to step ABANDON_AT and left
-there without a word, as a kill would leave it, and then continued from its last checkpoint.
 Beside each run lies moved.json: which parameters train, and which of all have changed.
 """
 
@@ -11,15 +12,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tests import worlds
+
+if TYPE_CHECKING:
+    from raysft.train.loop import Job
 
 
 class AbandonedError(Exception):
@@ -53,6 +56,34 @@ def shards(module: torch.nn.Module) -> dict[str, tuple[bool, torch.Tensor]]:
     return found
 
 
+def write_gradient(job: Job) -> None:
+    """The whole gradient of the first step, by parameter, as the optimizer would take it."""
+    from safetensors.torch import save_file
+
+    from raysft.train.step import forward_backward
+
+    batch = next(job.stream.open(None))
+    tokens = job.world.sum([float(sum(turn.supervised for turn in batch.turns))]).item()
+    forward_backward(job.strategy, job.world, batch, job.tasks, tokens, job.config.run.seed)
+    if hasattr(job.strategy, "reduce"):
+        job.strategy.reduce()
+    found = {}
+    for name, parameter in job.strategy.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        gradient = parameter.grad
+        if job.config.parallel.strategy.startswith("zero"):
+            from deepspeed.utils import safe_get_full_grad
+
+            gradient = safe_get_full_grad(parameter)
+        whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        found[name.removeprefix("module.")] = whole.detach().cpu().contiguous()
+    job.stream.close()
+    if job.world.is_main:
+        save_file(found, job.folder / "gradient.safetensors")
+    job.world.barrier()
+
+
 def train_one(path: Path, size: int, abandon_at: int) -> None:
     """Train the run of one config as its docstring says."""
     from raysft.config import load_config
@@ -60,12 +91,17 @@ def train_one(path: Path, size: int, abandon_at: int) -> None:
     from raysft.train.loop import train
 
     config, world = load_config(path, [f"parallel.workers={size}"]), World.current()
-    if config.run.name.startswith("again_"):
+    if abandon_at < 0:
+        write_gradient(worlds.start(config, world))
+        return
+    if config.run.name.startswith(("again_", "left_")) and abandon_at:
         job = worlds.start(config, world)
         job.stream = Abandoned(job.stream, abandon_at)  # type: ignore[assignment]
         with suppress(AbandonedError):
             train(job)
         world.barrier()
+        if config.run.name.startswith("left_"):
+            os._exit(0)  # whatever is still being saved
     job = worlds.start(config, world)
     before = shards(job.strategy.module)
     train(job)
@@ -98,7 +134,3 @@ def main(size: int, abandon_at: int, paths: list[Path]) -> None:
         train_one(path, size, abandon_at)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), [Path(word) for word in sys.argv[3:]])

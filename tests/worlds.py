@@ -1,21 +1,17 @@
 """Train without Ray in real processes over gloo: what the tests of exactness run.
 
-python -m tests.worlds SIZE KILL_AT CONFIG.yaml [CONFIG.yaml ...]
-
-KILL_AT: a step after whose metrics line rank 0 kills itself with SIGKILL (0: never).
-
-`fork` gives tests that need many lives of a process one in milliseconds.
+`run` starts a group of them; `fork` gives tests that need many lives of a process one in
+milliseconds.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -119,30 +115,31 @@ def start(
 def run(size: int, *configs: Path, kill_at: int = 0, module: str = "tests.worlds") -> int:
     """Run each config with `size` processes, one after the other; returns rank 0's exit code.
 
-    module: what the processes run, with the arguments of this one.
+    kill_at: a step after whose metrics line rank 0 kills itself with SIGKILL (0: never).
+    module: whose `main` the processes call, with the arguments of this one's.
     """
     with tempfile.TemporaryDirectory() as scratch:
         workers = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, str(size), str(kill_at), *map(str, configs)],
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(size),
-                    "RENDEZVOUS": f"{scratch}/store",
-                    "OMP_NUM_THREADS": "1",
-                },
-                stdout=subprocess.DEVNULL if rank else None,
-            )
+            fork(_member, module, f"{scratch}/store", rank, size, kill_at, configs)
             for rank in range(size)
         ]
-        code = workers[0].wait()
+        workers[0].join()
         for worker in workers[1:]:
-            if code:
+            if workers[0].exitcode:
                 worker.kill()  # it would wait for rank 0 for ever
-            worker.wait()
-        return code
+            worker.join()
+        return workers[0].exitcode or 0
+
+
+def _member(
+    module: str, store: str, rank: int, size: int, kill_at: int, configs: tuple[Path, ...]
+) -> None:
+    """One process of `run`."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "RENDEZVOUS": store}
+    os.chdir(ROOT)
+    if rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    importlib.import_module(module).main(size, kill_at, list(configs))
 
 
 def main(size: int, kill_at: int, paths: list[Path]) -> None:
@@ -169,7 +166,3 @@ def main(size: int, kill_at: int, paths: list[Path]) -> None:
         train(start(config, World.current(), progress))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), [Path(word) for word in sys.argv[3:]])

@@ -168,7 +168,7 @@ def check(config: Config) -> list[str]:
         if value == AUTO or any(_below(key, name) for name in unknown):
             continue
         rule = _rule(ours, key)
-        if rule is not None and value != rule.value and not _switched_off(tree, key):
+        if rule is not None and value != rule.value and not _switched_off(tree, key, rule):
             found.append(f"{key} is {json.dumps(value)}, but {rule.why}")
     return [f"parallel.deepspeed {path}: {line}" for line in found]
 
@@ -243,11 +243,13 @@ def _unknown(tree: dict[str, Any]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _switched_off(tree: dict[str, Any], key: str) -> bool:
-    """Whether a section above `key` says `enabled: false`: nothing in it counts then."""
+def _switched_off(tree: dict[str, Any], key: str, rule: Rule) -> bool:
+    """Whether a section above `key` says `enabled: false`, and may: nothing in it counts then."""
+    if rule.key.endswith(".enabled"):
+        return False
     node: Any = tree
     for part in key.split(".")[:-1]:
         node = node[part]
-        if node.get("enabled") is False and key != f"{part}.enabled":
+        if node.get("enabled") is False:
             return True
     return False

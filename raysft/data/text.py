@@ -97,13 +97,17 @@ def load_tokenizer(model: Model, units: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def add_units(tokenizer: PreTrainedTokenizerFast, units: int) -> None:
-    """Add `<|unit0|>` .. `<|unit{units-1}|>`; those that are there already keep their ids."""
+def add_units(tokenizer: PreTrainedTokenizerFast, units: int) -> list[int]:
+    """Add `<|unit0|>` .. `<|unit{units-1}|>`; those that are there already keep their ids.
+    Returns the ids of the others."""
     from tokenizers import AddedToken
 
     # Not `special`: units in an answer must survive decoding with skip_special_tokens.
     tokens = [AddedToken(f"<|unit{i}|>", normalized=False, special=False) for i in range(units)]
+    known = tokenizer.get_vocab()
     tokenizer.add_tokens(tokens)
+    names = [token.content for token in tokens if token.content not in known]
+    return tokenizer.convert_tokens_to_ids(names)
 
 
 def unit_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:

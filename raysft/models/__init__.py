@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import BitsAndBytesConfig
+
 from raysft.config import schema
 from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
@@ -12,16 +14,24 @@ from raysft.models.base import PREFIX, Adapter, LossSum, Supervised
 __all__ = ["PREFIX", "Adapter", "LossSum", "Supervised", "build"]
 
 
-def build(model: schema.Model, data: schema.Data, encoder: Encoder, seed: int) -> Adapter:
+def build(
+    model: schema.Model,
+    data: schema.Data,
+    encoder: Encoder,
+    seed: int,
+    quantization: BitsAndBytesConfig | None = None,
+) -> Adapter:
     """The adapter of `model` on the CPU, with float32 weights that are the same on every worker.
 
-    encoder: of the same config; gives the tokenizer and, for audio_lm, the front end. Raises
-    UserError if the model cannot be had, or is not exact in this data.mode.
+    encoder: of the same config; gives the tokenizer and, for audio_lm, the front end.
+    quantization: (qlora) how the language model's weights are stored. Raises UserError if the
+    model cannot be had, or is not exact in this data.mode.
     """
     if model.path is not None and model.config is not None:
         raise UserError("model: found both model.path and model.config; give exactly one")
     family = audio_lm if model_family(model) == "audio_lm" else causal_lm
-    adapter: Adapter = family.make_adapter(model, data, encoder, seed)
+    adapter: Adapter = family.make_adapter(model, data, encoder, seed, quantization)
+    adapter.new_ids = encoder.new_ids
     loading.refuse_layer_drop(model, adapter.model.config)
     if data.mode == "packed":
         attach(adapter.model)

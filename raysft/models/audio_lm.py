@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import (
     AutoFeatureExtractor,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2AudioForConditionalGeneration,
@@ -133,12 +134,16 @@ class AudioLM(Adapter):
 
 
 def make_adapter(
-    model: schema.Model, data: schema.Data, encoder: AudioLMEncoder, seed: int
+    model: schema.Model,
+    data: schema.Data,
+    encoder: AudioLMEncoder,
+    seed: int,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> AudioLM:
     """The model of `model`, with an embedding for every token of the encoder's tokenizer."""
     tokenizer, audio_token = encoder.tokenizer, encoder.audio_token_id
     if model.config is None:
-        net = loading.from_path(model, Qwen2AudioForConditionalGeneration)
+        net = loading.from_path(model, Qwen2AudioForConditionalGeneration, quantization)
         loading.grow_vocabulary(net, len(tokenizer), seed)
     else:
         settings = dict(model.config)

@@ -20,25 +20,23 @@ import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.models.attention import document_mask
+from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
 from raysft.models.loss import chunk_rows, chunked_losses, cross_entropy, head_is_last
 
-IGNORED = -100
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
-
-Batch = dict[str, torch.Tensor]
 
 
 class LossSum(NamedTuple):
@@ -54,16 +52,6 @@ class LossSum(NamedTuple):
     penalty: torch.Tensor | None = None
 
 
-@dataclass(slots=True)
-class Document:
-    """One sequence of a batch, with the mel features [frames, mels] of its clips."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    task: str
-    clips: list[np.ndarray] = field(default_factory=list)
-
-
 class Supervised(nn.Module):
     """The model with its loss as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
 
@@ -77,22 +65,31 @@ class Supervised(nn.Module):
         self.tasks = tasks
         self.penalty: Callable[[], torch.Tensor] | None = None
         self._keep: torch.Tensor | None = None
+        self._columns = 0  # of input_ids
         head = net.get_output_embeddings()
         if head is None:
             raise UserError(f"model: {type(net).__name__} has no language-model head to train")
         self._head = (head,)  # in a tuple: a module's attribute would be saved under two names
-        head.register_forward_pre_hook(self._select)
+        self._hook = head.register_forward_pre_hook(self._select)
         self._vocabulary, self._head_is_last = head_is_last(net, head)
 
     def _select(self, head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
         """Only what predicts a supervised token goes through the head: [R, L, H] -> [1, M, H].
 
         A hook, because not every model takes `logits_to_keep`, and because whatever a model does
-        after its head (scaling, capping) then stays its own.
+        after its head (scaling, capping) then stays its own. Rows that are longer than their
+        tokens have virtual positions in front (prompt tuning).
         """
-        if self._keep is None:
+        keep = self._keep
+        if keep is None:
             return None
-        return (args[0].flatten(0, -2).index_select(0, self._keep).unsqueeze(0),)
+        if virtual := args[0].shape[1] - self._columns:
+            keep = keep + (keep // self._columns + 1) * virtual
+        return (args[0].flatten(0, -2).index_select(0, keep).unsqueeze(0),)
+
+    def release(self) -> None:
+        """Take the hook from the model's head: another module computes losses from here on."""
+        self._hook.remove()
 
     def forward(self, batch: Batch) -> LossSum:
         """Losses of `batch`; the sum has a graph to every parameter even when nothing counts."""
@@ -126,7 +123,7 @@ class Supervised(nn.Module):
             head.forward = lambda hidden: chunked_losses(
                 head, compute, hidden[0], targets, rows
             ).view(1, -1, 1)
-        self._keep = keep
+        self._keep, self._columns = keep, inputs["input_ids"].shape[1]
         try:
             logits = self.lm(**inputs, use_cache=False).logits[0]
         finally:
@@ -142,7 +139,15 @@ class Supervised(nn.Module):
 
 
 class Adapter(ABC):
-    """A transformers model and what turns micro-batches into its inputs."""
+    """A transformers model and what turns micro-batches into its inputs.
+
+    net: the transformers model. model: what computes: that, or a peft model around it. new_ids:
+    tokens that this run has added to the model's tokenizer. prepends: the model puts positions of
+    its own in front of a row (prompt tuning), so padding must not come between.
+    """
+
+    new_ids: Seq[int] = ()
+    prepends = False
 
     def __init__(
         self,
@@ -152,7 +157,8 @@ class Adapter(ABC):
         stop_ids: Seq[int],
     ) -> None:
         """stop_ids: tokens that end an answer, next to the model's and the tokenizer's own."""
-        self.model = net
+        self.net = net
+        self.model: nn.Module = net
         self.tokenizer = tokenizer
         self.mode = mode
         self.tasks: list[str] = []
@@ -170,6 +176,12 @@ class Adapter(ABC):
         net.generation_config.pad_token_id = self.pad_id
         if tokenizer.bos_token_id is not None:
             net.generation_config.bos_token_id = tokenizer.bos_token_id
+
+    def wrap(self, model: nn.Module) -> None:
+        """Compute with `model`, which holds `net` (or is it, changed), from here on."""
+        self.supervised.release()
+        self.model = model
+        self.supervised = Supervised(model, self.tasks)
 
     # -- batches ---------------------------------------------------------------------------------
 
@@ -202,9 +214,9 @@ class Adapter(ABC):
         if self.mode == "packed":
             # Neighbours of equal length share one attention call; order means nothing to a sum.
             documents.sort(key=lambda d: len(d.input_ids))
-            batch, offsets = _pack(documents)
+            batch, offsets = pack(documents)
         else:
-            batch, offsets = _pad(documents, self.pad_id, side)
+            batch, offsets = pad(documents, self.pad_id, side)
         keep, targets, tasks = [], [], []
         for document, offset in zip(documents, offsets, strict=True):
             # Position t - 1 predicts t; the first token of a document is nobody's to predict.
@@ -213,9 +225,9 @@ class Adapter(ABC):
             targets.append(document.labels[1:][at])
             if len(at):  # else its task is none of those that are trained
                 tasks.append(np.full(len(at), self._task_number(document.task)))
-        batch["keep"] = _ints(np.concatenate(keep))
-        batch["targets"] = _ints(np.concatenate(targets))
-        batch["tasks"] = _ints(np.concatenate([np.zeros(0), *tasks]))
+        batch["keep"] = ints(np.concatenate(keep))
+        batch["targets"] = ints(np.concatenate(targets))
+        batch["tasks"] = ints(np.concatenate([np.zeros(0), *tasks]))
         return batch | self.features(documents)
 
     def dummy(self) -> Batch:
@@ -257,12 +269,12 @@ class Adapter(ABC):
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each layer's input and recompute the rest in the backward pass."""
-        if not self.model.supports_gradient_checkpointing:
+        if not self.net.supports_gradient_checkpointing:
             raise UserError(
-                f"train.gradient_checkpointing: {type(self.model).__name__} does not support it; "
+                f"train.gradient_checkpointing: {type(self.net).__name__} does not support it; "
                 "set it to false"
             )
-        self.model.activation_checkpointing_enable(
+        self.net.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False}
         )
 
@@ -276,28 +288,46 @@ class Adapter(ABC):
 
         synced_gpus: keep every worker in step until the last has finished (sharded weights, whose
         root must be unsharded around this call); then workers without prompts call it too.
-        Batched answers are those of one prompt at a time; the caller chooses the batch.
+        Batched answers are those of one prompt at a time; the caller chooses the batch. With
+        prompt tuning only prompts of one length share a batch.
         """
         documents = [Document(s.input_ids, s.labels, s.task, s.features) for s in prompts]
+        if not self.prepends:
+            return self._generate(documents, max_new_tokens, synced_gpus)
+        lengths = [len(document.input_ids) for document in documents]
+        batches = [[i for i, n in enumerate(lengths) if n == length] for length in {*lengths}]
+        rounds = torch.tensor(len(batches), device=next(self.model.parameters()).device)
+        if synced_gpus:
+            dist.all_reduce(rounds, dist.ReduceOp.MAX)
+        batches += [[] for _ in range(int(rounds) - len(batches))]
+        answers = [""] * len(documents)
+        for rows in batches:
+            found = self._generate([documents[i] for i in rows], max_new_tokens, synced_gpus)
+            for row, answer in zip(rows, found, strict=True):
+                answers[row] = answer
+        return answers
+
+    def _generate(self, asked: list[Document], max_new_tokens: int, synced_gpus: bool) -> list[str]:
+        documents = list(asked)
         if not documents and not synced_gpus:
             return []
         if not self.touches_everything(documents):
             documents.append(self.dummy_document())
-        batch, _ = _pad(documents, self.pad_id, "left")
+        batch, _ = pad(documents, self.pad_id, "left")
         device = next(self.model.parameters()).device
         inputs = {k: v.to(device) for k, v in (batch | self.features(documents)).items()}
         # The model's own generation config may sample or penalise repetition: not in evaluation.
-        own, training = self.model.generation_config, self.model.training
-        self.model.generation_config = GenerationConfig(
+        own, training = self.net.generation_config, self.model.training
+        self.net.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=self.pad_id
         )
         self.model.eval()
         try:
             tokens = self.model.generate(**inputs, synced_gpus=synced_gpus)
         finally:
-            self.model.generation_config = own
+            self.net.generation_config = own
             self.model.train(training)
-        answers = tokens[: len(prompts), inputs["input_ids"].shape[1] :].tolist()
+        answers = tokens[: len(asked), inputs["input_ids"].shape[1] :].tolist()
         return [self._text(answer) for answer in answers]
 
     def _text(self, answer: list[int]) -> str:
@@ -311,54 +341,21 @@ class Adapter(ABC):
         """Write model, tokenizer and generation config for `from_pretrained` into `folder`.
 
         state_dict: the weights to write, named as the model or as `Supervised` names them;
-        default: the model's own.
+        default: the model's own. A model with adapters is merged first: see `peft`.
         """
-        weights: dict[str, Any] = dict(state_dict or self.model.state_dict())
+        if self.model is not self.net:
+            raise ValueError("the model has adapters: merge them, or save their own files")
+        weights: dict[str, Any] = dict(state_dict or self.net.state_dict())
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-        lacking = self.model.state_dict().keys() - weights.keys()
+        lacking = self.net.state_dict().keys() - weights.keys()
         if lacking:
             raise ValueError(f"state_dict lacks {len(lacking)} weights, such as {min(lacking)}")
-        if self.model.config.get_text_config().tie_word_embeddings:
-            for name in self.model.all_tied_weights_keys:
+        if self.net.config.get_text_config().tie_word_embeddings:
+            for name in self.net.all_tied_weights_keys:
                 weights.pop(name, None)
-        self.model.save_pretrained(folder, state_dict=weights)
+        self.net.save_pretrained(folder, state_dict=weights)
         self.save_processor(folder)
 
     def save_processor(self, folder: Path) -> None:
         """Write what turns text and audio into the model's inputs."""
         self.tokenizer.save_pretrained(folder)
-
-
-def _pack(documents: list[Document]) -> tuple[Batch, np.ndarray]:
-    """One row of all documents, and where each begins in it."""
-    lengths = [len(d.input_ids) for d in documents]
-    ends = np.cumsum([0, *lengths])
-    batch = {
-        "input_ids": _ints(np.concatenate([d.input_ids for d in documents])).unsqueeze(0),
-        "position_ids": _ints(np.concatenate([np.arange(n) for n in lengths])).unsqueeze(0),
-        "documents": torch.from_numpy(ends.astype(np.int32)),
-    }
-    return batch, ends[:-1]
-
-
-def _pad(
-    documents: list[Document], pad_id: int, side: Literal["right", "left"]
-) -> tuple[Batch, list[int]]:
-    """A row a document, and the flat position where each begins."""
-    longest = max(len(d.input_ids) for d in documents)
-    shape = (len(documents), longest)
-    ids, positions, mask = np.full(shape, pad_id), np.zeros(shape, int), np.zeros(shape, int)
-    offsets = []
-    for row, document in enumerate(documents):
-        n = len(document.input_ids)
-        start = longest - n if side == "left" else 0
-        ids[row, start : start + n] = document.input_ids
-        positions[row, start : start + n] = np.arange(n)
-        mask[row, start : start + n] = 1
-        offsets.append(row * longest + start)
-    arrays = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-    return {name: _ints(array) for name, array in arrays.items()}, offsets
-
-
-def _ints(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int64))

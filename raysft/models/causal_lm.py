@@ -6,7 +6,7 @@ Stands between config and step. See `base` for what a batch holds and costs.
 from __future__ import annotations
 
 import numpy as np
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from raysft.config import schema
 from raysft.data.encode.base import Encoder
@@ -23,13 +23,19 @@ class CausalLM(Adapter):
         return Document(ids, np.full(2, IGNORED, np.int32), "none")
 
 
-def make_adapter(model: schema.Model, data: schema.Data, encoder: Encoder, seed: int) -> CausalLM:
+def make_adapter(
+    model: schema.Model,
+    data: schema.Data,
+    encoder: Encoder,
+    seed: int,
+    quantization: BitsAndBytesConfig | None = None,
+) -> CausalLM:
     """The model of `model`, with an embedding for every token of the encoder's tokenizer."""
     tokenizer = encoder.tokenizer
     if model.config is not None:
         settings = loading.fill_from_tokenizer(model.config, tokenizer)
         net = loading.from_config(settings, AutoModelForCausalLM, seed)
     else:
-        net = loading.from_path(model, AutoModelForCausalLM)
+        net = loading.from_path(model, AutoModelForCausalLM, quantization)
         loading.grow_vocabulary(net, len(tokenizer), seed)
     return CausalLM(net, tokenizer, data.mode, [encoder.end_id])

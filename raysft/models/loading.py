@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,8 +43,10 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def from_path(model: schema.Model, auto: Any) -> PreTrainedModel:
-    """Load the weights of `model.path` with `auto.from_pretrained`, in float32.
+def from_path(
+    model: schema.Model, auto: Any, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """Load the weights of `model.path` with `auto.from_pretrained`, in float32 or quantised.
 
     Raises UserError if they cannot be read, are not safetensors, or lack some of the model.
     """
@@ -54,9 +57,10 @@ def from_path(model: schema.Model, auto: Any) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            **({"quantization_config": quantization} if quantization is not None else {}),
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.path {model.path}: {_line(error)}") from error
+        raise UserError(f"model.path {model.path}: {line_of(error)}") from error
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise UserError(
@@ -74,7 +78,7 @@ def from_config(settings: dict[str, Any], auto: Any, seed: int) -> PreTrainedMod
         try:
             return make(config, dtype=torch.float32)
         except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-            raise UserError(f"model.config: {_line(error)}") from error
+            raise UserError(f"model.config: {line_of(error)}") from error
 
 
 def make_config(settings: dict[str, Any]) -> PreTrainedConfig:
@@ -88,7 +92,7 @@ def make_config(settings: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(kind, **rest)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.config: {_line(error)}") from error
+        raise UserError(f"model.config: {line_of(error)}") from error
     _refuse_unknown("model.config", rest, config)
     for name in config.sub_configs:
         if isinstance(rest.get(name), dict):
@@ -160,7 +164,7 @@ def grow_vocabulary(net: PreTrainedModel, size: int, seed: int) -> None:
                 table.bias[old:] = table.bias[:old].mean()
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """A library's message in one line, and not a long one."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "..."

@@ -77,7 +77,7 @@ def chunked_losses(
     if not torch.is_grad_enabled():
         losses = torch.cat([_of_hidden(forward, *part) for part in parts])
         return torch.cat([losses, losses.sum().unsqueeze(0)])
-    if not _in_float16(hidden):
+    if not _in_float16(hidden) and not _gathered_in_parts(head):
         trained = [p for p in head.parameters() if p.requires_grad]
         losses, total = _Ahead.apply(forward, rows, targets, hidden, *trained)
     else:
@@ -128,3 +128,9 @@ def _in_float16(hidden: torch.Tensor) -> bool:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) == torch.float16
     return hidden.dtype == torch.float16
+
+
+def _gathered_in_parts(head: nn.Module) -> bool:
+    """Whether zero3 holds weights of parts of the head whole only while such a part computes: a
+    gradient ahead of time would find them sharded again."""
+    return any(hasattr(p, "ds_id") for part in head.children() for p in part.parameters())

@@ -3,6 +3,7 @@
     step_N/state/       torch distributed checkpoint: model and optimizer, by parameter name
     step_N/config.yaml  the config and the versions it ran with
     step_N/processor/   tokenizer and feature extractor
+    step_N/adapter/     with peft.method: the adapter in peft's layout
     step_N/meta.json    step, cursor, running sums of metrics, world size; sha256 of files above
     step_N/COMMITTED    sha256 of meta.json; without it the checkpoint does not exist for readers
 
@@ -48,8 +49,8 @@ class Saved:
     def meta(self) -> dict[str, Any]:
         """meta.json. Raises UserError where it is not what was committed."""
         try:
-            content = self._read("meta.json")
-            marker = self._read(MARKER).decode("ascii", "replace").strip()
+            content = self.read("meta.json")
+            marker = self.read(MARKER).decode("ascii", "replace").strip()
         except OSError as error:
             raise UserError(f"{self.where}: cannot be read: {error.strerror or error}") from error
         if hashlib.sha256(content).hexdigest() != marker:
@@ -70,7 +71,8 @@ class Saved:
             return f"{name} cannot be read: {error.strerror or error}"
         return None
 
-    def _read(self, name: str) -> bytes:
+    def read(self, name: str) -> bytes:
+        """Content of one of its files."""
         with self.storage.open(f"{self.name}/{name}") as stream:
             return stream.read()
 

@@ -138,7 +138,9 @@ class Feed:
         laid_out = self.adapter.collate(batch)
         tokens = int(batch.lengths.sum())
         positions = laid_out["input_ids"].numel() if tokens else 0
-        return Turn(batch.lane, laid_out, supervised(batch), positions, tokens)
+        squares = float(np.square(batch.lengths, dtype=np.float64).sum())
+        clips = len(batch.feature_lengths)
+        return Turn(batch.lane, laid_out, supervised(batch), positions, tokens, squares, clips)
 
 
 def supervised(batch: MicroBatch) -> int:

@@ -23,6 +23,7 @@ from raysft.parallel.optim import rate as rate_at
 from raysft.parallel.strategy import Stepped
 from raysft.train.catalogue import Catalogue, Saved, best_step
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
+from raysft.train.flops import Cost
 from raysft.train.metrics import cut_back_run, last_recorded
 from raysft.train.monitor import LEAVE
 from raysft.train.record import Clock, Record, Totals
@@ -70,6 +71,7 @@ class Job:
         where the run has none. extras: files that every checkpoint carries. start: facts for the
         first event of this start. hung: told why, before a worker that makes no progress ends its
         process; None: never ends it. adapters: what `peft.method` trains, None for all weights.
+    cost: FLOPs of what is counted, for the metrics; None: not known.
     """
 
     config: Config
@@ -86,6 +88,7 @@ class Job:
     signal: Callable[[], int] = lambda: 0
     weights: Saved | None = None
     adapters: Adapters | None = None
+    cost: Cost | None = None
     extras: dict[str, bytes] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     hung: Callable[[str], None] | None = None
@@ -96,7 +99,10 @@ class Job:
             self.adapters.after_step(step)
 
 
-COUNTED = ("tokens", "positions", "supervised", "examples", "audio_seconds", "quarantined")
+COUNTED = (
+    *("tokens", "positions", "supervised", "squares", "clips"),
+    *("examples", "audio_seconds", "quarantined"),
+)
 
 
 def train(job: Job) -> int:
@@ -104,7 +110,9 @@ def train(job: Job) -> int:
     at which it was told to leave; returns that step."""
     config, world, strategy = job.config, job.world, job.strategy
     totals, clock = Totals(job.tasks), Clock()
-    record = Record(config, job.folder, world, job.examples, job.total_steps, job.progress)
+    record = Record(
+        config, job.folder, world, job.examples, job.total_steps, job.progress, job.cost
+    )
     step, cursor = _restore(job, record, totals, clock)
     strategy.module.train()
     keeper = Keeper(job, record, totals, clock)
@@ -306,6 +314,8 @@ def _counts(world: World, batch: StepBatch, signal: int) -> tuple[dict[str, floa
         float(sum(turn.tokens for turn in batch.turns)),
         float(sum(turn.positions for turn in batch.turns)),
         float(sum(turn.supervised for turn in batch.turns)),
+        float(sum(turn.squares for turn in batch.turns)),
+        float(sum(turn.clips for turn in batch.turns)),
         float(sum(len(mb.ids) for mb in batch.micro_batches)),
         float(sum(mb.seconds for mb in batch.micro_batches)),
         float(sum(len(mb.quarantined) for mb in batch.micro_batches)),

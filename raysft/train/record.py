@@ -23,6 +23,8 @@ from raysft.errors import UserError
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
 from raysft.train.checkpoint import Save
+from raysft.train.flops import Cost, peak_flops
+from raysft.train.memory import peak_memory
 from raysft.train.metrics import Ledger, Lines, quarantine_line, read_lines
 from raysft.train.step import StepBatch
 from raysft.train.storage import write_whole
@@ -142,14 +144,17 @@ class Record:
         examples: int,
         total_steps: int,
         progress: Callable[[dict[str, Any]], None] | None,
+        cost: Cost | None = None,
     ) -> None:
-        """examples: what data.max_quarantined is a share of."""
+        """examples: what data.max_quarantined is a share of. cost: of what is counted."""
         self.config = config
         self.folder = folder
         self.world = world
         self.examples = examples
         self.total_steps = total_steps
         self.progress = progress
+        self.cost = cost
+        self._peak = peak_flops(world.device, config.train.precision)
         self.known: dict[str, str] = {}  # quarantined: id -> reason
         self.evaluations: dict[int, dict[str, float]] = {}
         self.files: list[Any] = []
@@ -304,7 +309,10 @@ class Record:
         """Write a line of metrics.jsonl, and start counting anew. A collective."""
         counts, lap = totals.counts, clock.lap()
         seconds = max(lap["seconds"], 1e-9)
-        wait = self.world.sum([lap["waited"] / seconds / self.world.size]).item()
+        workers = self.world.size
+        memory = [0.0] * workers
+        memory[self.world.rank] = peak_memory(self.world.device) or 0.0
+        wait, *memory = self.world.sum([lap["waited"] / seconds / workers, *memory]).tolist()
         line = {
             "step": batch.step,
             "epoch": batch.epoch,
@@ -316,10 +324,15 @@ class Record:
             "examples": int(counts["examples"]),
             "audio_seconds": round(counts["audio_seconds"], 3),
             "tokens_per_s": round(counts["tokens"] / seconds, 1),
+            "tokens_per_s_worker": round(counts["tokens"] / seconds / workers, 1),
+            "supervised_tokens_per_s": round(counts["supervised"] / seconds, 1),
+            "audio_seconds_per_s": round(counts["audio_seconds"] / seconds, 2),
+            **self._utilisation(counts, seconds),
+            **({"peak_memory_gb": round(max(memory) / 1e9, 3)} if max(memory) else {}),
             "padding": round(1 - counts["tokens"] / max(1.0, counts["positions"]), 6),
             "data_wait": round(wait, 4),
             "seconds": round(seconds, 4),
-            "world_size": self.world.size,
+            "world_size": workers,
             "skipped": totals.all_skipped,
             **self._lost,
         }
@@ -329,6 +342,16 @@ class Record:
             self._scalars(line, batch.step)
         if self.progress is not None:
             self.progress({**line, "steps": lap["steps"], "total_steps": self.total_steps})
+
+    def _utilisation(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
+        """TFLOP/s of a worker, and their share of its device's peak where that is known."""
+        if self.cost is None:
+            return {}
+        flops = self.cost.total(counts) / seconds / self.world.size
+        found = {"tflops": float(f"{flops / 1e12:.4g}")}
+        if self._peak is not None:
+            found["mfu"] = round(flops / self._peak, 4)
+        return found
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Record the figures of an evaluation at `step`."""

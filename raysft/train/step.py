@@ -26,6 +26,8 @@ class Turn:
     supervised: int
     positions: int  # computed by the model, padding included
     tokens: int  # real ones among them
+    squares: float = 0.0  # of the documents' lengths: pairs of positions that attention may see
+    clips: int = 0
 
 
 @dataclass(slots=True)

@@ -14,15 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2AudioForConditionalGeneration
 
 from raysft.audit import audit
 from raysft.config import Config, load_config
 from raysft.config.combinations import contradictions
 from raysft.data.encode import make_encoder
-from raysft.export import export
+from raysft.export import export, export_run
 from raysft.models import build
+from raysft.rundir import read_config
+from raysft.train.catalogue import Catalogue
+from raysft.train.checkpoint import read_weights
 from raysft.train.metrics import read_lines
+from raysft.worker import build_model
 from tests import worlds
 from tests.models import AUDIO, CAUSAL
 
@@ -147,8 +155,38 @@ def compare(bench: Bench, case: Case) -> None:
     assert {n for n, p in moved.items() if p["trains"]} == {
         n for n, p in expected.items() if p["trains"]
     }, case
+    assert_export_speaks(bench, case, whole)
     wrong = [n for n, p in moved.items() if p["trains"] != p["moved"]]
     assert not wrong, f"{case}: trains, but has not moved, or the reverse: {wrong}"
+
+
+def assert_export_speaks(bench: Bench, case: Case, run: Path) -> None:
+    """Plain transformers and peft, given the exported folder, say what the run's model says."""
+    _, method, family = case
+    out = bench.folder / "exported" / run.name
+    export_run(run, out)
+    kind = AutoModelForCausalLM if family == "causal_lm" else Qwen2AudioForConditionalGeneration
+    if method == "none":
+        plain = kind.from_pretrained(out)
+    else:
+        plain = PeftModel.from_pretrained(kind.from_pretrained(bench.folder / family), out)
+    config = read_config(run)
+    encoder = make_encoder(config.model, config.data, run)
+    ours, _ = build_model(config, encoder, STEPS)
+    saved, _ = Catalogue.of(config.checkpoint, run).newest()
+    assert saved is not None
+    ours.supervised.load_state_dict(read_weights(saved), strict=False)
+    batch = ours.dummy()
+    names = ("input_features", "feature_attention_mask")
+    inputs = {name: batch[name] for name in names if name in batch}
+    ids = torch.randint(5, 250, (1, 9), generator=torch.Generator().manual_seed(0))
+    inputs["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        said, expected = (
+            model.eval()(**inputs, use_cache=False).logits for model in (plain, ours.model)
+        )
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{case}: {m}")
 
 
 PAIRS: list[Case] = [
@@ -172,6 +210,63 @@ def test_pairs_of_strategy_and_method_train_alike_and_resume_exactly(bench: Benc
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_of_a_strategy_train_alike_and_resume_exactly(strategy: str, bench: Bench) -> None:
     check(bench, [case for case in _cases() if case[0] == strategy and case not in PAIRS])
+
+
+GRADIENTS: list[Case] = [
+    ("ddp", "lora", "causal_lm"),
+    ("fsdp", "lora", "causal_lm"),
+    ("fsdp", "adalora", "causal_lm"),
+    ("fsdp", "ia3", "audio_lm"),
+    ("fsdp", "prefix", "causal_lm"),
+    ("zero1", "lora", "causal_lm"),
+    ("zero2", "lora", "causal_lm"),
+    ("zero3", "lora", "causal_lm"),
+]
+
+
+def test_gradients_of_adapters_are_those_of_the_whole_global_batch(bench: Bench) -> None:
+    """Each worker has other examples, and the workers other numbers of turns: without an average
+    over all of them the difference is of the size of the gradient itself."""
+    alone = {
+        (method, family): bench.config(("ddp", method, family), f"gradient_{method}_{family}")
+        for _, method, family in GRADIENTS
+    }
+    shared = [bench.config(case, "gradient_" + "_".join(case)) for case in GRADIENTS]
+    assert worlds.run(1, *alone.values(), kill_at=-1, module="tests.matrix") == 0
+    assert worlds.run(2, *shared, kill_at=-1, module="tests.matrix") == 0
+    for case, path in zip(GRADIENTS, shared, strict=True):
+        found = load_file(bench.run(path.stem) / "gradient.safetensors")
+        expected = load_file(bench.run(alone[case[1:]].stem) / "gradient.safetensors")
+        assert found.keys() == expected.keys()
+        largest = max(float(g.abs().max()) for g in expected.values())
+        assert largest > 0
+        for name, gradient in expected.items():
+            difference = float((found[name] - gradient).abs().max())
+            assert difference < 1e-5 * largest, f"{case}: {name} differs by {difference:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("method", "stages"),
+    [
+        pytest.param("none", [("ddp", 2), ("fsdp", 1), ("ddp", 3)], marks=pytest.mark.slow),
+        pytest.param("lora", [("fsdp", 2), ("ddp", 1), ("fsdp", 3)], marks=pytest.mark.slow),
+        ("lora", [("zero2", 2), ("zero2", 1), ("ddp", 2)]),
+    ],
+    ids=str,
+)
+def test_a_run_moves_between_strategies_and_numbers_of_workers(
+    method: str, stages: list[tuple[str, int]], bench: Bench
+) -> None:
+    """Left in the middle twice, each time without a word, and taken up by others."""
+    name = f"left_{method}_{stages[0][0]}"
+    whole = bench.config(("ddp", method, "causal_lm"), f"whole_{name}", checkpoint={"every": 3})
+    assert worlds.run(1, whole, module="tests.matrix") == 0
+    for (strategy, size), leave_at in zip(stages, (5, 8, 0), strict=True):
+        config = bench.config((strategy, method, "causal_lm"), name, checkpoint={"every": 3})
+        assert worlds.run(size, config, kill_at=leave_at, module="tests.matrix") == 0
+    expected = column(bench.run(whole.stem), "loss")
+    assert column(bench.run(name), "loss") == pytest.approx(expected, rel=1e-4)
+    assert audit(bench.run(name)).clean
 
 
 def test_every_config_of_the_matrix_is_accepted_or_refused_with_a_reason(bench: Bench) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-SLOW = {"ingest", "overhead", "chaos"}  # they start Ray and train
+SLOW = {"ingest", "overhead", "chaos", "strategies", "gpu_finetune"}  # many processes
 SHARED = {"results_io", "local_cluster"}  # what benchmarks share
 NAMES = [
     pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])

@@ -41,13 +41,14 @@ class Encoder(ABC):
     sample_rate: Hz of the clips it wants; None where it takes no clips.
     fingerprint: changes whenever token ids or lengths could.
     template: holds the tokenizer; template.end_id is the token that ends every answer.
-    limits: of the clips it is given.
+    limits: of the clips it is given. new_ids: tokens that the tokenizer of the model lacked.
     """
 
     sample_rate: int | None
     fingerprint: str
     template: Template
     limits: Limits = Limits()
+    new_ids: tuple[int, ...] = ()
 
     @property
     def tokenizer(self):

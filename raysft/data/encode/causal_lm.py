@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from raysft.config.schema import Data, Model
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.speech_tokens import SpeechTokenizer
-from raysft.data.text import Template, load_tokenizer, unit_ids
+from raysft.data.text import Template, add_units, load_tokenizer, unit_ids
 from raysft.errors import BadExample, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 class CausalLMEncoder(Encoder):
@@ -34,7 +38,8 @@ class CausalLMEncoder(Encoder):
                     f"{speech_tokens.clusters} clusters: leave model.speech_units out"
                 )
             added = speech_tokens.clusters
-        tokenizer = load_tokenizer(model, added)
+        tokenizer = load_tokenizer(model, 0)
+        self.new_ids = _new_units(model, tokenizer, add_units(tokenizer, added))
         self.template = Template(tokenizer, data)
         self.speech_tokens = speech_tokens
         self.sample_rate = None if speech_tokens is None else speech_tokens.sample_rate
@@ -84,3 +89,19 @@ class CausalLMEncoder(Encoder):
                 f"unit {wrong}, but there are {len(self._unit_ids)} units "
                 "(model.speech_units, or data.speech_tokens.clusters)"
             )
+
+
+def _new_units(
+    model: Model, tokenizer: PreTrainedTokenizerFast, added: list[int]
+) -> tuple[int, ...]:
+    """Units that the tokenizer beside the model's weights lacks: those `added` here, or in
+    model.tokenizer before."""
+    if model.path is None or model.tokenizer in (None, model.path):
+        return tuple(added)
+    try:
+        own = load_tokenizer(model.model_copy(update={"tokenizer": None}), 0).get_vocab()
+    except UserError:  # weights that came without a tokenizer: nothing in them is known as a unit
+        own = {}
+    ids = unit_ids(tokenizer).tolist()
+    names = tokenizer.convert_ids_to_tokens(ids)
+    return tuple(i for i, name in zip(ids, names, strict=True) if name not in own)

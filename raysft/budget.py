@@ -1,0 +1,114 @@
+"""data.tokens_per_batch: auto, on the driver: workers find the number before there is a plan.
+
+The run's config.yaml then holds it, so that starting again goes on with the same plan; `auto`
+given again means what the run has. See `train.probe` for how it is found. The group is as small as
+the run's may become (the fewest of [min, max] workers): fewer workers hold more each.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from raysft.config import Config
+from raysft.data.encode import Encoder
+from raysft.data.index import Index
+from raysft.errors import UserError
+from raysft.group import Shares, interruptible, reason_of, thread_settings
+from raysft.train.probe import Lengths, find_budget
+
+
+class _Answer:
+    """What the workers say, told to the driver."""
+
+    def __init__(self) -> None:
+        self.budget: int | None = None
+        self.mistake: str | None = None
+
+    def tell(self, budget: int | None, mistake: str | None = None) -> None:
+        self.budget, self.mistake = budget or self.budget, mistake or self.mistake
+
+    def get(self) -> tuple[int | None, str | None]:
+        return self.budget, self.mistake
+
+
+def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
+    """The budget for a run of `config` in `folder`, by a worker group of its own. Raises UserError
+    where nothing fits, and where the group fails."""
+    begun = time.monotonic()
+    shares = Shares.of(config)
+    answer = ray.remote(_Answer).options(num_cpus=0).remote()
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "encoder": ray.put(encoder),
+        "lengths": asdict(Lengths.of(train.tokens, config.data.lanes)),
+        "threads": shares.threads,
+        "answer": answer,
+    }
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config=settings,
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if shares.gpu else "gloo", timeout_s=int(config.parallel.timeout_s)
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.parallel.min_workers,
+            use_gpu=shares.gpu,
+            resources_per_worker=shares.per_worker,
+            placement_strategy="SPREAD",
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"probe_{time.strftime('%Y%m%d_%H%M%S')}",
+            storage_path=str(folder / "ray_train"),
+            worker_runtime_env={"env_vars": thread_settings(shares)},
+            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+    try:
+        interruptible(trainer.fit)
+    except ray.train.TrainingFailedError as error:
+        _, mistake = ray.get(answer.get.remote())
+        raise UserError(
+            mistake
+            or f"data.tokens_per_batch: auto: the probe failed: {reason_of(error)}; give a number"
+        ) from error
+    budget, _ = ray.get(answer.get.remote())
+    assert budget is not None  # the group ended well
+    seconds = time.monotonic() - begun
+    print(f"data.tokens_per_batch: {budget:,} (auto, found in {seconds:.0f} s)", flush=True)
+    return budget
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each worker of the group runs."""
+    import torch
+
+    from raysft import worker
+    from raysft.models.base import Adapter
+    from raysft.parallel import Strategy, World, make_strategy
+
+    worker.quiet()
+    config = Config.model_validate(settings["config"])
+    world = World.current(worker.device_of(config))
+    if world.device.type == "cpu":
+        torch.set_num_threads(settings["threads"])
+    encoder = ray.get(settings["encoder"])
+
+    def factory() -> tuple[Adapter, Strategy]:
+        # So many steps that any schedule fits into them (of AdaLoRA): none of it is run.
+        adapter, _ = worker.build_model(config, encoder, total_steps=10**9)
+        return adapter, make_strategy(config, adapter.supervised, world)
+
+    try:
+        budget = find_budget(config, factory, Lengths(**settings["lengths"]), world)
+    except UserError as error:
+        ray.get(settings["answer"].tell.remote(None, str(error)))
+        raise
+    if world.is_main:
+        ray.get(settings["answer"].tell.remote(budget))

@@ -1,0 +1,113 @@
+"""A group of Ray Train workers, as both the run and the probe of its budget start one: what each
+gets of the cluster, how its end is waited for, and what ended it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raysft.config import Config
+from raysft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who gets which part of the cluster: training workers, and Ray Data tasks."""
+
+    gpu: bool
+    per_worker: dict[str, float]
+    threads: int
+    data_cpus: float
+
+    @classmethod
+    def of(cls, config: Config) -> Shares:
+        """Divide the cluster's CPUs as the config says, or so that both sides can work."""
+        total = ray.cluster_resources()
+        cpus, gpus = total.get("CPU", 1.0), total.get("GPU", 0.0)
+        workers, device = config.parallel.max_workers, config.parallel.device
+        gpu = device == "cuda" or (device == "auto" and gpus >= 1)
+        if gpu and gpus < config.parallel.min_workers:
+            raise UserError(
+                f"parallel.workers: {config.parallel.min_workers} workers need a GPU each and the "
+                f"cluster has {gpus:g}; use at most that many, or parallel.device=cpu"
+            )
+        # On CPU machines training is the larger part of the work: data tasks get a quarter.
+        free = cpus - workers if gpu else cpus / 4
+        data_cpus = float(config.data.cpus or max(1.0, free))
+        each = config.parallel.cpus_per_worker
+        if each is None:
+            whole = gpu or config.parallel.elastic  # Ray counts elastic workers in whole CPUs
+            each = 1.0 if whole else max(0.01, min(1.0, (cpus - data_cpus) / workers))
+        per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
+        threads = config.parallel.threads or max(1, int((cpus - data_cpus) / workers))
+        return cls(gpu, per_worker, threads, data_cpus)
+
+
+def thread_settings(shares: Shares) -> dict[str, str]:
+    """Environment of a worker that computes on the CPU.
+
+    OpenMP threads wait for each other by spinning, millions of turns long: as soon as anything else
+    wants a core, a step takes several times as long. A short spin, then sleep, costs next to
+    nothing on an idle machine. What the user has set stays.
+    """
+    settings = {"GOMP_SPINCOUNT": "10000"}
+    return {} if shares.gpu else {k: os.environ.get(k, v) for k, v in settings.items()}
+
+
+def interruptible(
+    fit: Callable[[], Any], leave: Callable[[], Any] = lambda: None, grace_s: float = 0.0
+) -> None:
+    """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0.
+
+    On Ctrl-C or SIGTERM calls `leave`, after which the workers have `grace_s` to save and leave; a
+    second one leaves at once.
+    """
+    failed: list[BaseException] = []
+    done = threading.Event()
+
+    def target() -> None:
+        try:
+            fit()
+        except BaseException as error:  # noqa: BLE001 - raised below, in the main thread
+            failed.append(error)
+        done.set()
+
+    threading.Thread(target=target, daemon=True, name="fit").start()
+    try:
+        # Not Thread.join: interrupted, Python takes the thread for ended (bpo-45274).
+        while not done.wait(0.2):
+            pass
+    except (KeyboardInterrupt, SystemExit):
+        if grace_s:
+            print(f"\nsaving, for up to {grace_s:g} s; once more: leave now", flush=True)
+            leave()
+            done.wait(grace_s)
+        raise
+    if failed:
+        raise failed[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """What ended a worker, in a line."""
+    failures = getattr(error, "worker_failures", None) or {}
+    first = next(iter(failures.values()), error)
+    text = str(first)
+    if isinstance(first, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
+        return "its node ran low on memory and Ray ended the worker"
+    if died(first):
+        return "the worker's process died (killed, or its node was lost)"
+    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return "lost its connection to another worker, which died or whose node was lost"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines[-1] if lines else type(first).__name__)[:300]
+
+
+def died(error: BaseException) -> bool:
+    """Whether a worker's process ended; other workers' errors only follow from that."""
+    kinds = (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError)
+    return isinstance(error, kinds) or "worker process has died" in str(error)

@@ -1,0 +1,48 @@
+"""train.compile: torch.compile on every block of a model, in place; names of parameters stay.
+
+Blocks, not the whole: equal blocks share one compilation, sharded weights are gathered between
+them, and what a model does once a step is not worth waiting for. Lengths are compiled as unknowns,
+for every batch has its own. Attention over packed rows stays as it is, for it reads how long the
+documents are; a graph ends before it and another begins after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from raysft.errors import UserError
+from raysft.models.attention import NAME, segments_attention
+
+
+def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Compile each of `blocks` at its first call; before a strategy shards them.
+
+    Raises UserError where there is no compiler for `device`.
+    """
+    _check_compiler(device)
+    ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(segments_attention))
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def _check_compiler(device: torch.device) -> None:
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise UserError("train.compile: needs Triton, which is not there; set it to false")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "train.compile: needs a C++ compiler on the CPU and finds none: install g++, name one "
+            "in the environment variable CXX, or set it to false"
+        ) from error

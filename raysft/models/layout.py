@@ -1,0 +1,62 @@
+"""Documents laid out as a model's rows: packed into one, or padded to the longest.
+
+Stands in `base.Adapter.collate`, which says what a batch holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+IGNORED = -100  # the label of what is not learnt
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Document:
+    """One sequence of a batch, with the mel features [frames, mels] of its clips."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    task: str
+    clips: list[np.ndarray] = field(default_factory=list)
+
+
+def pack(documents: list[Document]) -> tuple[Batch, np.ndarray]:
+    """One row of all documents, and where each begins in it."""
+    lengths = [len(d.input_ids) for d in documents]
+    ends = np.cumsum([0, *lengths])
+    batch = {
+        "input_ids": ints(np.concatenate([d.input_ids for d in documents])).unsqueeze(0),
+        "position_ids": ints(np.concatenate([np.arange(n) for n in lengths])).unsqueeze(0),
+        "documents": torch.from_numpy(ends.astype(np.int32)),
+    }
+    return batch, ends[:-1]
+
+
+def pad(
+    documents: list[Document], pad_id: int, side: Literal["right", "left"]
+) -> tuple[Batch, list[int]]:
+    """A row a document, and the flat position where each begins."""
+    longest = max(len(d.input_ids) for d in documents)
+    shape = (len(documents), longest)
+    ids, positions, mask = np.full(shape, pad_id), np.zeros(shape, int), np.zeros(shape, int)
+    offsets = []
+    for row, document in enumerate(documents):
+        n = len(document.input_ids)
+        start = longest - n if side == "left" else 0
+        ids[row, start : start + n] = document.input_ids
+        positions[row, start : start + n] = np.arange(n)
+        mask[row, start : start + n] = 1
+        offsets.append(row * longest + start)
+    arrays = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    return {name: ints(array) for name, array in arrays.items()}, offsets
+
+
+def ints(values: np.ndarray) -> torch.Tensor:
+    """int64, as embeddings take them."""
+    return torch.from_numpy(values.astype(np.int64))

@@ -1,0 +1,141 @@
+"""What a step costs in floating-point operations, for `tflops` and `mfu` in metrics.jsonl.
+
+Model FLOPs after PaLM (arXiv:2204.02311, appendix B): what the model needs, not what is computed.
+Padding, recomputed activations and optimizer steps do not count. A multiplication with its addition
+is two. For a matrix of N parameters and a token that passes through it:
+
+    2N      forward
+    2N      gradient of its input, unless nothing before it trains (a frozen audio encoder)
+    2N      gradient of the matrix, if it trains
+
+so 6N where all weights train and 4N where only adapters do (whose own small matrices count 6N).
+Embeddings are looked up: they cost nothing. The head counts for supervised tokens only, for others
+have no logits here. Of a mixture's experts those count that a token is sent to.
+
+Attention: 12 L H D for each pair of positions (L layers, H heads of D dimensions: two products,
+forward 4, backward 8), and half of that where it is causal: 6 L H D sum(length^2) over documents,
+packed or not. Layers with a sliding window are left out of it, so it is rather too low there.
+
+The audio encoder takes every clip at one length, P positions: its 2N, 4N or 6N for each of them and
+12 L H D P^2 (4 L H D P^2 if frozen) for a clip, whatever the clip's own length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Peak of dense products in bf16 or fp16, TFLOP/s, from the vendor's data sheets; the first name
+# that is part of the device's wins. Devices that are not here have no `mfu`.
+PEAKS = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H800": 989.4,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "RTX 6000 Ada": 364.2,
+    "RTX A6000": 154.8,
+    "RTX 4090": 165.2,
+    "L4": 121.0,
+}
+# Parts of peft's wrappers that no token passes through.
+_UNUSED = ("original_module", "trainable_tokens")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of training on one token, one supervised token, one pair of positions (of all length^2
+    of a document), and one clip."""
+
+    token: float
+    supervised: float
+    pair: float
+    clip: float = 0.0
+
+    def total(self, counts: Mapping[str, float]) -> float:
+        """FLOPs of steps with these counts: tokens, supervised, squares, clips."""
+        return (
+            self.token * counts.get("tokens", 0.0)
+            + self.supervised * counts.get("supervised", 0.0)
+            + self.pair * counts.get("squares", 0.0)
+            + self.clip * counts.get("clips", 0.0)
+        )
+
+
+def cost_of(model: nn.Module) -> Cost:
+    """The cost of training `model` (of transformers, or peft's around one) as it is frozen now.
+
+    Called before a strategy shards its parameters.
+    """
+    net = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    text = net.config.get_text_config()
+    head = net.get_output_embeddings()
+    tower = next((m for name, m in net.named_modules() if name.endswith("audio_tower")), None)
+    own = {id(part) for part in head.modules()}
+    heard = {id(part) for part in tower.modules()} if tower is not None else set()
+    token = supervised = 0.0
+    chosen = getattr(text, "num_experts_per_tok", None)
+    for part, size, trains in _matrices(model, chosen):
+        if id(part) in own:
+            supervised += size * (6 if trains else 4)
+        elif id(part) not in heard:
+            token += size * (6 if trains else 4)
+    layers = getattr(text, "layer_types", None)
+    full = text.num_hidden_layers if layers is None else layers.count("full_attention")
+    pair = 6.0 * full * text.num_attention_heads * _head_size(text)
+    clip = _clip(tower, net.config.audio_config) if tower is not None else 0.0
+    return Cost(token, supervised, pair, clip)
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of the device at its best in `train.precision`; None where that is not known."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
+
+
+def _matrices(
+    model: nn.Module, chosen: int | None = None
+) -> Iterator[tuple[nn.Module, float, bool]]:
+    """Of each matrix that tokens pass through: its module, its parameters (of fused experts
+    [E, out, in] the share of the `chosen` ones), whether it trains."""
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Embedding) or any(word in name for word in _UNUSED):
+            continue
+        for key, parameter in part.named_parameters(recurse=False):
+            if parameter.ndim < 2 or any(word in key for word in _UNUSED):
+                continue
+            size = float(parameter.numel())
+            if key == "weight" and hasattr(part, "in_features"):
+                size = float(part.in_features * part.out_features)  # also where it is quantised
+            elif parameter.ndim == 3 and chosen is not None and not isinstance(part, nn.Conv1d):
+                size *= chosen / parameter.shape[0]
+            yield part, size, parameter.requires_grad
+
+
+def _head_size(text: object) -> float:
+    keys = getattr(text, "qk_head_dim", None), getattr(text, "v_head_dim", None)
+    if None not in keys:  # compressed keys and values (MLA): the two products differ
+        return sum(keys) / 2
+    return getattr(text, "head_dim", None) or text.hidden_size / text.num_attention_heads
+
+
+def _clip(tower: nn.Module, audio: object) -> float:
+    positions = audio.max_source_positions
+    passed = any(p.requires_grad for p in tower.parameters())
+    total = 0.0
+    for part, size, trains in _matrices(tower):
+        # The first convolution runs at the rate of the frames, twice that of the positions.
+        at = 2 * positions if getattr(part, "stride", None) == (1,) else positions
+        total += at * size * (6 if trains else 4 if passed else 2)
+    pairs = audio.encoder_layers * audio.d_model * positions**2
+    return total + (12 if passed else 4) * pairs

@@ -1,0 +1,218 @@
+"""The loss in chunks is the loss of all logits at once, and holds less."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from raysft.config import Config
+from raysft.models import PREFIX, Adapter, loss
+from raysft.parallel import World, make_strategy
+from tests.unit.model_zoo import batch_of, gradients, make, sequences, worst
+from tests.worlds import fork
+
+LENGTHS = [9, 4, 17, 9, 12]
+CHUNKED, WHOLE = 5, 10**6
+
+
+def rows_at_a_time(rows: int) -> Callable[..., int]:
+    """In place of `chunk_rows`: tiny models have logits of a few kilobytes."""
+    return lambda vocabulary, device: rows
+
+
+def loss_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+    adapter: Adapter,
+    rows: int,
+    half: torch.dtype | None = None,
+    factor: float = 0.5,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(rows))
+    batch = adapter.collate(batch_of(*sequences(adapter, LENGTHS)))
+    with torch.autocast("cpu", half) if half else nullcontext():
+        found = adapter.loss(batch)
+    (found.sum * factor).backward()
+    values = [found.sum.item(), found.count.item()]
+    values += [x.item() for task in sorted(found.by_task) for x in found.by_task[task]]
+    return values, gradients(adapter)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_tied", "qwen3_moe", "qwen2_audio"])
+def test_chunks_give_the_loss_and_the_gradient_of_all_logits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make(name)
+    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE)
+    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    assert chunked == pytest.approx(whole, rel=1e-6)
+    assert worst(found, wanted) < 2e-6
+
+
+def test_a_head_with_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make("llama")
+    head = adapter.model.lm_head
+    head.bias = nn.Parameter(torch.randn(head.out_features))
+    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE)
+    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    assert chunked == pytest.approx(whole, rel=1e-6)
+    assert "lm_head.bias" in found
+    assert worst(found, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision(half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make("llama")
+    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE, half, factor=4.0)
+    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED, half, factor=4.0)
+    assert chunked == pytest.approx(whole, rel=1e-5)
+    # Sums over chunks of a head's gradient, which is in half precision, are rounded otherwise.
+    assert worst(found, wanted) < (2e-2 if half is torch.bfloat16 else 2e-3)
+
+
+def test_a_frozen_head_has_no_gradient_and_passes_on_the_right_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = make("llama")
+    adapter.freeze(["lm_head.weight", "model.embed_tokens.weight"])
+    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE)
+    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    assert chunked == pytest.approx(whole, rel=1e-6)
+    assert "lm_head.weight" not in found
+    assert worst(found, wanted) < 2e-6
+
+
+def test_the_loss_is_that_of_the_heads_weights_alone() -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(16, 300)
+    hidden, targets = torch.randn(41, 16, requires_grad=True), torch.randint(0, 300, (41,))
+    expected = F.cross_entropy(head(hidden), targets, reduction="none")
+    (expected.sum() * 0.3).backward()
+    wanted = [x.grad.clone() for x in (hidden, *head.parameters())]
+    for x in (hidden, *head.parameters()):
+        x.grad = None
+    found = loss.chunked_losses(head, head.forward, hidden, targets, rows=8)
+    (found[-1] * 0.3).backward()
+    torch.testing.assert_close(found[:-1], expected.detach(), rtol=1e-6, atol=1e-6)
+    assert found[-1].item() == pytest.approx(expected.sum().item(), rel=1e-6)
+    for x, gradient in zip((hidden, *head.parameters()), wanted, strict=True):
+        torch.testing.assert_close(x.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_without_gradients_the_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make("qwen3")
+    batch = adapter.collate(batch_of(*sequences(adapter, LENGTHS)))
+    whole = adapter.loss(batch)
+    monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(CHUNKED))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            chunked = adapter.loss(batch)
+        assert chunked.sum.item() == pytest.approx(whole.sum.item(), rel=1e-6)
+
+
+def test_the_head_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make("qwen3")
+    ids = torch.arange(6).unsqueeze(0)
+    before = adapter.model(ids).logits
+    loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    assert torch.equal(adapter.model(ids).logits, before)
+    assert "forward" not in adapter.model.lm_head.__dict__
+
+
+def test_hooks_on_the_head_see_one_call_whatever_the_number_of_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter = make("qwen3")
+    calls: list[int] = []
+    adapter.model.lm_head.register_forward_hook(lambda m, args, out: calls.append(1))
+    loss_and_gradients(monkeypatch, adapter, 1)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("config", [{"model_type": "cohere"}, {"model_type": "granite"}])
+def test_a_model_that_changes_its_logits_keeps_its_own_loss(
+    config: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = {"logit_scale": 0.3} if config["model_type"] == "cohere" else {"logits_scaling": 3.0}
+    adapter = make("llama", **config, **scale)
+    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE)
+    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    assert chunked == whole
+    assert worst(found, wanted) == 0
+
+
+# -- by several processes ------------------------------------------------------------------------
+
+
+def _worker(rank: int, size: int, store: str, strategy: str) -> None:
+    """Each rank has sequences of its own; both also take a turn in which one has nothing."""
+    from raysft.models import base
+
+    base.chunk_rows = rows_at_a_time(CHUNKED)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    plain, items = make("qwen3_tied"), None
+    batches = []
+    for number in range(size):
+        items = sequences(plain, [9 + 5 * number, 7], seed=number)
+        batches.append(plain.collate(batch_of(*items)))
+    sum(plain.loss(batch).sum for batch in batches).backward()
+    wanted = gradients(plain)
+
+    adapter = make("qwen3_tied")
+    adapter.tasks[:] = plain.tasks
+    config = Config.model_validate({"parallel": {"strategy": strategy}})
+    wrapped = make_strategy(config, adapter.supervised, World.current())
+    turns = [batches[rank], batches[0] if rank == 0 else adapter.dummy()]
+    found = {}
+    for number, turn in enumerate(turns):
+        with wrapped.accumulate(last=number == 1):
+            wrapped.backward(wrapped.module(turn).sum * (size if number == 0 else 0.0))
+    for name, parameter in adapter.supervised.named_parameters():
+        gradient = parameter.grad
+        found[name.removeprefix(PREFIX)] = getattr(gradient, "full_tensor", lambda g=gradient: g)()
+    assert worst(found, wanted) < 5e-6
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_workers_find_the_gradient_of_one(strategy: str, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    workers = [fork(_worker, rank, 2, store, strategy) for rank in range(2)]
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def _peak(answer: str) -> None:
+    """Writes by how many MiB the loss of 2,048 rows raises this process's peak."""
+    torch.set_num_threads(1)
+    head = nn.Linear(64, 50_000, bias=False)
+    hidden, targets = torch.randn(2048, 64, requires_grad=True), torch.zeros(2048, dtype=torch.long)
+
+    def peak() -> int:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it holds now
+    before = peak()
+    rows = loss.chunk_rows(head.out_features, hidden.device)
+    loss.chunked_losses(head, head.forward, hidden, targets, rows)[-1].backward()
+    Path(answer).write_text(str((peak() - before) // 1024))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads VmHWM")
+def test_memory_is_that_of_a_chunk_not_of_all_logits(tmp_path: Path) -> None:
+    process = fork(_peak, str(tmp_path / "peak"))
+    process.join(120)
+    # All logits are 390 MiB, three times: with their softmax and gradient. A chunk is 64 MiB.
+    assert int((tmp_path / "peak").read_text()) < 280
