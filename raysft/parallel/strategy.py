@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from raysft.config.schema import Config
+from raysft.errors import UserError
 from raysft.parallel.world import World
 
 State = dict[str, Any]
@@ -92,7 +93,13 @@ def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
     module: what frozen parameters it has are known; their state is not saved where `peft.method`
     is set. Raises UserError where the strategy cannot work here.
     """
-    name = config.parallel.strategy
+    name, device = config.parallel.strategy, world.device
+    half = config.train.precision == "bf16" and device.type == "cuda"
+    if half and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"train.precision: bf16, but {torch.cuda.get_device_name(device)} has none; "
+            "use fp16 or fp32"
+        )
     if name == "fsdp":
         from raysft.parallel.fsdp import Fsdp
 
