@@ -76,7 +76,8 @@ def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
         _, mistake = ray.get(answer.get.remote())
         raise UserError(
             mistake
-            or f"data.tokens_per_batch: auto: the probe failed: {reason_of(error)}; give a number"
+            or f"data.tokens_per_batch: auto: the probe failed: {reason_of(error)}; start again, or "
+            "give a number"
         ) from error
     budget, _ = ray.get(answer.get.remote())
     assert budget is not None  # the group ended well
@@ -91,7 +92,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
     from raysft import worker
     from raysft.models.base import Adapter
-    from raysft.parallel import Strategy, World, make_strategy
+    from raysft.parallel import Strategy, World
 
     worker.quiet()
     config = Config.model_validate(settings["config"])
@@ -101,9 +102,8 @@ def _worker(settings: dict[str, Any]) -> None:
     encoder = ray.get(settings["encoder"])
 
     def factory() -> tuple[Adapter, Strategy]:
-        # So many steps that any schedule fits into them (of AdaLoRA): none of it is run.
-        adapter, _ = worker.build_model(config, encoder, total_steps=10**9)
-        return adapter, make_strategy(config, adapter.supervised, world)
+        adapter, _ = worker.build_model(config, encoder, total_steps=0)
+        return adapter, worker.wrap(config, adapter, world)
 
     try:
         budget = find_budget(config, factory, Lengths(**settings["lengths"]), world)

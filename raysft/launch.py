@@ -289,7 +289,7 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     if settings["task"] == "evaluate":
         worker.evaluate_checkpoint(job)
         return
-    job.start = {"nodes": nodes, **begun}
+    job.start = {**job.start, "nodes": nodes, **begun}
     job.hung = lambda reason: ray.get(
         monitor.failed.remote(f"worker {world.rank}: {reason}", first=True)
     )

@@ -47,8 +47,13 @@ class Prepared:
 
 
 def check(config: Config) -> None:
-    """Look for mistakes that show without reading data: run folder, sources. Raises UserError."""
+    """Look for mistakes that show without reading data or weights: run folder, sources, layers
+    that are to have adapters. Raises UserError."""
     check_run(config)
+    if config.peft.method != "none":
+        from raysft.models import peft  # torch: only where it is needed
+
+        peft.check(config)
     sources.resolve_all(config.data.train, "train")
     sources.resolve_all(config.data.eval, "eval")
 

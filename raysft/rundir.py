@@ -141,6 +141,19 @@ _ITS_OWN = (
 )
 
 
+# Keys of `peft` that decide which weights there are.
+_WHAT_TRAINS = (
+    "method",
+    "r",
+    "init_r",
+    "dora",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "virtual_tokens",
+)
+
+
 def _set_aside(config: Config, folder: Path) -> None:
     """Move the run so far to earlier_N, and write down which weights the new one begins with.
     Done again from any point at which it was interrupted."""
@@ -149,7 +162,16 @@ def _set_aside(config: Config, folder: Path) -> None:
             f"checkpoint.resume: weights_only, but {folder} holds no run to take weights from; "
             "name that run, or give exported weights as model.path"
         )
-    old = read_config(folder).checkpoint
+    before = read_config(folder)
+    for key in _WHAT_TRAINS:
+        had, wanted = getattr(before.peft, key), getattr(config.peft, key)
+        if had != wanted:
+            raise UserError(
+                f"checkpoint.resume: weights_only, but peft.{key} is {wanted} and the weights of "
+                f"{folder} are of peft.{key} {had}; export that run (--merge, or its adapter) and "
+                "give it as model.path (or peft.path) to a new run"
+            )
+    old = before.checkpoint
     if old.path is not None and old.path == config.checkpoint.path:
         raise UserError(
             f"checkpoint.path: {old.path} holds the checkpoints of the run so far; with "

@@ -27,10 +27,12 @@ from raysft.data.generations import open_index
 from raysft.data.index import Index
 from raysft.data.read import Reader, Work
 from raysft.evaluate.run import Corpus, evaluate
+from raysft.models.attention import used as attention_used
 from raysft.models.base import Adapter
 from raysft.models.peft import PeftAdapters, add_adapters
 from raysft.models.quantized import nf4
-from raysft.parallel import World, make_strategy
+from raysft.parallel import Strategy, World, make_strategy
+from raysft.parallel.fsdp import blocks
 from raysft.rundir import initial_weights
 from raysft.train.catalogue import Catalogue
 from raysft.train.checkpoint import load_weights, newest_sound
@@ -74,7 +76,10 @@ class Data:
 def build_model(
     config: Config, encoder: Encoder, total_steps: int
 ) -> tuple[Adapter, PeftAdapters | None]:
-    """The model on the CPU, as a strategy takes it: with what `peft` and `train` do to it."""
+    """The model on the CPU, as a strategy takes it: with what `peft` and `train` do to it.
+
+    total_steps: of the run; 0: it is not to be trained to an end.
+    """
     quantization = nf4(config) if config.peft.method == "qlora" else None
     adapter = models.build(config.model, config.data, encoder, config.run.seed, quantization)
     adapters = None
@@ -99,8 +104,8 @@ def build_job(
     adapter, adapters = build_model(config, data.encoder, total_steps)
     adapter.tasks[:] = history.tasks(folder)
     cost = cost_of(adapter.model)  # while the parameters are whole
-    strategy = make_strategy(config, adapter.supervised, world)
-    settings = config.data
+    strategy = wrap(config, adapter, world)
+    settings, half = config.data, config.train.precision != "fp32"
     feed = Feed(
         history.load(folder),
         settings.lanes,
@@ -127,8 +132,18 @@ def build_job(
         weights=initial_weights(folder),
         adapters=adapters,
         cost=cost,
+        start={"attention": attention_used(adapter.model, world.device, half)},
         extras=_extras(adapter, folder) if world.is_main else {},
     )
+
+
+def wrap(config: Config, adapter: Adapter, world: World) -> Strategy:
+    """The model in its strategy, compiled where `train.compile` says so."""
+    if config.train.compile:
+        from raysft.models.compiled import compile_blocks
+
+        compile_blocks(blocks(adapter.supervised), world.device)
+    return make_strategy(config, adapter.supervised, world)
 
 
 def _extras(adapter: Adapter, folder: Path) -> dict[str, bytes]:

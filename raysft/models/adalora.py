@@ -15,11 +15,16 @@ from raysft.config import schema
 from raysft.errors import UserError
 from raysft.parallel.optim import steps_of
 
+MANY = 10**9  # steps into which any schedule fits
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # of the importance, and of how uncertain it is
 
 
 def schedule(peft: schema.Peft, total_steps: int) -> dict[str, int]:
-    """Arguments of peft's AdaLoraConfig. Raises UserError where ranks could not fall."""
+    """Arguments of peft's AdaLoraConfig. total_steps: 0 where nothing is trained.
+
+    Raises UserError where ranks could not fall.
+    """
+    total_steps = total_steps or MANY
     tinit, tfinal = (steps_of(share, total_steps) for share in (peft.tinit, peft.tfinal))
     init_r = round(1.5 * peft.r) if peft.init_r is None else peft.init_r
     if init_r <= peft.r:
@@ -104,8 +109,9 @@ class Ranks:
 
 def cut(
     weights: dict[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, list[bool]]]:
-    """An adapter's weights (peft's names) without the ranks that are zero, and peft's rank_pattern.
+) -> tuple[dict[str, torch.Tensor], dict[str, list[bool]] | None]:
+    """An adapter's weights (peft's names) without the ranks that are zero, and peft's rank_pattern,
+    None where there are none.
 
     By the weights, not by what the allocator decided last: between two of its changes a rank that
     it took away may have grown again, and still counts.
@@ -120,4 +126,4 @@ def cut(
         found[name] = values[there]
         found[f"{stem}lora_A"] = weights[f"{stem}lora_A"][there]
         found[f"{stem}lora_B"] = weights[f"{stem}lora_B"][:, there]
-    return found, pattern
+    return found, None if all(all(mask) for mask in pattern.values()) else pattern

@@ -86,6 +86,17 @@ def segments_attention(
     return _by_document(query, key, value, lengths, dropout, scaling, sliding_window), None
 
 
+def used(model: PreTrainedModel, device: torch.device, half: bool) -> str:
+    """Which attention the text decoder of `model` trains with, for the run's events."""
+    config = model.config.get_text_config()
+    if config._attn_implementation != NAME:
+        return f"{config._attn_implementation} of transformers"
+    same = getattr(config, "qk_head_dim", None) == getattr(config, "v_head_dim", None)
+    if device.type == "cuda" and half and same and not getattr(config, "attention_dropout", 0.0):
+        return "torch varlen (flash) on packed rows"
+    return "torch sdpa, document by document"
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -33,7 +33,7 @@ from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.models.attention import document_mask
 from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
-from raysft.models.loss import chunk_rows, chunked_losses, cross_entropy, head_is_last
+from raysft.models.loss import chunk_rows, chunked_losses, cross_entropy, head_is_last, in_one_call
 
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
@@ -117,7 +117,7 @@ class Supervised(nn.Module):
         whatever is hooked to the head sees one call, on every worker.
         """
         head, rows = self._head[0], chunk_rows(self._vocabulary, keep.device)
-        chunked = self._head_is_last and len(keep) > rows
+        chunked = self._head_is_last and len(keep) > rows and not in_one_call(head)
         own, compute = head.__dict__.get("forward"), head.forward
         if chunked:
             head.forward = lambda hidden: chunked_losses(

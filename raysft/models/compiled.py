@@ -3,12 +3,16 @@
 Blocks, not the whole: equal blocks share one compilation, sharded weights are gathered between
 them, and what a model does once a step is not worth waiting for. Lengths are compiled as unknowns,
 for every batch has its own. Attention over packed rows stays as it is, for it reads how long the
-documents are; a graph ends before it and another begins after it.
+documents are; a graph ends before it and another begins after it. Evaluation is not compiled: a
+cache that grows would be, for every length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +30,26 @@ def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
     _check_compiler(device)
     ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(segments_attention))
     for block in blocks:
-        block.compile(dynamic=True)
+        block.forward = _compiled(block)
+
+
+def _compiled(block: nn.Module) -> Callable[..., Any]:
+    """The forward of a block, compiled below its checkpointing: a graph that ends in the middle of
+    a checkpoint cannot be compiled from without. Hooks, as of sharding, stay outside."""
+    own = block.forward
+    plain = type(block).forward
+    while plain.__code__.co_name == "forward_with_checkpointing":  # transformers'
+        plain = plain.__wrapped__
+    compiled = torch.compile(MethodType(plain, block), dynamic=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return own(*args, **kwargs)
+        if getattr(block, "gradient_checkpointing", False):
+            return block._gradient_checkpointing_func(partial(compiled, **kwargs), *args)
+        return compiled(*args, **kwargs)
+
+    return forward
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -17,10 +17,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2AudioForConditionalGeneration,
 )
 
 from raysft.config import schema
@@ -79,6 +81,27 @@ def from_config(settings: dict[str, Any], auto: Any, seed: int) -> PreTrainedMod
             return make(config, dtype=torch.float32)
         except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
             raise UserError(f"model.config: {line_of(error)}") from error
+
+
+def skeleton(model: schema.Model, audio: bool) -> PreTrainedModel:
+    """The layers of the model without weights. audio: of family audio_lm."""
+    auto: Any = Qwen2AudioForConditionalGeneration if audio else AutoModelForCausalLM
+    if model.path is None:
+        config = make_config(model.config or {})
+    else:
+        try:
+            config = AutoConfig.from_pretrained(
+                model.path, trust_remote_code=model.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path {model.path}: {line_of(error)}") from error
+    make = getattr(auto, "from_config", None) or auto._from_config
+    try:
+        with torch.device("meta"):
+            return make(config)
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        where = "model.config" if model.path is None else f"model.path {model.path}"
+        raise UserError(f"{where}: {line_of(error)}") from error
 
 
 def make_config(settings: dict[str, Any]) -> PreTrainedConfig:

@@ -56,6 +56,12 @@ def head_is_last(net: PreTrainedModel, head: nn.Module) -> tuple[int, bool]:
     return logits.shape[-1], same and bool(logits.any())  # zeros would stay zeros
 
 
+def in_one_call(head: nn.Module) -> bool:
+    """Whether the head has to see all rows at once: under zero3 its parts (rows of new tokens) are
+    gathered by a collective at every call, and workers differ in how many chunks they have."""
+    return any(hasattr(p, "ds_id") for part in head.children() for p in part.parameters())
+
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Float32 losses [M] of logits [M, V]; targets int64 [M]."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
@@ -77,7 +83,7 @@ def chunked_losses(
     if not torch.is_grad_enabled():
         losses = torch.cat([_of_hidden(forward, *part) for part in parts])
         return torch.cat([losses, losses.sum().unsqueeze(0)])
-    if not _in_float16(hidden) and not _gathered_in_parts(head):
+    if not _in_float16(hidden):
         trained = [p for p in head.parameters() if p.requires_grad]
         losses, total = _Ahead.apply(forward, rows, targets, hidden, *trained)
     else:
@@ -128,9 +134,3 @@ def _in_float16(hidden: torch.Tensor) -> bool:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) == torch.float16
     return hidden.dtype == torch.float16
-
-
-def _gathered_in_parts(head: nn.Module) -> bool:
-    """Whether zero3 holds weights of parts of the head whole only while such a part computes: a
-    gradient ahead of time would find them sharded again."""
-    return any(hasattr(p, "ds_id") for part in head.children() for p in part.parameters())

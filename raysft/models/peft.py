@@ -40,12 +40,13 @@ from transformers import PreTrainedModel
 
 from raysft.config.combinations import audio_refusal, contradictions
 from raysft.config.schema import Config
+from raysft.data.encode import model_family
 from raysft.errors import UserError
 from raysft.models import adalora
 from raysft.models.audio_lm import AudioLM
 from raysft.models.base import PREFIX, Adapter
 from raysft.models.begin import fill, find
-from raysft.models.loading import line_of, seeded
+from raysft.models.loading import line_of, seeded, skeleton
 from raysft.models.targets import Targets, modules_named, resolve
 from raysft.parallel.native import HALF
 
@@ -105,10 +106,20 @@ class PeftAdapters:
         return {f"{FOLDER}/{CONFIG}": written, f"{FOLDER}/{WEIGHTS}": saved}
 
 
+def check(config: Config) -> None:
+    """Raises UserError for targets that the model does not have; reads no weights."""
+    if config.peft.method in VIRTUAL:
+        if model_family(config.model) == "audio_lm":
+            raise UserError(f"peft.method: {audio_refusal(config.peft.method)}")
+    elif config.peft.method != "none":
+        resolve(config.peft, skeleton(config.model, model_family(config.model) == "audio_lm"))
+
+
 def add_adapters(adapter: Adapter, config: Config, total_steps: int) -> PeftAdapters:
     """Put the adapters of `config.peft` into `adapter`; from here on only they train.
 
-    adapter: just built; its `model` and `supervised` become those with adapters. Raises UserError
+    adapter: just built; its `model` and `supervised` become those with adapters. total_steps: of
+    the run, for AdaLoRA's schedule; 0: it is not to be trained to an end. Raises UserError
     where the method cannot train this model, or `peft.path` is an adapter of something else.
     """
     model = _inject(adapter, config, total_steps, begin=True)

@@ -95,17 +95,18 @@ class Zero:
     def drop(self) -> None:
         """See `Strategy.drop`. DeepSpeed forgets all of a gradient only when its norm is infinite,
         so that is what it is told."""
-        norms = {"scaled_global_norm": math.inf, "_get_norm_groups": [math.inf]}
-        for name, norm in norms.items():
-            if hasattr(self._zero, name):
-                value = torch.tensor(norm)
-                setattr(self._zero, name, lambda value=value: value)
-                try:
-                    self._engine.step()
-                finally:
-                    delattr(self._zero, name)
-                return
-        self._zero.zero_grad()
+        if hasattr(self._zero, "clear_hp_grads"):  # but for zero1 in bf16
+            self._zero.zero_grad()
+            return
+        of_all = hasattr(self._zero, "scaled_global_norm")  # zero3 asks for those of its groups
+        name = "scaled_global_norm" if of_all else "_get_norm_groups"
+        infinite = torch.tensor(math.inf if of_all else [math.inf])
+        setattr(self._zero, name, lambda: infinite)
+        try:
+            self._engine.step()
+        finally:
+            delattr(self._zero, name)
+        assert self._zero.overflow, "the dropped gradient has moved weights"
 
     def whole(self) -> AbstractContextManager[Any]:
         """Modules gather their parameters as they run."""

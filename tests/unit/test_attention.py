@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from raysft.models import attention
-from raysft.models.attention import document_mask, segments_attention
+from raysft.models.attention import document_mask, segments_attention, used
+from tests.unit.model_zoo import make
 
 LENGTHS = [3, 3, 3, 8, 1, 5, 5]
 MODULE = SimpleNamespace(is_causal=True)
@@ -111,3 +112,12 @@ def test_the_variable_length_kernel_equals_documents_alone(window: int | None) -
     got = torch.autograd.grad(ours.float().sum(), qkv)
     wanted = torch.autograd.grad(expected.sum(), qkv)
     torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+
+
+def test_the_attention_in_use_is_told() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    packed, padded = make("qwen3", "packed").model, make("qwen3", "padded").model
+    assert used(packed, cpu, half=True) == "torch sdpa, document by document"
+    assert used(packed, gpu, half=True) == "torch varlen (flash) on packed rows"
+    assert used(packed, gpu, half=False) == "torch sdpa, document by document"
+    assert used(padded, gpu, half=True) == "sdpa of transformers"

@@ -179,8 +179,8 @@ def _changes(folder: Path) -> dict[str, Any]:
 
 
 def _exact() -> None:
-    """Tensors that are freed are given back at once. Otherwise the peak holds what lies idle in
-    the heap, up to a tenth, which differs from one process to the next."""
+    """Tensors that are freed are given back at once. Otherwise a peak holds what lies idle in the
+    heap, a third of it and more, which depends on all that the process did before."""
     m_mmap_threshold = -3
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
     torch.set_num_threads(1)
@@ -217,6 +217,7 @@ def _config(folder: Path, name: str, budget: int | str) -> Config:
 
 def _run(folder: Path, budget: int) -> None:
     """Writes the peak of a whole run."""
+    _exact()
     job = worlds.start(_config(folder, f"run{budget}", budget), World.current())
     _restart_peak(CPU)
     train(job)

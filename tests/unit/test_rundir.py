@@ -130,7 +130,7 @@ def test_weights_only_begins_at_step_0_with_the_weights_and_nothing_else(home: P
 def test_the_weights_it_begins_with_are_those_of_the_old_run_to_the_bit(home: Path) -> None:
     saved = Saved(4, open_storage(home / "runs" / "run", None))
     expected = start(tiny(home, "expected"), ONE)
-    load_weights(saved, expected.strategy.module)
+    load_weights(saved, expected.strategy)
     job = start(tiny(home, **ANEW), ONE)
     assert job.weights is not None and job.weights.step == 4
     begun: list[dict[str, torch.Tensor]] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.unit.zero_lab import (
     STAGES,
     STEPS,
     Reference,
+    is_slow,
     make_config,
     net,
     plain,
@@ -42,14 +44,38 @@ Lab = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """What the processes found in a scenario."""
+    """What the processes found in a scenario; they start when the first one is asked for."""
     folder = tmp_path_factory.mktemp("zero")
-    for size in SIZES:
-        processes = [worlds.fork(work, rank, size, folder) for rank in range(size)]
-        for process in processes:
-            process.join(timeout=300)
-        assert [process.exitcode for process in processes] == [0] * size
-    return lambda name, size=2: torch.load(folder / f"{name}_{size}.pt")
+
+    @cache
+    def go(slow: bool) -> None:
+        for size in SIZES if not slow else (2,):
+            processes = [worlds.fork(work, rank, size, slow, folder) for rank in range(size)]
+            for process in processes:
+                process.join(timeout=500)
+            assert [process.exitcode for process in processes] == [0] * size
+
+    def found(name: str, size: int = 2) -> dict[str, Any]:
+        go(is_slow(name))
+        return torch.load(folder / f"{name}_{size}.pt")
+
+    return found
+
+
+def each_stage(*kinds: str, name: str = "{kind} {stage}") -> Any:
+    """Parameters kind and stage; slow where the scenario of that name is."""
+    return pytest.mark.parametrize(
+        ("kind", "stage"),
+        [
+            pytest.param(
+                kind,
+                stage,
+                marks=[pytest.mark.slow] if is_slow(name.format(kind=kind, stage=stage)) else [],
+            )
+            for kind in kinds
+            for stage in STAGES
+        ],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +117,7 @@ def test_losses_norms_and_weights_are_those_of_plain_torch(
         torch.testing.assert_close(found["after"][f"model.{key}"], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["frozen", "adapters"])
-@pytest.mark.parametrize("stage", STAGES)
+@each_stage("frozen", "adapters")
 def test_frozen_parameters_stay_and_are_saved_only_without_adapters(
     stage: str, kind: str, lab: Lab
 ) -> None:
@@ -106,14 +131,20 @@ def test_frozen_parameters_stay_and_are_saved_only_without_adapters(
         assert torch.equal(found["after"][key], weights[key.removeprefix("model.")])
 
 
-@pytest.mark.parametrize("half", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_half_precision_is_near_that_of_ddp(stage: str, half: str, lab: Lab) -> None:
+def test_a_head_with_new_rows_keeps_workers_of_zero3_in_step(lab: Lab) -> None:
+    """Under zero3 its parts are gathered at every call, so every worker has to make as many."""
+    lines = lab("new rows zero3")["lines"]
+    assert len(lines) == 3
+    assert_same_steps(lines, lab("new rows ddp")["lines"])
+
+
+@each_stage("bf16", "fp16")
+def test_half_precision_is_near_that_of_ddp(stage: str, kind: str, lab: Lab) -> None:
     """fp16 begins with the same steps that overflow."""
-    found, expected = lab(f"{half} {stage}"), lab(f"{half} ddp")
+    found, expected = lab(f"{kind} {stage}"), lab(f"{kind} ddp")
     skipped = [line[2] for line in expected["lines"]]
     assert [line[2] for line in found["lines"]] == skipped
-    assert any(skipped) == (half == "fp16")
+    assert any(skipped) == (kind == "fp16")
     assert_same_steps(
         [line for line in found["lines"] if not line[2]],
         [line for line in expected["lines"] if not line[2]],
@@ -125,8 +156,7 @@ def test_half_precision_is_near_that_of_ddp(stage: str, half: str, lab: Lab) -> 
 # -- steps that change nothing --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16", "offload"])
-@pytest.mark.parametrize("stage", STAGES)
+@each_stage("fp32", "bf16", "fp16", "offload", name="disturbed {kind} {stage}")
 def test_a_nan_on_one_worker_and_a_dropped_step_change_nothing(
     stage: str, kind: str, lab: Lab
 ) -> None:
@@ -184,8 +214,7 @@ def test_a_run_goes_on_with_one_worker_and_with_three(
     assert_same_steps(lines, reference[0])
 
 
-@pytest.mark.parametrize("kind", ["", "bf16 "])
-@pytest.mark.parametrize("stage", STAGES)
+@each_stage("", "bf16 ", "optimizer ", name="resumed {kind}{stage}")
 def test_a_resumed_run_is_the_same_to_the_last_bit(stage: str, kind: str, lab: Lab) -> None:
     found, undisturbed = lab(f"resumed {kind}{stage}"), lab(f"{kind}{stage}")
     assert found["lines"] == undisturbed["lines"]

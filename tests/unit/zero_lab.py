@@ -16,8 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from raysft.config import Config
+from raysft.models import loss as losses
 from raysft.parallel import Strategy, World, make_strategy, zero_state
 from raysft.parallel.ddp import Ddp
+from raysft.train.loop import train
+from raysft.train.metrics import read_lines
+from tests import worlds
 
 LANES, STEPS, CLIP = 3, 10, 0.05
 STAGES = ("zero1", "zero2", "zero3")
@@ -205,7 +209,7 @@ def resumed(world: World, folder: Path, strategy: str, **changes: Any) -> dict[s
     config = make_config(strategy, **changes)
     made = make_strategy(config, net(), world)
     lines = [take_step(made, world, step) for step in range(1, 6)]
-    path, facts = folder / f"resumed_{strategy}_{len(changes)}", made.facts()
+    path, facts = folder / "_".join(["resumed", strategy, *changes]), made.facts()
     dcp.save(made.state(), checkpoint_id=path)
     made = make_strategy(config, net(), world)
     made.load(lambda state: dcp.load(state, checkpoint_id=path))
@@ -227,6 +231,33 @@ def resized(world: World, folder: Path, strategy: str) -> dict[str, Any]:
     lines = [take_step(made, world, step) for step in SIZES[world.size]]
     dcp.save(made.state(), checkpoint_id=folder / f"resized_{strategy}_{SIZES[world.size][-1]}")
     return {"lines": lines}
+
+
+def new_rows(world: World, folder: Path, strategy: str) -> dict[str, Any]:
+    """A run whose head has rows of new tokens (a part of its own), and workers with different
+    numbers of rows to compute losses of, a few at a time."""
+    changes: dict[str, Any] = {"parallel__strategy": strategy}
+    if strategy == "zero3":
+        changes["parallel__deepspeed"] = sharded(folder)
+    if world.is_main:
+        worlds.tiny(folder)  # writes the corpus
+    world.barrier()
+    config = worlds.tiny(
+        folder,
+        f"new_rows_{strategy}",
+        data__lanes=3,
+        train__max_steps=3,
+        peft__method="lora",
+        peft__r=4,
+        **changes,
+    )
+    rows, losses.CHUNK_BYTES = losses.CHUNK_BYTES, {"cpu": 5000, "cuda": 5000}
+    try:
+        train(worlds.start(config, world))
+    finally:
+        losses.CHUNK_BYTES = rows
+    lines = read_lines(folder / "runs" / config.run.name / "metrics.jsonl")
+    return {"lines": [[line["loss"], line["grad_norm"]] for line in lines]}
 
 
 def weights_only(world: World, folder: Path) -> dict[str, Any]:
@@ -278,12 +309,29 @@ SCENARIOS: dict[str, Callable[[World, Path], dict[str, Any]]] = {
         f"resumed bf16 {s}": lambda w, f, s=s: resumed(w, f, s, train__precision="bf16")
         for s in STAGES
     },
+    **{
+        f"resumed optimizer {s}": lambda w, f, s=s: resumed(w, f, s, parallel__offload="optimizer")
+        for s in STAGES
+    },
     "sharded zero3": lambda w, f: training(w, f, "zero3", parallel__deepspeed=sharded(f)),
     "handed over": lambda w, f: handed_over(w, f, "ddp", "zero1", "zero3", "zero2", "fsdp"),
     "handed back": lambda w, f: handed_over(w, f, "fsdp", "zero2", "zero1", "ddp", "zero3"),
     "weights only": weights_only,
+    **{f"new rows {s}": lambda w, f, s=s: new_rows(w, f, s) for s in ("ddp", "zero3")},
     **{f"resized {s}": lambda w, f, s=s: resized(w, f, s) for s in STAGES},
 }
+
+
+# Further kinds of what the other scenarios show, for `make test-all`.
+SLOW = (
+    *("adapters", "fp16", "disturbed fp16", "disturbed bf16", "disturbed offload"),
+    *("resumed bf16", "resumed optimizer"),
+)
+
+
+def is_slow(name: str) -> bool:
+    """Whether only slow tests ask for a scenario."""
+    return name.startswith(SLOW)
 
 
 def allow_fp16() -> None:
@@ -294,16 +342,16 @@ def allow_fp16() -> None:
     get_accelerator().is_fp16_supported = lambda: True
 
 
-def work(rank: int, size: int, folder: Path) -> None:
-    """One of the processes: of two, which go through all scenarios, or of others."""
+def work(rank: int, size: int, slow: bool, folder: Path) -> None:
+    """One of the processes: of two, which go through all scenarios of a kind, or of others."""
     torch.set_num_threads(1)
     allow_fp16()
     zero_state.CHUNK_BYTES = 1000
-    store = f"file://{folder}/store_{size}"
+    store = f"file://{folder}/store_{size}_{slow}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     world = World.current()
     for name, scenario in SCENARIOS.items():
-        if size == 2 or name.startswith("resized"):
+        if is_slow(name) is slow and (size == 2 or name.startswith("resized")):
             found = scenario(world, folder)
             if world.is_main:
                 torch.save(found, folder / f"{name}_{size}.pt")
