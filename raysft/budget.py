@@ -76,8 +76,8 @@ def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
         _, mistake = ray.get(answer.get.remote())
         raise UserError(
             mistake
-            or f"data.tokens_per_batch: auto: the probe failed: {reason_of(error)}; start again, or "
-            "give a number"
+            or f"data.tokens_per_batch: auto: the probe failed: {reason_of(error)}; "
+            "start again, or give a number"
         ) from error
     budget, _ = ray.get(answer.get.remote())
     assert budget is not None  # the group ended well

@@ -104,8 +104,13 @@ class Native:
         self._scale.load(facts["loss_scale"])
 
     def _moments(self) -> dict[str, Any]:
-        with self._uncompiled():  # it takes a step of rate zero where there are none yet
-            return get_optimizer_state_dict(self.module, self.optimizer)
+        unmoved = not self.optimizer.state
+        with self._uncompiled():
+            found = get_optimizer_state_dict(self.module, self.optimizer)
+        if unmoved:  # torch has made state by a step of rate zero, which AdamW has counted
+            for state in self.optimizer.state.values():
+                state["step"].zero_()
+        return found
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         return torch.compiler.set_stance("force_eager") if self._eager else nullcontext()

@@ -60,7 +60,8 @@ def parameter_groups(
             (i for i, g in enumerate(optim.groups) if any(fnmatch(name, m) for m in g.match)), -1
         )
         own = optim.groups[number] if number >= 0 else None
-        decays = parameter.ndim >= 2
+        # One number a unit is a vector, whatever its shape ([n, 1]: ia3, the ranks of adalora).
+        decays = sum(size > 1 for size in parameter.shape) >= 2
         decay = optim.weight_decay if own is None or own.weight_decay is None else own.weight_decay
         peak = optim.lr if own is None or own.lr is None else own.lr
         group = found.setdefault(

@@ -125,6 +125,21 @@ def test_clipping_and_steps_are_those_of_plain_torch_also_under_a_loss_scale() -
             torch.testing.assert_close(ours_, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_save_before_the_first_step_that_moves_changes_no_later_step() -> None:
+    weights = []
+    for saves in (False, True):
+        torch.manual_seed(1)
+        ours = Ddp(Config.model_validate({"optim": {"lr": 0.01}}), Net(), ONE)
+        if saves:
+            state = ours.state()
+            assert {float(moments["step"]) for moments in state["optim"].values()} == {0.0}
+        for _ in range(3):
+            ours.backward(ours.module(torch.randn(4, 8)))
+            ours.step(1.0)
+        weights.append(list(ours.module.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 class Spoilt:
     """A strategy whose gradients are not finite at some steps."""
 
