@@ -20,7 +20,7 @@ from raysft import history
 from raysft.config import Config
 from raysft.data import sources, speech_tokens
 from raysft.data.audio import Limits, load
-from raysft.data.encode import Encoder, make_encoder
+from raysft.data.encode import Encoder, make_encoder, model_family
 from raysft.data.example import Quarantined
 from raysft.data.generations import Generations
 from raysft.data.index import Index, build_index
@@ -50,12 +50,25 @@ def check(config: Config) -> None:
     """Look for mistakes that show without reading data or weights: run folder, sources, layers
     that are to have adapters. Raises UserError."""
     check_run(config)
+    _check_names(config)
+    sources.resolve_all(config.data.train, "train")
+    sources.resolve_all(config.data.eval, "eval")
+
+
+def _check_names(config: Config, encoder: Encoder | None = None, total_steps: int = 0) -> None:
+    """Look names of layers and parameters up in the model, without its weights."""
     if config.peft.method != "none":
         from raysft.models import peft  # torch: only where it is needed
 
-        peft.check(config)
-    sources.resolve_all(config.data.train, "train")
-    sources.resolve_all(config.data.eval, "eval")
+        peft.check(config, encoder.new_ids if encoder is not None else (), total_steps)
+    elif config.train.freeze or config.optim.groups:
+        from raysft.models.loading import skeleton
+        from raysft.models.targets import freeze
+        from raysft.parallel.optim import parameter_groups
+
+        net = skeleton(config.model, model_family(config.model) == "audio_lm")
+        freeze(net, config.train.freeze)
+        parameter_groups(net.named_parameters(), config.optim)
 
 
 def prepare(
@@ -79,6 +92,8 @@ def prepare(
     else:
         plan = history.load(folder)
     steps = total_steps(config, plan) if train else 0
+    if train:
+        _check_names(config, encoder, steps)
     return Prepared(config, encoder, index, evaluation, plan, steps, rejected)
 
 

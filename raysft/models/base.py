@@ -15,8 +15,6 @@ What a batch holds (int64 but for the masks; R rows of L positions, M supervised
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -31,6 +29,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
+from raysft.models import targets
 from raysft.models.attention import document_mask
 from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
 from raysft.models.loss import chunk_rows, chunked_losses, cross_entropy, head_is_last, in_one_call
@@ -250,22 +249,7 @@ class Adapter(ABC):
 
         Raises UserError for a pattern that matches nothing, or if nothing is left to train.
         """
-        parameters = dict(self.model.named_parameters())
-        frozen: set[str] = set()
-        for pattern in patterns:
-            found = fnmatch.filter(parameters, pattern)
-            if not found:
-                near = difflib.get_close_matches(pattern, parameters, 3, cutoff=0.3)
-                raise UserError(
-                    f"train.freeze: {pattern} matches no parameter of {type(self.model).__name__}; "
-                    f"names look like {', '.join(near or list(parameters)[:3])}"
-                )
-            frozen.update(found)
-        for name in frozen:
-            parameters[name].requires_grad_(False)
-        if not any(p.requires_grad for p in parameters.values()):
-            raise UserError("train.freeze: every parameter is frozen; nothing is left to train")
-        return sorted(frozen)
+        return targets.freeze(self.model, patterns)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each layer's input and recompute the rest in the backward pass."""

@@ -98,6 +98,8 @@ def fill(model: PeftModel, start: Start) -> None:
 def _folder(path: str, where: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
+    if path.startswith(("/", ".", "~")):
+        raise UserError(f"{where}: no such folder")
     try:
         return Path(snapshot_download(path, allow_patterns=["adapter_*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

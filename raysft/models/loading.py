@@ -95,10 +95,11 @@ def skeleton(model: schema.Model, audio: bool) -> PreTrainedModel:
             )
         except (OSError, ValueError) as error:
             raise UserError(f"model.path {model.path}: {line_of(error)}") from error
-    make = getattr(auto, "from_config", None) or auto._from_config
     try:
         with torch.device("meta"):
-            return make(config)
+            if audio:
+                return auto._from_config(config)
+            return auto.from_config(config, trust_remote_code=model.trust_remote_code)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
         where = "model.config" if model.path is None else f"model.path {model.path}"
         raise UserError(f"{where}: {line_of(error)}") from error

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,14 @@ class PeftAdapters:
         return {f"{FOLDER}/{CONFIG}": written, f"{FOLDER}/{WEIGHTS}": saved}
 
 
-def check(config: Config) -> None:
-    """Raises UserError for targets that the model does not have; reads no weights."""
-    if config.peft.method in VIRTUAL:
-        if model_family(config.model) == "audio_lm":
-            raise UserError(f"peft.method: {audio_refusal(config.peft.method)}")
-    elif config.peft.method != "none":
-        resolve(config.peft, skeleton(config.model, model_family(config.model) == "audio_lm"))
+def check(config: Config, new_ids: Sequence[int] = (), total_steps: int = 0) -> None:
+    """Raises UserError where `add_adapters` would for what shows without weights: layers that are
+    not there, rows that the method cannot train, another adapter than the config's."""
+    if config.peft.method != "none":
+        audio = model_family(config.model) == "audio_lm"
+        net = skeleton(config.model, audio)
+        settings, names = _settings(config, net, audio, new_ids, total_steps)
+        find(config, settings, names, net)
 
 
 def add_adapters(adapter: Adapter, config: Config, total_steps: int) -> PeftAdapters:
@@ -162,37 +163,45 @@ def merge_adapters(
 
 def _inject(adapter: Adapter, config: Config, total_steps: int, begin: bool = False) -> PeftModel:
     """The model of `adapter` inside a peft model. begin: with the weights at `peft.path`."""
-    refused = [line for line in contradictions(config) if line.startswith(("peft.", "train."))]
-    if refused:
-        raise UserError(refused[0])
-    method = config.peft.method
-    if method in VIRTUAL and isinstance(adapter, AudioLM):
-        raise UserError(f"peft.method: {audio_refusal(method)}")
     net = adapter.net
-    rows = _new_rows(adapter, config)
-    kind = None if isinstance(adapter, AudioLM) else TaskType.CAUSAL_LM
-    if method in VIRTUAL:
-        settings = _positions(config, net)
-        targets = None
-    else:
-        targets = resolve(config.peft, net)
-        settings = _layers_settings(config, targets, total_steps)
-        if rows:
-            settings.trainable_token_indices = rows
-    settings.task_type = kind
-    names = targets.names if targets is not None else ()
+    audio = isinstance(adapter, AudioLM)
+    settings, names = _settings(config, net, audio, adapter.new_ids, total_steps)
     start = find(config, settings, names, net) if begin else None
     # peft copies modules that train whole, with all that hangs on them.
     adapter.supervised.release()
     with seeded(config.run.seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls
         model = get_peft_model(net, settings)
-    if targets is not None and (differ := set(model.targeted_module_names) ^ set(names)):
+    if names and (differ := set(model.targeted_module_names) ^ set(names)):
         raise ValueError(f"peft and raysft differ on {len(differ)} targets, such as {min(differ)}")
     if start is not None:
         fill(model, start)
     settings.base_model_name_or_path = config.model.path
     return model
+
+
+def _settings(
+    config: Config, net: PreTrainedModel, audio: bool, new_ids: Sequence[int], total_steps: int
+) -> tuple[PeftConfig, tuple[str, ...]]:
+    """peft's config for the plain model `net`, and the layers that get adapters."""
+    refused = [line for line in contradictions(config) if line.startswith(("peft.", "train."))]
+    if refused:
+        raise UserError(refused[0])
+    method = config.peft.method
+    if method in VIRTUAL and audio:
+        raise UserError(f"peft.method: {audio_refusal(method)}")
+    rows = _new_rows(config, net, new_ids)
+    names: tuple[str, ...] = ()
+    if method in VIRTUAL:
+        settings = _positions(config, net)
+    else:
+        targets = resolve(config.peft, net)
+        names = targets.names
+        settings = _layers_settings(config, targets, total_steps)
+        if rows:
+            settings.trainable_token_indices = rows
+    settings.task_type = None if audio else TaskType.CAUSAL_LM
+    return settings, names
 
 
 def _layers_settings(config: Config, targets: Targets, total_steps: int) -> PeftConfig:
@@ -230,10 +239,10 @@ def _positions(config: Config, net: PreTrainedModel) -> PeftConfig:
     )
 
 
-def _new_rows(adapter: Adapter, config: Config) -> dict[str, list[int]]:
+def _new_rows(config: Config, net: PreTrainedModel, new_ids: Sequence[int]) -> dict[str, list[int]]:
     """Tokens whose rows train, by the name of the table; none where the tables train whole."""
-    method, net = config.peft.method, adapter.net
-    ids = [int(i) for i in adapter.new_ids]
+    method = config.peft.method
+    ids = [int(i) for i in new_ids]
     tables = {"get_input_embeddings": net.get_input_embeddings()}
     tables["get_output_embeddings"] = net.get_output_embeddings()
     names = {

@@ -8,8 +8,9 @@ expression for the whole name.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -75,6 +76,29 @@ def resolve(peft: schema.Peft, net: PreTrainedModel) -> Targets:
             wanted, feedforward = list(names), inputs
         return Targets(wanted, names, feedforward)
     return Targets(_short(names, net) if everything else peft.target_modules, names)
+
+
+def freeze(net: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Stop training the parameters of `net` whose names match a pattern (fnmatch); returns them.
+
+    Raises UserError for a pattern that matches nothing, or if nothing is left to train.
+    """
+    parameters = dict(net.named_parameters())
+    frozen: set[str] = set()
+    for pattern in patterns:
+        found = fnmatch.filter(parameters, pattern)
+        if not found:
+            near = difflib.get_close_matches(pattern, parameters, 3, cutoff=0.3)
+            raise UserError(
+                f"train.freeze: {pattern} matches no parameter of {type(net).__name__}; "
+                f"names look like {', '.join(near or list(parameters)[:3])}"
+            )
+        frozen.update(found)
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise UserError("train.freeze: every parameter is frozen; nothing is left to train")
+    return sorted(frozen)
 
 
 def modules_named(key: str, wanted: Iterable[str], net: nn.Module) -> list[str]:
