@@ -155,7 +155,7 @@ def save_and_die(folder: Path, operation: int) -> None:
     found, _ = newest_sound(ours.catalogue, World.current())
     step = 0
     if found is not None:
-        load(found, ours.module, ours.optimizer)
+        load(found, ours.strategy)
         step = found.step
     weights = torch.cat([weight.flatten() for weight in ours.module.parameters()])
     if step:
@@ -165,7 +165,7 @@ def save_and_die(folder: Path, operation: int) -> None:
     with torch.no_grad():
         for weight in ours.module.parameters():
             weight.fill_(step + 1)
-    ours.saver.start(step + 1, ours.module, ours.optimizer, {})
+    ours.saver.start(step + 1, ours.strategy, {})
     ours.saver.wait()
 
 

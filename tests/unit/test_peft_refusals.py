@@ -62,7 +62,7 @@ def test_a_run_begins_with_an_adapter(bench: Bench, tmp_path: Path) -> None:
             "its target_modules .*up_proj.* are not those of peft.target_modules, .q_proj.",
         ),
         ({"base": "unitless"}, "trained on .*causal_lm, but model.path is .*unitless"),
-        ({"peft__path": "/nowhere/at/all"}, "neither a folder nor on the hub"),
+        ({"peft__path": "/nowhere/at/all"}, "no such folder"),
     ],
 )
 def test_an_adapter_of_something_else_is_refused(
