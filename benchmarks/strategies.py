@@ -42,7 +42,7 @@ class Size:
     rounds: int
 
 
-FULL = Size(hidden=384, layers=6, vocabulary=8192, tokens=512, warm=2, steps=6, rounds=3)
+FULL = Size(hidden=768, layers=6, vocabulary=4096, tokens=128, warm=1, steps=5, rounds=3)
 QUICK = Size(hidden=64, layers=2, vocabulary=512, tokens=256, warm=1, steps=2, rounds=1)
 ON_GPU = Size(hidden=2048, layers=24, vocabulary=65536, tokens=4096, warm=3, steps=10, rounds=3)
 
