@@ -4,12 +4,14 @@ One model (Qwen3, random weights) and the same batches under ddp, fsdp, zero1, z
 weights trained and with LoRA: two gloo processes on CPU, or one process on a GPU where there is
 one. The ways take turns, each in fresh processes; of the rounds the medians count.
 
-`peak_gb` is the largest memory of a worker above what it held before the model was built (CPU:
-resident set; GPU: allocated). Full run: about 10 min on 4 cores.
+`peak_gb` is the largest memory of a worker during steps, above what it held before the model was
+built (GPU: allocated; CPU: resident set, in a run of its own whose heap gives back what is freed,
+which costs time). Full run: about 12 min on 4 cores.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
@@ -27,6 +29,8 @@ from matplotlib import pyplot
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 METHODS = ("none", "lora")
+# glibc keeps most of what is freed for later; so told, it returns it to the system at once.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,18 @@ def one_worker(size: Size, strategy: str, method: str) -> dict[str, Any]:
     world = World.current("cuda:0" if cuda else "cpu")
     config = Config.model_validate(settings)
     encoder = make_encoder(config.model, config.data, Path.cwd())
+    if strategy.startswith("zero"):
+        os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
+        import deepspeed  # noqa: F401 - libraries are not what a strategy takes
+    import torch.distributed.fsdp
+
     before = _held_gb(cuda)
     adapter = models.build(config.model, config.data, encoder, seed=0)
     if method != "none":
         add_adapters(adapter, config, size.warm + size.steps)
     wrapped = make_strategy(config, adapter.supervised, world)
     wrapped.module.train()
+    _held_gb(cuda)
     rng = np.random.default_rng(world.rank)
 
     def batch(step: int) -> StepBatch:
@@ -140,6 +150,7 @@ def _held_gb(cuda: bool) -> float:
         return 0.0
     import psutil
 
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     return psutil.Process().memory_info().rss / 2**30
 
@@ -154,12 +165,16 @@ def _peak_gb(cuda: bool) -> float:
 
 
 def measure(size: Size, workers: int) -> list[dict[str, Any]]:
-    """Every strategy and method once a round."""
-    found = []
-    for number in range(size.rounds):
+    """Every strategy and method once a round, and before that once for its memory."""
+    found, peaks = [], {}
+    for number in range(-1, size.rounds):
         for method in METHODS:
             for strategy in STRATEGIES:
-                result = _run(size, workers, strategy, method)
+                result = _run(size, workers, strategy, method, GIVE_BACK if number < 0 else {})
+                if number < 0:
+                    peaks[method, strategy] = result["peak_gb"]
+                    continue
+                result["peak_gb"] = peaks[method, strategy]
                 found.append({"round": number, "strategy": strategy, "method": method, **result})
                 print(
                     f"round {number} {method:5} {strategy:6} {1000 * result['step_s']:8.1f} ms a "
@@ -169,7 +184,9 @@ def measure(size: Size, workers: int) -> list[dict[str, Any]]:
     return found
 
 
-def _run(size: Size, workers: int, strategy: str, method: str) -> dict[str, Any]:
+def _run(
+    size: Size, workers: int, strategy: str, method: str, environment: dict[str, str]
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "result.json"
         call = json.dumps([vars(size), strategy, method, str(out)])
@@ -179,6 +196,7 @@ def _run(size: Size, workers: int, strategy: str, method: str) -> dict[str, Any]
                 cwd=scratch,
                 env={
                     **os.environ,
+                    **environment,
                     "RANK": str(rank),
                     "WORLD_SIZE": str(workers),
                     "RENDEZVOUS": f"{scratch}/store",
