@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ from raysft.data.read import Reader, Work
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.attention import used as attention_used
 from raysft.models.base import Adapter
-from raysft.models.peft import PeftAdapters, add_adapters
-from raysft.models.quantized import nf4
 from raysft.parallel import Strategy, World, make_strategy
 from raysft.parallel.fsdp import blocks
 from raysft.rundir import initial_weights
@@ -40,6 +38,9 @@ from raysft.train.feed import Feed
 from raysft.train.flops import cost_of
 from raysft.train.loop import Job
 from raysft.train.metrics import Lines
+
+if TYPE_CHECKING:
+    from raysft.models.peft import PeftAdapters
 
 Progress = Callable[[dict[str, Any]], None]
 Read = Callable[[Iterator[Work]], Iterator[MicroBatch]]
@@ -80,10 +81,16 @@ def build_model(
 
     total_steps: of the run; 0: it is not to be trained to an end.
     """
-    quantization = nf4(config) if config.peft.method == "qlora" else None
+    quantization = None
+    if config.peft.method == "qlora":
+        from raysft.models.quantized import nf4
+
+        quantization = nf4(config)
     adapter = models.build(config.model, config.data, encoder, config.run.seed, quantization)
     adapters = None
     if config.peft.method != "none":
+        from raysft.models.peft import add_adapters  # peft takes 2 s to import
+
         adapters = add_adapters(adapter, config, total_steps)
     elif config.train.freeze:
         adapter.freeze(config.train.freeze)

@@ -120,6 +120,11 @@ class Saver:
             self._running.stalled += time.monotonic() - begun
         self._finish()
 
+    def join(self, seconds: float) -> None:
+        """Until nothing is in flight, but no longer than this; what failed is not told."""
+        if self._running is not None and self._running.thread is not None:
+            self._running.thread.join(timeout=seconds)
+
     def finished(self) -> list[Save]:
         """Saves that ended since the last call. Raises UserError where one has failed."""
         running = self._running

@@ -99,6 +99,7 @@ class Job:
             self.adapters.after_step(step)
 
 
+ABANDON_S = 10.0  # a save in flight may wait for workers that are gone
 COUNTED = (
     *("tokens", "positions", "supervised", "squares", "clips"),
     *("examples", "audio_seconds", "quarantined"),
@@ -163,6 +164,9 @@ def train(job: Job) -> int:
         elif config.evaluate.at_end and not record.evaluated(step):
             keeper.evaluate(step, final=True)
         keeper.finish(step)
+    except (OSError, UserError):
+        keeper.abandon()
+        raise
     finally:
         job.stream.close()
         keeper.close()
@@ -266,6 +270,10 @@ class Keeper:
         self.look()
         if step == self.job.total_steps:
             self.record.event("finished", step=step)
+
+    def abandon(self) -> None:
+        """Training has failed: let a save in flight end, whole or cleared away."""
+        self.saver.join(ABANDON_S)
 
     def close(self) -> None:
         """Stop the watch."""

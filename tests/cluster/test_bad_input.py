@@ -158,6 +158,7 @@ def test_a_run_folder_of_another_config_names_the_keys(
     assert "not the folder of a run" in fails(config, "run.name=other")
 
 
+@pytest.mark.slow  # test_kill_while_saving does it without Ray
 def test_a_full_disk_fails_with_the_path_and_continues_when_there_is_room(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_a_job_spreads_its_workers_over_both_nodes_and_shows_its_progress(
     assert (run / "checkpoints" / "step_5" / "COMMITTED").is_file()
 
 
+@pytest.mark.slow
 def test_stopping_a_job_leaves_no_worker_of_it(cluster: Cluster, tmp_path: Path) -> None:
     code, said = submit(cluster, tmp_path, "--no-wait", "--submission-id", "long", steps=10_000)
     assert code == 0, said
