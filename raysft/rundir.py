@@ -23,7 +23,17 @@ from raysft.errors import UserError
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.storage import open_storage, write_whole
 
-PACKAGES = ("raysft", "torch", "transformers", "ray", "numpy", "soundfile", "soxr")
+PACKAGES = (
+    "raysft",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "ray",
+    "numpy",
+    "soundfile",
+    "soxr",
+)
 
 # What may differ when a run is continued: none of it changes what a step computes.
 FREE = (
@@ -35,6 +45,7 @@ FREE = (
     "checkpoint.resume",
     "checkpoint.grace_s",
     "evaluate.*",
+    "optim.max_skipped",
     "data.eval",
     # Held against what the run trained on by their contents: see `history`.
     "data.train*",
@@ -274,9 +285,9 @@ def _check_same(config: Config, folder: Path) -> None:
         return
     new["run"]["name"] = old["run"]["name"]  # a folder that was moved is still the same run
     free = FREE
-    if config.optim.schedule == "constant" and (
-        config.optim.warmup >= 1 or not config.optim.warmup
-    ):
+    absolute = config.optim.warmup >= 1 or not config.optim.warmup
+    # AdaLoRA's ranks follow the number of all steps.
+    if config.optim.schedule == "constant" and absolute and config.peft.method != "adalora":
         free = (*FREE, "train.max_steps", "train.epochs")  # longer, at the same rates
     changed = [
         change

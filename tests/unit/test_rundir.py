@@ -73,6 +73,14 @@ def test_auto_continues_a_run_and_never_refuses_it_and_names_the_choices(home: P
     assert open_run(fresh).is_dir()
 
 
+def test_a_run_whose_ranks_follow_all_its_steps_cannot_be_made_longer(tmp_path: Path) -> None:
+    peft = {"method": "adalora", "r": 2, "init_r": 3, "tinit": 1, "tfinal": 1, "every": 1}
+    changes = {f"peft__{key}": value for key, value in peft.items()}
+    train(start(tiny(tmp_path, train__max_steps=4, **changes), ONE))
+    with pytest.raises(UserError, match=r"train\.max_steps \(was 4, now 6\)"):
+        start(tiny(tmp_path, train__max_steps=6, **changes), ONE)
+
+
 def test_auto_refuses_another_config_and_names_weights_only(home: Path) -> None:
     run = home / "runs" / "run"
     before = files(run)
