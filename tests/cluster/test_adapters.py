@@ -1,5 +1,5 @@
-"""As a user does it: train a base, export it, put adapters on it under fsdp and ZeRO with a token
-budget that is found by itself, evaluate, export the adapter and the merged model."""
+"""As a user does it: adapters on a base, under fsdp and then ZeRO, with a token budget found by
+itself; evaluated, and exported as an adapter and as a merged model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raysft.audit import audit
+from raysft.config import Config
+from raysft.data.encode import make_encoder
+from raysft.export import export
+from raysft.models import build
 from raysft.rundir import read_config
 from raysft.train.metrics import read_lines
 from tests.cluster import jobs
@@ -24,29 +28,25 @@ LORA = "peft={method: lora, r: 4, target_modules: [q_proj, v_proj]}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds base.yaml and lora.yaml, and the exported base of the first."""
+    """Holds lora.yaml and its base."""
     folder = tmp_path_factory.mktemp("adapters")
     items = [
         {"id": f"u{i}", "input": f"[Hu{i % UNITS}]" * (1 + i % 7), "output": f"text {i}"}
         for i in range(80)
     ]
     (folder / "units.json").write_text(json.dumps(items))
+    config = Config.model_validate({"model": {**CAUSAL, "speech_units": UNITS}})
+    encoder = make_encoder(config.model, config.data, folder)
+    export(build(config.model, config.data, encoder, 0), folder / "base")
+    source = {"path": str(folder / "units.json"), "name": "heard"}
     tree = {
-        "run": {"name": "base", "storage_path": str(folder / "runs")},
-        "data": {"train": [str(folder / "units.json")], "lanes": 3, "tokens_per_batch": 120},
-        "model": {**CAUSAL, "speech_units": UNITS},
+        "run": {"storage_path": str(folder / "runs")},
+        "data": {"train": [source], "eval": [source], "lanes": 3},
+        "model": {"path": str(folder / "base"), "speech_units": UNITS},
         "optim": {"lr": 3e-3},
-        "train": {"max_steps": 4},
         "log": {"every": 1, "tensorboard": False},
         "evaluate": {"max_new_tokens": 4},
     }
-    (folder / "base.yaml").write_text(yaml.safe_dump(tree))
-    done = jobs.call("sft", folder / "base.yaml")
-    assert done.returncode == 0, done.stderr
-    done = jobs.call("export", folder / "runs" / "base", folder / "base")
-    assert done.returncode == 0, done.stderr
-    tree["model"] = {"path": str(folder / "base"), "speech_units": UNITS}
-    tree["data"]["eval"] = [{"path": str(folder / "units.json"), "name": "heard"}]
     (folder / "lora.yaml").write_text(yaml.safe_dump(tree))
     return folder
 

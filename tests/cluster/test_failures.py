@@ -87,7 +87,8 @@ def test_four_workers_then_two_then_three_then_one_train_the_same(
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # a frozen process, without Ray: test_watchdog
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_frozen_worker_is_noticed_and_replaced(
     workers: int, config: Path, undisturbed: Path
 ) -> None:
