@@ -190,6 +190,7 @@ def test_most_json_trains_in_all_three_shapes(tmp_path: Path) -> None:
     assert {"loss/asr", "loss/tts"} <= names
 
 
+@pytest.mark.slow
 def test_interrupted_job_stops_cleanly_and_continues(finished: Path, folder: Path) -> None:
     words = (folder / "asr.yaml", "run.name=stopped")
     job = jobs.start("sft", *words)
