@@ -33,6 +33,15 @@ from raysft.rundir import check_run, with_budget, with_budget_of_run
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
 
 
+# What workers share, by strategy.
+SHARDED = {
+    "fsdp": ("weights", "gradients", "moments"),
+    "zero1": ("moments",),
+    "zero2": ("gradients", "moments"),
+    "zero3": ("weights", "gradients", "moments"),
+}
+
+
 @dataclass
 class Prepared:
     """What there is to know before a worker starts."""
@@ -162,8 +171,10 @@ def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
     stored = sum(p.numel() * p.element_size() for p in parameters)
     weights = sum(p.numel() * (1 if p.is_floating_point() else 2) for p in parameters)  # 4 bits
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    shards = config.parallel.min_workers if config.parallel.strategy == "fsdp" else 1
-    state = (stored + 12 * trained) / shards
+    workers = config.parallel.min_workers // config.parallel.replicate
+    sharded = SHARDED.get(config.parallel.strategy, ())
+    held = {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained}
+    state = sum(size / (workers if part in sharded else 1) for part, size in held.items())
     text = adapter.net.config.get_text_config()
     width = 4 if config.train.precision == "fp32" else 2
     row = config.data.tokens_per_batch * text.hidden_size

@@ -9,16 +9,12 @@ import pytest
 from raysft.config import to_yaml
 from raysft.train.metrics import read_lines
 from tests import worlds
+from tests.models import CAUSAL
 from tests.worlds import tiny
 
 MOE = {
+    **CAUSAL["config"],
     "model_type": "qwen3_moe",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 64,
     "moe_intermediate_size": 16,
     "num_experts": 32,
     "num_experts_per_tok": 1,
