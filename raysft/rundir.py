@@ -273,8 +273,9 @@ def _check_same(config: Config, folder: Path) -> None:
             f"{folder}: a run is there and checkpoint.resume is never; choose another run.name, "
             "delete the folder, or set checkpoint.resume=auto to continue it"
         )
-    old = _read_tree(folder / "config.yaml")
-    new = config.model_dump(mode="json")
+    # With a default for each key that there was not yet when the run began.
+    before = read_config(folder)
+    old, new = before.model_dump(mode="json"), config.model_dump(mode="json")
     if _begins_anew(config, folder):
         changed = changed_keys({"model": old["model"]}, {"model": new["model"]})
         if changed:
@@ -294,8 +295,7 @@ def _check_same(config: Config, folder: Path) -> None:
         for change in changed_keys(old, new)
         if not any(fnmatch(change.split(" ")[0], pattern) for pattern in free)
     ]
-    before = validate(old, str(folder / "config.yaml")).checkpoint
-    if changed and Catalogue.of(before, folder).committed():
+    if changed and Catalogue.of(before.checkpoint, folder).committed():
         raise UserError(
             f"{folder}: holds a run of another config: {'; '.join(changed)}. Set these back to "
             "continue it, choose another run.name to train anew, set checkpoint.resume="

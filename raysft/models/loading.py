@@ -63,6 +63,10 @@ def from_path(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.path {model.path}: {line_of(error)}") from error
+    if quantization is not None:
+        from raysft.models.quantized import unpacked
+
+        unpacked(net)  # before anything goes through it
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise UserError(

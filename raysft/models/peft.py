@@ -47,6 +47,7 @@ from raysft.models.audio_lm import AudioLM
 from raysft.models.base import PREFIX, Adapter
 from raysft.models.begin import fill, find
 from raysft.models.loading import line_of, seeded, skeleton
+from raysft.models.quantized import refuse_widths
 from raysft.models.targets import Targets, modules_named, resolve
 from raysft.parallel.native import HALF
 
@@ -112,6 +113,8 @@ def check(config: Config, new_ids: Sequence[int] = (), total_steps: int = 0) -> 
     if config.peft.method != "none":
         audio = model_family(config.model) == "audio_lm"
         net = skeleton(config.model, audio)
+        if config.peft.method == "qlora":
+            refuse_widths(net, audio)
         settings, names = _settings(config, net, audio, new_ids, total_steps)
         find(config, settings, names, net)
 

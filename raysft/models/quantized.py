@@ -2,14 +2,25 @@
 
 Audio tower, projector, embeddings and head stay as they are, and so do fused experts. Works on the
 CPU too, slowly. Costs 0.52 bytes a quantised weight.
+
+On processors with AVX512-BF16 bitsandbytes lays weights out anew at the first pass that is not for
+training: rounded scales, no way back, and no gradient any more, so that training after an
+evaluation would be another. That is switched off here: what a run computes does not depend on the
+processor. Others who load the base in 4 bits there, beside the trained adapter, cannot do without;
+so widths that this layout has no room for are refused, on every machine.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import torch
-from transformers import BitsAndBytesConfig
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from raysft.config.schema import Config
 from raysft.data.encode import model_family
@@ -19,6 +30,8 @@ from raysft.parallel.native import HALF
 # Parts beside the language model that transformers would quantise as well; and heads, which it
 # leaves alone unless it is told of something else.
 UNQUANTISED = ["lm_head", "audio_tower", "multi_modal_projector"]
+# What the packed layout takes: inputs in NF4's blocks, outputs in the rows of a product.
+INPUTS, OUTPUTS = 64, 32
 
 
 def nf4(config: Config) -> BitsAndBytesConfig:
@@ -28,6 +41,8 @@ def nf4(config: Config) -> BitsAndBytesConfig:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("peft.method: qlora needs bitsandbytes: pip install 'raysft[quant]'")
+    # It would say that a kernel from the hub, which nothing here uses, is not there.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     audio = model_family(config.model) == "audio_lm"
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -36,3 +51,37 @@ def nf4(config: Config) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=HALF.get(config.train.precision, torch.float32),
         llm_int8_skip_modules=UNQUANTISED if audio else None,
     )
+
+
+def unpacked(net: PreTrainedModel) -> None:
+    """Keep the 4-bit layers of `net` in the one layout that every processor knows."""
+    import bitsandbytes
+
+    for module in net.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def refuse_widths(net: PreTrainedModel, audio: bool) -> None:
+    """Raises UserError where a layer of the plain model `net` (weights are not looked at) cannot
+    be had in 4 bits on every processor."""
+    left = _left_alone(net, audio)
+    for name, module in net.named_modules():
+        linear = type(module) is nn.Linear or isinstance(module, Conv1D)
+        if not linear or not should_convert_module(name, left):
+            continue
+        outputs, inputs = module.weight.shape
+        if isinstance(module, Conv1D):
+            outputs, inputs = inputs, outputs
+        if inputs % INPUTS or outputs % OUTPUTS:
+            raise UserError(
+                f"peft.method: qlora: {name} is {inputs} wide and gives {outputs}; on some "
+                f"processors bitsandbytes computes 4-bit layers only with inputs in multiples of "
+                f"{INPUTS} and outputs in multiples of {OUTPUTS}; use peft.method: lora"
+            )
+
+
+def _left_alone(net: PreTrainedModel, audio: bool) -> list[str]:
+    """Patterns of the layers that transformers does not quantise."""
+    skipped = UNQUANTISED if audio else None
+    return Bnb4BitHfQuantizer.get_modules_to_not_convert(net, skipped, net._keep_in_fp32_modules)

@@ -68,7 +68,7 @@ class Bench:
 
     def config(self, name: str, method: str, family: str, **changes: Any) -> Config:
         """changes: section__key=value; base: of another name than the family's."""
-        base = changes.pop("base", family)
+        base = changes.pop("base", base_of(method, family))
         tree: dict[str, dict[str, Any]] = {
             "run": {"name": name, "storage_path": str(self.folder / "runs"), "seed": 1},
             "data": {
@@ -134,6 +134,11 @@ class Trained:
         return self.job.stream.adapter
 
 
+def base_of(method: str, family: str) -> str:
+    """The base's name: in 4 bits go widths that every processor can compute."""
+    return "wide" if method == "qlora" else family
+
+
 def copy_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
@@ -150,8 +155,10 @@ def make_bench(folder: Path, clips: Path) -> Bench:
     tied["config"]["tie_word_embeddings"] = True
     audio = copy.deepcopy(AUDIO)
     audio["config"]["audio_config"]["dropout"] = 0.0
+    wide = {**CAUSAL["config"], "hidden_size": 64, "head_dim": 32, "intermediate_size": 128}
     models = {
         "causal_lm": {**CAUSAL, "speech_units": UNITS},
+        "wide": {**CAUSAL, "config": wide, "speech_units": UNITS},
         "unitless": CAUSAL,
         "tied": tied,
         "mixture": {**CAUSAL, "config": CONFIGS["qwen3_moe"], "speech_units": UNITS},
@@ -165,7 +172,7 @@ def make_bench(folder: Path, clips: Path) -> Bench:
 
 
 def plain_base(bench: Bench, method: str, family: str, base: str | None = None) -> Any:
-    where = bench.base(base or family)
+    where = bench.base(base or base_of(method, family))
     if family == "audio_lm":
         return Qwen2AudioForConditionalGeneration.from_pretrained(where)
     settings = {}
@@ -176,7 +183,11 @@ def plain_base(bench: Bench, method: str, family: str, base: str | None = None) 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
-    return AutoModelForCausalLM.from_pretrained(where, **settings)
+    model = AutoModelForCausalLM.from_pretrained(where, **settings)
+    for module in model.modules():  # the layout that every processor knows
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def plain_settings(method: str, family: str) -> Any:

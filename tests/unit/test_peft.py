@@ -32,6 +32,7 @@ from tests.unit.adapters import (
     STEPS,
     Bench,
     Trained,
+    base_of,
     inputs_of,
     logits_of,
     make_bench,
@@ -110,7 +111,7 @@ def test_the_adapter_in_a_checkpoint_loads_in_plain_peft(case: Any, bench: Bench
     plain = PeftModel.from_pretrained(base, run.last / "adapter")
     same_logits(run.adapter.model, plain, run)
     settings = json.loads((run.last / "adapter" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(bench.base(family))
+    assert settings["base_model_name_or_path"] == str(bench.base(base_of(method, family)))
     assert settings["inference_mode"] is True
 
 
@@ -154,7 +155,8 @@ def test_a_merged_export_says_what_the_run_says(case: Any, bench: Bench, tmp_pat
     assert not info["missing_keys"] and not info["unexpected_keys"]
     mine = run.adapter.model
     if method == "qlora":  # merged into the base as it was before its 4 bits
-        mine = PeftModel.from_pretrained(plain_base(bench, "lora", family), run.last / "adapter")
+        base = plain_base(bench, "lora", family, base_of(method, family))
+        mine = PeftModel.from_pretrained(base, run.last / "adapter")
     same_logits(mine, merged, run)
 
 

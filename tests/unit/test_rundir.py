@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from raysft.audit import audit
 from raysft.config import Config
@@ -79,6 +80,17 @@ def test_a_run_whose_ranks_follow_all_its_steps_cannot_be_made_longer(tmp_path: 
     train(start(tiny(tmp_path, train__max_steps=4, **changes), ONE))
     with pytest.raises(UserError, match=r"train\.max_steps \(was 4, now 6\)"):
         start(tiny(tmp_path, train__max_steps=6, **changes), ONE)
+
+
+def test_a_run_from_before_a_key_existed_goes_on(home: Path) -> None:
+    """A key that config.yaml does not have yet counts as its default; any other value is new."""
+    written = home / "runs" / "run" / "config.yaml"
+    tree = yaml.safe_load(written.read_text())
+    del tree["optim"]["decay"], tree["train"]["compile"], tree["peft"]
+    written.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"train.compile \(was False, now True\)"):
+        open_run(tiny(home, train__compile=True))
+    assert train(start(tiny(home, train__max_steps=6), ONE)) == 6
 
 
 def test_auto_refuses_another_config_and_names_weights_only(home: Path) -> None:
