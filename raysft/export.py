@@ -1,10 +1,11 @@
 """The last step of the way: a folder that transformers, or peft, loads with `from_pretrained`.
 
 A run with adapters gives its adapter as the checkpoint holds it, or merged weights: the base in
-float32, from where `model.path` has it, and the adapter's part added.
+float32, from where `model.path` has it, and the adapter's part added; then, once, rounded to what
+`train.precision` computed in. Upon another base than the run's nothing is merged or exported.
 
-Cost: one write of the weights in float32; of an adapter, of the adapter. The folder appears whole
-or not at all: everything is written beside it first and renamed.
+Cost: one write of the weights in float32 (merged: in train.precision); of an adapter, of the
+adapter. The folder appears whole or not at all: everything is written beside it first and renamed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from raysft.errors import UserError
 from raysft.models.base import Adapter
 from raysft.models.peft import FOLDER as ADAPTER
 from raysft.models.peft import VIRTUAL, merge_adapters
-from raysft.rundir import read_config
+from raysft.parallel.native import HALF
+from raysft.run import identity
+from raysft.rundir import base_in, base_of, read_config
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import read_weights
 
@@ -84,6 +87,8 @@ def export_run(run: Path, folder: Path, merge: bool = False) -> int:
             f"export --merge: peft.method: {method} trains positions, which cannot be merged into "
             "weights; export the adapter, without --merge"
         )
+    if method != "none":
+        _check_base(config, found, run)
     if method != "none" and not merge:
         _export_adapter(config, found, folder)
         return found.step
@@ -94,8 +99,26 @@ def export_run(run: Path, folder: Path, merge: bool = False) -> int:
         settings = json.loads(found.read(f"{ADAPTER}/adapter_config.json"))
         merge_adapters(adapter, config, settings.get("total_step") or 0, weights or {})
         weights = None
+        if config.train.precision in HALF:
+            adapter.net.to(HALF[config.train.precision])
     export(adapter, folder, weights)
     return found.step
+
+
+def _check_base(config: Config, found: Saved, run: Path) -> None:
+    """Refuse another base than the one under the checkpoint's adapter. A base that is not on this
+    machine is missed only where it is merged: then loading it says so."""
+    recorded = base_of(run)
+    if "config.yaml" in found.meta()["files"]:
+        recorded = base_in(found.read("config.yaml").decode()) or recorded
+    remedy = "put that one back; the adapter means nothing upon other weights"
+    if recorded is None and config.model.path is not None:
+        log.warning(
+            "%s has not recorded its base: taken for what model.path %s holds now",
+            run,
+            config.model.path,
+        )
+    identity.refuse_other(str(run), config.model, recorded, remedy)
 
 
 def _export_adapter(config: Config, found: Saved, folder: Path) -> None:

@@ -34,7 +34,7 @@ from raysft.data.stream import RayReader, ReaderSpec
 from raysft.errors import UserError
 from raysft.group import Shares, died, interruptible, reason_of, thread_settings
 from raysft.prepare import Prepared, prepare, read_train
-from raysft.rundir import open_run, with_budget, with_budget_of_run, write_config
+from raysft.rundir import open_run, settled, with_budget, write_config
 from raysft.train.catalogue import Catalogue
 from raysft.train.metrics import Lines, quarantine_line, read_lines
 from raysft.train.monitor import LEAVE, SAVE, Monitor
@@ -65,7 +65,7 @@ def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
 
     Ctrl-C and SIGTERM, while training: saves, then raises KeyboardInterrupt or SystemExit.
     """
-    config = with_budget_of_run(config)
+    config = settled(config)
     folder = open_run(config)
     if config.data.tokens_per_batch == "auto" and task == "train":
         config = with_budget(config, budget.find(config, folder, *read_train(config, folder)))

@@ -28,7 +28,7 @@ from raysft.data.plan import Cursor, Plan, Summary
 from raysft.data.quarantine import summary
 from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
-from raysft.rundir import check_run, with_budget, with_budget_of_run
+from raysft.rundir import check_run, settled, with_budget
 
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
 
@@ -130,7 +130,7 @@ def total_steps(config: Config, plan: Generations) -> int:
 
 def dry_run(config: Config) -> str:
     """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing."""
-    config, assumed = with_budget_of_run(config), []
+    config, assumed = settled(config), []
     if config.data.tokens_per_batch == "auto":
         config = with_budget(config, ASSUMED)
         assumed = [

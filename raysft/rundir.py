@@ -1,6 +1,7 @@
 """A run's folder: what it is created with, and whether a config may continue it.
 
-config.yaml   the config as resolved, and the versions of the packages it ran with
+config.yaml   the config as resolved, the versions of the packages it ran with, and which base it
+              stands upon (see `run.identity`)
 weights.json  which checkpoint a run with checkpoint.resume=weights_only begins with
 earlier_N/    the runs that were in this folder before such a beginning
 """
@@ -8,6 +9,7 @@ earlier_N/    the runs that were in this folder before such a beginning
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -20,8 +22,11 @@ import yaml
 from raysft.config import Config, changed_keys, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.errors import UserError
+from raysft.run import identity
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.storage import open_storage, write_whole
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "raysft",
@@ -57,6 +62,8 @@ FREE = (
     "data.max_quarantined",
     "data.read_timeout_s",
     "run.storage_path",
+    # Held against the base that the run began with: see `run.identity`.
+    "model.revision",
 )
 
 
@@ -70,7 +77,7 @@ def open_run(config: Config) -> Path:
 
     Raises UserError where the folder holds another run, is not a run's, or cannot be written.
     """
-    config = with_budget_of_run(config)
+    config = settled(config)
     check_run(config)
     folder = run_folder(config)
     try:
@@ -79,16 +86,49 @@ def open_run(config: Config) -> Path:
         raise UserError(
             f"run.storage_path: {folder} cannot be made: {error.strerror or error}"
         ) from None
+    known = (folder / "config.yaml").is_file()
     if _begins_anew(config, folder):
         _set_aside(config, folder)
+    elif known and base_of(folder) is None and identity.of(config.model) is not None:
+        log.warning(
+            "%s: this run has not recorded which base it began with: from now on it is what "
+            "model.path %s holds now",
+            folder,
+            config.model.path,
+        )
     write_config(config, folder)
     return folder
 
 
 def write_config(config: Config, folder: Path) -> None:
-    """The run's config.yaml, with the versions of the packages it runs with."""
-    versions = yaml.safe_dump({"versions": _versions()}, sort_keys=False)
-    _write(folder / "config.yaml", to_yaml(config) + versions)
+    """The run's config.yaml, with the versions of the packages it runs with, and its base."""
+    beside: dict[str, Any] = {"versions": _versions()}
+    if (base := identity.of(config.model)) is not None:
+        beside["base"] = base
+    _write(folder / "config.yaml", to_yaml(config) + yaml.safe_dump(beside, sort_keys=False))
+
+
+def settled(config: Config) -> Config:
+    """`config` with what only its run or the hub knows: the number that data.tokens_per_batch: auto
+    means in this run, and the commit that a hub id in model.path means: the one that the run began
+    with, else the newest. Raises UserError where the hub has no such model."""
+    return _with_revision(with_budget_of_run(config))
+
+
+def _with_revision(config: Config) -> Config:
+    model = config.model
+    folder = run_folder(config)
+    if model.revision is None and (folder / "config.yaml").is_file():
+        before = read_config(folder).model
+        if before.path == model.path and before.revision is not None:
+            return _revised(config, before.revision)
+    commit = identity.commit_of(model)
+    return config if commit is None else _revised(config, commit)
+
+
+def _revised(config: Config, revision: str) -> Config:
+    model = config.model.model_copy(update={"revision": revision})
+    return config.model_copy(update={"model": model})
 
 
 def with_budget(config: Config, budget: int) -> Config:
@@ -220,7 +260,7 @@ def initial_weights(folder: Path) -> Saved | None:
 
 def check_run(config: Config) -> None:
     """Raises UserError if the run's folder is there and this config may not continue it."""
-    config = with_budget_of_run(config)
+    config = settled(config)
     folder = run_folder(config)
     if (folder / "config.yaml").is_file():
         _check_whole(config, folder)
@@ -263,8 +303,33 @@ def read_config(folder: Path) -> Config:
 
 def _read_tree(written: Path) -> dict[str, Any]:
     tree = read_tree(written.read_text(encoding="utf-8"), str(written))
-    tree.pop("versions", None)
+    for key in ("versions", "base"):
+        tree.pop(key, None)
     return tree
+
+
+def base_of(folder: Path) -> dict[str, str] | None:
+    """The base of the run in `folder`, as its config.yaml has it; None where it says nothing."""
+    written = folder / "config.yaml"
+    return base_in(written.read_text(encoding="utf-8")) if written.is_file() else None
+
+
+def base_in(text: str) -> dict[str, str] | None:
+    """The base that the text of a config.yaml names, if it does: what `write_config` put last."""
+    _, found, section = text.rpartition("\nbase:\n")
+    return read_tree(section, "config.yaml") if found else None
+
+
+def check_base(config: Config, folder: Path) -> None:
+    """Raises UserError where the weights at model.path are not those that the run in `folder`
+    began with."""
+    identity.refuse_other(str(folder), config.model, base_of(folder), _BASE_REMEDY)
+
+
+_BASE_REMEDY = (
+    "put that one back to continue, or choose another run.name to train anew; what was trained "
+    "means nothing upon other weights"
+)
 
 
 def _check_same(config: Config, folder: Path) -> None:
@@ -276,8 +341,12 @@ def _check_same(config: Config, folder: Path) -> None:
     # With a default for each key that there was not yet when the run began.
     before = read_config(folder)
     old, new = before.model_dump(mode="json"), config.model_dump(mode="json")
+    recorded = base_of(folder)
     if _begins_anew(config, folder):
         changed = changed_keys({"model": old["model"]}, {"model": new["model"]})
+        changed = [change for change in changed if not change.startswith("model.revision ")]
+        if config.peft.method != "none":  # else the checkpoint has all weights
+            check_base(config, folder)
         if changed:
             raise UserError(
                 f"{folder}: its weights are of another model: {'; '.join(changed)}. Set these back "
@@ -290,12 +359,17 @@ def _check_same(config: Config, folder: Path) -> None:
     # AdaLoRA's ranks follow the number of all steps.
     if config.optim.schedule == "constant" and absolute and config.peft.method != "adalora":
         free = (*FREE, "train.max_steps", "train.epochs")  # longer, at the same rates
+    if recorded is not None and recorded == identity.of(config.model):
+        free = (*free, "model.path")  # the same base in another place
     changed = [
         change
         for change in changed_keys(old, new)
         if not any(fnmatch(change.split(" ")[0], pattern) for pattern in free)
     ]
-    if changed and Catalogue.of(before.checkpoint, folder).committed():
+    saved = bool(Catalogue.of(before.checkpoint, folder).committed())
+    if saved and not changed:
+        check_base(config, folder)
+    if changed and saved:
         raise UserError(
             f"{folder}: holds a run of another config: {'; '.join(changed)}. Set these back to "
             "continue it, choose another run.name to train anew, set checkpoint.resume="

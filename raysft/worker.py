@@ -31,7 +31,7 @@ from raysft.models.attention import used as attention_used
 from raysft.models.base import Adapter
 from raysft.parallel import Strategy, World, make_strategy
 from raysft.parallel.fsdp import blocks
-from raysft.rundir import initial_weights
+from raysft.rundir import check_base, initial_weights
 from raysft.train.catalogue import Catalogue
 from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.feed import Feed
@@ -107,7 +107,11 @@ def build_job(
     total_steps: int,
     progress: Progress | None = None,
 ) -> Job:
-    """Model, strategy, plan and feed of one worker. `folder`: the run's, with its config.yaml."""
+    """Model, strategy, plan and feed of one worker. `folder`: the run's, with its config.yaml.
+
+    Raises UserError where this machine has another base at model.path than the run began with.
+    """
+    check_base(config, folder)
     adapter, adapters = build_model(config, data.encoder, total_steps)
     adapter.tasks[:] = history.tasks(folder)
     cost = cost_of(adapter.model)  # while the parameters are whole

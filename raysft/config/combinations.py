@@ -61,6 +61,10 @@ def _run(config: Config) -> list[str]:
             f"model: {given} given: set model.path (a folder or hub id with weights) "
             "or model.config (random weights)"
         )
+    path = config.model.path
+    if config.model.revision is not None and (path is None or Path(path).is_dir()):
+        given = "model.config" if path is None else f"a folder ({path})"
+        found.append(f"model.revision: does nothing with {given}; remove it")
     if config.model.config is not None:
         if "model_type" not in config.model.config:
             found.append("model.config.model_type: missing; e.g. qwen3, llama or qwen2_audio")

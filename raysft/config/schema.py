@@ -138,6 +138,11 @@ class Model(Section):
     """Which model: `path` (weights), or `config` (random weights)."""
 
     path: str | None = Field(None, description="local folder or hub id with weights and tokenizer")
+    revision: str | None = Field(
+        None,
+        description="of a hub id: branch, tag or commit; default: the newest. A run stays with the "
+        "commit it began with",
+    )
     config: dict[str, Any] | None = Field(
         None,
         description="a transformers config with its model_type: random weights, for small models",
@@ -155,6 +160,12 @@ class Model(Section):
         0, description="unit tokens <|unit0|>... to add for sources that bring units (causal_lm)"
     )
     trust_remote_code: bool = Field(False, description="run Python code that ships with the model")
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What every `from_pretrained` of `path` is told beside it."""
+        revision = {"revision": self.revision} if self.revision else {}
+        return {"trust_remote_code": self.trust_remote_code, **revision}
 
 
 class Parallel(Section):

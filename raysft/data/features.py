@@ -26,6 +26,8 @@ import numpy as np
 import scipy.fft
 import scipy.sparse
 
+from raysft.data import remote_code
+
 LOG_FLOOR = 1e-10  # power below which Whisper's log-mel does not go
 LOG10_E = 0.4342944819032518
 FLOOR = -1.5  # of Whisper's log-mel: LOG_FLOOR, scaled as (log10(power) + 4) / 4
@@ -159,6 +161,14 @@ class ModelExtractor:
     mels: int
     tail = 0
     _counts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        extractor = remote_code.packed(self.extractor, "AutoFeatureExtractor")
+        return {**self.__dict__, "extractor": extractor}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        extractor = remote_code.unpacked(state["extractor"])
+        self.__dict__.update({**state, "extractor": extractor})
 
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples: measured once a length, then remembered."""

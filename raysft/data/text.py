@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysft.config.schema import Data, Model
+from raysft.data import remote_code
 from raysft.data.example import Audio, Example, Part, Units
 from raysft.errors import BadExample, UserError
 
@@ -73,8 +73,9 @@ def load_tokenizer(model: Model, units: int) -> PreTrainedTokenizerFast:
 
         key = "model.tokenizer" if model.tokenizer else "model.path"
         try:
+            revision = model.revision if name == model.path else None
             tokenizer = AutoTokenizer.from_pretrained(
-                name, trust_remote_code=model.trust_remote_code
+                name, **model.model_copy(update={"revision": revision}).hub
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -193,13 +194,13 @@ class Template:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The transformers tokenizer."""
         if isinstance(self._tokenizer, bytes):
-            self._tokenizer = pickle.loads(self._tokenizer)  # noqa: S301 (our own bytes)
+            self._tokenizer = remote_code.unpacked(self._tokenizer)
         return self._tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__, _backend=self._backend.to_str())
         if not isinstance(self._tokenizer, bytes):
-            state["_tokenizer"] = pickle.dumps(self._tokenizer)
+            state["_tokenizer"] = remote_code.packed(self._tokenizer, "AutoTokenizer")
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

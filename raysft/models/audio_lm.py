@@ -177,7 +177,7 @@ def _preprocessor(
             normalize_vars=False,
         )
     if model.config is None:
-        extractor = AutoFeatureExtractor.from_pretrained(model.path)
+        extractor = AutoFeatureExtractor.from_pretrained(model.path, **model.hub)
     else:
         extractor = WhisperFeatureExtractor(**encoder.feature_settings)
     if not isinstance(extractor, WhisperFeatureExtractor):

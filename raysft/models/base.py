@@ -29,7 +29,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
-from raysft.models import targets
+from raysft.models import generation, targets
 from raysft.models.attention import document_mask
 from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
 from raysft.models.loss import chunk_rows, chunked_losses, cross_entropy, head_is_last, in_one_call
@@ -334,9 +334,10 @@ class Adapter(ABC):
         lacking = self.net.state_dict().keys() - weights.keys()
         if lacking:
             raise ValueError(f"state_dict lacks {len(lacking)} weights, such as {min(lacking)}")
-        if self.net.config.get_text_config().tie_word_embeddings:
-            for name in self.net.all_tied_weights_keys:
+        for name, source in self.net.all_tied_weights_keys.items():  # none where nothing is tied
+            if source in weights:
                 weights.pop(name, None)
+        generation.mend(self.net)
         self.net.save_pretrained(folder, state_dict=weights)
         self.save_processor(folder)
 

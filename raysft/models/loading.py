@@ -24,8 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2AudioForConditionalGeneration,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from raysft.config import schema
+from raysft.data import remote_code
 from raysft.errors import UserError
 
 # New rows start at the mean of the old ones, plus noise of this share of their spread: the mean
@@ -53,15 +55,17 @@ def from_path(
     Raises UserError if they cannot be read, are not safetensors, or lack some of the model.
     """
     try:
+        if model.trust_remote_code:
+            _fetch_code(model, auto)
         net, info = auto.from_pretrained(
             model.path,
             dtype=torch.float32,
             use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            **model.hub,
             **({"quantization_config": quantization} if quantization is not None else {}),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.path {model.path}: {line_of(error)}") from error
     if quantization is not None:
         from raysft.models.quantized import unpacked
@@ -74,6 +78,15 @@ def from_path(
             f"such as {lacking[0]}; is it a {auto.__name__} model?"
         )
     return net
+
+
+def _fetch_code(model: schema.Model, auto: Any) -> None:
+    """Bring the model's own code to where transformers keeps it, before weights are read."""
+    with remote_code.one_at_a_time():
+        config = AutoConfig.from_pretrained(model.path, **model.hub)
+        found = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+        if found is not None:
+            get_class_from_dynamic_module(found, model.path, revision=model.revision)
 
 
 def from_config(settings: dict[str, Any], auto: Any, seed: int) -> PreTrainedModel:
@@ -94,9 +107,7 @@ def skeleton(model: schema.Model, audio: bool) -> PreTrainedModel:
         config = make_config(model.config or {})
     else:
         try:
-            config = AutoConfig.from_pretrained(
-                model.path, trust_remote_code=model.trust_remote_code
-            )
+            config = AutoConfig.from_pretrained(model.path, **model.hub)
         except (OSError, ValueError) as error:
             raise UserError(f"model.path {model.path}: {line_of(error)}") from error
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from raysft.errors import UserError
 from raysft.export import export
 from raysft.models import PREFIX, Adapter, build
 from raysft.models.base import Document
+from raysft.models.loading import grow_vocabulary
 from tests.unit.model_zoo import CONFIGS, clip_inputs, make, sequences, settings
 
 
@@ -165,3 +167,73 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"cannot write .*out: No space left on device"):
         export(adapter, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "shipped",
+    [
+        {"temperature": 0.9, "top_p": 0.6},  # Llama-2
+        {"temperature": 1e-6, "repetition_penalty": 1.1},
+        {"do_sample": False, "top_k": 7, "typical_p": 0.9, "min_p": 0.1},
+        {"early_stopping": True, "length_penalty": 2.0},
+        {"output_scores": True, "output_attentions": True},
+        {"use_cache": False, "cache_implementation": "static"},
+    ],
+)
+def test_a_base_with_an_invalid_generation_config_is_exported_without_what_is_invalid(
+    shipped: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = export(make("llama"), tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 257, **shipped}))
+    model = schema.Model(path=str(base))
+    adapter = build(model, schema.Data(), make_encoder(model, schema.Data(), "unused"), 0)
+    caplog.clear()
+    folder = export(adapter, tmp_path / "out")
+    written = json.loads((folder / "generation_config.json").read_text())
+    GenerationConfig.from_pretrained(folder).validate(strict=True)
+    left = [name for name in shipped if name not in written and name != "do_sample"]
+    assert written.get("repetition_penalty") == shipped.get("repetition_penalty")
+    assert {name for name in shipped if name not in written} >= set(left) and left
+    for name in left:
+        assert f"{name}: {shipped[name]}" in caplog.text
+    ids = torch.tensor([[5, 6, 7]])
+    plain = AutoModelForCausalLM.from_pretrained(folder).generate(ids, max_new_tokens=4)
+    greedy = {"do_sample": False, "num_return_sequences": 1, "max_new_tokens": 4}
+    ours = adapter.net.generate(ids, **greedy)
+    assert plain.tolist() == ours.tolist()
+
+
+def test_a_valid_generation_config_stays_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = export(make("llama"), tmp_path / "base")
+    shipped = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}  # Qwen2.5
+    (base / "generation_config.json").write_text(json.dumps(shipped))
+    model = schema.Model(path=str(base))
+    adapter = build(model, schema.Data(), make_encoder(model, schema.Data(), "unused"), 0)
+    folder = export(adapter, tmp_path / "out")
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert shipped.items() <= written.items() and "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["qwen3_tied", "qwen2_audio"])
+@pytest.mark.parametrize("grown", [0, 7])
+def test_tied_tables_are_one_after_the_way_out_and_back(
+    name: str, grown: int, tmp_path: Path
+) -> None:
+    model = settings(name)
+    text = model.config["text_config"] if name == "qwen2_audio" else model.config
+    text["tie_word_embeddings"] = True
+    encoder = make_encoder(model, schema.Data(), "unused")
+    adapter = build(model, schema.Data(), encoder, 0)
+    if grown:
+        grow_vocabulary(adapter.net, adapter.net.get_input_embeddings().num_embeddings + grown, 0)
+    folder = export(adapter, tmp_path / "out", dict(adapter.net.state_dict()))
+    auto = Qwen2AudioForConditionalGeneration if name == "qwen2_audio" else AutoModelForCausalLM
+    net, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ends = net.get_input_embeddings().weight, net.get_output_embeddings().weight
+    ours = adapter.net.get_input_embeddings().weight, adapter.net.get_output_embeddings().weight
+    # Qwen2-Audio's head is outside of its text model, and not tied whatever that says.
+    assert (ends[0] is ends[1]) == (ours[0] is ours[1]) == (name == "qwen3_tied")
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, ends, strict=True))

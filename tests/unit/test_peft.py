@@ -160,6 +160,26 @@ def test_a_merged_export_says_what_the_run_says(case: Any, bench: Bench, tmp_pat
     same_logits(mine, merged, run)
 
 
+def test_merged_weights_of_a_run_in_half_precision_are_rounded_once(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Base and adapter are added in float32, and only their sum is rounded."""
+    run = bench.run(bench.config("half", "lora", "causal_lm", train__precision="bf16"))
+    export_run(run.job.folder, tmp_path / "out", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    base = plain_base(bench, "lora", "causal_lm").state_dict()
+    adapter = load_file(run.last / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    low, high = (adapter[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
+    change = 8 / 4 * (high @ low)  # alpha / r
+    exact = base[f"{name}.weight"].double() + change
+    found = merged.state_dict()[f"{name}.weight"]
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)  # half a bf16 step
+    twice = (base[f"{name}.weight"].bfloat16() + change.bfloat16()).double()
+    assert (found.double() - exact).abs().sum() < (twice - exact).abs().sum()
+
+
 @pytest.mark.parametrize(
     "method, steps", [("lora", (4,)), ("adalora", (6, 4, 2)), ("prompt", (4,)), ("qlora", (4,))]
 )

@@ -73,7 +73,8 @@ def _model_type(model: Model) -> str | None:
     from transformers import PreTrainedConfig
 
     try:
-        return PreTrainedConfig.get_config_dict(model.path)[0].get("model_type")
+        found, _ = PreTrainedConfig.get_config_dict(model.path, revision=model.revision)
+        return found.get("model_type")
     except OSError as error:
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"model.path: no model at {model.path!r}: {reason}") from None

@@ -114,9 +114,7 @@ def _model_config(model: Model) -> Any:
 
     if model.path is not None:
         try:
-            config = AutoConfig.from_pretrained(
-                model.path, trust_remote_code=model.trust_remote_code
-            )
+            config = AutoConfig.from_pretrained(model.path, **model.hub)
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), "")
             raise UserError(f"model.path: no model at {model.path!r}: {reason}") from None
@@ -142,9 +140,7 @@ def _front_end(
 
     if model.path is not None:
         try:
-            extractor = AutoFeatureExtractor.from_pretrained(
-                model.path, trust_remote_code=model.trust_remote_code
-            )
+            extractor = AutoFeatureExtractor.from_pretrained(model.path, **model.hub)
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), "")
             raise UserError(f"model.path: no feature extractor there: {reason}") from None
