@@ -1,4 +1,4 @@
-"""A run stands upon one base: another one at its path is refused, the same in another place goes."""
+"""A run stands upon one base: another one there is refused, the same in another place is not."""
 
 from __future__ import annotations
 
