@@ -21,7 +21,7 @@ import torch
 
 from raysft import models
 from raysft.config import Config
-from raysft.data.encode import make_encoder
+from raysft.data.encode import make_encoder, require_template
 from raysft.errors import UserError
 from raysft.models.base import Adapter
 from raysft.models.peft import FOLDER as ADAPTER
@@ -92,6 +92,7 @@ def export_run(run: Path, folder: Path, merge: bool = False) -> int:
     if method != "none" and not merge:
         _export_adapter(config, found, folder)
         return found.step
+    require_template(run)
     encoder = make_encoder(config.model, config.data, run)
     adapter = models.build(config.model, config.data, encoder, config.run.seed)
     weights: dict[str, torch.Tensor] | None = read_weights(found)

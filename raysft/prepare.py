@@ -6,6 +6,7 @@ runs, then cached) and one read of the length column.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import tempfile
@@ -20,7 +21,7 @@ from raysft import history
 from raysft.config import Config
 from raysft.data import sources, speech_tokens
 from raysft.data.audio import Limits, load
-from raysft.data.encode import Encoder, make_encoder, model_family
+from raysft.data.encode import TEMPLATE, Encoder, make_encoder, model_family, require_template
 from raysft.data.example import Quarantined
 from raysft.data.generations import Generations
 from raysft.data.index import Index, build_index
@@ -29,6 +30,9 @@ from raysft.data.quarantine import summary
 from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
 from raysft.rundir import check_run, settled, with_budget
+from raysft.train.storage import write_whole
+
+log = logging.getLogger(__name__)
 
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
 
@@ -88,6 +92,8 @@ def prepare(
     cursor: of the checkpoint that the run in `folder` goes on from; None: it starts.
     train: False to evaluate a run that was trained: its plan is taken as it is.
     """
+    if cursor is not None or not train:
+        require_template(folder)
     encoder, index = read_train(config, folder)
     evaluation = None
     if config.data.eval:
@@ -113,7 +119,22 @@ def read_train(config: Config, folder: Path) -> tuple[Encoder, Index]:
             config.data.speech_tokens, folder, _clips(config), config.run.seed
         )
     encoder = make_encoder(config.model, config.data, folder)
+    _keep_template(encoder, folder)
     return encoder, build_index(config.data.train, "train", encoder, _cache(config))
+
+
+def _keep_template(encoder: Encoder, folder: Path) -> None:
+    """Write the template of a run that starts: whatever becomes of the model's template, or of the
+    date in it, the run keeps its prompts."""
+    path = folder / TEMPLATE
+    if path.exists():
+        return
+    if encoder.template.remark:
+        log.warning("data.template: %s", encoder.template.remark)
+    try:
+        write_whole(path, encoder.template.source.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _cache(config: Config) -> Path:

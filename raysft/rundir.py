@@ -2,6 +2,7 @@
 
 config.yaml   the config as resolved, the versions of the packages it ran with, and which base it
               stands upon (see `run.identity`)
+chat_template.jinja   the template of its prompts, as it was when the run began
 weights.json  which checkpoint a run with checkpoint.resume=weights_only begins with
 earlier_N/    the runs that were in this folder before such a beginning
 """
@@ -186,6 +187,7 @@ _ITS_OWN = (
     "quarantine.jsonl",
     "events.jsonl",
     "plan.json",
+    "chat_template.jinja",
     "weights.json",
     "report.png",
     "report.html",

@@ -117,7 +117,9 @@ class Data(Section):
         description="instruction by task, for examples that bring none",
     )
     template: Literal["auto", "plain", "chat"] = Field(
-        "auto", description="chat: the tokenizer's chat template; auto: chat where there is one"
+        "auto",
+        description="chat: the chat template of tokenizer or processor; plain: instruction, input "
+        "and answer on lines of their own; auto: chat where there is one",
     )
     speech_tokens: SpeechTokens | None = Field(
         None, description="turns audio into units for causal_lm (none: audio sources need audio_lm)"
@@ -157,9 +159,23 @@ class Model(Section):
         default_factory=dict, description="audio_lm from config: settings of its feature extractor"
     )
     speech_units: NonNegativeInt = Field(
-        0, description="unit tokens <|unit0|>... to add for sources that bring units (causal_lm)"
+        0, description="unit tokens to use for sources that bring units (causal_lm); added if new"
+    )
+    unit_token: str = Field(
+        "<|unit{}|>",
+        description="name of a unit token, its number for {}; a checkpoint that has such tokens "
+        "([Hu{}], <audio_{}>) keeps its rows for them",
     )
     trust_remote_code: bool = Field(False, description="run Python code that ships with the model")
+
+    @field_validator("unit_token")
+    @classmethod
+    def _numbered(cls, value: str) -> str:
+        if value.count("{}") != 1 or value.count("{") != 1 or value.count("}") != 1:
+            raise ValueError("a token's name with {} once, for its number, such as [Hu{}]")
+        if len(value) < 4:
+            raise ValueError("a name around {}, such as [Hu{}]: numbers alone are in every text")
+        return value
 
     @property
     def hub(self) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Text: the tokenizer with its speech units, and the template that makes an example a dialogue.
+"""Text: the tokenizer, and the template that makes an example a dialogue.
 
 Stands in front of the encoders: `load_tokenizer` runs once, where a run starts; `Template.render`
 runs for every example, in the index and in the data tasks. Rendering gives token ids for text and
-leaves audio and units as they are, so that neither ever passes through the text tokenizer.
+leaves audio and units as they are, so that neither ever passes through the text tokenizer: one
+token stands for each while the dialogue is tokenized, whole, as transformers would.
 
 Without a padding token the end token stands in for it. That is safe here: padded positions are
 masked by length and labels are set by position, so no end token is taken for padding.
 
-Costs about 50 us an example. Pickled, a template carries the tokenizer twice: as the bare
+Costs about 100 us an example. Pickled, a template carries the tokenizer twice: as the bare
 `tokenizers` object that data tasks use, and as bytes from which the transformers one (1 s of
 imports) is only made where somebody asks for it.
 """
@@ -17,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ import numpy as np
 
 from raysft.config.schema import Data, Model
 from raysft.data import remote_code
+from raysft.data.chat import Chat, Frame, control_tokens, freeze, is_plain, plain_template
 from raysft.data.example import Audio, Example, Part, Units
 from raysft.errors import BadExample, UserError
 
@@ -32,10 +35,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-UNIT = re.compile(r"<\|unit(\d+)\|>")
-# Where an audio or unit part, the question or the answer goes while a template is text:
-# Unicode noncharacters, which no text has and no template changes.
-_QUESTION, _ANSWER = "\ufdd0", "\ufdd1"
+UNIT = "<|unit{}|>"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# Questions whose frames are made ahead: as kinds of their parts.
+_SHAPES = ((), ("text",), ("audio",), ("audio", "text"), ("text", "audio"))
+_KNOWN = 256  # prompts whose ids are kept: with clips or units for input there are few
 
 Segment = np.ndarray | Audio | Units
 
@@ -98,30 +102,36 @@ def load_tokenizer(model: Model, units: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def add_units(tokenizer: PreTrainedTokenizerFast, units: int) -> list[int]:
-    """Add `<|unit0|>` .. `<|unit{units-1}|>`; those that are there already keep their ids.
+def unit_pattern(form: str) -> re.Pattern[str]:
+    """What matches the unit tokens of `form` (`model.unit_token`), their number as group 1."""
+    before, after = form.split("{}")
+    return re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
+
+
+def add_units(tokenizer: PreTrainedTokenizerFast, units: int, form: str = UNIT) -> list[int]:
+    """Add `form` of 0 .. units - 1; those that are there already keep their ids.
     Returns the ids of the others."""
     from tokenizers import AddedToken
 
     # Not `special`: units in an answer must survive decoding with skip_special_tokens.
-    tokens = [AddedToken(f"<|unit{i}|>", normalized=False, special=False) for i in range(units)]
+    names = [form.format(i) for i in range(units)]
     known = tokenizer.get_vocab()
-    tokenizer.add_tokens(tokens)
-    names = [token.content for token in tokens if token.content not in known]
-    return tokenizer.convert_tokens_to_ids(names)
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+    return tokenizer.convert_tokens_to_ids([name for name in names if name not in known])
 
 
-def unit_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+def unit_ids(tokenizer: PreTrainedTokenizerFast, form: str = UNIT) -> np.ndarray:
     """int64 [N]: the token id of each unit, N being the number of units the tokenizer has."""
+    pattern = unit_pattern(form)
     found = {
         int(match[1]): token
         for name, token in tokenizer.get_vocab().items()
-        if (match := UNIT.fullmatch(name))
+        if (match := pattern.fullmatch(name)) and form.format(int(match[1])) == name
     }
     missing = next((unit for unit in range(len(found)) if unit not in found), None)
     if missing is not None:
         raise UserError(
-            f"model.tokenizer: has <|unit{max(found)}|> but no <|unit{missing}|>: "
+            f"model.tokenizer: has {form.format(max(found))} but no {form.format(missing)}: "
             "unit tokens must be numbered without gaps"
         )
     return np.array([found[unit] for unit in range(len(found))], np.int64)
@@ -155,40 +165,117 @@ def transcript(generated: str) -> str:
 
 
 class Template:
-    """Makes examples dialogues of one turn, in the plain form or in the tokenizer's chat form.
+    """Makes examples dialogues of one turn, as a chat template writes them.
 
-    plain: `instruction NEWLINE input NEWLINE answer END`, behind a begin token where the tokenizer
-    puts one. chat: instruction and input are the user's turn; the answer is the assistant's, up to
-    and with the token that ends it. An empty instruction or input takes its newline with it.
-    Whatever a chat template puts before the answer (as an empty thinking block) belongs to the
-    prompt; what it puts behind the end token is left out.
+    The template is the model's own (`data.template: chat`), or the plain form written as one
+    (`chat.plain_template`): `instruction NEWLINE input NEWLINE answer END`, behind a begin token
+    where the tokenizer puts one. Instruction and input are one user turn, the instruction first and
+    a newline between; a template that takes clips as parts of a message has the input first, as
+    models that hear are asked, and no newline. Ids are those of the whole conversation, up to and
+    with the token that ends the answer; the prompt's are those of the prompt alone. Where a
+    tokenizer joins the two (a newline before with one behind), the prompt stays as it is.
 
-    fingerprint: sha256 of all that decides the ids of an example's text. end_id: the end token.
+    source: the template, dates and all: what a run keeps and exports. chat: whether it is the
+    model's own. fingerprint: sha256 of all that decides the ids of an example's text. end_id: the
+    end token. remark: what a user should know of it, or "".
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, data: Data, reserved: Iterable[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        data: Data,
+        reserved: Iterable[str] = (),
+        hole: str | None = None,
+        markup: str | None = None,
+        own: str | None = None,
+        kept: str | None = None,
+        units: re.Pattern[str] | None = None,
     ) -> None:
-        """`reserved`: tokens that an example's own text may not contain, next to the control
-        tokens of the tokenizer and its template."""
+        """reserved: tokens that an example's own text may not contain, next to the control tokens
+        of the tokenizer and its template. hole: the token that stands for a clip or a row of units
+        (None: there is no such part that could be used). markup: how a clip is written, around its
+        hole; None: only the hole. own: the model's template; default: the tokenizer's. kept: that
+        of a run which began before. units: names of unit tokens, which no text may contain. Raises
+        UserError for a template that cannot be trained on.
+        """
         self._tokenizer: PreTrainedTokenizerFast | bytes = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._prompts = dict(data.prompts)
-        self.chat = data.template == "chat" or (
-            data.template == "auto" and tokenizer.chat_template is not None
+        self._hole, self._markup = hole or "", markup or hole or ""
+        self._hole_id: int | None = tokenizer.convert_tokens_to_ids(hole) if hole else None
+        own = own or template_of(tokenizer)
+        if data.template == "chat" and own is None:
+            raise UserError(
+                "data.template: chat, but the tokenizer has no chat template: "
+                "set data.template to plain, or add a chat template to the tokenizer"
+            )
+        plain = plain_template(_begin(tokenizer), tokenizer.eos_token, markup)
+        self.source: str = kept or (plain if data.template == "plain" else freeze(own or plain))
+        self.chat = not is_plain(self.source)
+        chat = Chat(tokenizer, self.source, hole if markup else None)
+        self._parts = chat.parts
+        self._frames = {
+            kinds: chat.frame(kinds)
+            for kinds in _SHAPES
+            if (self._parts or "audio" not in kinds) and (kinds or not self.chat)
+        }
+        self.remark = chat.remark
+        self._end = chat.end
+        self.end_id: int = tokenizer.convert_tokens_to_ids(chat.end)
+        first = self._frames[("text",)]
+        self._before = first.pieces[0]
+        # A processor lets its tokenizer put a begin token where the template wrote none.
+        begin = _begin(tokenizer) if markup else ""
+        self._begin = "" if self._before.startswith(begin) else begin
+        self._control, self._steering = self._guards(
+            [own, self.source], {chat.end, *reserved}, units
         )
+        whole = tokenizer.added_tokens_decoder.values()
+        self._stop = next((t.content for t in whole if t.special and not t.rstrip), "")
+        self._known: dict[str, list[int]] = {}
+        self._expected: dict[Frame, Counter[int]] = {}
         if self.chat:
-            self._before, self._between, end = _chat_frame(tokenizer)
-            self._leading: list[int] = []  # the chat template writes its own begin token
-        else:
-            self._before, self._between, end = "", "\n", tokenizer.eos_token
-            first = tokenizer("a").input_ids[:1]
-            self._leading = first if first == [tokenizer.bos_token_id] else []
-        self.end_id: int = tokenizer.convert_tokens_to_ids(end)
-        control = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, end, *reserved}
-        control -= {None, tokenizer.unk_token}
-        self._control = re.compile("|".join(map(re.escape, sorted(control))))
+            self._refuse_unknown(first)
+        self._lead, self._tail = (self._shown(text) for text in (first.lead, first.tail))
         self.fingerprint = self._fingerprint()
+
+    def _guards(
+        self, sources: Iterable[str | None], more: set[str], units: re.Pattern[str] | None
+    ) -> tuple[re.Pattern[str], frozenset[int]]:
+        """What no text may contain, and the ids that no text may become."""
+        tokenizer = self.tokenizer
+        control = control_tokens(tokenizer, [text for text in sources if text]) | more
+        named = [re.escape(token) for token in sorted(control, key=len, reverse=True)]
+        if units is not None:  # by thousands: one pattern for all
+            control = {token for token in control if not units.fullmatch(token)}
+            named = [units.pattern, *map(re.escape, sorted(control, key=len, reverse=True))]
+        pattern = re.compile("|".join(named))
+        # Unknown words and bytes are ordinary text, whatever their tokens are called; but not where
+        # the unknown token is also the one that ends answers.
+        ordinary = {token for token in control if _BYTE.fullmatch(token)}
+        ends = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, self._end}
+        ordinary |= {tokenizer.unk_token} - ends
+        ids = tokenizer.convert_tokens_to_ids(sorted(control - ordinary))
+        return pattern, frozenset(ids) - {self._hole_id}
+
+    def _refuse_unknown(self, frame: Frame) -> None:
+        """Raises UserError for a template that writes what the tokenizer has no token for."""
+        unknown = self._backend.token_to_id(self.tokenizer.unk_token or "")
+        text = f"{frame.prompt([''])}{frame.answer('')}{self._end}"
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        if unknown is None or unknown in self._steering or unknown not in encoded.ids:
+            return
+        start, end = encoded.offsets[encoded.ids.index(unknown)]
+        raise UserError(
+            f"data.template: the chat template writes {text[start:end]!r}, for which the tokenizer "
+            f"has no token ({self.tokenizer.unk_token} would be trained on): use the tokenizer "
+            "that belongs to the template, or set data.template to plain"
+        )
+
+    def _shown(self, text: str) -> str:
+        """A text as it comes back from the model."""
+        ids = self._encode(text)
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -198,7 +285,7 @@ class Template:
         return self._tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__, _backend=self._backend.to_str())
+        state = dict(self.__dict__, _backend=self._backend.to_str(), _known={}, _expected={})
         if not isinstance(self._tokenizer, bytes):
             state["_tokenizer"] = remote_code.packed(self._tokenizer, "AutoTokenizer")
         return state
@@ -212,8 +299,8 @@ class Template:
         self._backend = _backends[self.fingerprint]
 
     def _fingerprint(self) -> str:
-        frame = [self._before, self._between, self.end_id, self._leading, self._prompts, self.chat]
-        content = self._backend.to_str() + json.dumps(frame, sort_keys=True)
+        facts = [self.source, self._begin, self._parts, self.end_id, self._markup, self._prompts]
+        content = self._backend.to_str() + json.dumps(facts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def render(self, example: Example) -> Rendered:
@@ -226,77 +313,129 @@ class Template:
                     f"{example.id} brings no instruction: add {example.task}: TEXT to data.prompts"
                 )
             instruction = self._prompts[example.task]
-        question: list[Part] = [instruction] if instruction else []
-        given = [part for part in example.input if part != ""]
-        if question and given:
-            question.append("\n")
-        question += given
-        for part in (*question, *example.output):
+        for part in (instruction, *example.input, *example.output):
             if isinstance(part, str) and (match := self._control.search(part)):
                 raise BadExample(f"its text contains {match[0]}, a token that steers the model")
-        newline = self._between if question or self.chat else ""
-        prompt = self._segments([self._before, *question, newline])
-        if self._leading:
-            prompt.insert(0, np.array(self._leading, np.int32))
-        answer = list(example.output)
+        asked, told = (_others(parts) for parts in (example.input, example.output))
+        if (asked or told) and self._hole_id is None:
+            return Rendered([*asked], [*told])  # no encoder without a hole takes such a part
+        kinds, texts = self._question(instruction, example.input)
+        frame = self._frame(kinds)
+        answer = self._flat(example.output, self._hole)
         if example.task == "asr" and example.lang:
-            answer.insert(0, f"{example.lang}\t")
-        return Rendered(prompt, [*self._segments(answer), np.array([self.end_id], np.int32)])
+            answer = f"{example.lang}\t{answer}"
+        prompt = self._begin + frame.prompt(texts)
+        ids, rest = self._ids(prompt, f"{frame.answer(answer)}{self._end}")
+        self._refuse_steering(ids + rest, frame, len(asked))
+        return Rendered(self._segments(ids, asked), self._segments(rest, told))
 
-    def _segments(self, parts: Iterable[Part]) -> list[Segment]:
-        """Text between other parts is joined first, then tokenized in one piece."""
-        segments: list[Segment] = []
-        text = ""
+    def answer_of(self, generated: str) -> str:
+        """The answer in a generated text: without what the template writes around it."""
+        return generated.removeprefix(self._lead).removesuffix(self._tail)
+
+    # -- the question ----------------------------------------------------------------------------
+
+    def _question(
+        self, instruction: str, given: Sequence[Part]
+    ) -> tuple[tuple[str, ...], list[str]]:
+        """Kinds of the parts of a message, and the texts among them."""
+        parts: list[Part] = [part for part in given if part != ""]
+        if self._parts and self.chat and any(not isinstance(part, str) for part in parts):
+            parts += [instruction] if instruction else []
+        elif instruction:
+            behind = parts and (isinstance(parts[0], str) or not self._parts)
+            parts = [f"{instruction}\n" if behind else instruction, *parts]
+        if not self._parts:
+            parts = [self._flat(parts, self._markup)]
+        joined: list[Part] = []
         for part in parts:
-            if isinstance(part, str):
-                text += part
-                continue
-            segments += self._tokenized(text)
-            segments.append(part)
-            text = ""
-        return segments + self._tokenized(text)
+            if joined and isinstance(part, str) and isinstance(joined[-1], str):
+                joined[-1] += part
+            elif part != "":
+                joined.append(part)
+        kinds = tuple("text" if isinstance(part, str) else "audio" for part in joined)
+        return kinds, [part for part in joined if isinstance(part, str)]
 
-    def _tokenized(self, text: str) -> list[Segment]:
+    def _frame(self, kinds: tuple[str, ...]) -> Frame:
+        if kinds not in self._frames:  # a rare shape: costs 1 s of imports in a data task, once
+            chat = Chat(self.tokenizer, self.source, self._hole if self._parts else None)
+            self._frames[kinds] = chat.frame(kinds)
+        return self._frames[kinds]
+
+    @staticmethod
+    def _flat(parts: Iterable[Part], hole: str) -> str:
+        return "".join(part if isinstance(part, str) else hole for part in parts)
+
+    # -- ids -------------------------------------------------------------------------------------
+
+    def _ids(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and of the answer as the whole conversation has it."""
+        ids = self._known.get(prompt)
+        if ids is None:
+            ids = self._encode(prompt)
+            if len(self._known) < _KNOWN:
+                self._known[prompt] = ids
+        whole = self._encode(prompt + answer)
+        if whole[: len(ids)] == ids:
+            return ids, whole[len(ids) :]
+        # Joined with the end of the prompt, which the model will be given as it is: the answer for
+        # itself, behind a token, so that it is not taken for the beginning of a text.
+        return ids, self._encode(self._stop + answer)[bool(self._stop) :]
+
+    def _encode(self, text: str) -> list[int]:
         if not text:
             return []
         try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            return self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # `tokenizers` raises nothing more special
             raise BadExample(f"its text cannot be tokenized: {error}") from error
-        return [np.array(ids, np.int32)]
+
+    def _refuse_steering(self, ids: list[int], frame: Frame, clips: int) -> None:
+        """Raises BadExample where text became a control token by other ways than its name: by
+        being unknown, or by what the tokenizer makes of it first."""
+        if frame not in self._expected:
+            prompt, answer = frame.prompt(["a"] * (len(frame.pieces) - 1)), frame.answer("a")
+            bare = self._encode(f"{self._begin}{prompt}{answer}{self._end}")
+            self._expected[frame] = Counter(self._steers(bare))
+        surplus = Counter(self._steers(ids)) - self._expected[frame]
+        if surplus and not self._parts:  # clips are written into the text
+            for token, count in Counter(self._steers(self._encode(self._markup))).items():
+                surplus[token] -= count * clips
+        if name := next((token for token, count in surplus.items() if count > 0), None):
+            raise BadExample(
+                f"its text becomes {self._backend.id_to_token(name)}, a token that steers the model"
+            )
+
+    def _steers(self, ids: list[int]) -> list[int]:
+        return [token for token in ids if token in self._steering]
+
+    def _segments(self, ids: list[int], others: list[Audio | Units]) -> list[Segment]:
+        """Ids cut at the tokens that stand for other parts, with these between."""
+        places = [place for place, token in enumerate(ids) if token == self._hole_id]
+        if len(places) != len(others):
+            raise BadExample(
+                f"the chat template shows {len(places)} of its {len(others)} clips or rows of units"
+            )
+        segments: list[Segment] = []
+        start = 0
+        for place, part in zip(places, others, strict=True):
+            segments += [np.array(ids[start:place], np.int32), part]
+            start = place + 1
+        segments.append(np.array(ids[start:], np.int32))
+        return [s for s in segments if not isinstance(s, np.ndarray) or len(s)]
 
 
-def _chat_frame(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str, str]:
-    """Text before the question, text between question and answer, and the end token's name."""
-    import jinja2
-
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "data.template: chat, but the tokenizer has no chat template: "
-            "set data.template to plain, or add a chat template to the tokenizer"
-        )
-    turns = [
-        {"role": "user", "content": _QUESTION},
-        {"role": "assistant", "content": _ANSWER},
-    ]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(
-            f"data.template: the tokenizer's chat template failed ({error}): set it to plain"
-        ) from error
-    before, found_question, rest = text.partition(_QUESTION)
-    between, found_answer, after = rest.partition(_ANSWER)
-    if not found_question or not found_answer or _QUESTION in after or _ANSWER in after:
-        raise UserError(
-            "data.template: the tokenizer's chat template does not show a question and its answer "
-            "once each, in this order: set data.template to plain"
-        )
-    return before, between, _end_token(tokenizer, after)
+def template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The tokenizer's chat template; of several, its default."""
+    found = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found
 
 
-def _end_token(tokenizer: PreTrainedTokenizerFast, after: str) -> str:
-    """The first special token behind the answer, or the tokenizer's end token."""
-    specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens = tokenizer.backend_tokenizer.encode(after, add_special_tokens=False).tokens
-    return next((token for token in tokens if token in specials), tokenizer.eos_token)
+def _begin(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The begin token, where the tokenizer puts one before a text by itself."""
+    first = tokenizer("a").input_ids[:1]
+    return tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
+
+
+def _others(parts: Iterable[Part]) -> list[Audio | Units]:
+    return [part for part in parts if not isinstance(part, str)]

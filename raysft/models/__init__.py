@@ -32,6 +32,7 @@ def build(
     family = audio_lm if model_family(model) == "audio_lm" else causal_lm
     adapter: Adapter = family.make_adapter(model, data, encoder, seed, quantization)
     adapter.new_ids = encoder.new_ids
+    adapter.answer_of = encoder.template.answer_of
     loading.refuse_layer_drop(model, adapter.model.config)
     if data.mode == "packed":
         attach(adapter.model)

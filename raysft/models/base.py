@@ -148,6 +148,8 @@ class Adapter(ABC):
     new_ids: Seq[int] = ()
     prepends = False
 
+    answer_of: Callable[[str], str] = staticmethod(str)
+
     def __init__(
         self,
         net: PreTrainedModel,
@@ -317,7 +319,7 @@ class Adapter(ABC):
     def _text(self, answer: list[int]) -> str:
         """Decode up to the first stop token."""
         end = next((i for i, token in enumerate(answer) if token in self.stop_ids), len(answer))
-        return self.tokenizer.decode(answer[:end], skip_special_tokens=True)
+        return self.answer_of(self.tokenizer.decode(answer[:end], skip_special_tokens=True))
 
     # -- saving ----------------------------------------------------------------------------------
 

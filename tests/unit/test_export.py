@@ -88,15 +88,20 @@ def test_the_exported_processor_gives_the_inputs_that_were_trained_on(tmp_path: 
     folder = export(adapter, tmp_path / "out")
 
     wave = np.random.default_rng(0).standard_normal(3210).astype(np.float32)
-    example = Example("a", "asr", ("<", Audio("a.wav")), ("yes",), instruction="")
+    example = Example("a", "asr", (Audio("a.wav"),), ("yes",), instruction="Write.")
     prompt = encoder.prompt(example, [wave])
     ours = adapter.features([Document(prompt.input_ids, prompt.labels, "asr", prompt.features)])
 
-    text = "<<|audio_bos|><|AUDIO|><|audio_eos|>"
     processor = AutoProcessor.from_pretrained(folder)
-    theirs = processor(text=text, audio=[wave], sampling_rate=16000, return_tensors="pt")
-    audio_end = 1 + prompt.input_ids.tolist().index(theirs["input_ids"][0, -1])
-    assert prompt.input_ids[:audio_end].tolist() == theirs["input_ids"][0].tolist()
+    asked = [{"type": "text", "text": "Write."}, {"type": "audio", "audio": wave}]
+    theirs = processor.apply_chat_template(
+        [{"role": "user", "content": asked}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert prompt.input_ids.tolist() == theirs["input_ids"][0].tolist()
     assert torch.equal(ours["feature_attention_mask"], theirs["feature_attention_mask"].long())
     torch.testing.assert_close(ours["input_features"], theirs["input_features"], rtol=0, atol=1e-4)
 

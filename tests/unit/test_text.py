@@ -78,7 +78,7 @@ def test_an_asr_answer_with_a_language_is_language_tab_text(tokenizer):
 
 
 def test_audio_and_units_stay_in_their_places(tokenizer):
-    template = text.Template(tokenizer, Data())
+    template = text.Template(tokenizer, Data(), hole="<|unit0|>")
     parts = ("a", Units((1, 2)), Audio("/x.wav"), "b", "c")
     rendered = template.render(example(instruction="I", input=parts, output=(Units((3,)),)))
     assert shown(tokenizer, rendered.prompt) == "I\na[Units][Audio]bc\n"
@@ -86,7 +86,7 @@ def test_audio_and_units_stay_in_their_places(tokenizer):
 
 
 def test_the_chat_form_ends_the_answer_with_the_templates_own_end_token(chat_tokenizer):
-    template = text.Template(chat_tokenizer, Data())
+    template = text.Template(chat_tokenizer, Data(), hole="<|unit0|>")
     rendered = template.render(example(instruction="I", input=(Audio("/x.wav"), "!")))
     assert shown(chat_tokenizer, rendered.prompt) == (
         "<|start|>system\nBe brief.<|end|>\n<|start|>user\nI\n[Audio]!<|end|>\n<|start|>assistant\n"

@@ -16,15 +16,18 @@ from raysft.data.audio import Limits
 from raysft.data.encode.base import Encoder
 from raysft.errors import UserError
 
-__all__ = ["Encoder", "make_encoder", "model_family"]
+__all__ = ["TEMPLATE", "Encoder", "make_encoder", "model_family", "require_template"]
+
+TEMPLATE = "chat_template.jinja"
+"""In a run's folder: the template whose prompts it is trained on."""
 
 
 def make_encoder(model: Model, data: Data, run_folder: str | Path) -> Encoder:
     """The encoder of the configured model; no weights are read.
 
     A speech tokenizer must have been fitted before (`speech_tokens.fit_or_load`): it is looked
-    for in `run_folder`, or at data.speech_tokens.path. Clips that stall are remembered in
-    `run_folder`. Raises UserError.
+    for in `run_folder`, or at data.speech_tokens.path. The chat template is that of `run_folder`,
+    where the run has one. Clips that stall are remembered there. Raises UserError.
     """
     encoder = _encoder(model, data, Path(run_folder))
     encoder.limits = Limits.of(data, Path(run_folder))
@@ -40,13 +43,33 @@ def _encoder(model: Model, data: Data, run_folder: Path) -> Encoder:
                 "data.speech_tokens: audio_lm reads audio as it is: leave data.speech_tokens out, "
                 "or set model.family: causal_lm"
             )
-        return AudioLMEncoder(model, data)
+        return AudioLMEncoder(model, data, kept_template(run_folder))
     from raysft.data.encode.causal_lm import CausalLMEncoder
 
     fitted = None
     if data.speech_tokens is not None:
         fitted = speech_tokens.load(data.speech_tokens, run_folder)
-    return CausalLMEncoder(model, data, fitted)
+    return CausalLMEncoder(model, data, fitted, kept_template(run_folder))
+
+
+def kept_template(run_folder: Path) -> str | None:
+    """The chat template of the run in `run_folder`; None where none is kept there."""
+    path = run_folder / TEMPLATE
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def require_template(folder: Path) -> None:
+    """Raises UserError where the run in `folder`, which has been trained, kept no chat template."""
+    if kept_template(folder) is None:
+        raise UserError(
+            f"{folder}: has no {TEMPLATE}: the run was begun by an earlier raysft, which did not "
+            "keep its prompts and wrote some of them otherwise than transformers does; go on with "
+            "that version, or start anew from its weights, under prompts that can be exported: "
+            "checkpoint.resume=weights_only"
+        )
 
 
 def model_family(model: Model) -> Literal["causal_lm", "audio_lm"]:

@@ -1,7 +1,8 @@
 """Encoder of models that hear audio and answer in text: Qwen2-Audio.
 
-Stands in the data tasks. A clip becomes `<|audio_bos|> <|AUDIO|> x n <|audio_eos|>` and its
-frames; the model puts its n audio embeddings in place of the n `<|AUDIO|>`.
+Stands in the data tasks. A clip becomes `<|AUDIO|>` n times, where the template has one, and its
+frames; the model puts its n audio embeddings in place of the n `<|AUDIO|>`. The template is that of
+the model's processor.
 
 Costs 0.06 ms for the text and 0.45 ms a clip of 2 s for its log-mel.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from raysft.data.example import Audio, Units
 from raysft.data.features import Fbank, FrontEnd, LogMel, ModelExtractor
 from raysft.data.text import Template, load_tokenizer
 from raysft.errors import BadExample, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MODEL_TYPES = ("qwen2_audio",)
 FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
@@ -33,8 +37,14 @@ class AudioLMEncoder(Encoder):
     made from a config. max_frames: what the model reads at most, and what clips are padded to.
     """
 
-    def __init__(self, model: Model, data: Data) -> None:
-        """Raises UserError for models and feature settings that cannot be used."""
+    def __init__(self, model: Model, data: Data, kept: str | None = None) -> None:
+        """kept: the chat template of a run that has begun. Raises UserError for models, templates
+        and feature settings that cannot be used."""
+        if model.speech_units:
+            raise UserError(
+                "model.speech_units: audio_lm reads audio as it is, no units: leave it out, or set "
+                "model.family: causal_lm"
+            )
         config = _model_config(model)
         audio = config.audio_config
         self.max_frames = FRAMES_PER_POSITION * audio.max_source_positions
@@ -54,20 +64,22 @@ class AudioLMEncoder(Encoder):
             getattr(tokenizer, "audio_eos_token", None) or "<|audio_eos|>",
         ]
         tokenizer.add_tokens(names, special_tokens=True)
-        begin, self.audio_token_id, end = tokenizer.convert_tokens_to_ids(names)
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(names[1])
         if model.path is not None and config.audio_token_id != self.audio_token_id:
             raise UserError(
                 f"model.tokenizer: {names[1]} has id {self.audio_token_id} there, but its model "
                 f"expects {config.audio_token_id} (audio_token_index): leave model.tokenizer out"
             )
-        self._begin, self._end = np.array([begin], np.int32), np.array([end], np.int32)
-        self.template = Template(tokenizer, data, reserved=names)
+        own = None if kept or data.template == "plain" else _own_template(model, tokenizer)
+        clip = {"hole": names[1], "markup": "".join(names)}
+        self.template = Template(tokenizer, data, names, **clip, own=own, kept=kept)
+        tokenizer.chat_template = self.template.source
         settings: list[Any] = [VERSION, "audio_lm", self.template.fingerprint, self.max_frames]
         settings += [repr(self.front_end), data.features, names]
         self.fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
-        """Audio tokens of the clip and two around them. BadExample: too long or too short."""
+        """Audio tokens of the clip. BadExample: too long or too short."""
         if isinstance(part, Units):
             raise UserError(
                 "model.family: audio_lm reads audio, no speech units: sources of units need "
@@ -86,7 +98,7 @@ class AudioLMEncoder(Encoder):
             raise BadExample(f"its clip is {seconds:.2f} s, the model reads at most {most:.2f} s")
         if tokens < FEWEST_TOKENS:
             raise BadExample(f"its clip of {seconds:.3f} s is too short: {tokens} audio token")
-        return tokens + 2
+        return tokens
 
     def part_encoded(
         self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
@@ -94,8 +106,7 @@ class AudioLMEncoder(Encoder):
         """The audio tokens, and the clip's frames: float32 [frames + front_end.tail, mels]."""
         features = self.front_end(clip)
         count = audio_tokens(self.front_end.frames(len(clip)))
-        tokens = np.full(count, self.audio_token_id, np.int32)
-        ids = np.concatenate([self._begin, tokens, self._end])
+        ids = np.full(count, self.audio_token_id, np.int32)
         return Encoded(ids, len(clip) / self.sample_rate, features)
 
 
@@ -105,6 +116,32 @@ def audio_tokens(frames: int) -> int:
     `_get_feat_extract_output_lengths` of transformers' modeling_qwen2_audio.
     """
     return (((frames - 1) // 2 + 1) - 2) // 2 + 1
+
+
+def _own_template(model: Model, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The chat template that the model's processor has; None: that of the tokenizer, if any.
+
+    A processor without one takes a template of transformers' own. It is the model's where the
+    tokenizer has its markers, as that of Qwen2-Audio does.
+    """
+    from transformers import Qwen2AudioProcessor
+
+    if model.path is None or model.tokenizer not in (None, model.path):
+        return None
+    try:
+        found, _ = Qwen2AudioProcessor.get_processor_dict(model.path, **model.hub)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"model.path: its processor cannot be read: {reason}") from None
+    template = found.get("chat_template")
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is not None:
+        return template
+    known = tokenizer.get_vocab()
+    if all(marker in known for marker in ("<|im_start|>", "<|im_end|>")):
+        return Qwen2AudioProcessor.default_chat_template.fget(None)
+    return None
 
 
 def _model_config(model: Model) -> Any:

@@ -21,7 +21,7 @@ from raysft.data.example import Audio, Example, Sequence, Units
 from raysft.data.text import Segment, Template
 from raysft.errors import BadExample
 
-VERSION = 1  # of the encoding: raise it when ids or lengths change with the same config
+VERSION = 2  # of the encoding: raise it when ids or lengths change with the same config
 EXCESS = 0.02  # share by which an example may be longer than it was measured
 IGNORED = -100  # label of positions that are not learnt
 
@@ -42,6 +42,7 @@ class Encoder(ABC):
     fingerprint: changes whenever token ids or lengths could.
     template: holds the tokenizer; template.end_id is the token that ends every answer.
     limits: of the clips it is given. new_ids: tokens that the tokenizer of the model lacked.
+    units: which unit tokens are used and which are new, in words; "" where there are none.
     """
 
     sample_rate: int | None
@@ -49,6 +50,7 @@ class Encoder(ABC):
     template: Template
     limits: Limits = Limits()
     new_ids: tuple[int, ...] = ()
+    units: str = ""
 
     @property
     def tokenizer(self):

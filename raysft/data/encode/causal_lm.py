@@ -1,7 +1,8 @@
 """Encoder of text models that read and write speech as units: any AutoModelForCausalLM.
 
-Stands in the data tasks. Units of a source become the tokens `<|unit0|>`..; audio is turned into
-units by the speech tokenizer of data.speech_tokens, where one is configured.
+Stands in the data tasks. Units of a source become the tokens of `model.unit_token`, such as
+`<|unit0|>`; audio is turned into units by the speech tokenizer of data.speech_tokens, where one is
+configured.
 
 Costs 0.06 ms an example of text and units, and the speech tokenizer's 0.5 ms a clip of 2 s.
 """
@@ -18,7 +19,7 @@ from raysft.config.schema import Data, Model
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.speech_tokens import SpeechTokenizer
-from raysft.data.text import Template, add_units, load_tokenizer, unit_ids
+from raysft.data.text import Template, add_units, load_tokenizer, unit_ids, unit_pattern
 from raysft.errors import BadExample, UserError
 
 if TYPE_CHECKING:
@@ -28,8 +29,15 @@ if TYPE_CHECKING:
 class CausalLMEncoder(Encoder):
     """Text, units, and (with a speech tokenizer) audio, as one row of token ids."""
 
-    def __init__(self, model: Model, data: Data, speech_tokens: SpeechTokenizer | None) -> None:
-        """Raises UserError where model.speech_units contradicts the speech tokenizer."""
+    def __init__(
+        self,
+        model: Model,
+        data: Data,
+        speech_tokens: SpeechTokenizer | None,
+        kept: str | None = None,
+    ) -> None:
+        """kept: the chat template of a run that has begun. Raises UserError where
+        model.speech_units contradicts the speech tokenizer, or the template cannot be used."""
         added = model.speech_units
         if speech_tokens is not None:
             if added not in (0, speech_tokens.clusters):
@@ -39,12 +47,18 @@ class CausalLMEncoder(Encoder):
                 )
             added = speech_tokens.clusters
         tokenizer = load_tokenizer(model, 0)
-        self.new_ids = _new_units(model, tokenizer, add_units(tokenizer, added))
-        self.template = Template(tokenizer, data)
+        new = add_units(tokenizer, added, model.unit_token)
+        self.new_ids = _new_units(model, tokenizer, new)
+        self._unit_ids = unit_ids(tokenizer, model.unit_token)
+        units = tokenizer.convert_ids_to_tokens(self._unit_ids.tolist())
+        self.units = _said(units, len(self.new_ids))
+        hole = units[0] if units else None
+        form = unit_pattern(model.unit_token) if units else None
+        self.template = Template(tokenizer, data, hole=hole, units=form, kept=kept)
+        tokenizer.chat_template = self.template.source
         self.speech_tokens = speech_tokens
         self.sample_rate = None if speech_tokens is None else speech_tokens.sample_rate
         self._noise = data.unit_noise
-        self._unit_ids = unit_ids(tokenizer)
         parts = [VERSION, "causal_lm", self.template.fingerprint, self._unit_ids.tolist()]
         parts.append(None if speech_tokens is None else speech_tokens.fingerprint())
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -102,6 +116,18 @@ def _new_units(
         own = load_tokenizer(model.model_copy(update={"tokenizer": None}), 0).get_vocab()
     except UserError:  # weights that came without a tokenizer: nothing in them is known as a unit
         own = {}
-    ids = unit_ids(tokenizer).tolist()
+    ids = unit_ids(tokenizer, model.unit_token).tolist()
     names = tokenizer.convert_ids_to_tokens(ids)
     return tuple(i for i, name in zip(ids, names, strict=True) if name not in own)
+
+
+def _said(units: list[str], new: int) -> str:
+    """Which unit tokens there are, for people."""
+    if not units:
+        return ""
+    named = f"{units[0]} .. {units[-1]}" if len(units) > 1 else units[0]
+    if not new:
+        return f"{len(units)} unit tokens, all in the tokenizer already: {named}"
+    if new == len(units):
+        return f"{len(units)} unit tokens, all new: {named}"
+    return f"{len(units)} unit tokens, {new} of them new: {named}"
