@@ -19,16 +19,19 @@ def main(argv: Sequence[str]) -> None:
     """Everything that can be found wrong is, before Ray starts."""
     arguments = parse(argv, __doc__ or "", positional=1, flags=["dry-run"])
     config = load_config(arguments.positional[0], arguments.overrides)
+    show = ProgressLine()
+    show.say(f"{arguments.positional[0]}: checking config, sources and model")
 
     from raysft import launch, prepare
-    from raysft.session import ray_session
+    from raysft.session import destination, ray_session
 
     prepare.check(config)
+    show.say(destination())
     with ray_session():
         if "dry-run" in arguments.flags:
-            print(prepare.dry_run(config))
+            print(launch.dry_run(config, show))
             return
-        outcome = launch.run(config, ProgressLine())
+        outcome = launch.run(config, show)
     print(outcome.describe())
 
 

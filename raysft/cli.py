@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from raysft.config.load import describe
 from raysft.errors import UserError
+from raysft.failures import told
 
 
 @dataclass
@@ -68,13 +69,12 @@ def guarded(main: Callable[[Sequence[str]], None]) -> None:
         main(argv)
     except UserError as error:
         _leave(error, f"error: {error}", argv)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        # Whoever knows what there is to say about it has said it: see `launch.Start.left`.
+        print(f"\n{error or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # noqa: BLE001 - the last resort: one line, traceback on request
-        lines = str(error).strip().splitlines() or [""]
-        text = f"error: {type(error).__name__}: {lines[-1]} (--debug shows where)"
-        _leave(error, text, argv)
+        _leave(error, f"error: {told(error)}; --debug shows all of it", argv)
 
 
 def _leave(error: Exception, text: str, argv: Sequence[str]) -> None:
@@ -84,6 +84,9 @@ def _leave(error: Exception, text: str, argv: Sequence[str]) -> None:
     raise SystemExit(1) from None
 
 
+WIDTH = 80
+
+
 class ProgressLine:
     """Prints what workers report: one line that renews itself on a terminal, else some lines."""
 
@@ -91,40 +94,40 @@ class ProgressLine:
         self._out = out or sys.stdout
         self._live = self._out.isatty()
         self._every = every_s
-        self._begun: tuple[float, int] | None = None
+        self._time_left = TimeLeft()
         self._printed = 0.0
 
     def __call__(self, line: dict[str, Any]) -> None:
-        """Show one report of a worker."""
-        if "event" in line:
+        """Show one report: of the driver before there are workers, then of a worker."""
+        if "doing" in line:
+            self.say(line["doing"])
+        elif "summary" in line:
+            self.say("\n".join(line["summary"]))
+        elif "event" in line:
             self._event(line)
-            return
-        if "workers" in line:
-            nodes = ", ".join(line["nodes"])
-            self._out.write(f"{line['workers']} worker(s) started on node(s) {nodes}\n")
-            self._out.flush()
-            return
-        if "eval" in line:
-            self._end_line()
+        elif "workers" in line:
+            self.say(f"{line['workers']} worker(s) started on node(s) {', '.join(line['nodes'])}")
+        elif "eval" in line:
             values = "  ".join(f"{k} {_short(k, v)}" for k, v in line["eval"].items())
-            self._out.write(f"evaluation at step {line['step']}: {values}\n")
-            self._out.flush()
-            return
+            self.say(f"evaluation at step {line['step']}: {values}")
+        else:
+            self._step(line)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._end_line()
+        self._out.write(text + "\n")
+        self._out.flush()
+
+    def _step(self, line: dict[str, Any]) -> None:
         now = time.monotonic()
-        step, total = line["step"], line["total_steps"]
-        if self._begun is None or step <= self._begun[1]:  # a start, or a restart
-            self._begun = (now - line["seconds"], step - line["steps"])
-        last = step >= total
+        self._time_left.add(line["step"], line["steps"], line.get("at", time.time()))
+        last = line["step"] >= line["total_steps"]
         if not self._live and not last and now - self._printed < self._every:
             return
         self._printed = now
-        done = step - self._begun[1]
-        left = (now - self._begun[0]) / done * (total - step)
-        text = (
-            f"step {step}/{total}  loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tok/s  "
-            f"{_share_of_peak(line)}data wait {line['data_wait']:.0%}  "
-            f"eta {int(left // 60)}:{int(left % 60):02d}"
-        )
+        left = 0.0 if last else self._time_left.seconds(line["total_steps"])
+        text = step_line(line, left)
         if self._live:
             self._out.write(f"\r\x1b[2K{text}" + ("\n" if last else ""))
         else:
@@ -146,18 +149,75 @@ class ProgressLine:
             text = f"saved and stopped after step {line['step']}"
         else:
             return
-        self._end_line()
-        self._out.write(text + "\n")
-        self._out.flush()
+        self.say(text)
 
     def _end_line(self) -> None:
         if self._live and self._printed:
             self._out.write("\r\x1b[2K")
 
 
-def _share_of_peak(line: dict[str, Any]) -> str:
-    """Where the device's peak is known."""
-    return f"mfu {line['mfu']:.0%}  " if "mfu" in line else ""
+class TimeLeft:
+    """When the last step will be done, by the pace since the first report of a start.
+
+    What came before that report (start-up, compilation, the first batches) says nothing about the
+    rest; saves and evaluations in between belong to the pace.
+    """
+
+    STEPS, SECONDS = 5, 5.0  # of training, before an estimate is worth showing
+
+    def __init__(self) -> None:
+        self._first = self._last = (0, 0.0)
+
+    def add(self, step: int, steps: int, at: float) -> None:
+        """`steps` more are done, up to `step`, at a time (time.time())."""
+        if step - steps != self._last[0] or not self._last[1]:  # a start, or a restart
+            self._first = (step, at)
+        self._last = (step, at)
+
+    def seconds(self, total: int) -> float | None:
+        """To step `total`; None: not known yet."""
+        steps, took = self._last[0] - self._first[0], self._last[1] - self._first[1]
+        if steps < self.STEPS or took < self.SECONDS:
+            return None
+        return took / steps * (total - self._last[0])
+
+
+def step_line(line: dict[str, Any], left: float | None) -> str:
+    """A report of training in at most 80 columns; what matters least is left out first.
+
+    left: seconds to the last step; None: not known yet.
+    """
+    head = f"step {line['step']}/{line['total_steps']}  loss {line['loss']:.4f}"
+    parts = {
+        "epoch": f"epoch {line['epoch']}",
+        "lr": f"lr {line['lr']:.3g}",
+        "speed": f"{_count(line['tokens_per_s'])} tok/s",
+        "mfu": f"mfu {line['mfu']:.0%}" if "mfu" in line else "",
+        "wait": f"wait {line['data_wait']:.0%}",
+        "left": "eta --:--" if left is None else f"eta {_clock(left)}",
+    }
+    for least in ("", "mfu", "wait", "speed", "lr"):
+        parts.pop(least, None)
+        text = "  ".join([head, *filter(None, parts.values())])
+        if len(text) < WIDTH:  # a full row would wrap on some terminals
+            break
+    return text
+
+
+def _count(number: float) -> str:
+    """Three digits or so: 987, 12,340, 1.23M."""
+    return f"{number / 1e6:.3g}M" if number >= 1e6 else f"{number:,.0f}"
+
+
+def _clock(seconds: float) -> str:
+    """2:05 of minutes, 3:02:05 of hours, 2d 03:02 of days."""
+    whole = int(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d {hours:02d}:{minutes:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{whole % 60:02d}"
+    return f"{minutes}:{whole % 60:02d}"
 
 
 def _short(key: str, value: float) -> str:

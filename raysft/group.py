@@ -31,6 +31,11 @@ class Shares:
         cpus, gpus = total.get("CPU", 1.0), total.get("GPU", 0.0)
         workers, device = config.parallel.max_workers, config.parallel.device
         gpu = device == "cuda" or (device == "auto" and gpus >= 1)
+        if gpu and not gpus:
+            raise UserError(
+                "parallel.device: cuda, but no node of the cluster has a GPU; start it where there "
+                "is one (`nvidia-smi` lists those of a machine), or set parallel.device=cpu"
+            )
         if gpu and gpus < config.parallel.min_workers:
             raise UserError(
                 f"parallel.workers: {config.parallel.min_workers} workers need a GPU each and the "

@@ -11,11 +11,12 @@ import contextlib
 import errno
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysft import budget, history
+from raysft import budget, failures, history, prepare
 from raysft.config import Config
 from raysft.data.example import Quarantined
 from raysft.data.generations import open_index
@@ -33,9 +34,9 @@ from raysft.data.plan import Cursor
 from raysft.data.stream import RayReader, ReaderSpec
 from raysft.errors import UserError
 from raysft.group import Shares, died, interruptible, reason_of, thread_settings
-from raysft.prepare import Prepared, prepare, read_train
+from raysft.prepare import Prepared
 from raysft.rundir import open_run, settled, with_budget, write_config
-from raysft.train.catalogue import Catalogue
+from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.metrics import Lines, quarantine_line, read_lines
 from raysft.train.monitor import LEAVE, SAVE, Monitor
 
@@ -66,35 +67,99 @@ def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
     Ctrl-C and SIGTERM, while training: saves, then raises KeyboardInterrupt or SystemExit.
     """
     config = settled(config)
-    folder = open_run(config)
-    if config.data.tokens_per_batch == "auto" and task == "train":
-        config = with_budget(config, budget.find(config, folder, *read_train(config, folder)))
-        write_config(config, folder)
+    start = Start(open_run(config), task)
+    try:
+        return _run(config, start, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(start.left(config)) from None
+    except SystemExit:
+        print(start.left(config), file=sys.stderr, flush=True)
+        raise
+
+
+def dry_run(config: Config, progress: Progress) -> str:
+    """What a run would do on this cluster, as text; see `prepare.dry_run`."""
+    Shares.of(config)
+    return prepare.dry_run(config, lambda text: progress({"doing": text}))
+
+
+@dataclass
+class Start:
+    """One submission: since when, of what; and where it leaves the run when it is interrupted."""
+
+    folder: Path
+    task: str
+    at: float = field(default_factory=time.time)
+    total_steps: int | None = None  # once there is a plan
+
+    def left(self, config: Config) -> str:
+        """Where the run stands, and what the same command does then."""
+        if self.task == "evaluate":
+            return "interrupted; nothing was recorded, the run is as it was"
+        try:
+            saved, _ = Catalogue.of(config.checkpoint, self.folder).newest()
+        except (OSError, UserError) as error:
+            return f"interrupted; the run's checkpoints cannot be read just now: {error}"
+        if saved is None:
+            return "interrupted before the first checkpoint; the same command begins at step 1"
+        if self.total_steps is None or saved.step < self.total_steps:
+            of = f" of {self.total_steps}" if self.total_steps else ""
+            return f"interrupted; the same command continues from step {saved.step}{of}"
+        if _evaluation_due(config, self.folder, saved.step):
+            return (
+                f"interrupted; the last step, {saved.step}, is trained and saved; the same command "
+                "makes the evaluation that is left"
+            )
+        return (
+            f"interrupted; the run is finished all the same: its last step, {saved.step}, is saved"
+        )
+
+
+def _run(config: Config, start: Start, progress: Progress) -> Outcome:
+    folder, task = start.folder, start.task
     catalogue = Catalogue.of(config.checkpoint, folder)
+
+    def say(text: str) -> None:
+        progress({"doing": text})
+
+    Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
+    if config.data.tokens_per_batch == "auto" and task == "train":
+        encoder, index = prepare.read_train(config, folder, say)
+        say("trying budgets for data.tokens_per_batch: auto, with real steps")
+        config = with_budget(config, budget.find(config, folder, encoder, index))
+        write_config(config, folder)
     saved, _ = catalogue.newest()
     cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
-    prepared = prepare(config, folder, cursor, train=task == "train")
+    prepared = prepare.prepare(config, folder, cursor, task == "train", say)
+    start.total_steps = prepared.total_steps
     if task == "evaluate":
         if saved is None:
             raise UserError(f"{folder}: no committed checkpoint to evaluate; train first")
         if prepared.eval is None:
             raise UserError("data.eval: empty; name a source, e.g. --data test.jsonl")
     _record_rejected(folder, prepared.rejected)
-    if saved is not None:
-        print(f"continuing {folder} from step {saved.step}", flush=True)
+    if task == "train" and saved is not None:
+        if _nothing_left(prepared, folder, catalogue):
+            say(f"{folder} is finished: all {prepared.total_steps} steps are trained")
+            return _outcome(folder, catalogue)
+        if saved.step < prepared.total_steps:
+            say(f"continuing {folder} from step {saved.step}")
+        else:
+            say(f"{folder} is trained to its last step, {saved.step}; its evaluation is left")
     # On this node: while the driver lives, so does the monitor, whatever other nodes are lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = (
         ray.remote(Monitor)
         .options(num_cpus=0, scheduling_strategy=here)
-        .remote(config.parallel.max_failures, config.parallel.backoff_s)
+        .remote(
+            config.parallel.max_failures, config.parallel.backoff_s, saved.step if saved else -1
+        )
     )
     watch = Watch(monitor, progress)
+    say(f"starting workers ({config.parallel.strategy})")
     try:
-        _fit(prepared, folder, monitor, task)
-        failure = ray.get(monitor.ended.remote())
-        if failure:
-            raise UserError(failure)
+        _fit(prepared, start, monitor)
+        _raise_mistake(monitor)
     except UserError as error:
         with contextlib.suppress(OSError):  # a full disk is what it may be about
             events = Lines(folder / "events.jsonl")
@@ -103,14 +168,44 @@ def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
         raise
     finally:
         watch.close()
+    return _outcome(folder, catalogue)
+
+
+def _outcome(folder: Path, catalogue: Catalogue) -> Outcome:
     lines = read_lines(folder / "eval.jsonl")
     evaluation = {k: v for k, v in lines[-1].items() if k != "step"} if lines else {}
     saved, _ = catalogue.newest()
     return Outcome(folder, saved.step if saved else 0, evaluation)
 
 
-def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
-    config = prepared.config
+def _nothing_left(prepared: Prepared, folder: Path, catalogue: Catalogue) -> bool:
+    """Whether the last step is saved, to the last byte, and evaluated where it is to be."""
+    newest, _ = catalogue.newest()
+    if newest is None or newest.step < prepared.total_steps:
+        return False
+    if _evaluation_due(prepared.config, folder, newest.step) and prepared.eval is not None:
+        return False
+    sound, _ = catalogue.newest(Saved.damage)
+    return sound is not None and sound.step == newest.step
+
+
+def _evaluation_due(config: Config, folder: Path, step: int) -> bool:
+    """Whether the evaluation of the last step is still to be made."""
+    done = {line["step"] for line in read_lines(folder / "eval.jsonl")}
+    return bool(config.data.eval) and config.evaluate.at_end and step not in done
+
+
+def _raise_mistake(monitor: Any) -> None:
+    """Raises the UserError that no restart mends, if there was one; with its traceback as cause."""
+    message, details = ray.get([monitor.ended.remote(), monitor.details.remote()])
+    if message and details:  # for --debug
+        raise UserError(message) from RuntimeError(f"in a worker:\n{details}")
+    if message:
+        raise UserError(message)
+
+
+def _fit(prepared: Prepared, start: Start, monitor: Any) -> None:
+    config, folder, task = prepared.config, start.folder, start.task
     shares = Shares.of(config)
     # Ray's own watch over workers sees one that is frozen; `Watchdog` one whose thread is.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.parallel.timeout_s))
@@ -133,6 +228,8 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
         "worker_cpus": shares.per_worker["CPU"],
         "task": task,
         "monitor": monitor,
+        "submitted": start.at,
+        "summary": prepare.summary(prepared, folder),
     }
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -155,20 +252,35 @@ def _fit(prepared: Prepared, folder: Path, monitor: Any, task: str) -> None:
             worker_runtime_env={"env_vars": thread_settings(shares)},
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             callbacks=[Failures(monitor)],
-            # Monitor counts failures, for it knows whether the run gets on between them.
-            failure_config=ray.train.FailureConfig(
-                max_failures=-1,
-                max_preemption_failures=-1,
-                controller_failure_limit=-1 if elastic else 3,
-            ),
+            failure_config=Restarts(monitor, elastic),
         ),
     )
     try:
         grace_s = config.checkpoint.grace_s if task == "train" else 0.0
         interruptible(trainer.fit, lambda: monitor.tell.remote(LEAVE), grace_s)
     except ray.train.TrainingFailedError as error:
-        said = ray.get(monitor.ended.remote())
-        raise UserError(said or f"training cannot go on: {reason_of(error)}") from error
+        _raise_mistake(monitor)
+        raise UserError(f"training cannot go on: {reason_of(error)}") from error
+
+
+class Restarts(ray.train.FailureConfig):
+    """Any number of restarts: `Monitor` counts them, for it knows whether the run gets on between
+    them. None after a mistake: Ray Train asks at every failure, in its controller."""
+
+    def __init__(self, monitor: Any, elastic: bool) -> None:
+        self._monitor = monitor
+        super().__init__(
+            max_failures=-1,
+            max_preemption_failures=-1,
+            controller_failure_limit=-1 if elastic else 3,
+        )
+
+    def _limit(self) -> int:
+        return 0 if ray.get(self._monitor.ended.remote()) else -1
+
+    # Ray's own, a number for all of the run, is not kept.
+    max_failures = property(_limit, lambda self, limit: None)
+    max_preemption_failures = property(_limit, lambda self, limit: None)
 
 
 class Failures(ray.train.UserCallback):
@@ -231,17 +343,27 @@ def _worker(settings: dict[str, Any]) -> None:
         return  # started again after a mistake that no restart mends
     try:
         _train_or_evaluate(settings, monitor)
-    except (UserError, OSError) as error:
-        said = str(error)
-        if isinstance(error, OSError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            where = error.filename or settings["folder"]
-            said = f"{where}: cannot be written: {error.strerror}; make room, then start again"
-        ray.get(monitor.mistake.remote(said))
-        # Raising ends the other workers too. The driver prints the message: no traceback here.
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    except Exception as error:
+        said = _final(error, monitor, settings["folder"])
+        if said is not None:
+            ray.get(monitor.mistake.remote(said, failures.full(error)))
+            # Raising ends the other workers too. The driver prints the message: no traceback here.
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
+
+
+def _final(error: Exception, monitor: Any, folder: str) -> str | None:
+    """What the run ends with, where `error` is one that no restart mends; else None."""
+    found = failures.root(error)
+    if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        where = found.filename or folder
+        return f"{where}: cannot be written: {found.strerror}; make room, then start again"
+    if failures.certain(error):
+        return failures.told(error)
+    name = failures.repeats(error)
+    if name is not None and ray.get(monitor.again.remote(name)):
+        return f"{failures.told(error)}; it came again, at the same place, when started again"
+    return None
 
 
 def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
@@ -282,13 +404,22 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     def progress(line: dict[str, Any]) -> None:
         monitor.report.remote(line)
 
+    def say(text: str) -> None:
+        if world.is_main:
+            progress({"doing": text})
+
     if world.is_main:
         progress({"workers": world.size, "nodes": nodes})
+    say("building the model" if config.model.path is None else f"loading {config.model.path}")
     folder = Path(settings["folder"])
     job = worker.build_job(config, folder, world, data, settings["total_steps"], progress)
     if settings["task"] == "evaluate":
         worker.evaluate_checkpoint(job)
         return
+    if world.is_main and not begun:
+        progress({"summary": [*settings["summary"], worker.describe(job)]})
+    say("waiting for the first batch")
+    job.submitted = None if begun else settings["submitted"]
     job.start = {**job.start, "nodes": nodes, **begun}
     job.hung = lambda reason: ray.get(
         monitor.failed.remote(f"worker {world.rank}: {reason}", first=True)

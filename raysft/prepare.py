@@ -10,10 +10,12 @@ import logging
 import math
 import random
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from raysft.data.example import Quarantined
 from raysft.data.generations import Generations
 from raysft.data.index import Index, build_index
 from raysft.data.plan import Cursor, Plan, Summary
-from raysft.data.quarantine import summary
+from raysft.data.quarantine import summary as quarantined
 from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
 from raysft.rundir import check_run, settled, with_budget
@@ -59,6 +61,14 @@ class Prepared:
     rejected: list[Quarantined]
 
 
+Say = Callable[[str], None]
+"""Shown to the user while something lasts."""
+
+
+def _silent(text: str) -> None:
+    """For callers that nobody watches."""
+
+
 def check(config: Config) -> None:
     """Look for mistakes that show without reading data or weights: run folder, sources, layers
     that are to have adapters. Raises UserError."""
@@ -85,7 +95,11 @@ def _check_names(config: Config, encoder: Encoder | None = None, total_steps: in
 
 
 def prepare(
-    config: Config, folder: Path, cursor: Cursor | None = None, train: bool = True
+    config: Config,
+    folder: Path,
+    cursor: Cursor | None = None,
+    train: bool = True,
+    say: Say = _silent,
 ) -> Prepared:
     """Encoder, indexes and plan; writes the index cache, plan.json, and a speech tokenizer.
 
@@ -94,12 +108,13 @@ def prepare(
     """
     if cursor is not None or not train:
         require_template(folder)
-    encoder, index = read_train(config, folder)
+    encoder, index = read_train(config, folder, say)
     evaluation = None
     if config.data.eval:
-        evaluation = build_index(config.data.eval, "eval", encoder, _cache(config))
+        evaluation = _index(config, "eval", encoder, say)
     rejected = list(evaluation.rejected) if evaluation is not None else []
     if train:
+        say("planning batches")
         newest = Plan.of(index, config.data, config.run.seed)
         _check_usable(config, index, newest)
         plan = history.follow(folder, index, config.data, config.run.seed, cursor)
@@ -112,15 +127,33 @@ def prepare(
     return Prepared(config, encoder, index, evaluation, plan, steps, rejected)
 
 
-def read_train(config: Config, folder: Path) -> tuple[Encoder, Index]:
+def read_train(config: Config, folder: Path, say: Say = _silent) -> tuple[Encoder, Index]:
     """Encoder and index of the training data; writes the index cache, and a speech tokenizer."""
-    if config.data.speech_tokens is not None:
-        speech_tokens.fit_or_load(
-            config.data.speech_tokens, folder, _clips(config), config.run.seed
-        )
+    units = config.data.speech_tokens
+    if units is not None:
+        if not speech_tokens.location(units, folder).exists():
+            say(f"fitting {units.clusters} speech units on up to {units.fit_clips:,} clips")
+        speech_tokens.fit_or_load(units, folder, _clips(config), config.run.seed)
+    say("loading the tokenizer")
     encoder = make_encoder(config.model, config.data, folder)
     _keep_template(encoder, folder)
-    return encoder, build_index(config.data.train, "train", encoder, _cache(config))
+    return encoder, _index(config, "train", encoder, say)
+
+
+def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, say: Say) -> Index:
+    """The index of data.train or data.eval. Says how far it is every few seconds."""
+    given = config.data.train if split == "train" else config.data.eval
+    count = f"{len(given)} source" + ("s" if len(given) > 1 else "")
+    say(f"indexing data.{split}: {count}")
+    told = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        if done < total and time.monotonic() - told >= 5:
+            told = time.monotonic()
+            say(f"indexing data.{split}: {done / total:.0%} of {total / 2**20:,.0f} MiB")
+
+    return build_index(given, split, encoder, _cache(config), progress=progress)
 
 
 def _keep_template(encoder: Encoder, folder: Path) -> None:
@@ -149,7 +182,7 @@ def total_steps(config: Config, plan: Generations) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, say: Say = _silent) -> str:
     """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing."""
     config, assumed = settled(config), []
     if config.data.tokens_per_batch == "auto":
@@ -158,12 +191,15 @@ def dry_run(config: Config) -> str:
             f"tokens_per_batch {ASSUMED:,} is assumed here; auto: the run finds it at its start"
         ]
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare(config, Path(scratch))
+        prepared = prepare(config, Path(scratch), say=say)
         epoch = prepared.plan.summary(0)
         index = prepared.train
         lines = [
             *assumed,
-            f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable",
+            f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable"
+            + (
+                f": {quarantined(q.reason for q in prepared.rejected)}" if prepared.rejected else ""
+            ),
             f"audio           {float(np.sum(index.seconds, dtype=np.float64)) / 3600:,.2f} hours",
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
             f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
@@ -174,6 +210,34 @@ def dry_run(config: Config) -> str:
         ]
         lines += [f"unusable        {q.id}: {q.reason}" for q in prepared.rejected[:10]]
         return "\n".join(lines)
+
+
+def summary(prepared: Prepared, folder: Path) -> list[str]:
+    """What a run is about to train on, and where: shown before its first step."""
+    config = prepared.config
+    steps = f"{prepared.total_steps:,}" if prepared.total_steps else "none"
+    lines = [
+        f"train   {_amount(prepared.train)}",
+        *([f"eval    {_amount(prepared.eval)}"] if prepared.eval is not None else []),
+        f"steps   {steps}, of {config.data.lanes} micro-batches of up to "
+        f"{config.data.tokens_per_batch:,} tokens",
+        f"run     {folder}",
+    ]
+    if prepared.rejected:
+        reasons = quarantined(item.reason for item in prepared.rejected)
+        lines.insert(
+            -2, f"unusable {len(prepared.rejected):,}: {reasons}, by name in quarantine.jsonl"
+        )
+    if config.log.tensorboard:
+        lines.append(f"curves  tensorboard --logdir {folder / 'tensorboard'}")
+    return lines
+
+
+def _amount(index: Index) -> str:
+    """Examples, and hours where there is audio."""
+    hours = float(np.sum(index.seconds, dtype=np.float64)) / 3600
+    said = f"{len(index):,} examples"
+    return f"{said}, {hours:,.2f} hours of audio" if hours else said
 
 
 def _by_task(epoch: Summary) -> str:
@@ -240,7 +304,7 @@ def _check_usable(config: Config, train: Index, plan: Plan) -> None:
         first, rest = f"{train.ids(plan.oversize[:1])[0]}: {reasons[0]}", ""
     raise UserError(
         f"data.max_quarantined: {unusable} of {examples} examples are unusable, more than "
-        f"{config.data.max_quarantined:.1%}: {summary(reasons)}; the first: {first}{rest}"
+        f"{config.data.max_quarantined:.1%}: {quarantined(reasons)}; the first: {first}{rest}"
     )
 
 

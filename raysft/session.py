@@ -137,6 +137,14 @@ def ray_session() -> Iterator[Session]:
             raise SystemExit(128 + received[0])
 
 
+def destination() -> str:
+    """What `ray_session` is about to do, for a user who waits meanwhile."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if address in ("", "local"):
+        return "starting Ray on this machine"
+    return f"joining the Ray cluster at {address}"
+
+
 def _check_address(address: str) -> None:
     if address.startswith(("http://", "https://")):
         raise UserError(

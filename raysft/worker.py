@@ -26,6 +26,7 @@ from raysft.data.example import MicroBatch
 from raysft.data.generations import open_index
 from raysft.data.index import Index
 from raysft.data.read import Reader, Work
+from raysft.errors import UserError
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.attention import used as attention_used
 from raysft.models.base import Adapter
@@ -114,7 +115,7 @@ def build_job(
     check_base(config, folder)
     adapter, adapters = build_model(config, data.encoder, total_steps)
     adapter.tasks[:] = history.tasks(folder)
-    cost = cost_of(adapter.model)  # while the parameters are whole
+    cost, sizes = cost_of(adapter.model), _sizes(adapter)  # while the parameters are whole
     strategy = wrap(config, adapter, world)
     settings, half = config.data, config.train.precision != "fp32"
     feed = Feed(
@@ -143,9 +144,26 @@ def build_job(
         weights=initial_weights(folder),
         adapters=adapters,
         cost=cost,
-        start={"attention": attention_used(adapter.model, world.device, half)},
+        start={"attention": attention_used(adapter.model, world.device, half), **sizes},
         extras=_extras(adapter, folder) if world.is_main else {},
     )
+
+
+def _sizes(adapter: Adapter) -> dict[str, int]:
+    """Parameters, and those of them that train; two of 4 bits lie in each byte."""
+    parameters = list(adapter.model.parameters())
+    return {
+        "parameters": sum(p.numel() * (1 if p.is_floating_point() else 2) for p in parameters),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def describe(job: Job) -> str:
+    """The model, for the summary at the start."""
+    parameters, trained = job.start["parameters"], job.start["trained"]
+    method = job.config.peft.method
+    how = "" if method == "none" else f" ({method})"
+    return f"model   {parameters:,} parameters, {trained:,} of them train{how}"
 
 
 def wrap(config: Config, adapter: Adapter, world: World) -> Strategy:
@@ -223,6 +241,11 @@ def _evaluate(
 
 
 def device_of(config: Config) -> torch.device:
+    if config.parallel.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "parallel.device: cuda, but torch finds no GPU here: look at `nvidia-smi` and at "
+            "`python -c 'import torch; print(torch.version.cuda)'`, or set parallel.device=cpu"
+        )
     if config.parallel.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

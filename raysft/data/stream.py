@@ -29,6 +29,7 @@ import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from raysft import failures
 from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.generations import Places, open_index
 from raysft.data.read import CHUNK, Reader, Work, chunks
@@ -93,8 +94,11 @@ def _read(spec: ReaderSpec, chunk: list[Work]) -> Callable[[], Iterable[pa.Table
         try:
             for batch in spec.reader().read_chunk(chunk):
                 yield to_table(batch)
-        except UserError as error:  # as data: Ray would wrap it, and print a page of traceback
-            yield pa.table({_MISTAKE: [str(error)]})
+        except Exception as error:
+            # As data: Ray would wrap it, and print a page of traceback.
+            if not failures.certain(error):
+                raise
+            yield pa.table({_MISTAKE: [failures.told(error)]})
 
     return blocks
 

@@ -24,7 +24,7 @@ from raysft.parallel.strategy import Stepped
 from raysft.train.catalogue import Catalogue, Saved, best_step
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
 from raysft.train.flops import Cost
-from raysft.train.metrics import cut_back_run, last_recorded
+from raysft.train.metrics import cut_back_run, last_recorded, last_sign_of_life
 from raysft.train.monitor import LEAVE
 from raysft.train.record import Clock, Record, Totals
 from raysft.train.step import StepBatch, forward_backward
@@ -71,7 +71,8 @@ class Job:
         where the run has none. extras: files that every checkpoint carries. start: facts for the
         first event of this start. hung: told why, before a worker that makes no progress ends its
         process; None: never ends it. adapters: what `peft.method` trains, None for all weights.
-    cost: FLOPs of what is counted, for the metrics; None: not known.
+    cost: FLOPs of what is counted, for the metrics; None: not known. submitted: when this start was
+        asked for (time.time()), where it is the first of a submission: until then the run was idle.
     """
 
     config: Config
@@ -91,6 +92,7 @@ class Job:
     cost: Cost | None = None
     extras: dict[str, bytes] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
+    submitted: float | None = None
     hung: Callable[[str], None] | None = None
 
     def after_step(self, step: int) -> None:
@@ -302,16 +304,17 @@ def _restore(
         clock.load(meta["clock"])
     elif job.weights is not None:
         load_weights(job.weights, job.strategy)
-    last = 0
+    last, seen = 0, None
     if job.world.is_main:
-        last = last_recorded(job.folder)
+        last, seen = last_recorded(job.folder), last_sign_of_life(job.folder)
         job.catalogue.clear(step)
         cut_back_run(job.folder, step)
     job.world.barrier()
     record.open(step)
     for reason in skipped:
         record.event("skipped", reason=reason)
-    record.begun(step, last, meta.get("time"), meta.get("world_size"), job.start)
+    idle = max(0.0, job.submitted - seen) if job.submitted and seen else 0.0
+    record.begun(step, last, meta.get("time"), meta.get("world_size"), job.start, idle)
     return step, cursor
 
 

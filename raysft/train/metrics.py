@@ -119,6 +119,14 @@ def last_recorded(folder: Path) -> int:
     return last
 
 
+def last_sign_of_life(folder: Path) -> float | None:
+    """When the run last recorded anything (time.time()); None: it never did. To be asked before
+    its files are cut back."""
+    files = [files[-1][1] for files in ledger_files(folder).values()]
+    files += [folder / name for name in ("metrics.jsonl", "eval.jsonl", "events.jsonl")]
+    return max((path.stat().st_mtime for path in files if path.exists()), default=None)
+
+
 class Ledger:
     """ledger/lane_L_from_N.jsonl: the ids each (step, lane) trained on, from step N on.
 

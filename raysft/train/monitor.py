@@ -18,22 +18,27 @@ SAVE, LEAVE = 1, 2
 class Monitor:
     """Progress to the driver; signals to the workers; the failure budget."""
 
-    def __init__(self, max_failures: int, backoff_s: float) -> None:
-        """max_failures: without a new checkpoint in between; -1: any number."""
+    def __init__(self, max_failures: int, backoff_s: float, saved: int = -1) -> None:
+        """max_failures: without a new checkpoint in between; -1: any number. saved: step of the
+        checkpoint that this submission goes on from; -1: there is none."""
         self._max, self._backoff = max_failures, backoff_s
         self._lines: list[dict[str, Any]] = []
         self._mistake: str | None = None
+        self._details = ""
+        self._seen: dict[str, int] = {}  # failures that may be certain -> the start they came in
         self._signal = 0
         self._starts = 0
         self._workers: int | None = None
         self._reasons: list[str] = []  # of what ended the group that runs or ran
         self._failures = 0  # since the last new checkpoint
-        self._saved = -1  # step of the newest checkpoint known here
+        self._saved = saved  # step of the newest checkpoint known here
+        self._new = False  # whether this submission has written it
 
     def report(self, line: dict[str, Any]) -> None:
         """Called by rank 0: something to show. A new checkpoint renews the failure budget."""
         if line.get("event") == "saved" and line["step"] > self._saved:
-            self._saved, self._failures = line["step"], 0
+            self._saved, self._failures, self._new = line["step"], 0, True
+            self._seen.clear()
         self._lines.append({"at": time.time(), **line})
 
     def take(self) -> list[dict[str, Any]]:
@@ -41,9 +46,22 @@ class Monitor:
         lines, self._lines = self._lines, []
         return lines
 
-    def mistake(self, message: str) -> None:
-        """Remember the first mistake that no restart mends."""
-        self._mistake = self._mistake or message
+    def mistake(self, message: str, details: str = "") -> None:
+        """Remember the first mistake that no restart mends. details: its traceback.
+
+        One that comes after another worker of the group has failed may only follow from that, while
+        the group is taken down: if it does not, it comes again.
+        """
+        if self._mistake is None and not self._reasons:
+            self._mistake, self._details = message, details
+
+    def again(self, name: str) -> bool:
+        """Whether a failure of this name ended an earlier start, and no checkpoint came since."""
+        return self._seen.setdefault(name, self._starts) < self._starts
+
+    def details(self) -> str:
+        """The traceback of the mistake, where it has one."""
+        return self._details
 
     def ended(self) -> str | None:
         """The message the run ends with: workers that are started again stop at once."""
@@ -81,11 +99,13 @@ class Monitor:
             return {"reason": f"resized from {before} to {workers} workers"}
         self._failures += 1
         if 0 <= self._max < self._failures:
-            since = f"since the checkpoint of step {self._saved}" if self._saved >= 0 else "so far"
+            since = f"since the checkpoint of step {self._saved}" if self._new else "so far"
+            goes_on = "continues from the last checkpoint"
+            if self._saved < 0:
+                goes_on = "begins again at step 1, for no checkpoint was written"
             self._mistake = (
                 f"training failed {self._failures} times {since}, and parallel.max_failures="
-                f"{self._max}; the last time: {reasons[0]}; the same command continues from the "
-                "last checkpoint"
+                f"{self._max}; the last time: {reasons[0]}; the same command {goes_on}"
             )
             return {"end": self._mistake}
         pause = 0.0

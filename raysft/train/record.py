@@ -133,6 +133,23 @@ class Clock:
         return found
 
 
+# Groups of TensorBoard for what metrics.jsonl holds; what is not named here is `train/`.
+_GROUPS = {
+    "speed": (
+        *("tokens_per_s", "tokens_per_s_worker", "supervised_tokens_per_s", "audio_seconds_per_s"),
+        *("tflops", "mfu", "peak_memory_gb", "data_wait", "seconds", "world_size"),
+    ),
+    "data": ("tokens", "supervised_tokens", "examples", "audio_seconds", "padding"),
+    "run": ("restarts", "steps_again", "lost_s"),
+}
+_GROUP_OF = {key: group for group, keys in _GROUPS.items() for key in keys}
+
+
+def _tag(key: str) -> str:
+    """TensorBoard's name for a key of metrics.jsonl: train/loss/asr, speed/tokens_per_s."""
+    return f"{_GROUP_OF.get(key, 'train')}/{key}"
+
+
 class Record:
     """The files of a run that the loop appends to; see `metrics`."""
 
@@ -210,11 +227,14 @@ class Record:
         saved_at: float | None,
         before: int | None,
         facts: dict[str, Any],
+        idle: float = 0.0,
     ) -> None:
         """Record that this start goes on after `step`.
 
         last: the last step recorded before it was cut back; saved_at: when the checkpoint's state
-        was copied (time.time()); before: workers that wrote it; facts: what the launcher knows.
+        was copied (time.time()); before: workers that wrote it; facts: what the launcher knows;
+        idle: seconds between the end of the start before and the moment someone asked for this
+        one, which are nobody's loss.
         """
         if not step and not last and not facts.get("reason"):
             self.event("started", step=0, workers=self.world.size, **facts)
@@ -226,7 +246,9 @@ class Record:
             else "started again"
         )
         again = max(0, last - step)
-        lost = round(time.time() - saved_at, 1) if saved_at else None
+        lost = None
+        if saved_at:
+            lost = round(max(0.0, time.time() - saved_at - idle), 1)
         told = {**facts, "reason": reason, "steps_again": again, "lost_s": lost}
         self.event("continued", step=step, workers=now, workers_before=before, **told)
 
@@ -339,7 +361,7 @@ class Record:
         totals.reset()
         if self.world.is_main:
             self._metrics.write(line)
-            self._scalars(line, batch.step)
+            self._scalars({_tag(key): value for key, value in line.items()}, batch.step)
         if self.progress is not None:
             self.progress({**line, "steps": lap["steps"], "total_steps": self.total_steps})
 
@@ -359,7 +381,7 @@ class Record:
         self.evaluations[step] = values
         if self.world.is_main:
             self._eval.write({"step": step, **values})
-            self._scalars(values, step)
+            self._scalars({f"eval/{key}": value for key, value in values.items()}, step)
         if self.progress is not None:
             self.progress({"step": step, "total_steps": self.total_steps, "eval": values})
 
@@ -370,7 +392,7 @@ class Record:
     def _scalars(self, values: dict[str, Any], step: int) -> None:
         if self.tensorboard is not None:
             for key, value in values.items():
-                if isinstance(value, int | float) and key not in ("step", "epoch"):
+                if isinstance(value, int | float) and key != "train/step":
                     self.tensorboard.add_scalar(key, value, step)
 
     def close(self) -> None:

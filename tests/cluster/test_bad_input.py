@@ -143,6 +143,24 @@ def test_a_budget_smaller_than_every_example(write: Callable[..., Path]) -> None
     assert "data.tokens_per_batch" in line and "smaller than every example" in line
 
 
+def test_what_a_restart_cannot_mend_is_said_once_with_its_cause_and_its_place(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Here a file of the run that someone has edited; the other worker waits for this one."""
+    config = write(parallel__workers=2, parallel__backoff_s=0.0)
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(config.read_text())
+    (run / "events.jsonl").write_text("3\n")
+    done = jobs.call("sft", config, "--debug")
+    assert done.returncode == 1
+    assert done.stdout.count("worker(s) started") == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: TypeError: 'int' object is not subscriptable (raysft/train/")
+    assert "the same command" not in done.stdout + done.stderr
+    assert "in a worker:" in done.stderr, "--debug shows the traceback"
+
+
 def test_a_run_folder_of_another_config_names_the_keys(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -119,11 +119,13 @@ def test_two_workers_one_killed_train_the_same_batches(finished: Path, folder: P
 
 
 def test_the_same_command_on_a_finished_run_trains_nothing(finished: Path, folder: Path) -> None:
-    before = (finished / "metrics.jsonl").read_bytes()
+    before = {name: (finished / name).read_bytes() for name in ("metrics.jsonl", "events.jsonl")}
     done = jobs.call("sft", folder / "asr.yaml")
     assert done.returncode == 0, done.stderr
-    assert "continuing" in done.stdout and "from step 12" in done.stdout
-    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert "is finished: all 12 steps are trained" in done.stdout
+    assert "continu" not in done.stdout and "started" not in done.stdout
+    assert "wer/dev" in done.stdout and "(step 12)" in done.stdout
+    assert {name: (finished / name).read_bytes() for name in before} == before
 
 
 def test_dry_run_tells_steps_padding_tokens_and_memory(folder: Path) -> None:

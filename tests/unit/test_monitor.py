@@ -46,6 +46,46 @@ def test_only_failures_without_a_new_checkpoint_in_between_count() -> None:
     )
 
 
+def test_the_end_promises_no_more_than_the_same_command_does() -> None:
+    end = fail(ended_at_once(saved=-1))["end"]
+    assert end.endswith("the same command begins again at step 1, for no checkpoint was written")
+    end = fail(ended_at_once(saved=40))["end"]
+    assert "failed 1 times so far" in end
+    assert end.endswith("the same command continues from the last checkpoint")
+
+
+def ended_at_once(saved: int) -> Monitor:
+    monitor = Monitor(0, 0.0, saved)
+    monitor.begin(2)
+    return monitor
+
+
+def test_a_failure_that_may_be_certain_is_when_it_comes_again_without_a_checkpoint() -> None:
+    monitor = begun(max_failures=-1)
+    name = "RuntimeError in raysft/train/step.py, line 9, in forward"
+    assert not monitor.again(name)
+    assert not monitor.again(name), "the other worker of the same group"
+    fail(monitor)
+    assert not monitor.again("RuntimeError elsewhere")
+    assert monitor.again(name)
+    monitor.report(saved(10))
+    fail(monitor)
+    assert not monitor.again(name)
+
+
+def test_a_mistake_while_a_group_is_taken_down_may_only_follow_from_that() -> None:
+    monitor = begun()
+    monitor.failed("worker 1: the worker's process died")
+    monitor.mistake("AttributeError: 'NoneType' object has no attribute 'rank'")
+    assert monitor.ended() is None
+    assert monitor.begin(2)["failures"] == 1
+    monitor.mistake("AttributeError: it comes again", "Traceback: where")
+    assert (monitor.ended(), monitor.details()) == (
+        "AttributeError: it comes again",
+        "Traceback: where",
+    )
+
+
 def test_no_failure_is_survived_with_max_failures_0_and_any_number_with_minus_1() -> None:
     assert "failed 1 times so far" in fail(begun(max_failures=0))["end"]
     monitor = begun(max_failures=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,19 @@ def test_half_a_line_at_the_end_of_events_does_not_spoil_the_next(home: Path) ->
         "continued",
         "finished",
     ]
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_only_time_in_which_someone_wanted_the_run_is_lost(
+    home: Path, monkeypatch: pytest.MonkeyPatch, asked_for: bool
+) -> None:
+    run = interrupted(home, f"idle_{asked_for}", at=6)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)  # an hour later
+    job = start(tiny(home, f"idle_{asked_for}"), ONE)
+    if asked_for:  # by a new submission; else it was Ray that took an hour to start it again
+        job.submitted = time.time()
+    train(job)
+    (again,) = [e for e in read_lines(run / "events.jsonl") if e["event"] == "continued"]
+    assert (0 < again["lost_s"] < 600) if asked_for else again["lost_s"] > 3600
+    assert read_lines(run / "metrics.jsonl")[-1]["lost_s"] == again["lost_s"]

@@ -1,0 +1,102 @@
+"""What a user sees of training on the terminal: a line of 80 columns, and a time that is right."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+
+from raysft.cli import ProgressLine, TimeLeft, step_line
+
+
+def report(step: int = 150, total: int = 600, **changes: Any) -> dict[str, Any]:
+    """A line of metrics as a worker reports it."""
+    return {
+        "step": step,
+        "total_steps": total,
+        "steps": 10,
+        "epoch": 2,
+        "loss": 2.30259,
+        "lr": 1.5e-3,
+        "tokens_per_s": 9120.4,
+        "data_wait": 0.031,
+        "seconds": 5.0,
+        "at": 1000.0 + step,
+        **changes,
+    }
+
+
+def test_a_line_carries_step_loss_epoch_rate_speed_wait_and_time() -> None:
+    assert step_line(report(), 190.0) == (
+        "step 150/600  loss 2.3026  epoch 2  lr 0.0015  9,120 tok/s  wait 3%  eta 3:10"
+    )
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mfu": 0.4123},
+        {"step": 123_456, "total": 1_000_000, "loss": 12345.6789, "mfu": 0.5, "data_wait": 1.0},
+        {"tokens_per_s": 123_456_789.0, "epoch": 1234, "lr": 1.23456e-05, "mfu": 1.0},
+        {"loss": float("nan"), "step": 9_999_999, "total": 10_000_000, "tokens_per_s": 1e9},
+    ],
+)
+def test_every_line_fits_80_columns_and_keeps_its_head_and_its_time(
+    changes: dict[str, Any], live: bool
+) -> None:
+    class Out(io.StringIO):
+        def isatty(self) -> bool:
+            return live
+
+    line = report(**changes)
+    out = Out()
+    show = ProgressLine(out, every_s=0.0)
+    show(report(**{**changes, "step": line["step"] - 10, "at": 500.0}))
+    show(line)
+    rows = [re.sub(r"\x1b\[2K", "", row) for row in re.split(r"[\r\n]+", out.getvalue()) if row]
+    rows = [row for row in rows if row]
+    assert len(rows) == 2
+    for row in rows:
+        assert len(row) < 80
+        assert re.match(r"step \d+/\d+  loss \S+  epoch \d+  ", row)
+        assert "  eta " in row
+    assert out.getvalue().endswith("\n") is not live
+
+
+def test_the_time_left_is_not_told_before_it_can_be_right() -> None:
+    left = TimeLeft()
+    assert left.seconds(1000) is None
+    left.add(10, 10, at=300.0)  # five minutes of start-up and compiling
+    assert left.seconds(1000) is None
+    left.add(12, 2, at=310.0)
+    assert left.seconds(1000) is None, "two steps say little"
+    left.add(30, 18, at=320.0)
+    assert left.seconds(1000) == pytest.approx(970.0), "a step a second"
+    left.add(40, 10, at=350.0)  # an evaluation in between belongs to the pace
+    assert left.seconds(1000) == pytest.approx(960 * 50 / 30)
+    left.add(35, 5, at=900.0)  # started again from step 30: what that took is not the pace
+    assert left.seconds(1000) is None
+    left.add(45, 10, at=920.0)
+    assert left.seconds(1000) == pytest.approx(955 * 2.0)
+
+
+def test_times_are_read_at_a_glance() -> None:
+    for seconds, shown in [(5, "0:05"), (3599, "59:59"), (7265, "2:01:05"), (183_720, "2d 03:02")]:
+        assert step_line(report(), float(seconds)).endswith(f"eta {shown}")
+    assert step_line(report(), None).endswith("eta --:--")
+
+
+def test_stages_and_the_summary_are_lines_of_their_own() -> None:
+    out = io.StringIO()
+    show = ProgressLine(out)
+    show({"doing": "indexing data.train: 1 source"})
+    show({"summary": ["train   60 examples", "model   840 parameters, 12 of them train"]})
+    assert out.getvalue().splitlines() == [
+        "indexing data.train: 1 source",
+        "train   60 examples",
+        "model   840 parameters, 12 of them train",
+    ]
