@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 # A text while a template is rendered: between Unicode noncharacters, which no text has and no
 # template changes.
 _MARK = "\ufdd0{}\ufdd1"
-_ANSWER = _MARK.format("answer")
+_ANSWER = _MARK.format("\ufdd2")
 # Text that a template must hand on as it is, but for white space at its ends.
 _SAMPLE = "Ab  c\n\nd's \u00e9<x>"
 _SPACES = " \t\n\r\v\f"
 _PLAIN = "{#- the plain form: instruction, newline, input, newline, answer -#}\n"
 _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
+_CLOCK = re.compile(r"strftime_now\s*\(")
 _MARKER = re.compile(r"<\|.*\|>", re.DOTALL)
 
 Part = dict[str, str]
@@ -101,9 +102,15 @@ def is_plain(source: str) -> bool:
 
 def freeze(source: str, now: datetime | None = None) -> str:
     """The template with the date of `now` in place of every call of strftime_now: a run sees one
-    prompt from its start to its end, and so does who uses its export."""
+    prompt from its start to its end, and so does who uses its export. Raises UserError."""
     moment = now or datetime.now()
-    return _NOW.sub(lambda call: ascii(moment.strftime(call[2])), source)
+    frozen = _NOW.sub(lambda call: ascii(moment.strftime(call[2])), source)
+    if call := _CLOCK.search(frozen):
+        raise UserError(
+            "data.template: the tokenizer's chat template writes the time in a way that cannot be "
+            f"kept for a run ({frozen[call.start() : call.start() + 40]!r}): set it to plain"
+        )
+    return frozen
 
 
 class Chat:
@@ -144,12 +151,12 @@ class Chat:
                 )
         pieces.append(rest)
         whole = self._conversation(asked)
-        if whole.count(_ANSWER) != 1 or not all(mark in whole for mark in texts):
+        shown = whole.partition(_ANSWER)[0]
+        if whole.count(_ANSWER) != 1 or not all(mark in shown for mark in texts):
             raise UserError(
                 "data.template: the tokenizer's chat template does not show a question and its "
                 "answer once each, in this order: set data.template to plain"
             )
-        shown = whole.partition(_ANSWER)[0]
         lead = shown.removeprefix(prompt)
         if not shown.startswith(prompt):
             # A template whose prompt is no beginning of its conversations (one that opens a
@@ -211,7 +218,6 @@ class Chat:
                 chat_template=self._source,
                 tokenize=False,
                 add_generation_prompt=ask,
-                strftime_now=_no_clock,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise UserError(
@@ -227,22 +233,17 @@ def _audio() -> Part:
     return {"type": "audio"}
 
 
-def _no_clock(format: str) -> str:
-    raise ValueError(f"it writes the time in a way that cannot be kept for a run: {format!r}")
-
-
 def _end(tokenizer: PreTrainedTokenizerFast, after: str) -> tuple[str, str]:
-    """The first special token behind the answer, and what stands before it. Where the template
+    """The first control token behind the answer, and what stands before it. Where the template
     ends an answer with nothing, the tokenizer's end token does."""
-    specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    specials |= {tokenizer.eos_token}
-    places = sorted((after.find(token), -len(token), token) for token in specials if token in after)
+    ends = control_tokens(tokenizer, ())
+    places = sorted((after.find(token), -len(token), token) for token in ends if token in after)
     if places:
         return places[0][2], after[: places[0][0]]
     if after.strip():
         raise UserError(
             f"data.template: the chat template ends an answer with {after.strip()!r}, which is no "
-            "special token of the tokenizer, so no answer would end there: use the tokenizer that "
+            "control token of the tokenizer, so no answer would end there: use the tokenizer that "
             "belongs to the template, or set data.template to plain"
         )
     return tokenizer.eos_token, ""

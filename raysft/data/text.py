@@ -378,9 +378,27 @@ class Template:
         whole = self._encode(prompt + answer)
         if whole[: len(ids)] == ids:
             return ids, whole[len(ids) :]
-        # Joined with the end of the prompt, which the model will be given as it is: the answer for
-        # itself, behind a token, so that it is not taken for the beginning of a text.
-        return ids, self._encode(self._stop + answer)[bool(self._stop) :]
+        return ids, self._rest(ids, whole, answer)
+
+    def _rest(self, ids: list[int], whole: list[int], answer: str) -> list[int]:
+        """Ids of an answer whose beginning the tokenizer joined with the prompt's end (a newline
+        with a newline). The model will be given the prompt as it is: the piece that spans both is
+        cut there, and the others stay."""
+        wanted = "".join(map(self._piece, ids))
+        shown, end = "", 0
+        while len(shown) < len(wanted) and end < len(whole):
+            shown += self._piece(whole[end])
+            end += 1
+        if shown.startswith(wanted):
+            cut = [token.id for token in self._backend.model.tokenize(shown[len(wanted) :])]
+            if "".join(map(self._piece, cut)) == shown[len(wanted) :]:
+                return cut + whole[end:]
+        # The prompt's text comes out otherwise: the answer for itself, behind a token, so that it
+        # is not taken for the beginning of a text.
+        return self._encode(self._stop + answer)[bool(self._stop) :]
+
+    def _piece(self, token: int) -> str:
+        return self._backend.id_to_token(token)
 
     def _encode(self, text: str) -> list[int]:
         if not text:
@@ -394,17 +412,16 @@ class Template:
         """Raises BadExample where text became a control token by other ways than its name: by
         being unknown, or by what the tokenizer makes of it first."""
         if frame not in self._expected:
-            prompt, answer = frame.prompt(["a"] * (len(frame.pieces) - 1)), frame.answer("a")
+            prompt, answer = frame.prompt([""] * (len(frame.pieces) - 1)), frame.answer("")
             bare = self._encode(f"{self._begin}{prompt}{answer}{self._end}")
             self._expected[frame] = Counter(self._steers(bare))
         surplus = Counter(self._steers(ids)) - self._expected[frame]
         if surplus and not self._parts:  # clips are written into the text
             for token, count in Counter(self._steers(self._encode(self._markup))).items():
                 surplus[token] -= count * clips
-        if name := next((token for token, count in surplus.items() if count > 0), None):
-            raise BadExample(
-                f"its text becomes {self._backend.id_to_token(name)}, a token that steers the model"
-            )
+        if more := [token for token, count in surplus.items() if count > 0]:
+            name = self._backend.id_to_token(more[0])
+            raise BadExample(f"its text becomes {name}, a token that steers the model")
 
     def _steers(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token in self._steering]
