@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
 import traceback
@@ -9,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from raysft.config.load import describe
+from raysft.config.aliases import our_key, our_value
+from raysft.config.load import all_keys, describe
 from raysft.errors import UserError
 from raysft.failures import told
 
@@ -26,12 +28,16 @@ class Arguments:
 def parse(
     argv: Sequence[str], usage: str, positional: int, flags: Sequence[str] = (), keys: bool = True
 ) -> Arguments:
-    """Split a command line; prints help and leaves on -h, raises UserError on anything unknown.
+    """Split a command line; prints help and leaves on -h (and, with exit code 2, where nothing is
+    given), raises UserError on anything unknown.
 
     flags: allowed names; one that ends in `=` takes a value (`--data SOURCE` or `--data=SOURCE`).
     """
     found = Arguments([], [], {})
     rest = list(argv)
+    if not rest and positional:
+        print(usage.strip(), file=sys.stderr)
+        raise SystemExit(2)
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
@@ -49,8 +55,9 @@ def parse(
             elif name in (*flags, "debug") and not equals:
                 found.flags[name] = True
             else:
-                allowed = ", ".join(f"--{flag}" for flag in (*flags, "debug", "help"))
-                raise UserError(f"{word}: unknown option; there are {allowed}")
+                raise UserError(f"--{name}: {_meant(name, value, rest, flags, keys)}")
+        elif word.startswith("-") and word != "-" and "=" not in word:
+            raise UserError(f"{word}: {_meant(word[1:], '', rest, flags, keys)}")
         elif len(found.positional) < positional:
             found.positional.append(word)
         elif keys:
@@ -58,8 +65,28 @@ def parse(
         else:
             raise UserError(f"{word!r}: one argument too many\n{usage}")
     if len(found.positional) < positional:
-        raise UserError(usage)
+        raise UserError(
+            f"{len(found.positional)} of {positional} arguments are given\n{usage.strip()}"
+        )
     return found
+
+
+def _meant(name: str, value: str, rest: list[str], flags: Sequence[str], keys: bool) -> str:
+    """What to say of an option there is not: what it is called here, or which there are."""
+    known = all_keys()
+    ours = (name, "") if name in known else our_key(name, known)
+    if keys and ours is not None and "[]" not in ours[0]:
+        key, note = ours
+        if not value and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            value = rest[0]
+        value = (our_value(key, value) or value).partition(",")[0]
+        return f"keys are given as key=value here: {key}={value or '...'}" + (
+            f" ({note})" if note else ""
+        )
+    names = [flag.rstrip("=") for flag in (*flags, "debug", "help")]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean --{near[0]}? T" if near else "t"
+    return f"unknown option; {hint}here are {', '.join(f'--{name}' for name in names)}"
 
 
 def guarded(main: Callable[[Sequence[str]], None]) -> None:

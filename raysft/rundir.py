@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from raysft.config import Config, changed_keys, to_yaml
+from raysft.config import Config, changed_keys, places, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.errors import UserError
 from raysft.run import identity
@@ -342,7 +342,8 @@ def _check_same(config: Config, folder: Path) -> None:
         )
     # With a default for each key that there was not yet when the run began.
     before = read_config(folder)
-    old, new = before.model_dump(mode="json"), config.model_dump(mode="json")
+    new = config.model_dump(mode="json")
+    old = places.keep_same(before.model_dump(mode="json"), new)
     recorded = base_of(folder)
     if _begins_anew(config, folder):
         changed = changed_keys({"model": old["model"]}, {"model": new["model"]})
@@ -368,7 +369,9 @@ def _check_same(config: Config, folder: Path) -> None:
         for change in changed_keys(old, new)
         if not any(fnmatch(change.split(" ")[0], pattern) for pattern in free)
     ]
-    saved = bool(Catalogue.of(before.checkpoint, folder).committed())
+    moved = old["checkpoint"]["path"] == config.checkpoint.path
+    place = config.checkpoint if moved else before.checkpoint
+    saved = bool(Catalogue.of(place, folder).committed())
     if saved and not changed:
         check_base(config, folder)
     if changed and saved:

@@ -45,7 +45,7 @@ def contradictions(config: Config) -> list[str]:
 def _run(config: Config) -> list[str]:
     found = []
     name = config.run.name
-    if not name or Path(name).name != name or name in (".", ".."):
+    if not name or Path(name).name != name or name in (".", "..") or not name.isprintable():
         found.append(
             f"run.name: {name!r} is not a plain folder name; folders go to run.storage_path"
         )
@@ -82,7 +82,10 @@ def _run(config: Config) -> list[str]:
             "checkpoint.best: nothing measures it while training; set data.eval and evaluate.every"
         )
     if config.evaluate.every and not config.data.eval:
-        found.append("evaluate.every: set, but data.eval names no source")
+        found.append(
+            f"evaluate.every: {config.evaluate.every}, but data.eval names no source; name one "
+            "(data.eval=[dev.jsonl]), or set evaluate.every=0"
+        )
     return found
 
 

@@ -1,14 +1,14 @@
 """YAML file + `key=value` overrides -> `Config`; every mistake is reported at once, by key.
 
-Runs before Ray starts and costs milliseconds: nothing here imports torch or Ray. Relative paths in
-a config are taken from the working directory, as on the command line.
+Runs before Ray starts and costs milliseconds: nothing here imports torch or Ray. Every path comes
+out absolute (places.py): relative ones, in the file and on the command line, begin at the folder
+the command runs in.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -16,60 +16,60 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raysft import paths
+from raysft.config import explain, places
 from raysft.config.combinations import contradictions
+from raysft.config.explain import all_keys
+from raysft.config.overrides import Dumper, apply_override, read_tree, section_of
 from raysft.config.schema import Config
 from raysft.errors import UserError
 
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice (line {line})")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+__all__ = [
+    "all_keys",
+    "apply_override",
+    "changed_keys",
+    "describe",
+    "load_config",
+    "read_tree",
+    "to_yaml",
+    "validate",
+]
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a config file and apply `key=value` overrides (values are YAML: `a.b=[1, 2]`).
+    """Read a config file and apply `key=value` overrides (overrides.py: what a value means).
 
-    Raises UserError listing every problem: unknown keys (with the nearest one), wrong types,
-    contradictions.
+    Raises UserError listing every problem: unknown keys (with the nearest one), wrong types, paths
+    that are none, contradictions.
     """
-    tree = _read(Path(path))
+    file = paths.argument(str(path), "CONFIG")
+    tree = _read(file)
     for override in overrides:
         apply_override(tree, override)
-    return validate(tree, str(path))
+    return validate(tree, str(path), file.parent)
 
 
-def validate(tree: dict[str, Any], where: str) -> Config:
-    """Check a plain tree against the schema; `where` names its origin in errors."""
+def validate(tree: dict[str, Any], where: str, beside: Path | None = None) -> Config:
+    """Check a plain tree against the schema; `where` names its origin in errors.
+
+    beside: the folder of a config file, where a user may have meant relative paths to begin.
+    """
     tree = _expand(tree)
     problems: list[str] = []
     config = None
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(detail) for detail in error.errors()]
-        wrong = {".".join(map(str, detail["loc"])) for detail in error.errors()}
-        rest = _without(tree, [detail["loc"] for detail in error.errors()])
+        found = explain.mistakes(error.errors())
+        problems, wrong = list(found.values()), {".".join(map(str, place)) for place in found}
+        rest = _without(tree, list(found))
         if rest is not None:  # what is right so far may still contradict itself
-            found = contradictions(rest)
-            problems += [p for p in found if p.split(":")[0].split(".")[0] not in wrong]
+            rest, _ = places.resolve(rest)
+            others = contradictions(rest)
+            problems += [p for p in others if not _concerns(p.split(":")[0], wrong)]
     if config is not None:
-        problems = contradictions(config)
+        config, problems = places.resolve(config, beside)
+        problems += contradictions(config)
     if problems:
         problems = list(dict.fromkeys(problems))
         if len(problems) == 1:
@@ -78,6 +78,11 @@ def validate(tree: dict[str, Any], where: str) -> Config:
         raise UserError(f"{where}: {len(problems)} mistakes\n{lines}")
     assert config is not None
     return config
+
+
+def _concerns(key: str, wrong: set[str]) -> bool:
+    """Whether one of the wrong keys is `key`, or above or below it."""
+    return any(f"{key}.".startswith(f"{w}.") or f"{w}.".startswith(f"{key}.") for w in wrong)
 
 
 def _without(tree: dict[str, Any], locations: list[tuple[Any, ...]]) -> Config | None:
@@ -100,7 +105,8 @@ def _without(tree: dict[str, Any], locations: list[tuple[Any, ...]]) -> Config |
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML text, every key written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -113,20 +119,6 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif a != b:
             found.append(f"{prefix}{key} (was {a!r}, now {b!r})")
     return found
-
-
-def read_tree(text: str, where: str) -> dict[str, Any]:
-    """Parse YAML text into a mapping; a UserError names file and line where it does not parse."""
-    try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{where}: not valid YAML: {problem}") from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: expected sections like `data:`, found {type(tree).__name__}")
-    return tree
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -145,36 +137,6 @@ def _read(path: Path) -> dict[str, Any]:
     return read_tree(text, str(path))
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `a.b.c=value` in a plain tree; numbers address the entries of a list."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r}: expected key=value, e.g. optim.lr=1e-4")
-    parts = key.split(".")
-    node: Any = tree
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(
-                    f"{key}: {'.'.join(parts[:depth])} is a list of {len(node)}; "
-                    f"{part!r} is none of its positions 0..{len(node) - 1}"
-                )
-            index: Any = int(part)
-            if isinstance(node[index], str) and not last:
-                node[index] = {"path": node[index]}
-        else:
-            index = part
-        if last:
-            node[index] = read_tree(f"value: {value}", key)["value"]
-            return
-        if isinstance(node, dict) and node.get(index) is None:
-            node[index] = {}
-        node = node[index]
-        if not isinstance(node, dict | list):
-            raise UserError(f"{key}: {'.'.join(parts[: depth + 1])} is a value, it has no keys")
-
-
 def _expand(tree: dict[str, Any]) -> dict[str, Any]:
     """A source given as a plain path, or a single source instead of a list."""
     data = tree.get("data")
@@ -190,76 +152,11 @@ def _expand(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "data": data}
 
 
-def _explain(detail: Any) -> str:
-    """One line for one pydantic error: key, what was found, what is allowed, the remedy."""
-    key = ".".join(str(part) for part in detail["loc"]) or "the config"
-    found = detail.get("input")
-    kind = detail["type"]
-    if kind == "extra_forbidden":
-        siblings = _known(detail["loc"][:-1])
-        near = difflib.get_close_matches(str(detail["loc"][-1]), siblings, n=1, cutoff=0.5)
-        if not near:
-            last = str(detail["loc"][-1])
-            near = [k for k in all_keys() if k.rsplit(".", 1)[-1] == last][:1]
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings)}"
-        else:
-            parent = ".".join(str(part) for part in detail["loc"][:-1])
-            hint = f"did you mean {parent + '.' if parent else ''}{near[0]}?"
-        return f"{key}: unknown key; {hint}"
-    if kind == "missing":
-        return f"{key}: missing"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key}: expected keys below it, found {found!r}"
-    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key}: expected {message}, found {found!r}"
-
-
-def _model_at(location: typing.Sequence[Any]) -> type[BaseModel] | None:
-    model: Any = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if _is_section(model) else None
-        if field is None:
-            return None
-        model = _section_of(field.annotation)
-    return model if _is_section(model) else None
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _section_of(annotation: Any) -> Any:
-    """The section type inside `X`, `X | None` or `list[X]`; None for plain values."""
-    if _is_section(annotation):
-        return annotation
-    return next((a for a in typing.get_args(annotation) if _is_section(a)), None)
-
-
-def _known(location: typing.Sequence[Any]) -> list[str]:
-    model = _model_at(location)
-    return list(model.model_fields) if model else []
-
-
-def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the tree, in order; the keys of a list's items are written key[].name."""
-    keys = []
-    for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
-        if section is None:
-            keys.append(prefix + name)
-        else:
-            many = typing.get_origin(field.annotation) is list
-            keys += all_keys(section, f"{prefix}{name}{'[]' if many else ''}.")
-    return keys
-
-
 def describe(model: type[BaseModel] = Config, prefix: str = "") -> str:
     """The text of --help: each key with type, default and meaning."""
     lines: list[str] = []
     for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         if section is not None:
             many = typing.get_origin(field.annotation) is list
             title = f"{prefix}{name}{'[]' if many else ''}"

@@ -6,7 +6,8 @@ error; a key that is here does something.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,6 +21,22 @@ from pydantic import (
 )
 
 
+@dataclass(frozen=True)
+class PathKey:
+    """Marks a key whose text is a path: `places` makes it absolute, by the rule of raysft.paths.
+
+    kind: file; model: a folder, or a hub id; store: a folder, or the URL of a store.
+    read: whether something has to be there already.
+    """
+
+    kind: Literal["file", "model", "store"] = "file"
+    read: bool = False
+
+
+_READ = PathKey(read=True)
+_MODEL = PathKey("model", read=True)
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, no silent conversion of types."""
 
@@ -30,14 +47,20 @@ class Run(Section):
     """Where the run lives and what makes it reproducible."""
 
     name: str = Field("run", description="name of the run; its folder is run.storage_path/run.name")
-    storage_path: str = Field("runs", description="folder that holds runs")
+    storage_path: Annotated[str, PathKey()] = Field(
+        "runs",
+        description="folder that holds runs; relative paths, here and in every key, begin at the "
+        "folder the command runs in",
+    )
     seed: NonNegativeInt = Field(0, description="seed of shuffling, initial weights and dropout")
 
 
 class Source(Section):
     """One entry of data.train or data.eval; a plain path is short for {path: ...}."""
 
-    path: str = Field(description="a file, or a folder for formats that read folders")
+    path: Annotated[str, _READ] = Field(
+        description="a file, or a folder for formats that read folders"
+    )
     format: str = Field("auto", description="auto, or a source format: ming_jsonl, most_json")
     task: str | None = Field(None, description="overrides the task the data says (asr, tts, ...)")
     weight: PositiveFloat = Field(
@@ -57,7 +80,7 @@ class SpeechTokens(Section):
     mels: PositiveInt = Field(80, description="mel bins")
     stack: PositiveInt = Field(4, description="frames of 10 ms joined into one unit (4 = 25 Hz)")
     fit_clips: PositiveInt = Field(500, description="clips the centroids are fitted on")
-    path: str | None = Field(
+    path: Annotated[str | None, PathKey()] = Field(
         None, description="fitted centroids (safetensors); default: fitted once into the run folder"
     )
 
@@ -106,7 +129,7 @@ class Data(Section):
     read_timeout_s: PositiveFloat = Field(
         60.0, description="seconds after which a clip that cannot be read to its end is given up"
     )
-    index_path: str | None = Field(
+    index_path: Annotated[str | None, PathKey()] = Field(
         None, description="folder of cached indexes; default: run.storage_path/index"
     )
     prompts: dict[str, str] = Field(
@@ -139,7 +162,11 @@ class Data(Section):
 class Model(Section):
     """Which model: `path` (weights), or `config` (random weights)."""
 
-    path: str | None = Field(None, description="local folder or hub id with weights and tokenizer")
+    path: Annotated[str | None, _MODEL] = Field(
+        None,
+        description="a folder with weights and tokenizer, or (where there is no such folder) a hub "
+        "id: name or owner/name",
+    )
     revision: str | None = Field(
         None,
         description="of a hub id: branch, tag or commit; default: the newest. A run stays with the "
@@ -152,7 +179,7 @@ class Model(Section):
     family: Literal["auto", "causal_lm", "audio_lm"] = Field(
         "auto", description="auto: by the model type (qwen2_audio: audio_lm, others: causal_lm)"
     )
-    tokenizer: str | None = Field(
+    tokenizer: Annotated[str | None, _MODEL] = Field(
         None, description="folder or hub id; default model.path; `bytes`: a built-in byte tokenizer"
     )
     feature_extractor: dict[str, Any] = Field(
@@ -201,7 +228,7 @@ class Parallel(Section):
         description="what lies in host memory between uses; optimizer: its state (zero1 to zero3); "
         "parameters: that and the parameters (fsdp, zero3)",
     )
-    deepspeed: str | None = Field(
+    deepspeed: Annotated[str | None, _READ] = Field(
         None, description="zero1 to zero3: a DeepSpeed JSON of your own, joined to what raysft sets"
     )
     memory_gb: PositiveFloat | None = Field(
@@ -359,7 +386,7 @@ class Peft(Section):
     )
     every: PositiveInt = Field(10, description="adalora: steps between changes of rank")
     virtual_tokens: PositiveInt = Field(20, description="prefix, prompt: positions that train")
-    path: str | None = Field(
+    path: Annotated[str | None, _MODEL] = Field(
         None, description="an adapter to begin with, in peft's layout; its settings have to be ours"
     )
 
@@ -373,10 +400,10 @@ class Checkpoint(Section):
         None, description="evaluation metric (wer/dev) whose best checkpoint is kept as well"
     )
     best_mode: Literal["min", "max"] = Field("min", description="min: the lowest value is the best")
-    path: str | None = Field(
+    path: Annotated[str | None, PathKey("store")] = Field(
         None,
         description="folder or URL (s3://...) below which checkpoints go, in a folder of the run's "
-        "name; default: the run's folder",
+        "name; relative: below run.storage_path; default: the run's folder",
     )
     resume: Literal["auto", "weights_only", "never"] = Field(
         "auto",

@@ -13,9 +13,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Audio:
-    """A clip on disk (absolute path): still to be decoded."""
+    """A clip on disk (absolute path): still to be decoded. stated: the seconds its record says it
+    has, held against what the file has when it is measured."""
 
     path: str
+    stated: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from raysft.data.encode import Encoder
 from raysft.data.example import Example
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Chunk, Item, Survey
+from raysft.data.sources.fields import check_duration
 from raysft.data.stalled import IN_A_ROW, ClipReader
 from raysft.errors import BadExample, UserError
 
@@ -195,6 +196,9 @@ def measure(job: Job, encoder: Encoder) -> Part:
             if bad is not None:
                 path = bad.path
                 raise BadExample(bad.reason)
+            for audio_of, clip in zip(example.audio(), clips):
+                path = clip.path
+                check_duration(audio_of.stated, clip.seconds)
             tokens = encoder.measure(example, [clip.samples for clip in clips])
         except BadExample as error:
             reason = f"{place}: {error}"

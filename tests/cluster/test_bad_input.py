@@ -71,7 +71,7 @@ def fails(config: Path | str, *words: str) -> str:
     ("changes", "said"),
     [
         ({"optim__learning_rate": 1.0}, "optim.learning_rate: unknown key"),
-        ({"data__lanes": "two"}, "data.lanes: expected a valid integer, found 'two'"),
+        ({"data__lanes": "two"}, "data.lanes: expected a whole number greater than 0, found 'two'"),
         ({"data__train": ["nowhere.jsonl"]}, "data.train[0].path: "),
         ({"parallel__workers": 3}, "parallel.workers: 3 workers share data.lanes: 2"),
     ],

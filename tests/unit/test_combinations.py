@@ -153,7 +153,7 @@ def test_what_works_is_not_refused(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("peft", "r", 0, "peft.r: expected greater than 0, found 0"),
+        ("peft", "r", 0, "peft.r: expected a whole number greater than 0, found 0"),
         ("peft", "method", "lorra", "peft.method: expected 'none', 'lora', 'qlora', 'adalora'"),
         ("parallel", "strategy", "zero4", "parallel.strategy: expected 'ddp', 'fsdp', 'zero1'"),
         ("optim", "groups", [{"match": []}], "optim.groups.0.match: expected"),

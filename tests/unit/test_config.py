@@ -41,7 +41,7 @@ def test_numbers_in_exponent_form_are_numbers(path: Path) -> None:
 
 def test_a_source_may_be_a_plain_path(path: Path) -> None:
     first, second = load_config(path).data.train
-    assert (first.path, first.format, second.weight) == ("train.jsonl", "auto", 2)
+    assert (first.path, first.format, second.weight) == (f"{Path.cwd()}/train.jsonl", "auto", 2)
 
 
 def test_overrides_reach_lists_and_nested_keys_and_are_yaml(path: Path) -> None:
@@ -86,10 +86,12 @@ def test_all_mistakes_are_reported_together_with_key_value_and_remedy(path: Path
     )
     assert "optim.schedul: unknown key; did you mean optim.schedule?" in text
     assert "data.mode: expected 'packed' or 'padded', found 'sorted'" in text
-    assert "data.lanes: expected a valid integer, found 'two'" in text
+    assert "data.lanes: expected a whole number greater than 0, found 'two'" in text
     assert "lanes: unknown key; did you mean data.lanes?" in text
     assert "parallel.workers: 9 workers share data.lanes: 8" in text
-    assert "optim.lr: expected a valid number, found '1e-4'" in text
+    assert (
+        "optim.lr: expected a number greater than 0, found '1e-4'; write the number without" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,14 +100,20 @@ def test_all_mistakes_are_reported_together_with_key_value_and_remedy(path: Path
         ("model.path=some/model", "both are given: set model.path"),
         ("model.tokenizer=null", "model.tokenizer: needed with model.config"),
         ("data.train=[]", "data.train: empty"),
-        ("evaluate.every=5", "evaluate.every: set, but data.eval names no source"),
+        (
+            "evaluate.every=5",
+            "evaluate.every: 5, but data.eval names no source; name one (data.eval=[dev.jsonl])",
+        ),
         ("checkpoint.best=wer/dev", "checkpoint.best: nothing measures it while training; set"),
         ("checkpoint.resume=always", "checkpoint.resume: expected 'auto', 'weights_only' or 'nev"),
-        ("checkpoint.keep=0", "checkpoint.keep: expected greater than 0, found 0"),
-        ("checkpoint.grace_s=0", "checkpoint.grace_s: expected greater than 0, found 0"),
-        ("parallel.timeout_s=0", "parallel.timeout_s: expected greater than 0, found 0"),
-        ("parallel.backoff_s=-1", "parallel.backoff_s: expected greater than or equal to 0"),
-        ("parallel.max_failures=-2", "parallel.max_failures: expected greater than or equal to -1"),
+        ("checkpoint.keep=0", "checkpoint.keep: expected a whole number greater than 0, found 0"),
+        ("checkpoint.grace_s=0", "checkpoint.grace_s: expected a number greater than 0, found 0"),
+        ("parallel.timeout_s=0", "parallel.timeout_s: expected a number greater than 0, found 0"),
+        ("parallel.backoff_s=-1", "parallel.backoff_s: expected a number of at least 0"),
+        (
+            "parallel.max_failures=-2",
+            "parallel.max_failures: expected a whole number of at least -1",
+        ),
         ("parallel.workers=0", "parallel.workers: expected a whole number of at least 1, or two"),
         ("parallel.workers=true", "parallel.workers: expected a whole number of at least 1, or"),
         ("parallel.workers=[1, 2, 3]", "parallel.workers: expected a whole number of at least 1"),

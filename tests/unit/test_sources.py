@@ -185,6 +185,41 @@ def test_all_three_shapes_are_recognised_and_read(tmp_path, shape, indent, bom):
     ]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("form", ["auto", "most_json"])
+def test_lines_of_items_are_read_and_a_broken_one_costs_itself(tmp_path, name, form):
+    alpaca = {"instruction": "Say hi.", "output": "hi"}
+    content = "\ufeff\n" + lines(MOST, "", alpaca, "BROKEN", {**alpaca, "input": "x"}, MOST)
+    content += json.dumps(alpaca)
+    file = write(tmp_path / name, content.replace("BROKEN", "{broken"))
+    found = located(file, format=form)
+    assert [(item.line, item.example is not None) for item in found] == [
+        (2, True),
+        (4, True),
+        (5, False),
+        (6, True),
+        (7, True),
+        (8, True),
+    ]
+    texts = [item.example.input for item in found if item.example]
+    assert texts == [(Units((7, 90, 481)),), (), ("x",), (Units((7, 90, 481)),), ()]
+    raw = file.read_bytes()
+    assert all(json.loads(raw[i.offset : i.offset + i.size]) for i in found if i.example)
+    first_broken = write(tmp_path / "b.jsonl", "{broken\n" + lines(MOST, MOST))
+    assert [item.example is None for item in located(first_broken)] == [True, False, False]
+
+
+def test_the_task_type_is_read_in_any_case_or_from_the_entry(tmp_path):
+    file = write(tmp_path / "t.jsonl", lines({**ASR, "task_type": " ASR"}))
+    assert [example.task for example in examples(file)] == ["asr"]
+    bare = {key: value for key, value in ASR.items() if key != "task_type"}
+    file = write(tmp_path / "b.jsonl", lines(bare))
+    assert [example.task for example in examples(file, task="ASR")] == ["asr"]
+    assert [example.input for example in examples(file, task="tts")] == [("hello",)]
+    assert "set the entry's task to one of these" in reason(file)
+    assert "set the entry's task to one of these" in reason(file, task="caption")
+
+
 def test_units_text_and_mixtures_become_parts_in_order(tmp_path):
     item = {"instruction": "Go.", "input": "a [Hu1][Hu2] b [Hu3]", "output": " [Hu4]\n[Hu5] "}
     file = write(tmp_path / "a.json", json.dumps([item]))
@@ -298,7 +333,7 @@ def test_one_object_larger_than_the_buffer_is_one_item(tmp_path, monkeypatch):
         (json.dumps([MOST, MOST])[:-30], "item 2 at byte .* does not close before the file ends"),
         (json.dumps([MOST, MOST])[:-1], "before its list is closed"),
         (json.dumps([MOST]) + " {}", "follows the end"),
-        (json.dumps(MOST) + "\n" + json.dumps(MOST), "follows the end"),
+        (json.dumps(MOST, indent=1) + "\n" + json.dumps(MOST, indent=1), "follows the end"),
         ('[{"input": 1}, }', "begins with '}'"),
         ('{"input" 1}', "no ':'"),
         ('[{"input": [1}, {}]', "item 1 at byte 1 has '}' in the wrong place"),
@@ -366,7 +401,11 @@ def test_paths_that_hold_nothing_readable_are_refused_by_key(tmp_path):
         ("fifo.jsonl", "auto", "neither a file nor a folder"),
         ("folder", "auto", "a folder with nothing in it"),
         (".", "ming_jsonl", "reads files: .*found: a.jsonl, empty.jsonl"),
-        ("a.jsonl", "most", "no source format 'most'; there are: auto, ming_jsonl, most_json"),
+        (
+            "a.jsonl",
+            "most",
+            "no source format 'most'; near is most_json; there are: auto, ming_jsonl, most_json",
+        ),
     ):
         good = Source(path=str(tmp_path / "a.jsonl"))
         bad = Source(path=str(tmp_path / name), format=form)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from raysft import paths
 from raysft.config.schema import Source
+from raysft.data.sources import causes, json_lines
 from raysft.data.sources.base import (
     Chunk,
     Format,
@@ -45,7 +46,8 @@ def get(name: str) -> Format:
     """The format of that name. Raises UserError listing those there are."""
     known = formats()
     if name not in known:
-        raise UserError(f"no source format {name!r}; there are: auto, {', '.join(known)}")
+        near = causes.near_format(name, known)
+        raise UserError(f"no source format {name!r}{near}; there are: auto, {', '.join(known)}")
     return known[name]
 
 
@@ -56,9 +58,12 @@ def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSou
     Raises UserError: no such path, an empty file, nothing readable, or a format that fits nothing.
     """
     key = key or f"data.{split}"
-    path = Path(os.path.abspath(os.path.expanduser(source.path)))
+    try:
+        path = Path(paths.absolute(source.path))
+    except UserError as error:
+        raise UserError(f"{key}.path: {error}") from None
     if not path.exists():
-        raise UserError(f"{key}.path: {path} does not exist{_nearest(path)}")
+        raise UserError(f"{key}.path: {path} does not exist{paths.nearest(path)}")
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{key}.path: {path} is neither a file nor a folder")
     try:
@@ -67,7 +72,8 @@ def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSou
         form = get(source.format) if source.format != "auto" else _recognise(path)
         files = form.files(path, split)
         for file in files:
-            file.open("rb").close()
+            if what := causes.binary(json_lines.head(file)):
+                raise UserError(f"{file} is {what}")
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
     except OSError as error:
@@ -77,10 +83,16 @@ def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSou
         name=source.name or path.stem,
         path=path,
         format=form.name,
-        task=source.task,
+        task=_task(source.task),
         weight=source.weight,
         files=tuple(files),
     )
+
+
+def _task(given: str | None) -> str | None:
+    """A source's task; asr and tts, which formats know, in any case."""
+    plain = given.strip().lower() if given else None
+    return plain if plain in ("asr", "tts") else given
 
 
 def resolve_all(sources: list[Source], split: Split) -> list[ResolvedSource]:
@@ -131,13 +143,16 @@ def scan(source: ResolvedSource, file: Path, chunk: Chunk | None = None) -> Iter
 
 def _recognise(path: Path) -> Format:
     known = formats()
-    for form in known.values():
+    head = b"" if path.is_dir() else json_lines.head(path)
+    what = causes.binary(head)
+    for form in known.values() if not what else ():
         if form.sniff(path):
             return form
     readable = "; ".join(f"{form.name}: {form.describe}" for form in known.values())
+    cause = f": it is {what}" if what else causes.foreign(path, head) if head else ""
     raise UserError(
-        f"{path} is in no format that is known ({readable}). Found: {_found(path)}. "
-        "Set the entry's format if it is one of these"
+        f"{path} is in no format that is known{': ' * (not what and bool(cause))}{cause}. Formats "
+        f"(set the entry's format where it is one of these): {readable}. Found: {_found(path)}"
     )
 
 
@@ -149,12 +164,3 @@ def _found(path: Path) -> str:
         )
     with path.open("rb") as stream:
         return f"a file that begins with {stream.read(60)!r}"
-
-
-def _nearest(path: Path) -> str:
-    """What there is on the way to a path that does not exist."""
-    parent = next(folder for folder in path.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.R_OK):
-        return ""
-    names = sorted(entry.name for entry in parent.iterdir())
-    return f"; {parent} holds {', '.join(names[:8]) or 'nothing'}" + ", ..." * (len(names) > 8)

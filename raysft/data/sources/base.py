@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from raysft.data.example import Example
+from raysft.data.sources.json_errors import explain
 from raysft.errors import BadExample
 
 Split = Literal["train", "eval"]
@@ -121,8 +122,10 @@ def default_id(file: Path, line: int) -> str:
 
 def load_record(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw` (utf-8). Raises BadExample where it is none."""
+    text = ""
     try:
-        record = json.loads(raw.removeprefix(BOM).decode("utf-8"))
+        text = raw.removeprefix(BOM).decode("utf-8")
+        record = json.loads(text, object_pairs_hook=_once)
         if b"\\u" in raw:
             # A lone surrogate (half a character, written \ud83d) passes the JSON parser and
             # fails much later, in the tokenizer or when the ledger is written.
@@ -132,11 +135,21 @@ def load_record(raw: bytes) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise BadExample("holds half a surrogate pair (\\ud800 to \\udfff), not text") from error
     except json.JSONDecodeError as error:
-        raise BadExample(f"not valid JSON: {error.msg} at character {error.pos}") from error
+        raise BadExample(f"not valid JSON: {explain(error, text)}") from error
     except (ValueError, RecursionError) as error:
         raise BadExample(f"not readable as JSON: {error}") from error
     if not isinstance(record, dict):
         raise BadExample(f"not a JSON object: found {kind(record)}")
+    return record
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of a field that is given twice a parser would keep the last, in silence."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadExample(f"field {twice!r} is given twice")
     return record
 
 

@@ -157,7 +157,8 @@ def _document(scanner: _Scanner) -> Iterator[Item]:
                 raise scanner.broken("is an object with something else than a key in it")
             name = scanner.value()
             if scanner.peek() != b":":
-                raise scanner.broken(f"has no ':' after {name.decode('utf-8', 'replace')}")
+                shown = name[1:-1][:40].decode("utf-8", "replace")
+                raise scanner.broken(f"has no ':' after {shown!r}")
             scanner.at += 1
             if scanner.peek() == b"[" and name == b'"data"':
                 yield from _closed_list(scanner)

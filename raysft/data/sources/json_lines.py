@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from raysft.data.sources.base import CHUNK_BYTES, MAX_ITEM_BYTES, Chunk, Item, Survey
+from raysft.data.sources.base import BOM, CHUNK_BYTES, MAX_ITEM_BYTES, Chunk, Item, Survey
 
 
 def survey(file: Path, chunk_bytes: int = CHUNK_BYTES) -> Survey:
@@ -49,10 +49,22 @@ def items(
                     size += len(rest)
                 size += len(rest)
                 yield Item(offset, 0, line, None, f"longer than {max_bytes >> 20} MiB")
-            elif raw.strip():
+            elif (raw if offset else raw.removeprefix(BOM)).strip():
                 yield Item(offset, size, line, raw)
             offset += size
             line += 1
+
+
+def first_lines(file: Path, limit: int = 1 << 16) -> list[bytes]:
+    """The first lines that are not blank, of `limit` bytes; the first of them whole (up to
+    `MAX_ITEM_BYTES`), unless it begins a list."""
+    with open(file, "rb") as stream:
+        start = stream.read(limit)
+        first = start.removeprefix(BOM).lstrip()
+        if b"\n" not in first and len(start) == limit and not first.startswith(b"["):
+            start += stream.readline(MAX_ITEM_BYTES) + stream.read(limit)
+    lines = start.removeprefix(BOM).split(b"\n")
+    return [line for line in lines if line.strip()]
 
 
 def head(file: Path, limit: int = 1 << 16) -> bytes:

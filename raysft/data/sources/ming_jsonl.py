@@ -3,20 +3,21 @@
     {"task_type": "asr", "wav_path": "a.wav", "text": "hello", "lang": "en", "id": "optional"}
 
 asr: the clip is read, the text answered (`lang` goes before it). tts: the text is read, the clip
-answered. `wav_path` is absolute, or relative to the folder of the file. A source is one file.
+answered. task_type is written in any case, and may be left out where the source has a task.
+`wav_path` is a path by the rule of raysft.paths; a relative one begins at the folder of the file.
+Other fields are metadata, or refused: see fields.py. A source is one file.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from raysft import paths
 from raysft.data.example import Audio, Example
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import (
-    BOM,
     Chunk,
     Item,
     Split,
@@ -26,16 +27,18 @@ from raysft.data.sources.base import (
     load_record,
     text_field,
 )
+from raysft.data.sources.fields import refuse_unread, stated_seconds
 from raysft.errors import BadExample, UserError
 
 TASKS = ("asr", "tts")
+READ = frozenset(["task_type", "wav_path", "text", "lang", "id"])
 
 
 class MingJsonl:
     """The format `ming_jsonl`."""
 
     name = "ming_jsonl"
-    describe = "a file of JSON lines with task_type, wav_path, text"
+    describe = "JSON lines with task_type (asr or tts; or the entry's task says it), wav_path, text"
     noun = "line"
 
     def sniff(self, path: Path) -> bool:
@@ -45,9 +48,9 @@ class MingJsonl:
         """
         if path.is_dir():
             return False
-        for line in json_lines.head(path).removeprefix(BOM).split(b"\n"):
+        for line in json_lines.first_lines(path):
             try:
-                record = json.loads(line)
+                record = json.loads(line.strip().rstrip(b","))
             except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict) and ("task_type" in record or "wav_path" in record):
@@ -77,19 +80,24 @@ class MingJsonl:
         record = load_record(raw)
         # `task: tts` makes tts of asr lines; any other name only renames what the line says.
         shape = task if task in TASKS else record.get("task_type")
+        shape = shape.strip().lower() if isinstance(shape, str) else shape
         if shape not in TASKS:
             found = repr(shape) if isinstance(shape, str) else kind(shape)
-            raise BadExample(f"task_type is {found}; supported: {', '.join(TASKS)}")
+            missing = "" if shape is not None else "; or set the entry's task to one of these"
+            raise BadExample(f"task_type is {found}; supported: {', '.join(TASKS)}{missing}")
         text = text_field(record, "text")
         if not text.strip():
             raise BadExample("field 'text' is empty")
-        path = text_field(record, "wav_path")
-        if not path or "\0" in path:
-            raise BadExample("field 'wav_path' is empty or holds a NUL character")
+        given = text_field(record, "wav_path")
+        try:
+            path = paths.absolute(given, str(file.parent.absolute()))
+        except UserError as error:
+            raise BadExample(f"field 'wav_path': {error}") from None
         lang = record.get("lang")
         if lang is not None and not isinstance(lang, str):
             raise BadExample(f"field 'lang' is {kind(lang)}, expected a text")
-        clip = Audio(os.path.normpath(os.path.join(os.path.abspath(file.parent), path)))
+        refuse_unread(record, READ, clip=given)
+        clip = Audio(path, stated_seconds(record.get("duration")))
         asr = shape == "asr"
         return Example(
             id=id_field(record, file, line),

@@ -1,24 +1,26 @@
-"""MoST instruction JSON: a list of items, {"data": [...]}, or one item.
+"""MoST instruction JSON: a list of items, {"data": [...]}, one item, or JSON lines of items.
 
     {"id": "a", "instruction": "Transcribe ...", "input": "[Hu7][Hu90]", "output": "HELLO",
      "metadata": {"task": "optional"}}
 
 Speech is written as units `[Hu7]` in the input or output. The task is metadata.task where given,
-else tts if the output holds units, asr if only the input does, else text. In a folder, train files
-are `*train*.json` and evaluation files `*dev*.json` or `*valid*.json`.
+else tts if the output holds units, asr if only the input does, else text. Alpaca items are such
+items, also without an input. Other fields are metadata, or refused: see fields.py. In a folder,
+train files are `*train*.json` and evaluation files `*dev*.json` or `*valid*.json`.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from raysft.data.example import Example, Part, Units
-from raysft.data.sources import json_items
+from raysft.data.sources import json_items, json_lines
 from raysft.data.sources.base import (
-    BOM,
     Chunk,
     Item,
     Split,
@@ -28,9 +30,10 @@ from raysft.data.sources.base import (
     load_record,
     text_field,
 )
-from raysft.data.sources.json_lines import head
+from raysft.data.sources.fields import METADATA, refuse_placeholders, refuse_unread
 from raysft.errors import BadExample, UserError
 
+READ = frozenset(["id", "instruction", "input", "output"])
 PATTERNS: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("dev", "valid")}
 
 _KEY = re.compile(rb'"(?:instruction|input|output|data)"\s*:')
@@ -42,14 +45,17 @@ class MostJson:
     """The format `most_json`."""
 
     name = "most_json"
-    describe = "JSON of items with instruction, input, output and [Hu7] units, or a folder of such"
+    describe = (
+        "JSON (or JSON lines) of items with instruction, input, output and [Hu7] units, or a "
+        "folder of such"
+    )
     noun = "item"
 
     def sniff(self, path: Path) -> bool:
         """Whether the file's head is a list or an object with MoST's keys (folder: any file's)."""
         if path.is_dir():
             return any(self.sniff(file) for file in _json_files(path))
-        start = head(path).removeprefix(BOM).lstrip()
+        start = b"\n".join(json_lines.first_lines(path)).lstrip()
         return start[:1] in (b"[", b"{") and (
             _KEY.search(start) is not None or start[1:].lstrip()[:1] == b"]"
         )
@@ -76,15 +82,21 @@ class MostJson:
 
     def survey(self, file: Path) -> Survey:
         """Hash and chunks, cut between items."""
-        return json_items.survey(file)
+        return (json_lines if _is_lines(file) else json_items).survey(file)
 
     def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
-        """The items of the list, or the one object."""
-        return json_items.items(file, chunk)
+        """The items of the list, the one object, or the lines."""
+        return (json_lines if _is_lines(file) else json_items).items(file, chunk)
 
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example of one item. Raises BadExample naming what is wrong with it."""
         record = load_record(raw)
+        refuse_unread(record, READ)
+        if record.get("instruction") and "input" not in record:
+            record["input"] = ""  # Alpaca's, where the instruction says it all
+        for name in ("instruction", "input", "output"):
+            if isinstance(record.get(name), str):
+                refuse_placeholders(record[name], name)
         source = split_units(text_field(record, "input"), "input")
         target = split_units(text_field(record, "output"), "output")
         if not target:
@@ -127,7 +139,7 @@ def split_units(field: str, name: str = "field") -> tuple[Part, ...]:
 
 
 def _task(record: dict[str, Any], source: tuple[Part, ...], target: tuple[Part, ...]) -> str:
-    metadata = record.get("metadata")
+    metadata = record.get(METADATA)
     if metadata is not None and not isinstance(metadata, dict):
         raise BadExample(f"field 'metadata' is {kind(metadata)}, expected an object")
     if metadata and metadata.get("task") is not None:
@@ -139,6 +151,26 @@ def _task(record: dict[str, Any], source: tuple[Part, ...], target: tuple[Part, 
     if any(isinstance(part, Units) for part in target):
         return "tts"
     return "asr" if any(isinstance(part, Units) for part in source) else "text"
+
+
+def _is_lines(file: Path) -> bool:
+    """Whether a file is a record a line."""
+    state = os.stat(file)
+    return _are_lines(file, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)  # asked for every chunk, and a first line may be long
+def _are_lines(file: Path, _size: int, _time: int) -> bool:
+    """A first line that is broken (but no beginning of a document, which goes on after `{`, `[`,
+    `,` or `:`) costs that line, not the others."""
+    lines = [line.strip() for line in json_lines.first_lines(file)[:2]]
+    if not lines or lines[0].startswith(b"["):
+        return False
+    first, *rest = (line.rstrip(b",") for line in lines)
+    if first.startswith(b"{") and first.endswith(b"}") and first != b"{}":
+        return bool(rest) or lines[0].endswith(b",")
+    closed = bool(rest) and rest[0].startswith(b"{") and rest[0].endswith(b"}")
+    return closed and not lines[0].endswith((b"{", b"[", b",", b":"))
 
 
 def _json_files(folder: Path) -> list[Path]:

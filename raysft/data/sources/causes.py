@@ -1,0 +1,211 @@
+"""Why a file is in no format that is read: what it is instead, and what a user can do about it.
+
+Looks at a file's head only. `binary` is asked of every data file; `foreign` where no format fits.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from raysft.data.sources.base import BOM
+from raysft.data.sources.fields import refuse_unread
+from raysft.data.sources.json_errors import explain
+from raysft.errors import BadExample
+
+HEAD = 1 << 16
+
+# How files begin that people give, and what they are.
+_MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"\x00\x00\xfe\xff", "UTF-32 text"),
+    (b"\xff\xfe\x00\x00", "UTF-32 text"),
+    (b"\xff\xfe", "UTF-16 text"),
+    (b"\xfe\xff", "UTF-16 text"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"BZh", "bzip2"),
+    (b"PAR1", "Parquet"),
+    (b"ARROW1", "Arrow"),
+    (b"SQLite format 3\x00", "SQLite"),
+    (b"\x89HDF\r\n", "HDF5"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x80\x05", "a Python pickle"),
+    (b"RIFF", "audio"),
+    (b"RF64", "audio"),
+    (b"fLaC", "audio"),
+    (b"OggS", "audio"),
+    (b"ID3", "audio"),
+    (b"FORM", "audio"),
+    (b"version https://git-lfs.github.com/spec", "a Git LFS pointer, not the file itself"),
+    (b"<!DOCTYPE", "an HTML page"),
+    (b"<!doctype", "an HTML page"),
+    (b"<html", "an HTML page"),
+)
+_UNPACK = {"gzip": "gunzip", "zstd": "zstd -d", "xz": "unxz", "bzip2": "bunzip2"}
+
+_PAIRS = "write its pairs in one of the formats below"
+
+# Other programs' records: fields that tell them, whose they are, and what to do.
+_RECORDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (
+        ("audio_filepath",),
+        "a NeMo manifest",
+        "name audio_filepath wav_path, and set the entry's task: asr",
+    ),
+    (("recording", "supervisions"), "lhotse cuts", "write one line a cut, from audio cut to it"),
+    (("key", "wav", "txt"), "a WeNet list", "name wav wav_path and txt text; task: asr"),
+    (("wav", "txt"), "a WeNet list", "name wav wav_path and txt text; task: asr"),
+    (("wav", "text"), "an Emilia-like list", "name wav wav_path, and set the entry's task"),
+    (("source", "target"), "a FunASR list", "name source wav_path and target text; task: asr"),
+    (
+        ("messages",),
+        "a chat data set (LLaMA-Factory, ms-swift)",
+        _PAIRS,
+    ),
+    (("conversations",), "a ShareGPT data set", _PAIRS),
+    (("conversation",), "a chat data set", _PAIRS),
+    (("query", "response"), "an ms-swift data set", _PAIRS),
+    (("prompt", "response"), "pairs", "name them instruction and output, with an empty input"),
+    (("prompt", "completion"), "pairs", "name them instruction and output, with an empty input"),
+    (("file_name",), "an audiofolder's metadata", "name file_name wav_path and the text text"),
+    (("audio", "sentence"), "a data set of Hugging Face", "name audio wav_path, sentence text"),
+    (("audio", "text"), "a data set of Hugging Face", "name audio wav_path; task: asr"),
+    (("path", "sentence"), "a Common Voice list", "name path wav_path and sentence text"),
+    (("audio_path", "text"), "a list of clips", "name audio_path wav_path; task: asr"),
+)
+
+# Formats' names that people give, and what is near.
+FORMATS = {
+    "ming": "ming_jsonl",
+    "jsonl": "ming_jsonl, or most_json for items with instruction, input and output",
+    "json": "most_json, or ming_jsonl for lines with wav_path and text",
+    "most": "most_json",
+    "alpaca": "most_json (instruction, input, output)",
+    "nemo": "ming_jsonl: name audio_filepath wav_path, and set task: asr",
+    "wenet": "ming_jsonl: name wav wav_path and txt text, and set task: asr",
+}
+
+
+def binary(head: bytes) -> str:
+    """What a file with this head is, and the remedy, where it cannot be text in UTF-8; else ""."""
+    for magic, what in _MAGIC:
+        if head.startswith(magic):
+            return _said(what)
+    if head[257:262] == b"ustar":
+        return _said("a tar archive")
+    if head[:2] in (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"):
+        return _said("audio")
+    if b"\0" in head[:4096]:
+        even, odd = head[:4096:2].count(0), head[1:4096:2].count(0)
+        half = min(len(head), 4096) / 2
+        if max(even, odd) > 0.4 * half > 3 * min(even, odd):  # ASCII in two bytes, without a mark
+            return _said("UTF-16 text")
+        return "a binary file, expected text in UTF-8"
+    return ""
+
+
+def _said(what: str) -> str:
+    if what.startswith("UTF-"):
+        code = what.split()[0]
+        return f"{what}, expected UTF-8: iconv -f {code} -t UTF-8 FILE > NEW converts it"
+    if what in _UNPACK:
+        return f"packed by {what}: unpack it ({_UNPACK[what]})"
+    if what == "audio":
+        return "an audio file: data files list clips, a line each"
+    if what.startswith("a Git LFS"):
+        return f"{what}: git lfs pull fetches it"
+    return f"{what}, which is not read: write its rows as JSON lines"
+
+
+def foreign(path: Path, head: bytes) -> str:
+    """What a text file in no format seems to be, and what a user can do; "" where nothing shows."""
+    text = head.removeprefix(BOM).decode("utf-8", "replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        return "it holds nothing but white space"
+    if len(head) >= HEAD and len(lines) == 1 and not text.lstrip().startswith(("{", "[")):
+        return f"its first line is longer than {HEAD >> 10} KiB and is no JSON"
+    record = _first_record(text, lines)
+    if record is not None:
+        return _of_fields(record)
+    if text.lstrip().startswith(("{", "[")):
+        return _broken(lines)
+    return _of_table(path, lines)
+
+
+def _first_record(text: str, lines: list[str]) -> dict[str, Any] | None:
+    for line in lines[:20]:
+        try:
+            found = json.loads(line.strip().rstrip(","))
+        except (ValueError, RecursionError):
+            continue
+        found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, dict):
+            return found
+    start = text.find("{")
+    if start < 0 or text[:start].strip() not in ("", "["):
+        return None
+    try:
+        found, _ = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _of_fields(record: dict[str, Any]) -> str:
+    names = ", ".join(list(record)[:8]) or "none"
+    for wanted, whose, remedy in _RECORDS:
+        if all(name in record for name in wanted):
+            try:
+                refuse_unread(record, frozenset(wanted) | _HANDLED)
+            except BadExample as error:
+                remedy += f" (mind that {error})"
+            return f"it looks like {whose} (fields {names}): {remedy}"
+    return f"its records have the fields {names}"
+
+
+_HANDLED = frozenset(["messages", "conversations", "conversation", "recording", "supervisions"])
+
+
+def _broken(lines: list[str]) -> str:
+    try:
+        json.loads(lines[0])
+    except RecursionError:
+        return "its JSON is nested too deeply"
+    except json.JSONDecodeError as error:
+        return f"it begins like JSON, but {explain(error, lines[0])}"
+    except ValueError as error:
+        return f"it begins like JSON, but {error}"
+    return "its JSON holds no records"
+
+
+def _of_table(path: Path, lines: list[str]) -> str:
+    for mark, name in (("\t", "tabs"), (",", "commas"), ("|", "bars"), (";", "semicolons")):
+        counts = [line.count(mark) for line in lines[:20]]
+        if counts[0] and len(lines) > 1 and min(counts) >= 1:
+            columns = next(csv.reader(lines[:1], delimiter=mark))
+            shown = ", ".join(column.strip()[:30] for column in columns[:6])
+            return (
+                f"it looks like a table with {name} between its columns ({shown}): write its rows "
+                "as JSON lines"
+            )
+    first = lines[0].split()
+    if len(first) > 1 and ("/" in first[1] or path.name in ("wav.scp", "text", "utt2spk")):
+        return "it looks like a list of Kaldi's: write its clips as JSON lines"
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return "it is YAML, not data: name the files with examples"
+    return ""
+
+
+def near_format(name: str, known: Iterable[str]) -> str:
+    """What may have been meant by a format there is not; the end of a message."""
+    if (meant := FORMATS.get(name.strip().lower())) is not None:
+        return f"; near is {meant}"
+    near = difflib.get_close_matches(name, [*known, "auto"], 1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,164 @@
+"""Fields that are not read: harmless, or refused by name because training would go wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from raysft.config.schema import Data, Model, Source
+from raysft.data import sources
+from raysft.data.encode import make_encoder
+from raysft.data.index import build_index
+from raysft.errors import UserError
+
+ASR = {"task_type": "asr", "wav_path": "clips/a.wav", "text": "hello"}
+MOST = {"instruction": "Transcribe.", "input": "[Hu7][Hu90]", "output": "HI"}
+
+
+def reason(tmp_path: Path, record: dict[str, Any]) -> str | None:
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    source = sources.resolve(Source(path=str(file)), "train")
+    (found,) = sources.scan(source, file)
+    return found.error
+
+
+PARTS = [
+    {"offset": 0.4},
+    {"offset": 0.4, "duration": 0.6},
+    {"offset": "0.4"},
+    {"start": 1.5, "end": 2},
+    {"start": "00:01:02", "end": "00:01:04"},
+    {"end": 2.0},
+    {"begin_time": 3},
+    {"start_ms": 120, "end_ms": 900},
+    {"segment": [0, 1.2]},
+    {"segments": [{"start": 0}]},
+    {"timestamps": [[0, 1]]},
+    {"frame_offset": 16000},
+    {"Start": 3},
+    {"channel": 0},
+    {"channel": 1},
+    {"channel": [0]},
+    {"channel": "left"},
+    {"channels": [0]},
+    {"channel_selector": "1"},
+]
+AUDIO = [
+    {"audio": "b.wav"},
+    {"audio": "clips/0001"},
+    {"audio": {"bytes": None, "path": "b.wav"}},
+    {"audio": [0.1, 0.2]},
+    {"audios": ["b.wav"]},
+    {"audio_path": "b"},
+    {"audio_filepath": "b.flac"},
+    {"prompt_wav_path": "p.wav"},
+    {"wav": "data:audio/wav;base64,UklGRg=="},
+    {"noise": "street.ogg"},
+    {"extra": {"reference": ["x.mp3"]}},
+    {"images": ["a.png"]},
+    {"video": "a.mp4"},
+]
+SAID = [
+    {"messages": [{"role": "user", "content": "x"}]},
+    {"conversations": [{"from": "human", "value": "x"}]},
+    {"system": "You are kind."},
+    {"history": [["a", "b"]]},
+    {"query": "x", "response": "y"},
+]
+HARMLESS: list[dict[str, Any]] = [
+    {"speaker": "s1", "voice": "v", "gender": "f", "age": 31, "accent": "us"},
+    {"source": "LibriSpeech", "dataset": "x", "split": "train", "sampling_rate": 16000},
+    {"audio_id": "k1", "recording_id": "r1", "speech_rate": "fast", "audio_duration": 2.5},
+    {"dnsmos": 3.2, "snr": 12, "wer": 0.1, "num_samples": 3, "n_frames": 100},
+    {"segment": "Benchmark", "segment_id": 3, "channel": "telephone", "channels": 2},
+    {"offset": 0, "start": 0.0, "end": None, "channel": None, "duration": 3.2},
+    {"audios": [], "audio": None, "system": "", "history": [], "messages": []},
+    {"metadata": {"offset": 3, "file": "b.wav", "messages": [1]}},
+    {"text_normalized": "HELLO", "phonemes": "h", "tags": ["a", "b"], "verified": True},
+]
+
+
+@pytest.mark.parametrize("fields", [*PARTS, *AUDIO, *SAID], ids=json.dumps)
+@pytest.mark.parametrize("record", [ASR, MOST], ids=["ming", "most"])
+def test_a_field_that_would_change_what_is_learnt_refuses_the_record_by_name(
+    tmp_path: Path, record: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    found = reason(tmp_path, {**record, **fields})
+    assert found is not None
+    assert found.startswith("t.jsonl ")
+    assert any(f"field {name!r} " in found for name in fields)
+    assert "put it below 'metadata'" in found
+
+
+@pytest.mark.parametrize("fields", HARMLESS, ids=json.dumps)
+@pytest.mark.parametrize("record", [ASR, MOST], ids=["ming", "most"])
+def test_metadata_and_empty_fields_stay_unread(
+    tmp_path: Path, record: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    assert reason(tmp_path, {**record, **fields}) is None
+
+
+def test_a_field_that_names_the_same_clip_is_harmless(tmp_path: Path) -> None:
+    assert reason(tmp_path, {**ASR, "audio": "a.wav", "path": "/other/root/clips/a.wav"}) is None
+    assert "field 'audio'" in (reason(tmp_path, {**ASR, "audio": "clips/b.wav"}) or "")
+
+
+def test_only_items_are_given_an_instruction(tmp_path: Path) -> None:
+    assert "field 'instruction'" in (reason(tmp_path, {**ASR, "instruction": "Translate."}) or "")
+    assert "field 'prompt'" in (reason(tmp_path, {**MOST, "prompt": "Translate."}) or "")
+
+
+@pytest.mark.parametrize("field", ["instruction", "input", "output"])
+def test_a_place_for_audio_that_nothing_fills_refuses_the_item(tmp_path: Path, field: str) -> None:
+    found = reason(tmp_path, {"instruction": "a", "input": "b", "output": "c", field: "<audio>x"})
+    assert f"field {field!r} holds <audio>" in (found or "")
+
+
+def test_a_field_given_twice_refuses_the_record(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"task_type": "asr", "wav_path": "a.wav", "text": "one", "text": "two"}\n')
+    source = sources.resolve(Source(path=str(file)), "train")
+    (found,) = sources.scan(source, file)
+    assert found.error == "t.jsonl line 1: field 'text' is given twice"
+
+
+# --- duration: a length of the clip, or of the part that is meant
+
+
+def index_of(tmp_path: Path, *durations: object, clip_seconds: float = 1.0) -> Any:
+    soundfile.write(tmp_path / "a.wav", np.full(int(16000 * clip_seconds), 0.1), 16000)
+    file = tmp_path / "t.jsonl"
+    lines = [
+        {**ASR, "wav_path": "a.wav", "id": str(n), "duration": d} for n, d in enumerate(durations)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {
+        "model_type": "qwen2_audio",
+        "audio_config": {"num_mel_bins": 80, "max_source_positions": 1500},
+        "text_config": {"model_type": "qwen2"},
+    }
+    encoder = make_encoder(Model(config=settings, tokenizer="bytes"), Data(), tmp_path)
+    return build_index([Source(path=str(file))], "train", encoder, tmp_path / "index")
+
+
+def test_a_duration_of_the_whole_clip_is_harmless_however_it_is_rounded(tmp_path: Path) -> None:
+    lengths = (1.0, 1.04, 1, 0.99, 2.5, "1.0", None, 0, -1, True, "?", "1e400")
+    index = index_of(tmp_path, *lengths)
+    assert len(index) == len(lengths)
+    index = index_of(tmp_path, 3, 3.0, 3.8, 3.84, 3.9, clip_seconds=3.85)
+    assert not index.rejected
+
+
+def test_a_clip_longer_than_its_duration_is_refused_for_a_part_is_meant(tmp_path: Path) -> None:
+    index = index_of(tmp_path, 1.0, 0.4, 0.75, "0.4", 1e-3)
+    assert index.seconds.tolist() == [1.0]
+    assert len(index.rejected) == 4
+    assert "field 'duration' says 0.4 s, but the clip has 1.00 s" in index.rejected[0].reason
+    with pytest.raises(UserError, match=r"none of the 1 examples .* field 'duration' says 2 s"):
+        index_of(tmp_path, 2, clip_seconds=30)
