@@ -41,7 +41,7 @@ from raysft.data.sources.fields import check_duration
 from raysft.data.stalled import IN_A_ROW, ClipReader
 from raysft.errors import BadExample, UserError
 
-VERSION = 1
+VERSION = 2
 """Raise it when lengths, columns or the meaning of a cached file change."""
 
 ROW = np.dtype(
