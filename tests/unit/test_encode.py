@@ -12,6 +12,7 @@ from raysft.data import speech_tokens
 from raysft.data.encode import make_encoder, model_family
 from raysft.data.encode.audio_lm import audio_tokens
 from raysft.data.example import Audio, Example, Units
+from raysft.data.text import byte_tokenizer
 from raysft.errors import BadExample, UserError
 
 CLIP = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
@@ -273,3 +274,147 @@ def test_a_pickled_encoder_works_without_torch_or_transformers(audio_lm, speakin
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lengths = [encoder.measure(HEARD, [16000]) for encoder in (audio_lm, speaking[0])]
     assert done.stdout.split() == [str(length) for length in lengths]
+
+
+# -- prompts of models with a processor ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory):
+    """An audio_lm whose tokenizer has the markers of Qwen2-Audio, and transformers' processor."""
+    from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = byte_tokenizer()
+    tokens = ["<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    template = Qwen2AudioProcessor.default_chat_template.fget(None)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    model = AUDIO_MODEL.model_copy(update={"tokenizer": str(folder)})
+    encoder = make_encoder(model, Data(), folder / "run")
+    extractor = WhisperFeatureExtractor(**encoder.feature_settings)
+    return encoder, Qwen2AudioProcessor(extractor, tokenizer, chat_template=template), model
+
+
+CLIPS = {"/a.wav": CLIP, "/b.wav": CLIP[:7000]}
+
+
+@pytest.mark.parametrize(
+    ("given", "instruction"),
+    [
+        ((Audio("/a.wav"),), "Write it down."),
+        ((Audio("/a.wav"),), ""),
+        ((Audio("/b.wav"), "Which word is next?", Audio("/a.wav")), "Answer."),
+        (("First:", Audio("/b.wav"), "then", Audio("/a.wav")), ""),
+        (("only text",), "Repeat."),
+    ],
+)
+def test_a_model_that_hears_is_asked_as_its_processor_asks(asking, given, instruction):
+    encoder, processor, _ = asking
+    said = [
+        {"type": "audio", "audio": CLIPS[part.path]}
+        if isinstance(part, Audio)
+        else {"type": "text", "text": part}
+        for part in given
+    ]
+    if not any(isinstance(part, Audio) for part in given):
+        said = [{"type": "text", "text": f"{instruction}\n{given[0]}"}]
+    elif instruction:
+        said.append({"type": "text", "text": instruction})
+    turns = [
+        {"role": "user", "content": said},
+        {"role": "assistant", "content": [{"type": "text", "text": "one two"}]},
+    ]
+    ask = {"tokenize": True, "return_dict": True, "return_tensors": "np"}
+    asked = processor.apply_chat_template(turns[:1], add_generation_prompt=True, **ask)
+    whole = processor.apply_chat_template(turns, **ask)
+    example = Example("x", "asr", given, ("one two",), instruction=instruction)
+    sequence = check(encoder, example, [CLIPS[part.path] for part in example.audio()])
+    prompt = encoder.prompt(example, [CLIPS[part.path] for part in example.audio()])
+    assert prompt.input_ids.tolist() == asked["input_ids"][0].tolist()
+    assert sequence.input_ids.tolist() == whole["input_ids"][0].tolist()[:-1]  # but the newline
+    assert learnt(encoder, sequence) == "one two<|im_end|>"
+
+
+def test_a_template_of_text_alone_is_given_the_clip_as_text(asking, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(asking[2].tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    model = AUDIO_MODEL.model_copy(update={"tokenizer": str(tmp_path)})
+    encoder = make_encoder(model, Data(), tmp_path / "run")
+    prompt = encoder.prompt(asr(Audio("/a.wav"), instruction="Write."), [CLIP])
+    count = int((prompt.input_ids == encoder.audio_token_id).sum())
+    assert encoder.tokenizer.decode(prompt.input_ids) == (
+        f"<|im_start|>user\nWrite.\n<|audio_bos|>{'<|AUDIO|>' * count}<|audio_eos|><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_what_transformers_writes_for_a_processor_without_a_template_is_none_of_the_models(
+    tmp_path,
+):
+    """Folders that were exported with such a template, whose tokens they do not have."""
+    from transformers import Qwen2AudioProcessor
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = Qwen2AudioProcessor.default_chat_template.fget(None)
+    tokenizer.save_pretrained(tmp_path)
+    model = AUDIO_MODEL.model_copy(update={"tokenizer": str(tmp_path)})
+    with pytest.raises(UserError, match=r"'<\|im_end\|>', which is no control token"):
+        make_encoder(model, Data(), tmp_path / "run")
+    plain = make_encoder(model, Data(template="plain"), tmp_path / "run")
+    assert not plain.template.chat
+
+
+# -- names of units ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["[Hu{}]", "<audio_{}>", "<|unit{}|>"])
+def test_units_under_their_own_names_keep_the_tokens_there_are(form, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([form.format(unit) for unit in range(6)])
+    old = [tokenizer.convert_tokens_to_ids(form.format(unit)) for unit in range(6)]
+    tokenizer.save_pretrained(tmp_path)
+    changes = {"tokenizer": str(tmp_path), "unit_token": form}
+    encoder = make_encoder(UNIT_MODEL.model_copy(update=changes), Data(), ".")
+    sequence = check(encoder, asr(Units((0, 5, 9)), instruction="Go."), [])
+    first, last, new = (form.format(unit) for unit in (0, 5, 9))
+    assert encoder.tokenizer.decode(sequence.input_ids) == f"Go.\n{first}{last}{new}\none<|eos|>"
+    assert sequence.input_ids[4:6].tolist() == [old[0], old[5]]
+    assert encoder.tokenizer.convert_ids_to_tokens(list(encoder.new_ids)) == [
+        form.format(unit) for unit in range(6, 10)
+    ]
+    assert encoder.units == f"10 unit tokens, 4 of them new: {first} .. {new}"
+    with pytest.raises(BadExample, match="steers the model"):
+        encoder.measure(asr("one", output=(f"two {last}",)), [])
+
+
+def test_only_units_that_a_checkpoint_lacks_are_new(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"[Hu{unit}]" for unit in range(6)])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    model = Model(path=str(tmp_path), speech_units=8, unit_token="[Hu{}]")
+    encoder = make_encoder(model, Data(), ".")
+    assert encoder.tokenizer.convert_ids_to_tokens(list(encoder.new_ids)) == ["[Hu6]", "[Hu7]"]
+    assert encoder.units == "8 unit tokens, 2 of them new: [Hu0] .. [Hu7]"
+    some = make_encoder(model.model_copy(update={"speech_units": 0}), Data(), ".")
+    assert some.new_ids == () and some.units.startswith("6 unit tokens, all in the tokenizer")
+
+
+@pytest.mark.parametrize("form", ["[Hu]", "{}", "[{}{}]", "[Hu{:03}]", "{0}abc"])
+def test_a_name_of_units_without_its_number_is_refused(form):
+    from raysft.config.load import validate
+
+    tree = {
+        "data": {"train": ["x.jsonl"]},
+        "model": {"config": {"model_type": "qwen3"}, "tokenizer": "bytes", "unit_token": form},
+    }
+    with pytest.raises(UserError, match=r"model\.unit_token: .*such as \[Hu\{\}\]"):
+        validate(tree, "config.yaml")
