@@ -23,7 +23,14 @@ from raysft import history
 from raysft.config import Config
 from raysft.data import sources, speech_tokens
 from raysft.data.audio import Limits, load
-from raysft.data.encode import TEMPLATE, Encoder, make_encoder, model_family, require_template
+from raysft.data.encode import (
+    TEMPLATE,
+    Encoder,
+    kept_template,
+    make_encoder,
+    model_family,
+    require_template,
+)
 from raysft.data.example import Quarantined
 from raysft.data.generations import Generations
 from raysft.data.index import Index, build_index
@@ -31,7 +38,7 @@ from raysft.data.plan import Cursor, Plan, Summary
 from raysft.data.quarantine import summary as quarantined
 from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
-from raysft.rundir import check_run, settled, with_budget
+from raysft.rundir import check_run, run_folder, settled, with_budget
 from raysft.train.storage import write_whole
 
 log = logging.getLogger(__name__)
@@ -191,6 +198,7 @@ def dry_run(config: Config, say: Say = _silent) -> str:
             f"tokens_per_batch {ASSUMED:,} is assumed here; auto: the run finds it at its start"
         ]
     with tempfile.TemporaryDirectory() as scratch:
+        _as_the_run(config, Path(scratch))
         prepared = prepare(config, Path(scratch), say=say)
         epoch = prepared.plan.summary(0)
         index = prepared.train
@@ -201,6 +209,7 @@ def dry_run(config: Config, say: Say = _silent) -> str:
                 f": {quarantined(q.reason for q in prepared.rejected)}" if prepared.rejected else ""
             ),
             f"audio           {float(np.sum(index.seconds, dtype=np.float64)) / 3600:,.2f} hours",
+            *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
             f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
             f"tokens          {epoch.tokens:,} an epoch ({_by_task(epoch)})",
@@ -212,6 +221,13 @@ def dry_run(config: Config, say: Say = _silent) -> str:
         return "\n".join(lines)
 
 
+def _as_the_run(config: Config, scratch: Path) -> None:
+    """Prompts of the run that is there already: of another day they would be indexed anew."""
+    kept = kept_template(run_folder(config))
+    if kept is not None:
+        (scratch / TEMPLATE).write_text(kept, encoding="utf-8")
+
+
 def summary(prepared: Prepared, folder: Path) -> list[str]:
     """What a run is about to train on, and where: shown before its first step."""
     config = prepared.config
@@ -221,6 +237,7 @@ def summary(prepared: Prepared, folder: Path) -> list[str]:
         *([f"eval    {_amount(prepared.eval)}"] if prepared.eval is not None else []),
         f"steps   {steps}, of {config.data.lanes} micro-batches of up to "
         f"{config.data.tokens_per_batch:,} tokens",
+        *([f"units   {prepared.encoder.units}"] if prepared.encoder.units else []),
         f"run     {folder}",
     ]
     if prepared.rejected:

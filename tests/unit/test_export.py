@@ -15,11 +15,13 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
 )
 
 from raysft.config import schema
 from raysft.data.encode import make_encoder
 from raysft.data.example import Audio, Example
+from raysft.data.text import byte_tokenizer
 from raysft.errors import UserError
 from raysft.export import export
 from raysft.models import PREFIX, Adapter, build
@@ -139,6 +141,59 @@ def test_a_model_of_fbank_is_exported_with_its_extractor_in_place_of_a_processor
         twice = build(path, schema.Data(features=features), again, 0)
         assert (export(twice, tmp_path / features) / "preprocessor_config.json").exists()
         assert not (tmp_path / features / "processor_config.json").exists()
+
+
+def test_a_model_with_a_template_of_its_own_is_exported_with_it_and_trained_on_by_it(
+    tmp_path: Path,
+) -> None:
+    tokenizer = byte_tokenizer()
+    markers = ["<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": markers})
+    tokenizer.chat_template = Qwen2AudioProcessor.default_chat_template.fget(None)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model = settings("qwen2_audio").model_copy(update={"tokenizer": str(tmp_path / "tokenizer")})
+    encoder = make_encoder(model, schema.Data(), "unused")
+    folder = export(build(model, schema.Data(), encoder, 0), tmp_path / "out")
+
+    wave = np.random.default_rng(0).standard_normal(3210).astype(np.float32)
+    example = Example("a", "asr", (Audio("a.wav"),), ("yes",), instruction="Write.")
+    ours = encoder.prompt(example, [wave]).input_ids.tolist()
+    processor = AutoProcessor.from_pretrained(folder)
+    asked = [{"type": "audio", "audio": wave}, {"type": "text", "text": "Write."}]
+    theirs = processor.apply_chat_template(
+        [{"role": "user", "content": asked}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
+    assert ours == theirs["input_ids"][0]
+    path = schema.Model(path=str(folder))
+    assert (
+        make_encoder(path, schema.Data(), "unused").prompt(example, [wave]).input_ids.tolist()
+        == ours
+    )
+    # The hub's Qwen2-Audio has no template in its files: transformers' own is the model's.
+    (folder / "chat_template.jinja").unlink()
+    assert (
+        make_encoder(path, schema.Data(), "unused").prompt(example, [wave]).input_ids.tolist()
+        == ours
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_audio"])
+def test_training_goes_on_from_an_export_with_the_same_prompts(name: str, tmp_path: Path) -> None:
+    """No template of somebody else's, whose tokens the model does not know, is written there."""
+    model, data = settings(name), schema.Data()
+    encoder = make_encoder(model, data, "unused")
+    folder = export(build(model, data, encoder, 0), tmp_path / "out")
+    again = make_encoder(schema.Model(path=str(folder)), data, "unused")
+    assert again.template.source == encoder.template.source
+    assert again.end_id == encoder.end_id
+    given = (Audio("a.wav"),) if name == "qwen2_audio" else ("one",)
+    waves = [np.ones(3210, np.float32)] * (name == "qwen2_audio")
+    example = Example("a", "asr", given, ("yes",), instruction="Write.")
+    first, second = (each.encode(example, waves) for each in (encoder, again))
+    assert first.input_ids.tolist() == second.input_ids.tolist()
 
 
 def test_the_chat_template_is_exported(tmp_path: Path) -> None:

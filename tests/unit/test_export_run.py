@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,10 @@ from transformers import (
 
 from raysft import prepare, worker
 from raysft.config import Config, load_config
+from raysft.data.encode import TEMPLATE
 from raysft.data.example import MicroBatch
 from raysft.data.read import Work
+from raysft.errors import UserError
 from raysft.export import export_run
 from raysft.models.attention import document_mask
 from raysft.models.base import Adapter
@@ -36,6 +40,7 @@ from tests.conftest import WORDS
 from tests.models import AUDIO, CAUSAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+README = Path(__file__).parents[2] / "README.md"
 STEPS = 30
 ANSWER = 24  # tokens generated at most
 INSTRUCTION = "Write it down."
@@ -157,6 +162,35 @@ def test_an_exported_audio_model_answers_as_the_run_did(hearing: Run, clips: Pat
     check(hearing, heard, written)
 
 
+def test_the_readmes_lines_give_what_the_run_said_itself(
+    hearing: Run, clips: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+    block = block.replace('"exported"', repr(str(hearing.exported)))
+    block = block.replace("max_new_tokens=16", f"max_new_tokens={ANSWER}")
+    # This run has an instruction, which the README's has not.
+    block = block.replace("asked = [", f"asked = [{{'type': 'text', 'text': {INSTRUCTION!r}}}, ")
+    said = {}
+    lines = list(enumerate(map(json.loads, clips.read_text().splitlines()), start=1))
+    for number, line in lines[: len(KINDS)]:
+        path = repr(str(clips.parent / line["wav_path"]))
+        changed, count = re.subn(r'"examples/[^"]+"', path, block)
+        assert count == 1
+        exec(changed, {})
+        said[f"{clips.stem}:{number}"] = capsys.readouterr().out.removesuffix("\n")
+    assert said == {name: hearing.said[name]["hypothesis"] for name in said}
+
+
+def test_a_run_that_kept_no_prompts_is_not_exported_under_others(
+    hearing: Run, tmp_path: Path
+) -> None:
+    run = hearing.config.run
+    copy = shutil.copytree(Path(run.storage_path) / run.name, tmp_path / "run")
+    (copy / TEMPLATE).unlink()
+    with pytest.raises(UserError, match=r"no chat_template\.jinja"):
+        export_run(copy, tmp_path / "out")
+
+
 # -- a model that reads units --------------------------------------------------------------------
 
 
@@ -193,9 +227,19 @@ def test_an_exported_unit_model_answers_as_the_run_did(reading: Run, units: Path
     heard, written = {}, {}
     for item in json.loads(units.read_text()):
         spoken = item["input"].replace("[Hu", "<|unit").replace("]", "|>")
-        prompt = f"{INSTRUCTION}\n{spoken}\n"
-        whole = f"{prompt}{item['output']}{tokenizer.eos_token}"
-        asked, told = (tokenizer(text, return_tensors="pt") for text in (prompt, whole))
+        turns = [
+            {"role": "user", "content": f"{INSTRUCTION}\n{spoken}"},
+            {"role": "assistant", "content": item["output"]},
+        ]
+        asked, told = (
+            tokenizer.apply_chat_template(
+                turns[:count],
+                add_generation_prompt=count == 1,
+                return_tensors="pt",
+                return_dict=True,
+            )
+            for count in (1, 2)
+        )
         heard[item["id"]] = net(**told).logits[0].numpy()
         answer = net.generate(**asked, max_new_tokens=ANSWER, do_sample=False)
         new = answer[0, asked["input_ids"].shape[1] :]
