@@ -1,47 +1,45 @@
 """Clips on disk -> mono float32 samples at the rate a model wants.
 
-Stands under the index (`probe`: lengths, from headers only) and under the encoders in the data
-tasks (`load`: decode, mix, resample). soundfile reads wav, flac, ogg (Vorbis, Opus) and mp3
-without a system library; soxr resamples. Neither Ray nor torch is imported. A read that never
-returns is the caller's to bound (stalled.py).
+Stands under the index (`probe`: lengths) and under the encoders in the data tasks (`load`: decode,
+mix, resample). The files themselves are clips/'s: wav, flac, ogg (Vorbis, Opus), mp3 and more by
+soundfile without a system library, m4a, aac and webm by PyAV where it is installed. soxr
+resamples. Neither Ray nor torch is imported. A read that never returns is the caller's to bound
+(stalled.py).
 
-Costs on one core, clips of 2 s at 22.05 kHz: `probe` opens the file and reads its header, 0.1 ms
-(ogg, which also looks at the last page: 0.5 ms); `load` takes 0.9 ms (wav) to 2 ms (ogg), FLAC
-1.5 ms, 0.5 ms of it resampling to 16 kHz. A clip is held whole in memory: 4 bytes a sample and
-channel while it is decoded.
+A length is read from the header where the header can be held against the file: wav and its kin
+(bytes of samples), flac (its last frame), ogg (its last page), mp3 with an encoder's note whose
+bytes are the file's. That takes two or three reads. MP3 without such a note is read whole and its
+frames are counted (a million hours at 64 kbit/s: 28 TB, once); decoded in the index are only flac
+whose header and last frame disagree, ogg that was recorded from the middle of a stream, and what
+PyAV reads. What a header merely guesses is never believed, here or in `load`, which decodes to
+the end of the file.
+
+Costs on one core, clips of 2 s at 22.05 kHz: `probe` 0.2 ms (ogg 0.5 ms); `load` takes 0.9 ms
+(wav) to 2 ms (ogg), FLAC 1.5 ms, 0.5 ms of it resampling to 16 kHz. A clip is held whole in
+memory: its file, and 4 bytes a sample and channel while it is decoded.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 
 from raysft.config.schema import Data
+from raysft.data.clips import open_track
+from raysft.data.clips.file import File, Piece, Track, decoding, resampled_length
 from raysft.errors import BadExample
 
+__all__ = ["SHORTEST_S", "Limits", "Probed", "load", "probe", "resample", "resampled_length"]
+
 SHORTEST_S = 0.025  # one analysis frame of every front end here (25 ms)
-MISSING_SHARE = 0.05  # of the samples a header promises that may be absent without complaint
-MOST_SAMPLES = 1 << 40  # libsndfile says 2^63 - 1 where a stream was written without a length
-# Sizes at the end of the 31- and 32-bit range are written by programs that stream a wav to a pipe
-# and do not know its length: such a header promises nothing.
-STREAMED_WAV_BYTES = 0x7FFF0000
-OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest
-
-
-class _File(soundfile.SoundFile):
-    """soundfile 0.14 opens one file at a time in a process, for the sake of error messages: a file
-    whose storage hangs would hold up all the others, and headers are to be awaited together."""
-
-    _sf_error_lock = contextlib.nullcontext()
+CANCELLED = 0.1  # of the power of unrelated channels, below which their mix is not taken (10 dB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +64,32 @@ class Limits:
         )
 
 
-def probe(path: str, limits: Limits = Limits()) -> tuple[int, int]:
-    """Length (samples a channel) and rate (Hz) of a clip, from its header: nothing is decoded.
+class Probed(NamedTuple):
+    """What the index keeps of a clip: samples of a channel, Hz, and the file's state."""
+
+    samples: int
+    rate: int
+    size: int
+    mtime_ns: int
+
+
+def probe(path: str, limits: Limits = Limits()) -> Probed:
+    """Length (samples a channel) and rate (Hz) of a clip, decoded only where that alone tells.
 
     Raises BadExample where the file is missing, no regular file, empty, no audio, cut off, or
     shorter or longer than `limits` allow.
     """
-    with _open(path, limits) as file:
-        return file.frames, file.samplerate
+    status = _status(path)
+    file = File(path)
+    try:
+        track = _track(file, limits)
+        samples = track.samples
+        if samples is None:
+            samples = _length(_decoded(file, track, limits.max_seconds), track.rate)
+            _check_length(path, samples, track.rate, limits)
+        return Probed(samples, track.rate, status.st_size, status.st_mtime_ns)
+    finally:
+        file.close()
 
 
 def load(
@@ -81,30 +97,24 @@ def load(
 ) -> np.ndarray:
     """Decode a clip: float32 [resampled_length(samples, its rate, rate)], mono at `rate` Hz.
 
-    Channels are averaged. most_seconds: more than that by its header is refused undecoded, so that
-    a clip which grew since it was indexed cannot take all memory. Raises BadExample as `probe`
-    does, and where the clip cannot be decoded, has NaN or infinite samples, is silent (its peak
-    below limits.silence_db), or ends more than 5% before its header says.
+    Channels are averaged; where they cancel each other, the loudest is taken. most_seconds: more
+    than that is refused, by its header undecoded, so that a clip which grew since it was indexed
+    cannot take all memory. Raises BadExample as `probe` does, and where the clip cannot be
+    decoded, has NaN or infinite samples, is silent (its peak below limits.silence_db), or ends
+    more than 5% before its header says.
     """
-    with _open(path, limits) as file:
-        promised, own_rate = file.frames, file.samplerate
-        if promised > most_seconds * own_rate:
-            raise BadExample(
-                f"{path}: longer than indexed: {promised / own_rate:.2f} s by its header, expected "
-                f"at most {most_seconds:.2f} s: was the file replaced?"
-            )
-        try:
-            samples = file.read(dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            detail = error.error_string or f"libsndfile error {error.code}"
-            raise BadExample(f"{path}: damaged or cut off: decoding failed ({detail})") from None
-        except MemoryError:
-            raise BadExample(f"{path}: {promised} samples do not fit into memory") from None
-    if len(samples) < promised * (1 - MISSING_SHARE):
-        raise BadExample(f"{path}: cut off: {len(samples)} of {promised} samples are there")
-    channels = samples.shape[1]
-    # A product with the weights 1/channels: ten times as fast as mean(axis=1).
-    clip = samples[:, 0] if channels == 1 else samples @ np.full(channels, 1 / channels, np.float32)
+    _status(path)
+    file = File(path)
+    try:
+        track = _track(file, limits)
+        own_rate = track.rate
+        _check_grown(path, track.samples or 0, own_rate, most_seconds)
+        pieces = _decoded(file, track, most_seconds)
+    finally:
+        file.close()
+    _check_grown(path, _length(pieces, own_rate), own_rate, most_seconds)
+    parts = [resample(mixed(samples), piece_rate, own_rate) for samples, piece_rate in pieces]
+    clip = parts[0] if len(parts) == 1 else np.concatenate(parts)
     _check_length(path, len(clip), own_rate, limits)
     peak = max(float(clip.max()), -float(clip.min()))  # NaN where there is one
     if not math.isfinite(peak):
@@ -118,6 +128,25 @@ def load(
     return resample(clip, own_rate, rate)
 
 
+def mixed(samples: np.ndarray) -> np.ndarray:
+    """float32 [samples, channels] -> [samples]: their mean, or the loudest channel alone.
+
+    Channels in opposite phase cancel in the mean. Unrelated ones of powers p give it the power
+    sum(p) / channels^2; where it has less than a tenth of that (10 dB), the loudest is taken, the
+    first of equals.
+    """
+    channels = samples.shape[1]
+    if channels == 1:
+        return samples[:, 0]
+    # A product with the weights 1/channels: ten times as fast as mean(axis=1).
+    mix = samples @ np.full(channels, 1 / channels, np.float32)
+    powers = np.einsum("sc,sc->c", samples, samples)
+    # Not where there is a NaN, which the mix has as well.
+    if float(mix @ mix) < CANCELLED * float(powers.sum()) / channels**2:
+        return np.ascontiguousarray(samples[:, int(powers.argmax())])
+    return mix
+
+
 def resample(clip: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     """Band-limited resampling (soxr HQ) of float32 [samples] to [resampled_length(...)]."""
     wanted = resampled_length(len(clip), from_rate, to_rate)
@@ -128,13 +157,8 @@ def resample(clip: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     return clip[:wanted] if len(clip) >= wanted else np.pad(clip, (0, wanted - len(clip)))
 
 
-def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
-    """Samples a clip has after resampling: samples * to_rate / from_rate, halves rounded up."""
-    return (2 * samples * to_rate + from_rate) // (2 * from_rate)
-
-
-def _open(path: str, limits: Limits) -> _File:
-    """Open a clip whose header makes sense, or raise BadExample."""
+def _status(path: str) -> os.stat_result:
+    """The file's state. Raises BadExample where opening it makes no sense."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -150,58 +174,35 @@ def _open(path: str, limits: Limits) -> _File:
         raise BadExample(f"{path}: empty file")
     if path.lower().endswith(".raw"):
         raise BadExample(f"{path}: raw samples have no header: convert the clip to wav or flac")
-    if not os.access(path, os.R_OK):
-        raise BadExample(f"{path}: cannot be read (permission denied)")
-    try:
-        file = _File(path)
-    except soundfile.LibsndfileError:
-        _check_ogg_is_whole(path, status.st_size)  # cut off early, it does not even open
-        # Not libsndfile's own words: they may be those about a file another thread opens now.
-        with open(path, "rb") as stream:
-            head = stream.read(16)
-        raise BadExample(f"{path}: not audio that can be read (it begins with {head!r})") from None
-    try:
-        _check_wav_is_whole(path, file)
-        if file.format == "OGG":
-            _check_ogg_is_whole(path, status.st_size)
-        if file.frames > MOST_SAMPLES:
-            raise BadExample(f"{path}: its header gives no length: write the clip anew")
-        _check_length(path, file.frames, file.samplerate, limits)
-    except BadExample:
-        file.close()
-        raise
-    return file
+    return status
 
 
-def _check_wav_is_whole(path: str, file: _File) -> None:
-    """A wav cut off while copying: libsndfile takes what is there and only notes the difference."""
-    if file.format not in ("WAV", "WAVEX"):
-        return
-    note = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-    if note is None:
-        return
-    promised, present = int(note[1]), int(note[2])
-    if promised < STREAMED_WAV_BYTES and present < promised * (1 - MISSING_SHARE):
-        raise BadExample(f"{path}: cut off: {present} of {promised} bytes of samples are there")
+def _track(file: File, limits: Limits) -> Track:
+    """The sound in a file, whose length makes sense so far as it is known."""
+    track = open_track(file)
+    if track.samples is not None:
+        _check_length(file.path, track.samples, track.rate, limits)
+    return track
 
 
-def _check_ogg_is_whole(path: str, size: int) -> None:
-    """An ogg cut off while copying ends inside a page; libsndfile takes the pages before it.
+def _decoded(file: File, track: Track, most_seconds: float | None) -> list[Piece]:
+    """All of a clip, or hardly more than most_seconds."""
+    most = math.inf if most_seconds is None else most_seconds * track.rate
+    with decoding(file.path):
+        return track.decode(most)
 
-    Page headers: RFC 3533, section 6.
-    """
-    with open(path, "rb") as stream:
-        stream.seek(max(0, size - OGG_PAGE))
-        tail = stream.read(OGG_PAGE)
-    at = len(tail)
-    while (at := tail.rfind(b"OggS", 0, at)) >= 0:
-        page = tail[at:]
-        if len(page) >= 6 and (page[4] or page[5] > 7):
-            continue  # version and flags say: these four bytes are data of a page
-        sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
-        if len(page) < 27 or len(page) < 27 + page[26] + sum(sizes):
-            raise BadExample(f"{path}: cut off: the file ends inside its last page")
-        return
+
+def _length(pieces: list[Piece], rate: int) -> int:
+    """Samples of a channel at `rate`, of all pieces together."""
+    return sum(resampled_length(len(samples), own, rate) for samples, own in pieces)
+
+
+def _check_grown(path: str, samples: int, rate: int, most_seconds: float) -> None:
+    if samples > most_seconds * rate:
+        raise BadExample(
+            f"{path}: longer than indexed: {samples / rate:.2f} s, expected at most "
+            f"{most_seconds:.2f} s: was the file replaced?"
+        )
 
 
 def _check_length(path: str, samples: int, rate: int, limits: Limits) -> None:

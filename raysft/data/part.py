@@ -240,9 +240,9 @@ def _probe_all(paths: set[str], encoder: Encoder) -> dict[str, _Clip]:
     clips = ClipReader(encoder.limits, IN_A_ROW * PROBE_THREADS)
 
     def probe(path: str) -> _Clip:
-        samples, own_rate = audio.probe(path, encoder.limits)
-        length = audio.resampled_length(samples, own_rate, rate)
-        return _Clip(path, length, samples / own_rate)
+        found = audio.probe(path, encoder.limits)
+        length = audio.resampled_length(found.samples, found.rate, rate)
+        return _Clip(path, length, found.samples / found.rate)
 
     def probe_some(some: list[str]) -> list[_Clip]:
         return [

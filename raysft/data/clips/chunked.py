@@ -1,0 +1,267 @@
+"""Files made of chunks, or with one header before the samples: the samples' size is written down.
+
+WAV (RIFF, RIFX, RF64, BW64), Wave64, AIFF and AIFF-C, AU, NIST Sphere, CAF. libsndfile takes as
+many samples as are there, whatever the header promises; so the header is read here as well, and a
+file that ends early is told from one whose writer could not go back to write the size (a pipe, a
+recorder that was killed): such a size is 0 or at the very end of its range, and promises nothing.
+Costs a few reads of 4 kB, most often one.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from raysft.data.clips import mp3
+from raysft.data.clips.file import ENDLESS, File, Piece, Track, View, check_whole, read_all, sound
+from raysft.errors import BadExample
+
+# Formats of WAV, by their tags in the registry of Microsoft.
+_MPEG_TAGS = (0x50, 0x55)
+_IMA_ADPCM = 0x11
+_IN_BLOCKS = (0x02, _IMA_ADPCM, 0x31)  # MS ADPCM, IMA ADPCM, GSM 6.10
+_EXTENSIBLE = 0xFFFE
+# The ends of the GUIDs that an extensible header names its format by: WAV's, and ambisonics'.
+_SUBFORMATS = (
+    bytes.fromhex("000010008000 00aa00389b71"),
+    bytes.fromhex("2107d3118644c8c1ca000000"),
+)
+_STEPS = 89  # of IMA ADPCM: a block begins with the number of one
+_BEHIND_SHARE = 0.02  # of the samples a header promises that more than it promises may follow
+_MOST_CHUNKS = 10_000
+
+
+def streamed(size: int) -> bool:
+    """Whether a size of 32 bits is what programs write that do not know it: 0, or at the end of
+    the range of 31 or 32 bits (sox 0x7F000000 and 0x7FFFF000, ffmpeg 0xFFFFFFFF)."""
+    return size == 0 or 0x7F000000 <= size <= 0x80000100 or size >= 0xFFFF0000
+
+
+_W64 = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the end of the GUIDs of Wave64's own chunks
+_W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where a file's samples are. size: their bytes, as the header promises.
+
+    patches: what the header would be with the size that is there; {} where it promises one.
+    last: nothing that matters lies behind them. format: of WAV and its kin, else None.
+    """
+
+    offset: int
+    size: int
+    patches: dict[int, bytes]
+    last: bool = False
+    format: Format | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """The chunk `fmt ` of a WAV. block: bytes of the samples that are coded together, of all
+    channels; per_block: how many of a channel those are, where they are coded (else 0)."""
+
+    tag: int
+    channels: int
+    block: int
+    per_block: int
+
+    @classmethod
+    def of(cls, chunk: bytes, end: str) -> Format | None:
+        """None where it makes no sense."""
+        if len(chunk) < 16:
+            return None
+        tag, channels, _, _, block, bits = struct.unpack(end + "HHIIHH", chunk[:16])
+        if tag == _EXTENSIBLE:
+            if len(chunk) < 40 or chunk[28:40] not in _SUBFORMATS:
+                return None
+            more, used = struct.unpack(end + "HH", chunk[16:20])
+            if more < 22 or used > bits:
+                return None
+            (tag,) = struct.unpack(end + "H", chunk[24:26])
+        per_block = 0
+        if tag in _IN_BLOCKS and len(chunk) >= 20:
+            (per_block,) = struct.unpack(end + "H", chunk[18:20])
+        return cls(tag, channels, block, per_block) if channels and block else None
+
+
+def track(file: File, find: Callable[[File], Samples | None]) -> Track:
+    """find: where the samples of this format are; None: nowhere. Raises BadExample."""
+    samples = find(file)
+    if samples is None:
+        raise BadExample(f"{file.path}: not audio that can be read (its header names no samples)")
+    present = max(0, file.size - samples.offset)
+    stop = None
+    if not samples.patches:
+        check_whole(file.path, present, samples.size, "bytes of samples")
+        stop = min(file.size, samples.offset + samples.size)
+    form = samples.format
+    if form is not None and form.tag in _MPEG_TAGS:
+        return mp3.track(file, samples.offset, stop or file.size)
+
+    def view() -> View:
+        return View(file, stop=stop if samples.last else None, patches=samples.patches)
+
+    with sound(file.path, view()) as opened:
+        rate, count, channels = opened.samplerate, opened.frames, opened.channels
+    if count >= ENDLESS or (count == 0 and min(present, samples.size) >= 8 * channels):
+        raise BadExample(f"{file.path}: its header gives no length: write the clip anew")
+    if form is not None and form.per_block:  # libsndfile fills the last block up
+        count = min(count, min(present, samples.size) * form.per_block // form.block)
+
+    def decode(most: float) -> list[Piece]:
+        piece = read_all(file.path, view(), most, count)
+        check_whole(file.path, len(piece[0]), count, "samples")
+        if form is not None and form.tag == _IMA_ADPCM:
+            _check_steps(file, samples, form)
+        return [piece]
+
+    return Track(rate, count, decode)
+
+
+def _check_steps(file: File, samples: Samples, form: Format) -> None:
+    """Raises BadExample where many blocks of IMA ADPCM begin with what cannot be."""
+    content = file.read(samples.offset, samples.size)
+    steps = [content[2 + 4 * channel :: form.block] for channel in range(form.channels)]
+    wrong = sum(step >= _STEPS for channel in steps for step in channel)
+    total = sum(map(len, steps))
+    check_whole(file.path, total - wrong, total * (1 + _BEHIND_SHARE), "blocks that can be decoded")
+
+
+def _check_end(file: File, start: int, size: int) -> None:
+    """Raises BadExample where more follows the samples than the header promises: of a format that
+    has nothing else to put there."""
+    behind = file.size - start - size
+    if behind > max(16, size * _BEHIND_SHARE):
+        raise BadExample(
+            f"{file.path}: not audio that can be read: its header promises {size} bytes of "
+            f"samples, but {behind} more follow: write the clip anew"
+        )
+
+
+def riff(file: File) -> Samples | None:
+    """WAV, by its chunks: RIFF (little-endian), RIFX (big-endian), RF64 and BW64 (64-bit sizes)."""
+    head = file.read(0, 12)
+    end = ">" if head[:4] == b"RIFX" else "<"
+    long_size, long_at, form = None, 0, None
+    for name, at, size in _chunks(file, 12, end + "4sI", 2):
+        if name == b"ds64" and head[:4] in (b"RF64", b"BW64"):
+            long_at = at + 8
+            long_size = int.from_bytes(file.read(long_at, 8), "little")
+        elif name == b"fmt ":
+            form = Format.of(file.read(at, min(size, 40)), end)
+        elif name == b"data" and form is None:
+            return None
+        elif name == b"data":
+            there = file.size - at
+            if size == 0xFFFFFFFF and long_size is not None:
+                if 0 < long_size < 1 << 62:
+                    return Samples(at, long_size, {}, True, form)
+                return Samples(at, there, {long_at: struct.pack("<Q", there)}, True, form)
+            if streamed(size) and not (size == 0 and _chunks_follow(file, at, end)):
+                filled = struct.pack(end + "I", min(there, 0xFFFFFFFF))
+                return Samples(at, there, {at - 4: filled}, True, form)
+            return Samples(at, size, {}, True, form)
+    return None
+
+
+def _chunks_follow(file: File, at: int, end: str) -> bool:
+    """Whether the rest of a file is chunks: what is before them is empty then, as it says."""
+    stop = at
+    for name, start, size in _chunks(file, at, end + "4sI", 2):
+        if not re.fullmatch(rb"[\x20-\x7e]{4}", name):
+            return False
+        stop = start + size + size % 2
+    return file.size - 1 <= stop <= file.size + 1
+
+
+def wave64(file: File) -> Samples | None:
+    """Wave64: names of 16 bytes, sizes of 8 that count name and size, padded to 8."""
+    head = file.read(0, 40)  # riff's GUID, the size of the file, wave's GUID
+    if head[:16] != _W64_RIFF or head[24:] != b"wave" + _W64:
+        return None
+    at, form = 40, None
+    for _ in range(_MOST_CHUNKS):
+        header = file.read(at, 24)
+        size = int.from_bytes(header[16:], "little")
+        if len(header) < 24 or not 24 <= size < 1 << 62:
+            return None
+        if header[4:16] == _W64 and header[:4] == b"fmt ":
+            form = Format.of(file.read(at + 24, min(size - 24, 40)), "<")
+        if header[4:16] == _W64 and header[:4] == b"data":
+            return None if form is None else Samples(at + 24, size - 24, {}, True, form)
+        at += -(-size // 8) * 8
+    return None
+
+
+def aiff(file: File) -> Samples | None:
+    """AIFF and AIFF-C: the chunk SSND, which begins with an offset and a block size."""
+    for name, at, size in _chunks(file, 12, ">4sI", 2):
+        if name == b"SSND":
+            start = at + 8 + int.from_bytes(file.read(at, 4), "big")
+            if not streamed(size):
+                return Samples(start, max(0, at + size - start), {})
+            filled = struct.pack(">I", min(file.size - at, 0xFFFFFFFF))
+            return Samples(start, file.size - start, {at - 4: filled})
+    return None
+
+
+def au(file: File) -> Samples | None:
+    """AU (.snd), of either byte order: one header of fixed fields."""
+    head = file.read(0, 24)
+    if len(head) < 24:
+        return None
+    end = ">" if head[:4] == b".snd" else "<"
+    start, size = struct.unpack(end + "II", head[4:12])
+    if not streamed(size):
+        _check_end(file, start, size)
+        return Samples(start, size, {}, True)
+    return Samples(start, file.size - start, {8: b"\xff" * 4}, True)
+
+
+def sphere(file: File) -> Samples | None:
+    """NIST Sphere: lines `name -type value` in the first 1024 bytes or more."""
+    length = re.match(rb"NIST_1A\n\s*(\d+)\n", file.read(0, 32))
+    if length is None:
+        return None
+    start = int(length[1])
+    header = file.read(0, min(start, 1 << 16))
+    fields = dict(re.findall(rb"^(\w+) -i (\d+)", header, re.MULTILINE))
+    names = (b"sample_count", b"channel_count", b"sample_n_bytes")
+    counts = [int(fields.get(name, 0)) for name in names]
+    if not all(counts) or not re.search(rb"^end_head$", header, re.MULTILINE):
+        return None
+    size = counts[0] * counts[1] * counts[2]
+    _check_end(file, start, size)
+    return Samples(start, size, {}, True)
+
+
+def caf(file: File) -> Samples | None:
+    """Apple's Core Audio Format: chunks of 64-bit sizes; that of `data` may be -1, to the end."""
+    for name, at, size in _chunks(file, 8, ">4sQ", 1):
+        if name == b"data":
+            if size < 1 << 62:
+                return Samples(at + 4, size - 4, {})
+            there = file.size - at
+            return Samples(at + 4, there - 4, {at - 8: struct.pack(">Q", there)})
+    return None
+
+
+def _chunks(file: File, at: int, layout: str, even: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, where its content begins, its size) of each chunk from `at` on.
+
+    layout: of a chunk's header. even: what sizes are rounded up to.
+    """
+    width = struct.calcsize(layout)
+    buffered_at, buffer = at, file.read(at, 4096)
+    for _ in range(_MOST_CHUNKS):
+        if not buffered_at <= at <= buffered_at + len(buffer) - width:
+            buffered_at, buffer = at, file.read(at, 4096)
+        header = buffer[at - buffered_at : at - buffered_at + width]
+        if len(header) < width:
+            return
+        name, size = struct.unpack(layout, header)
+        yield name, at + width, size
+        at += width + -(-size // even) * even

@@ -1,0 +1,137 @@
+"""Ogg (Vorbis, Opus): its pages, which say whether it is whole and what it was joined from.
+
+A stream's length is the position of its last page. libsndfile decodes the first stream only; files
+joined end to end (`cat a.ogg b.ogg`; radio does it) are streams one after the other, of whatever
+rate, and are decoded one by one. A recording that began in the middle of a stream has positions
+that count from elsewhere: its length only decoding tells.
+
+Costs one read of files up to 128 kB (25 s at 40 kbit/s); of larger ones the index reads the two
+ends, and goes through all pages only where the last is of another stream than the first.
+RFC 3533, section 6.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from raysft.data.clips import pyav
+from raysft.data.clips.file import (
+    ENDLESS,
+    File,
+    Piece,
+    Track,
+    View,
+    check_whole,
+    read_all,
+    resampled_length,
+    sound,
+)
+from raysft.errors import BadExample
+
+PAGE = 27 + 255 + 255 * 255  # bytes of the largest
+_WHOLE = 1 << 17  # bytes up to which a file is read as one
+_KNOWN = re.compile(rb"OpusHead|\x01vorbis")
+_PACKET = 8192  # samples of the longest packet of either codec (Opus: 5760)
+
+
+@dataclass
+class _Link:
+    """One of the streams that follow each other. stop: where it ends in the file's bytes."""
+
+    start: int
+    stop: int = 0
+    serials: set[int] = field(default_factory=set)
+    shifted: bool = False  # its positions do not begin at 0
+
+
+def track(file: File) -> Track:
+    """Raises BadExample where the file is cut off, or no audio that libsndfile knows."""
+    if not _KNOWN.search(file.read(0, PAGE)):
+        return pyav.track(file, "an Ogg file that holds neither Vorbis nor Opus")
+    last = _last_serial(file)
+    content = file.read(0, file.size if file.size <= _WHOLE else PAGE)
+    links = _links(content)
+    if file.size > _WHOLE and links and last not in links[0].serials:
+        links = _links(content := file.read(0, file.size))
+    if not links:
+        raise BadExample(f"{file.path}: not audio that can be read (an ogg without its first page)")
+    rate, samples = 0, 0
+    for link in links:
+        part = content[link.start : link.stop]
+        data = io.BytesIO(part) if len(links) > 1 else View(file)
+        with sound(file.path, data) as opened:
+            rate = rate or opened.samplerate
+            samples += resampled_length(opened.frames, opened.samplerate, rate)
+    certain = samples < ENDLESS and not any(link.shifted for link in links)
+
+    def decode(most: float) -> list[Piece]:
+        content = file.read(0, file.size)
+        pieces = []
+        for link in _links(content):
+            data = io.BytesIO(content[link.start : link.stop])
+            with sound(file.path, data) as opened:
+                promised = opened.frames
+            data.seek(0)
+            piece = read_all(file.path, data, most)
+            if not link.shifted and len(piece[0]) <= most:
+                check_whole(file.path, len(piece[0]), promised, "samples")
+            pieces.append(piece)
+        return pieces
+
+    return Track(rate, samples if certain else None, decode)
+
+
+def _last_serial(file: File) -> int | None:
+    """The stream of the last page. Raises BadExample where the file ends inside of it."""
+    tail = file.read(max(0, file.size - PAGE), PAGE)
+    at = len(tail)
+    while (at := tail.rfind(b"OggS", 0, at)) >= 0:
+        page = tail[at:]
+        if len(page) >= 6 and (page[4] or page[5] > 7):
+            continue  # version and flags say: these four bytes are data of a page
+        sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
+        if len(page) < 27 or len(page) < 27 + page[26] + sum(sizes):
+            raise BadExample(f"{file.path}: cut off: the file ends inside its last page")
+        return int.from_bytes(page[14:18], "little")
+    return None
+
+
+def _links(content: bytes) -> list[_Link]:
+    """The streams that were joined, by their first pages. Pages of one file's several streams
+    (sound and pictures) begin together."""
+    links: list[_Link] = []
+    beginning, counting = False, True
+    for at, flags, position, serial, packets in _pages(content):
+        if flags & 2:
+            if not beginning:
+                links.append(_Link(at))
+                counting = True
+            links[-1].serials.add(serial)
+            beginning = True
+        elif links:
+            beginning = False
+            # The first page with sound: no more can have been decoded than its packets hold.
+            if counting and 0 < position < 1 << 62:
+                links[-1].shifted = position > (packets + 1) * _PACKET
+                counting = False
+    for link, following in zip(links, [*links[1:], None]):
+        link.stop = following.start if following else len(content)
+    return links
+
+
+def _pages(content: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+    """(place, flags, position, serial, packets that end in it) of each page."""
+    at = 0
+    while (at := content.find(b"OggS", at)) >= 0:
+        head = content[at : at + 27 + 255]
+        if len(head) < 27 or head[4] or head[5] > 7:
+            at += 4
+            continue
+        sizes = head[27 : 27 + head[26]]
+        position = int.from_bytes(head[6:14], "little")
+        serial = int.from_bytes(head[14:18], "little")
+        yield at, head[5], position, serial, sum(size < 255 for size in sizes)
+        at += 27 + len(sizes) + sum(sizes)

@@ -1,0 +1,78 @@
+"""Formats that libsndfile does not know, where PyAV is installed: `pip install 'raysft[av]'`.
+
+m4a and mp4 (AAC, ALAC), webm and mka, raw AAC, AMR, WMA, Speex and FLAC in Ogg. Their headers tell
+a length only sometimes, and seldom without the encoder's padding: the index decodes such a file
+once (1 to 3 ms a second of audio). Where they are many, convert them first:
+`ffmpeg -i clip.m4a clip.flac`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+from typing import Any
+
+import numpy as np
+
+from raysft.data.clips.file import File, Piece, Track, View, decoding
+from raysft.errors import BadExample
+
+_SIGNATURES = (
+    ("an MP4 or M4A file", re.compile(rb".{4}ftyp", re.DOTALL)),
+    ("a WebM or Matroska file", re.compile(rb"\x1a\x45\xdf\xa3", re.DOTALL)),
+    ("a raw AAC file", re.compile(rb"\xff[\xf0\xf1\xf8\xf9]", re.DOTALL)),
+    ("an AMR file", re.compile(rb"#!AMR", re.DOTALL)),
+    ("a WMA or ASF file", re.compile(bytes.fromhex("3026b2758e66cf11"), re.DOTALL)),
+)
+
+
+def name(head: bytes) -> str | None:
+    """What kind of file begins like this, of those that PyAV reads."""
+    return next((name for name, begin in _SIGNATURES if begin.match(head)), None)
+
+
+def track(file: File, kind: str) -> Track:
+    """Raises BadExample where PyAV is not there, or finds no audio in the file."""
+    try:
+        av = importlib.import_module("av")
+    except ImportError:
+        raise BadExample(
+            f"{file.path}: {kind}: not audio that is read without PyAV: install it on all nodes "
+            "(pip install 'raysft[av]'), or convert the clip to flac"
+        ) from None
+    view = io.BufferedReader(View(file))
+    with decoding(file.path), av.open(view) as container:
+        stream = _stream(container, file.path, kind)
+        rate = stream.rate
+    return Track(rate, None, lambda most: _decode(av, file, kind, most))
+
+
+def _stream(container: Any, path: str, kind: str) -> Any:
+    if not container.streams.audio:
+        raise BadExample(f"{path}: {kind}: not audio that can be read (it holds no sound)")
+    stream = container.streams.audio[0]
+    if not stream.rate:
+        raise BadExample(f"{path}: {kind}: not audio that can be read (it names no sample rate)")
+    return stream
+
+
+def _decode(av: Any, file: File, kind: str, most: float) -> list[Piece]:
+    view = View(file)
+    parts: list[np.ndarray] = []
+    count = 0
+    with decoding(file.path, view), av.open(io.BufferedReader(view)) as container:
+        stream = _stream(container, file.path, kind)
+        rate = stream.rate
+        channels = stream.channels
+        # Planar float at the stream's own rate and channels, whatever the codec gives.
+        resampler = av.AudioResampler("fltp", stream.layout, rate)
+        frames = container.decode(stream)
+        for frame in (*frames, None):
+            for converted in resampler.resample(frame):
+                parts.append(converted.to_ndarray().T)
+                count += len(parts[-1])
+            if count > most:
+                break
+    parts.append(np.zeros((0, parts[0].shape[1] if parts else channels), np.float32))
+    return [(np.ascontiguousarray(np.concatenate(parts), np.float32), rate)]
