@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
 from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+import pytest
 import soundfile
 
 SECONDS = 1.3
@@ -51,6 +53,20 @@ def encoded(kind: str, seed: int = 0, channels: int = 1, seconds: float | None =
     out = io.BytesIO()
     soundfile.write(out, wave, rate, format=container, subtype=subtype)
     return out.getvalue()
+
+
+def ffmpeg(*arguments: object) -> bytes:
+    """What ffmpeg writes to its output. The binary is that of imageio-ffmpeg."""
+    binary = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    command = [binary, "-nostdin", "-loglevel", "quiet", "-y", *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=60).stdout
+
+
+def ffmpeg_samples(path: str, rate: int, samples: bool = False):
+    """How many samples ffmpeg decodes of a clip, or these samples: mono, float32, at `rate`."""
+    command = ("-t", "90", "-i", path, "-map", "0:a:0", "-ac", 1, "-ar", rate, "-f", "f32le", "-")
+    decoded = np.frombuffer(ffmpeg(*command), np.float32)
+    return decoded if samples else len(decoded)
 
 
 def _flip(data: bytearray, rng: np.random.Generator, most: int) -> bytearray:

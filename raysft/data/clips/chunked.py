@@ -20,8 +20,8 @@ from raysft.errors import BadExample
 
 # Formats of WAV, by their tags in the registry of Microsoft.
 _MPEG_TAGS = (0x50, 0x55)
-_IMA_ADPCM = 0x11
-_IN_BLOCKS = (0x02, _IMA_ADPCM, 0x31)  # MS ADPCM, IMA ADPCM, GSM 6.10
+_MS_ADPCM, _IMA_ADPCM, _GSM = 0x02, 0x11, 0x31
+_IN_BLOCKS = (_MS_ADPCM, _IMA_ADPCM, _GSM)
 _EXTENSIBLE = 0xFFFE
 # The ends of the GUIDs that an extensible header names its format by: WAV's, and ambisonics'.
 _SUBFORMATS = (
@@ -81,10 +81,18 @@ class Format:
             if more < 22 or used > bits:
                 return None
             (tag,) = struct.unpack(end + "H", chunk[24:26])
+        if not channels or not block:
+            return None
         per_block = 0
-        if tag in _IN_BLOCKS and len(chunk) >= 20:
-            (per_block,) = struct.unpack(end + "H", chunk[18:20])
-        return cls(tag, channels, block, per_block) if channels and block else None
+        if tag in _IN_BLOCKS:
+            own, per_block = block // channels, int(tag == _GSM and block == 65) * 320
+            if tag == _MS_ADPCM:
+                per_block = 2 * (own - 7) + 2
+            elif tag == _IMA_ADPCM:
+                per_block = 2 * (own - 4) + 1
+            if per_block <= 0 or struct.pack(end + "H", per_block) != chunk[18:20]:
+                return None
+        return cls(tag, channels, block, per_block)
 
 
 def track(file: File, find: Callable[[File], Samples | None]) -> Track:
@@ -147,12 +155,12 @@ def riff(file: File) -> Samples | None:
     end = ">" if head[:4] == b"RIFX" else "<"
     long_size, long_at, form = None, 0, None
     for name, at, size in _chunks(file, 12, end + "4sI", 2):
-        if name == b"ds64" and head[:4] in (b"RF64", b"BW64"):
+        if name == b"ds64" and head[2:4] == b"64":
             long_at = at + 8
             long_size = int.from_bytes(file.read(long_at, 8), "little")
         elif name == b"fmt ":
             form = Format.of(file.read(at, min(size, 40)), end)
-        elif name == b"data" and form is None:
+        elif name == b"data" and (form is None or (long_size is None and head[2:4] == b"64")):
             return None
         elif name == b"data":
             there = file.size - at
@@ -241,6 +249,12 @@ def sphere(file: File) -> Samples | None:
 def caf(file: File) -> Samples | None:
     """Apple's Core Audio Format: chunks of 64-bit sizes; that of `data` may be -1, to the end."""
     for name, at, size in _chunks(file, 8, ">4sQ", 1):
+        if name == b"desc" and size >= 32:
+            code, _, packet, frames, channels, bits = struct.unpack(
+                ">4sIIIII", file.read(at + 8, 24)
+            )
+            if code == b"lpcm" and (frames != 1 or 8 * packet != channels * bits):
+                return None
         if name == b"data":
             if size < 1 << 62:
                 return Samples(at + 4, size - 4, {})

@@ -179,10 +179,11 @@ def sound(path: str, view: io.RawIOBase) -> Sound:
 def read_all(path: str, view: io.RawIOBase, most: float, exact: int | None = None) -> Piece:
     """Decode what libsndfile finds, to the end.
 
-    exact: samples that are there, where that is known. Else reading stops after `most` of them.
+    exact: samples that are there, where that is known. Where it is not, or is more than `most`,
+    reading stops after `most` of them.
     """
     with sound(path, view) as file, decoding(path, view):
-        if exact is not None:
+        if exact is not None and exact <= most:
             return file.read(frames=exact, dtype="float32", always_2d=True), file.samplerate
         block = max(1, _BLOCK // file.channels)
         parts, count = [np.zeros((0, file.channels), np.float32)], 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,7 +66,8 @@ def track(file: File, start: int) -> Track:
     info = _Info.of(data[8:], start + 8)
     if not info.rate or not 16 <= info.block <= info.largest_block:
         raise BadExample(f"{file.path}: not audio that can be read (a FLAC with a damaged header)")
-    end = _last_frame_ends(file, info)
+    width = _tail_of(info, file.size - start)
+    end = _last_frame_ends(file.path, info, file.read(file.size - width, width))
     certain = end is not None and info.total in (0, end)
     return Track(info.rate, end if certain else None, partial(_decode, file, info))
 
@@ -77,21 +79,25 @@ def _decode(file: File, info: _Info, most: float) -> list[Piece]:
     pieces = []
     for start, stop in zip(starts, [*starts[1:], len(content)]):
         piece = bytearray(content[start:stop])
-        total = _Info.of(piece[8:42], 0).total
-        # Without its total libsndfile reads to the end: it stops there, whatever follows.
-        piece[21] &= 0xF0
-        piece[22:26] = bytes(4)
-        decoded = read_all(file.path, io.BytesIO(piece), most)
+        info = _Info.of(piece[8:42], 8)
+        end = _last_frame_ends(file.path, info, bytes(piece[-_tail_of(info, len(piece)) :]))
+        # libsndfile stops at the total, before whatever follows; at 0 it reads as far as it can.
+        piece[21] = piece[21] & 0xF0 | (end or 0) >> 32
+        piece[22:26] = struct.pack(">I", (end or 0) & 0xFFFFFFFF)
+        decoded = read_all(file.path, io.BytesIO(piece), most, end)
         if len(decoded[0]) <= most:
-            check_whole(file.path, len(decoded[0]), total, "samples")
+            check_whole(file.path, len(decoded[0]), max(info.total, end or 0), "samples")
         pieces.append(decoded)
     return pieces
 
 
-def _last_frame_ends(file: File, info: _Info) -> int | None:
-    """Samples up to the end of the file's last frame; None: none is found."""
-    width = min(max(info.largest_frame + 1024, _TAIL), _MOST_TAIL, file.size - info.at - 34)
-    tail = file.read(file.size - width, width)
+def _tail_of(info: _Info, size: int) -> int:
+    """Bytes at the end of a file in which its last frame begins, as a rule."""
+    return min(max(info.largest_frame + 1024, _TAIL), _MOST_TAIL, size - 42)
+
+
+def _last_frame_ends(path: str, info: _Info, tail: bytes) -> int | None:
+    """Samples up to the end of the last frame that begins in `tail`; None: none is found."""
     at = len(tail)
     while (at := tail.rfind(b"\xff", 0, at)) >= 0:
         frame = _frame(tail[at : at + 16], info)
@@ -99,7 +105,7 @@ def _last_frame_ends(file: File, info: _Info) -> int | None:
             rate, end = frame
             if rate not in (0, info.rate):
                 raise BadExample(
-                    f"{file.path}: not audio that can be read: its header says {info.rate} Hz, its "
+                    f"{path}: not audio that can be read: its header says {info.rate} Hz, its "
                     f"last frame {rate} Hz"
                 )
             return end
@@ -107,8 +113,8 @@ def _last_frame_ends(file: File, info: _Info) -> int | None:
 
 
 def _frame(header: bytes, info: _Info) -> tuple[int, int] | None:
-    """Of the frame that begins with these bytes, 16 at most: its Hz (0: the header's), and how many samples
-    there are up to its end. None: it is no frame of this file."""
+    """Of the frame that begins with these bytes, 16 at most: its Hz (0: the header's), and how many
+    samples there are up to its end. None: it is no frame of this file."""
     if len(header) < 6 or header[1] & 0xFE != 0xF8:
         return None
     size, rate = header[2] >> 4, header[2] & 15

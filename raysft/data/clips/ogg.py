@@ -54,7 +54,7 @@ def track(file: File) -> Track:
     last = _last_serial(file)
     content = file.read(0, file.size if file.size <= _WHOLE else PAGE)
     links = _links(content)
-    if file.size > _WHOLE and links and last not in links[0].serials:
+    if file.size > _WHOLE and links and (len(links) > 1 or last not in links[0].serials):
         links = _links(content := file.read(0, file.size))
     if not links:
         raise BadExample(f"{file.path}: not audio that can be read (an ogg without its first page)")
