@@ -155,7 +155,7 @@ export RAY_ADDRESS=http://127.0.0.1:$DASHBOARD
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$DIR/token
 # Then, from the folder of the source:
-#   ray job submit --working-dir . -- python jobs/sft.py CONFIG.yaml [key=value ...]
+#   ray job submit --working-dir . -- python jobs/sft.py CONFIG.yaml run.storage_path=\$PWD/runs
 END
 }
 

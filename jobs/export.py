@@ -23,8 +23,10 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(argv, __doc__ or "", positional=2, flags=["merge"], keys=False)
 
     from raysft.export import export_run
+    from raysft.session import check_kept
 
     run, out = (Path(word) for word in arguments.positional)
+    check_kept(OUT=out)
     step = export_run(run, out, merge="merge" in arguments.flags)
     print(f"exported step {step} to {out}")
 

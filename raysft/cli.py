@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from raysft import environment
 from raysft.config.aliases import our_key, our_value
 from raysft.config.load import all_keys, describe
 from raysft.errors import UserError
@@ -92,6 +93,8 @@ def _meant(name: str, value: str, rest: list[str], flags: Sequence[str], keys: b
 def guarded(main: Callable[[Sequence[str]], None]) -> None:
     """Run a job's main: exit code 0 on success only, errors in one readable line."""
     argv = sys.argv[1:]
+    if environment.REMARK is not None:
+        print(environment.REMARK, file=sys.stderr, flush=True)
     try:
         main(argv)
     except UserError as error:

@@ -39,6 +39,7 @@ from raysft.data.quarantine import summary as quarantined
 from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
 from raysft.rundir import check_run, run_folder, settled, with_budget
+from raysft.session import check_kept
 from raysft.train.storage import write_whole
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,11 @@ def _silent(text: str) -> None:
 def check(config: Config) -> None:
     """Look for mistakes that show without reading data or weights: run folder, sources, layers
     that are to have adapters. Raises UserError."""
+    check_kept(
+        run__storage_path=config.run.storage_path,
+        checkpoint__path=config.checkpoint.path,
+        data__index_path=config.data.index_path,
+    )
     check_run(config)
     _check_names(config)
     sources.resolve_all(config.data.train, "train")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -48,6 +49,9 @@ _EMBEDDED_DEFAULTS = {
     # A worker that is frozen cannot leave its process group: half a minute for nothing.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
+
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
+_PACKAGES = "working_dir_files"  # Ray unpacks working directories in folders of this name
 
 # Ray puts sockets under its folder, and a socket's path has at most 107 bytes: what is left for
 # the parent folder after "/raysft-XXXXXXXX/session_<time>_<pid>/sockets/plasma_store".
@@ -137,6 +141,29 @@ def ray_session() -> Iterator[Session]:
             raise SystemExit(128 + received[0])
 
 
+def check_kept(**places: str | Path | None) -> None:
+    """Refuse, in a Ray job, to write where nothing is kept: a relative path lies in Ray's unpacked
+    copy of the working directory, which is each node's own, goes with the Ray session, and is
+    another one as soon as a file in it has changed.
+
+    places: name of a key -> its path; None and URLs are passed over. Raises UserError.
+    """
+    if _JOB not in os.environ:
+        return
+    for name, given in places.items():
+        if given is None or "://" in str(given):
+            continue
+        path = Path(given).expanduser()
+        if path.is_absolute() and not set(path.parts) & {_PACKAGES}:
+            continue
+        key = name.replace("__", ".")
+        raise UserError(
+            f"{key}: {given} lies in Ray's own copy of the working directory, where another "
+            "submission of this job does not find it; in a Ray job give a folder that all nodes "
+            f"see, e.g. {key}=/shared/{path.name}"
+        )
+
+
 def destination() -> str:
     """What `ray_session` is about to do, for a user who waits meanwhile."""
     address = os.environ.get("RAY_ADDRESS", "").strip()
@@ -149,14 +176,38 @@ def _check_address(address: str) -> None:
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"RAY_ADDRESS={address} is the address of a jobs API, which takes jobs: run "
-            f"`ray job submit --working-dir . -- python {' '.join(sys.argv)}`, "
-            "or unset RAY_ADDRESS to run on this machine alone"
+            f"`ray job submit --working-dir . -- python {shlex.join(sys.argv)}`, "
+            f"or unset RAY_ADDRESS to run on this machine alone{_upload(Path.cwd())}"
         )
     if "://" in address:
         raise UserError(
             f"RAY_ADDRESS={address} is the address of a Ray client server, which raysft does not "
             "use; expected host:port of the cluster, or submit it with `ray job submit`"
         )
+
+
+def _upload(folder: Path) -> str:
+    """What would keep `folder` from being uploaded as a working directory; "" if nothing does."""
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE as most
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    ignored = get_excludes_from_ignore_files(folder, include_gitignore=True)
+    sizes: dict[str, int] = {}
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        folders[:] = [f for f in folders if not any(skip(here / f) for skip in ignored)]
+        for path in (here / name for name in files):
+            if not any(skip(path) for skip in ignored) and path.is_file():
+                top = path.relative_to(folder).parts[0]
+                sizes[top] = sizes.get(top, 0) + path.stat().st_size
+    if sum(sizes.values()) <= most:
+        return ""
+    largest = max(sizes, key=lambda name: sizes[name])
+    total, part, limit = (round(n / 2**20) for n in (sum(sizes.values()), sizes[largest], most))
+    return (
+        f". It would upload {total:,} MiB from {folder} and Ray takes {limit:,} (else: error 413): "
+        f"name {largest} ({part:,} MiB) in a file .rayignore there"
+    )
 
 
 def _embedded(received: list[int]) -> Iterator[Session]:
@@ -207,7 +258,7 @@ def _joined(address: str, received: list[int]) -> Iterator[Session]:
     from ray.exceptions import AuthenticationError
 
     _require_answer(address)
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    in_job = _JOB in os.environ
     try:
         context = ray.init(
             address=address,

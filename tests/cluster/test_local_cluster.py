@@ -135,6 +135,14 @@ def test_a_job_spreads_its_workers_over_both_nodes_and_shows_its_progress(
     assert (run / "checkpoints" / "step_5" / "COMMITTED").is_file()
 
 
+def test_a_run_that_the_next_submission_would_not_find_is_refused(cluster: Cluster) -> None:
+    code, said = submit(cluster, Path("runs"), steps=5)
+    assert code != 0
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: run.storage_path: runs lies in Ray's own copy")
+    assert "Traceback" not in said
+
+
 @pytest.mark.slow
 def test_stopping_a_job_leaves_no_worker_of_it(cluster: Cluster, tmp_path: Path) -> None:
     code, said = submit(cluster, tmp_path, "--no-wait", "--submission-id", "long", steps=10_000)
