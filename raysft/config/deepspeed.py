@@ -1,7 +1,9 @@
 """A DeepSpeed JSON of the user's own (`parallel.deepspeed`), checked against the config.
 
-Keys that raysft gives DeepSpeed itself may be left out, be "auto" or agree with the config; all
-others go to DeepSpeed as they are. Pure functions: nothing here imports torch or DeepSpeed.
+Keys that raysft gives DeepSpeed itself may be left out, be "auto" or agree with the config; where
+the config says nothing, the file's value becomes the config's (`filled`). What says how DeepSpeed
+would work and not what is to come out is left aside, with a line (`unused`). All others go to
+DeepSpeed as they are. Pure functions: nothing here imports torch or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raysft import paths
 from raysft.config.schema import Config
 from raysft.errors import UserError
 
@@ -73,11 +76,27 @@ KNOWN: dict[str, tuple[str, ...]] = {
 
 
 class Rule(NamedTuple):
-    """A key (or section) of DeepSpeed's, the value raysft gives it, and why, with the remedy."""
+    """A key (or section) of DeepSpeed's, the value raysft gives it, and why, with the remedy.
+
+    also: other values that ask for nothing else. hint: any other is left aside, not refused.
+    """
 
     key: str
     value: Any
     why: str
+    also: tuple[Any, ...] = ()
+    hint: bool = False
+
+    def agrees(self, value: Any) -> bool:
+        """Whether the user's `value` is what happens anyway."""
+        if self.key == "optimizer.type" and isinstance(value, str):
+            return value.lower() in ("adam", "adamw")  # DeepSpeed takes either for AdamW
+        return value == self.value or value in self.also
+
+
+# DeepSpeed's schedulers and ours; what each warms up for where nothing is said.
+SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+WARMUP = 1000
 
 
 def rules(config: Config) -> list[Rule]:
@@ -93,9 +112,7 @@ def _of_keys(config: Config) -> list[Rule]:
     found: list[tuple[str, Any, str, Any]] = [
         (f"{zero}.stage", stage_of(config), "parallel.strategy", parallel.strategy),
         (f"{zero}.offload_optimizer.device", optimizer, "parallel.offload", parallel.offload),
-        (f"{zero}.offload_param.device", parameters, "parallel.offload", parallel.offload),
         (f"{zero}.cpu_offload", optimizer == "cpu", "parallel.offload", parallel.offload),
-        (f"{zero}.cpu_offload_param", parameters == "cpu", "parallel.offload", parallel.offload),
         ("fp16.enabled", train.precision == "fp16", "train.precision", train.precision),
         ("bf16.enabled", train.precision == "bf16", "train.precision", train.precision),
         ("data_types.param_dtype", _ANY, "train.precision", train.precision),
@@ -110,9 +127,22 @@ def _of_keys(config: Config) -> list[Rule]:
             "optim.weight_decay",
             optim.weight_decay,
         ),
-        ("scheduler", _ANY, "optim.schedule", optim.schedule),
+        ("scheduler.type", _scheduler(optim.schedule), "optim.schedule", optim.schedule),
+        ("scheduler.params.warmup_max_lr", optim.lr, "optim.lr", optim.lr),
+        ("scheduler.params.warmup_num_steps", optim.warmup, "optim.warmup", optim.warmup),
+        ("scheduler.params.total_num_steps", train.max_steps, "train.max_steps", train.max_steps),
     ]
+    if stage_of(config) == 3:
+        offload = parallel.offload
+        found += [
+            (f"{zero}.offload_param.device", parameters, "parallel.offload", offload),
+            (f"{zero}.cpu_offload_param", parameters == "cpu", "parallel.offload", offload),
+        ]
     return [Rule(key, value, f"{our} is {ours}; remove one") for key, value, our, ours in found]
+
+
+def _scheduler(schedule: str) -> Any:
+    return next((name for name, ours in SCHEDULES.items() if ours == schedule), _ANY)
 
 
 def _of_raysft(config: Config) -> list[Rule]:
@@ -124,28 +154,62 @@ def _of_raysft(config: Config) -> list[Rule]:
         *("amp", "torch_autocast", "compile", "weight_quantization", "compression_training"),
         *("checkpoint", "datastates", "elasticity", "autotuning", "curriculum_learning"),
         *("data_efficiency", "hybrid_engine", "tensor_parallel", "expert_parallel", "pipeline"),
-        *("sequence_parallel_size", "data_parallel_size", "optimizer"),
+        "optimizer",
     )
+    rises = "rates rise linearly from zero, and fall to zero"
+    scaled = "the loss is scaled by a rule that all strategies share"
+    one = (1,)
+    same = (False,) if config.optim.weight_decay == 0 else ()  # without decay it means nothing
+    whole = "only zero3 has parameters to offload"
     found = [
-        ("train_batch_size", _ANY, lanes),
-        ("train_micro_batch_size_per_gpu", _ANY, lanes),
-        ("gradient_accumulation_steps", _ANY, lanes),
-        ("managed_gradient_accumulation", True, lanes),
-        ("gradient_allreduce_op", "mean", "workers' gradients are averaged"),
-        (f"{zero}.compute_grad_norm", True, "the norm of every step's gradient is reported"),
-        (f"{zero}.round_robin_gradients", False, "checkpoints need parameters in their order"),
-        (f"{zero}.zenflow", _ANY, "every weight moves in every step"),
-        (f"{zero}.offload_optimizer.super_offload", False, "AdamW is torch's"),
-        ("zero_force_ds_cpu_optimizer", False, "AdamW is torch's"),
-        ("fp16.fp16_master_weights_and_grads", False, master),
-        ("fp16", _ANY, "the loss is scaled by a rule that all strategies share"),
-        ("bf16.check_grad_overflow", True, "a step whose gradient is not finite is skipped"),
-        ("bf16.bf16_master_weights_and_grads", False, master),
-        ("bf16.bf16_optimizer_states", False, master),
-        ("bfloat16", _ANY, "DeepSpeed's key is bf16"),
-        *((section, _ANY, own) for section in sections),
+        Rule(f"{zero}.offload_param.device", "none", whole, hint=True),
+        Rule(f"{zero}.cpu_offload_param", False, whole, hint=True),
+        Rule("train_batch_size", _ANY, lanes),
+        Rule("train_micro_batch_size_per_gpu", _ANY, lanes, one),
+        Rule("gradient_accumulation_steps", _ANY, lanes, one),
+        Rule("managed_gradient_accumulation", True, lanes),
+        Rule("gradient_allreduce_op", "mean", "workers' gradients are averaged"),
+        Rule(f"{zero}.compute_grad_norm", True, "the norm of every step's gradient is reported"),
+        Rule(
+            f"{zero}.round_robin_gradients",
+            False,
+            "checkpoints need parameters in their order",
+            hint=True,
+        ),
+        Rule(f"{zero}.zenflow", _ANY, "every weight moves in every step", (None,)),
+        Rule(f"{zero}.offload_optimizer.super_offload", False, "AdamW is torch's", hint=True),
+        Rule("zero_force_ds_cpu_optimizer", False, "AdamW is torch's", hint=True),
+        Rule("optimizer.params.adam_w_mode", True, "weight decay is AdamW's", same),
+        Rule("optimizer.params.bias_correction", True, "AdamW corrects its averages"),
+        Rule("optimizer.params.amsgrad", False, "AdamW here is without amsgrad"),
+        *(
+            Rule(f"optimizer.params.{name}", True, "AdamW is torch's", (False, None), hint=True)
+            for name in ("torch_adam", "fused", "foreach", "fp32_optimizer_states")
+        ),
+        Rule("scheduler.params.warmup_min_lr", 0, rises),
+        Rule("scheduler.params.warmup_min_ratio", 0, rises),
+        Rule("scheduler.params.cos_min_ratio", 0, rises),
+        Rule("scheduler.params.warmup_type", "linear", rises),
+        Rule("scheduler.params.last_batch_iteration", -1, "the checkpoint says where a run stands"),
+        Rule("scheduler", _ANY, "optim.schedule and optim.warmup say all of it"),
+        Rule("fp16.loss_scale", 0, scaled),
+        Rule("fp16.auto_cast", False, "train.precision says what is computed in"),
+        Rule("fp16.fp16_master_weights_and_grads", False, master),
+        # As DeepSpeed has them by itself: nobody has asked for anything.
+        Rule("fp16.initial_scale_power", 16, scaled, hint=True),
+        Rule("fp16.loss_scale_window", 1000, scaled, hint=True),
+        Rule("fp16.hysteresis", 2, scaled, hint=True),
+        Rule("fp16.consecutive_hysteresis", False, scaled, hint=True),
+        Rule("fp16.min_loss_scale", 1, scaled, hint=True),
+        Rule("bf16.check_grad_overflow", True, "a step whose gradient is not finite is skipped"),
+        Rule("bf16.bf16_master_weights_and_grads", False, master),
+        Rule("bf16.bf16_optimizer_states", False, master),
+        Rule("bfloat16", _ANY, "DeepSpeed's key is bf16"),
+        Rule("sequence_parallel_size", _ANY, own, one),
+        Rule("data_parallel_size", _ANY, own),
+        *(Rule(section, _ANY, own, (False, None)) for section in sections),
     ]
-    return [Rule(key, value, f"{why}; remove it") for key, value, why in found]
+    return [rule._replace(why=f"{rule.why}; remove it") for rule in found]
 
 
 def stage_of(config: Config) -> int:
@@ -162,15 +226,96 @@ def check(config: Config) -> list[str]:
         tree = read(path)
     except UserError as error:
         return [str(error)]
-    unknown, ours = _unknown(tree), rules(config)
+    unknown = _unknown(tree)
     found = [f"{key}: {hint}" for key, hint in unknown.items()]
-    for key, value in leaves(tree):
-        if value == AUTO or any(_below(key, name) for name in unknown):
-            continue
-        rule = _rule(ours, key)
-        if rule is not None and value != rule.value and not _switched_off(tree, key, rule):
+    for key, value, rule in _against(config, tree):
+        if not rule.hint and not any(_below(key, name) for name in unknown):
             found.append(f"{key} is {json.dumps(value)}, but {rule.why}")
     return [f"parallel.deepspeed {path}: {line}" for line in found]
+
+
+def unused(config: Config) -> list[str]:
+    """One line for each wish in `parallel.deepspeed` that is left aside: results are the same."""
+    path = config.parallel.deepspeed
+    if path is None:
+        return []
+    return [
+        f"parallel.deepspeed {path}: {key} {json.dumps(value)} is not used: "
+        f"{rule.why.removesuffix('; remove it')}"
+        for key, value, rule in _against(config, read(path))
+        if rule.hint
+    ]
+
+
+def _against(config: Config, tree: dict[str, Any]) -> Iterator[tuple[str, Any, Rule]]:
+    """What the file says that is not what happens: key, value, and the rule."""
+    ours, precision = rules(config), config.train.precision
+    scheduler = tree.get("scheduler")
+    if isinstance(scheduler, dict) and scheduler.get("type") in SCHEDULES:
+        # What is not said is said too.
+        given = {"warmup_num_steps": WARMUP, **(scheduler.get("params") or {})}
+        tree = {**tree, "scheduler": {**scheduler, "params": given}}
+    for key, value in leaves(tree):
+        section, _, name = key.partition(".")
+        off = section in ("fp16", "bf16") and name not in ("", "enabled") and section != precision
+        rule = _rule(ours, key)
+        if value == AUTO or off or rule is None or rule.agrees(value):
+            continue
+        if not _switched_off(tree, key, rule):
+            yield key, value, rule
+
+
+def filled(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config's plain tree with the file's values where it has none of its own: the strategy,
+    offloading, precision, clipping, AdamW's numbers, the schedule.
+
+    A file that cannot be read changes nothing: `check` says so.
+    """
+    parallel = tree.get("parallel")
+    path = parallel.get("deepspeed") if isinstance(parallel, dict) else None
+    if not isinstance(path, str):
+        return tree
+    try:
+        theirs = dict(leaves(read(paths.absolute(path))))
+    except UserError:
+        return tree
+    result = dict(tree)
+    for key, value in _meant(theirs).items():
+        section, _, name = key.partition(".")
+        ours = result.get(section)
+        ours = {} if ours is None else ours
+        other = key == "train.max_steps" and isinstance(ours, dict) and "epochs" in ours
+        if value != AUTO and isinstance(ours, dict) and name not in ours and not other:
+            result[section] = {**ours, name: value}
+    return result
+
+
+def _meant(theirs: dict[str, Any]) -> dict[str, Any]:
+    """What a file's values are by our keys."""
+    zero = "zero_optimization"
+    found = {}
+    if theirs.get(f"{zero}.stage") in (1, 2, 3):
+        found["parallel.strategy"] = f"zero{theirs[f'{zero}.stage']}"
+    for what, ours in (("param", "parameters"), ("optimizer", "optimizer")):
+        old = theirs.get(f"{zero}.cpu_offload{'_param' * (what == 'param')}")  # of DeepSpeed 0.3
+        there = old is True or theirs.get(f"{zero}.offload_{what}.device") == "cpu"
+        if there and (what == "optimizer" or theirs.get(f"{zero}.stage", 3) == 3):
+            found.setdefault("parallel.offload", ours)
+    for half in ("bf16", "fp16"):
+        if theirs.get(f"{half}.enabled") is True:
+            found["train.precision"] = half
+    plain = {
+        "gradient_clipping": "optim.clip",
+        "scheduler.params.warmup_max_lr": "optim.lr",
+        "scheduler.params.warmup_num_steps": "optim.warmup",
+        "scheduler.params.total_num_steps": "train.max_steps",
+        **{f"optimizer.params.{n}": f"optim.{n}" for n in ("lr", "betas", "eps", "weight_decay")},
+    }
+    found |= {ours: theirs[key] for key, ours in plain.items() if key in theirs}
+    if theirs.get("scheduler.type") in SCHEDULES:
+        found["optim.schedule"] = SCHEDULES[theirs["scheduler.type"]]
+        found.setdefault("optim.warmup", WARMUP)
+    return found
 
 
 def added(config: Config) -> dict[str, Any]:

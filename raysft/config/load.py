@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from raysft import paths
 from raysft.config import explain, places
 from raysft.config.combinations import contradictions
+from raysft.config.deepspeed import filled
 from raysft.config.explain import all_keys
 from raysft.config.overrides import Dumper, apply_override, read_tree, section_of
 from raysft.config.schema import Config
@@ -54,7 +55,7 @@ def validate(tree: dict[str, Any], where: str, beside: Path | None = None) -> Co
 
     beside: the folder of a config file, where a user may have meant relative paths to begin.
     """
-    tree = _expand(tree)
+    tree = filled(_expand(tree))
     problems: list[str] = []
     config = None
     try:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raysft.config.deepspeed import unused
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.parallel.deepspeed_json import make_settings
@@ -32,6 +33,8 @@ from raysft.parallel.scale import LossScale
 from raysft.parallel.strategy import State, Stepped
 from raysft.parallel.world import World
 from raysft.parallel.zero_state import ZeroState, entries
+
+log = logging.getLogger(__name__)
 
 
 class Zero:
@@ -46,6 +49,8 @@ class Zero:
                 f"parallel.strategy: {strategy} needs a process group; use ddp in one process"
             )
         settings = make_settings(config, pin_memory=world.device.type == "cuda")
+        for line in unused(config) if world.is_main else ():
+            log.warning("%s", line)
         saved = entries(module, config.peft.method != "none", world.size)
         self._adamw = make_optimizer(module, config.optim)
         deepspeed = _deepspeed(world.device)

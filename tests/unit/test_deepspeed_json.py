@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from raysft.config import Config
-from raysft.config.deepspeed import KNOWN, check
+from raysft.config import Config, load_config
+from raysft.config.deepspeed import KNOWN, check, unused
+from raysft.config.load import validate
+from raysft.errors import UserError
 from raysft.parallel.deepspeed_json import make_settings
 
 
@@ -55,7 +57,19 @@ def joined(folder: Path, tree: Any, strategy: str = "zero3", **parallel: Any) ->
             "optimizer.params.lr is 0.1, but optim.lr is 0.03; remove one",
         ),
         ({"optimizer": {"type": "Lamb"}}, 'optimizer.type is "Lamb", but optim.optimizer is adamw'),
-        ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type is "WarmupLR", but optim.schedule'),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 0}}},
+            'scheduler.type is "WarmupDecayLR", but optim.schedule is constant; remove one',
+        ),
+        (  # which warms up for 1,000 steps by itself
+            {"scheduler": {"type": "WarmupLR"}},
+            "scheduler.params.warmup_num_steps is 1000, but optim.warmup is 0; remove one",
+        ),
+        (
+            {"optimizer": {"type": "Adam", "params": {"amsgrad": True}}},
+            "optimizer.params.amsgrad is true, but AdamW here is without amsgrad; remove it",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "zero_optimization.off"),
         ({"elasticity": {"enabled": True}}, "elasticity.enabled is true, but raysft does that"),
         ({"zero_optimisation": {}}, "zero_optimisation: unknown key; did you mean zero_optimizat"),
         (
@@ -109,6 +123,207 @@ def test_a_json_joins_what_agrees_what_is_auto_and_what_is_its_own(tmp_path: Pat
     assert settings["wall_clock_breakdown"] is True
     assert not {"optimizer", "amp", "train_batch_size"} & settings.keys()
     assert settings["fp16"] == {"enabled": False}
+
+
+# -- files as people have them -------------------------------------------------------------------
+
+AUTOS = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+SCALE = {
+    "enabled": "auto",
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "initial_scale_power": 16,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+ADAM = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+WARM = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+STAGE_2 = {
+    "stage": 2,
+    "allgather_partitions": True,
+    "allgather_bucket_size": 5e8,
+    "overlap_comm": True,
+    "reduce_scatter": True,
+    "reduce_bucket_size": 5e8,
+    "contiguous_gradients": True,
+}
+STAGE_3 = {
+    "stage": 3,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "sub_group_size": 1e9,
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+    "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+CPU = {"device": "cpu", "pin_memory": True}
+FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "trainer, stage 2": (
+        {
+            **AUTOS,
+            "fp16": SCALE,
+            "optimizer": {"type": "AdamW", "params": ADAM},
+            "scheduler": {"type": "WarmupLR", "params": WARM},
+            "zero_optimization": {**STAGE_2, "offload_optimizer": CPU},
+            "steps_per_print": 2000,
+            "wall_clock_breakdown": False,
+        },
+        {"parallel.strategy": "zero2", "parallel.offload": "optimizer"},
+    ),
+    "trainer, stage 3": (
+        {
+            **AUTOS,
+            "bf16": {"enabled": True},
+            "fp16": SCALE,
+            "optimizer": {"type": "Adam", "params": {**ADAM, "lr": 3e-5, "weight_decay": 0.01}},
+            "scheduler": {
+                "type": "WarmupDecayLR",
+                "params": {**WARM, "total_num_steps": "auto", "warmup_num_steps": 50},
+            },
+            "zero_optimization": {**STAGE_3, "offload_optimizer": CPU, "offload_param": CPU},
+            "aio": {"block_size": 262144, "queue_depth": 32, "thread_count": 1},
+        },
+        {
+            "parallel.strategy": "zero3",
+            "parallel.offload": "parameters",
+            "train.precision": "bf16",
+            "optim.lr": 3e-5,
+            "optim.weight_decay": 0.01,
+            "optim.schedule": "linear",
+            "optim.warmup": 50,
+        },
+    ),
+    "llama-factory": (
+        {
+            **AUTOS,
+            "zero_allow_untested_optimizer": True,
+            "fp16": SCALE,
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {**STAGE_2, "round_robin_gradients": True},
+        },
+        {"parallel.strategy": "zero2", "parallel.offload": "none"},
+    ),
+    "of long ago": (
+        {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.5,
+            "fp16": {"enabled": False, "loss_scale": 128, "initial_scale_power": 32},
+            "zero_optimization": {"stage": 2, "cpu_offload": True},
+            "optimizer": {"type": "adam", "params": {"adam_w_mode": False, "torch_adam": True}},
+            "sequence_parallel_size": 1,
+            "elasticity": {"enabled": False},
+            "amp": {"enabled": "auto", "opt_level": "auto"},
+        },
+        {"parallel.strategy": "zero2", "parallel.offload": "optimizer", "optim.clip": 0.5},
+    ),
+    "half a file": (
+        {
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3},
+            "optimizer": {"type": "Adam", "params": ADAM},
+        },
+        {"parallel.strategy": "zero3", "train.precision": "bf16"},
+    ),
+}
+
+
+def loaded(folder: Path, tree: Any, overrides: tuple[str, ...] = ()) -> Config:
+    """A config that says nothing of training beside the file, and overrides."""
+    (folder / "ds.json").write_text(json.dumps(tree))
+    (folder / "c.yaml").write_text(
+        f"data: {{train: [a.jsonl]}}\nmodel: {{path: {folder}}}\n"
+        f"parallel: {{deepspeed: {folder / 'ds.json'}}}\n"
+    )
+    return load_config(folder / "c.yaml", overrides)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_as_people_have_it_is_taken_and_says_what_the_config_does_not(
+    name: str, tmp_path: Path
+) -> None:
+    tree, meant = FILES[name]
+    config = loaded(tmp_path, tree)
+    for key, value in meant.items():
+        section, _, field = key.partition(".")
+        assert getattr(getattr(config, section), field) == value, key
+    settings = make_settings(config, pin_memory=False)
+    offload = settings["zero_optimization"]["offload_optimizer"]["device"]
+    assert offload == ("none" if config.parallel.offload == "none" else "cpu")
+    assert settings["gradient_clipping"] == config.optim.clip
+    assert settings["train_micro_batch_size_per_gpu"] == 1
+    assert not {"optimizer", "scheduler"} & settings.keys()
+    assert settings["zero_optimization"].get("round_robin_gradients", False) is False
+    assert "auto" not in json.dumps(settings)
+    # What the run writes down, and reads again, says the same.
+    again = validate(config.model_dump(mode="json"), "config.yaml")
+    assert again == config
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_the_config_says_itself_counts_and_a_contradiction_names_both(
+    name: str, tmp_path: Path
+) -> None:
+    tree, meant = FILES[name]
+    said = {"optim.lr": 7e-4, "optim.clip": 0.25, "optim.weight_decay": 0.5, "optim.warmup": 3}
+    said |= {"parallel.offload": "none", "optim.schedule": "cosine", "train.precision": "fp16"}
+    wrong = {key for key in said if key in meant and meant[key] != said[key]}
+    if name == "of long ago":
+        wrong.add("optim.weight_decay")  # its adam_w_mode is another decay
+    if name == "trainer, stage 2":
+        wrong.add("optim.schedule")
+    overrides = tuple(f"{key}={value}" for key, value in said.items())
+    if not wrong:
+        config = loaded(tmp_path, tree, overrides)
+        assert config.optim.lr == 7e-4 and config.train.precision == "fp16"
+        return
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path, tree, overrides)
+    for key in wrong - {"optim.weight_decay"}:
+        assert f"but {key} is {said[key]}" in str(caught.value), key
+    if name == "of long ago":
+        assert "adam_w_mode is false, but weight decay is AdamW's" in str(caught.value)
+
+
+def test_wishes_that_change_no_result_are_left_aside_with_a_line(tmp_path: Path) -> None:
+    tree = {
+        "zero_optimization": {**STAGE_2, "round_robin_gradients": True, "offload_param": CPU},
+        "zero_force_ds_cpu_optimizer": True,
+        "fp16": {**SCALE, "enabled": True, "hysteresis": 4},
+    }
+    config = loaded(tmp_path, tree)
+    path = tmp_path / "ds.json"
+    assert unused(config) == [
+        f"parallel.deepspeed {path}: zero_optimization.round_robin_gradients true is not used: "
+        "checkpoints need parameters in their order",
+        f'parallel.deepspeed {path}: zero_optimization.offload_param.device "cpu" is not used: '
+        "only zero3 has parameters to offload",
+        f"parallel.deepspeed {path}: zero_force_ds_cpu_optimizer true is not used: "
+        "AdamW is torch's",
+        f"parallel.deepspeed {path}: fp16.hysteresis 4 is not used: "
+        "the loss is scaled by a rule that all strategies share",
+    ]
+
+
+def test_a_schedule_of_the_file_is_ours_or_refused(tmp_path: Path) -> None:
+    for kind, ours in (("WarmupLR", "constant"), ("WarmupCosineLR", "cosine")):
+        tree = {"zero_optimization": {"stage": 1}, "scheduler": {"type": kind, "params": {}}}
+        config = loaded(tmp_path, tree)
+        assert (config.optim.schedule, config.optim.warmup) == (ours, 1000)
+    tree["scheduler"] = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-5}}
+    with pytest.raises(UserError, match=r'scheduler.type is "OneCycle", but optim.schedule is'):
+        loaded(tmp_path, tree)
+    tree["scheduler"] = {"type": "WarmupLR", "params": {**WARM, "warmup_type": "log"}}
+    with pytest.raises(UserError, match=r'warmup_type is "log", but rates rise linearly from zero'):
+        loaded(tmp_path, tree)
 
 
 def test_known_keys_are_those_of_deepspeed() -> None:
