@@ -131,6 +131,7 @@ def prepare(
         newest = Plan.of(index, config.data, config.run.seed)
         _check_usable(config, index, newest)
         plan = history.follow(folder, index, config.data, config.run.seed, cursor)
+        _check_task_weights(config, history.tasks(folder))
         rejected = [*index.rejected, *_oversize(newest, index, config), *rejected]
     else:
         plan = history.load(folder)
@@ -138,6 +139,16 @@ def prepare(
     if train:
         _check_names(config, encoder, steps)
     return Prepared(config, encoder, index, evaluation, plan, steps, rejected)
+
+
+def _check_task_weights(config: Config, tasks: list[str]) -> None:
+    """A name that no example has would weigh nothing, without a word."""
+    for name in config.train.task_weights:
+        if name not in tasks:
+            raise UserError(
+                f"train.task_weights: {name} is no task of the training data, which has "
+                f"{', '.join(sorted(tasks))}; name one of these"
+            )
 
 
 def read_train(config: Config, folder: Path, say: Say = _silent) -> tuple[Encoder, Index]:

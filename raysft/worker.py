@@ -88,6 +88,7 @@ def build_model(
 
         quantization = nf4(config)
     adapter = models.build(config.model, config.data, encoder, config.run.seed, quantization)
+    adapter.task_weights.update(config.train.task_weights)
     adapters = None
     if config.peft.method != "none":
         from raysft.models.peft import add_adapters  # peft takes 2 s to import

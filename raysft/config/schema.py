@@ -104,7 +104,8 @@ class Data(Section):
     order: Literal["shuffled", "sequential"] = Field("shuffled", description="order of examples")
     mix: dict[str, PositiveFloat] = Field(
         default_factory=dict,
-        description="share of each task in every step, e.g. {asr: 0.5, tts: 0.5}",
+        description="share of each task in the micro-batches of every step (not of examples or "
+        "loss), e.g. {asr: 0.5, tts: 0.5}",
     )
     window: PositiveInt = Field(4096, description="examples planned, packed and shuffled together")
     extend: bool = Field(
@@ -338,6 +339,10 @@ class Train(Section):
         None, description="optimizer steps (default: train.epochs)"
     )
     epochs: PositiveInt | None = Field(None, description="passes over the data (default 1)")
+    task_weights: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description="weight of a task's tokens in the loss, e.g. {asr: 1.0, tts: 0.5}; default 1",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="bf16, fp16: products in half precision over fp32 master weights; fp16 scales "

@@ -16,7 +16,7 @@ What a batch holds (int64 but for the masks; R rows of L positions, M supervised
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,7 +32,14 @@ from raysft.errors import UserError
 from raysft.models import generation, targets
 from raysft.models.attention import document_mask
 from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
-from raysft.models.loss import chunk_rows, chunked_losses, cross_entropy, head_is_last, in_one_call
+from raysft.models.loss import (
+    chunk_rows,
+    chunked_losses,
+    cross_entropy,
+    head_is_last,
+    in_one_call,
+    weighted_sum,
+)
 
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
@@ -41,7 +48,8 @@ PREFIX = "lm."
 class LossSum(NamedTuple):
     """Cross-entropies summed over supervised tokens (float32), and how many those are.
 
-    by_task holds (detached sum, count) for every task collated so far. penalty: on the weights,
+    sum: in training each is times its task's weight; by_task never is: it holds (detached sum,
+    count) for every task collated so far. penalty: on the weights,
     to be added once a step. A tuple, so that FSDP2 and DDP find the tensors in it.
     """
 
@@ -54,14 +62,18 @@ class LossSum(NamedTuple):
 class Supervised(nn.Module):
     """The model with its loss as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
 
-    tasks: names by task number; the adapter appends as it meets new ones. penalty: gives the
-    term that training adds to the loss once a step.
+    tasks: names by task number; the adapter appends as it meets new ones. weights: of tasks in
+    the loss that is trained, 1 where none is given. penalty: gives the term that training adds to
+    the loss once a step.
     """
 
-    def __init__(self, net: PreTrainedModel, tasks: list[str]) -> None:
+    def __init__(
+        self, net: PreTrainedModel, tasks: list[str], weights: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__()
         self.lm = net
         self.tasks = tasks
+        self.weights = {} if weights is None else weights
         self.penalty: Callable[[], torch.Tensor] | None = None
         self._keep: torch.Tensor | None = None
         self._columns = 0  # of input_ids
@@ -96,9 +108,13 @@ class Supervised(nn.Module):
         if "documents" in inputs:
             ends = inputs.pop("documents")
             inputs["attention_mask"] = document_mask(ends, inputs["input_ids"].device)
-        losses, total = self._losses(inputs, batch["keep"], batch["targets"])
-        # By comparison, not by scattered additions: the same bits every time on a GPU too.
         names = list(self.tasks)  # the thread that lays out the next batches may add to them
+        weights = None
+        if self.weights and self.training:
+            by_name = [float(self.weights.get(name, 1.0)) for name in names]
+            weights = torch.tensor(by_name or [1.0], device=batch["tasks"].device)[batch["tasks"]]
+        losses, total = self._losses(inputs, batch["keep"], batch["targets"], weights)
+        # By comparison, not by scattered additions: the same bits every time on a GPU too.
         numbers = torch.arange(len(names), device=losses.device).unsqueeze(1)
         chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
         sums, counts = (chosen * losses.detach()).sum(1), chosen.sum(1).long()
@@ -108,9 +124,13 @@ class Supervised(nn.Module):
         return LossSum(total, count, by_task, penalty)
 
     def _losses(
-        self, inputs: Batch, keep: torch.Tensor, targets: torch.Tensor
+        self,
+        inputs: Batch,
+        keep: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 losses [M] and their sum, which has the graph.
+        """Float32 losses [M] and their weighted sum, which has the graph.
 
         Those of many rows are made inside the head, which returns them as logits [1, M + 1, 1]:
         whatever is hooked to the head sees one call, on every worker.
@@ -120,7 +140,7 @@ class Supervised(nn.Module):
         own, compute = head.__dict__.get("forward"), head.forward
         if chunked:
             head.forward = lambda hidden: chunked_losses(
-                head, compute, hidden[0], targets, rows
+                head, compute, hidden[0], targets, rows, weights
             ).view(1, -1, 1)
         self._keep, self._columns = keep, inputs["input_ids"].shape[1]
         try:
@@ -134,7 +154,7 @@ class Supervised(nn.Module):
         if chunked:
             return logits[:-1, 0].detach(), logits[-1, 0]
         losses = cross_entropy(logits, targets)
-        return losses, losses.sum()
+        return losses, weighted_sum(losses, weights)
 
 
 class Adapter(ABC):
@@ -163,7 +183,8 @@ class Adapter(ABC):
         self.tokenizer = tokenizer
         self.mode = mode
         self.tasks: list[str] = []
-        self.supervised = Supervised(net, self.tasks)
+        self.task_weights: dict[str, float] = {}  # in the loss that is trained
+        self.supervised = Supervised(net, self.tasks, self.task_weights)
         configured = net.generation_config.eos_token_id
         stops = {*stop_ids, tokenizer.eos_token_id}
         stops |= set(configured if isinstance(configured, list) else [configured])
@@ -182,7 +203,7 @@ class Adapter(ABC):
         """Compute with `model`, which holds `net` (or is it, changed), from here on."""
         self.supervised.release()
         self.model = model
-        self.supervised = Supervised(model, self.tasks)
+        self.supervised = Supervised(model, self.tasks, self.task_weights)
 
     # -- batches ---------------------------------------------------------------------------------
 

@@ -71,25 +71,35 @@ def _of_hidden(forward: Forward, hidden: torch.Tensor, targets: torch.Tensor) ->
     return cross_entropy(forward(hidden), targets)
 
 
+def weighted_sum(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Sum of losses [M], each times its weight (float32 [M]; None: all are 1)."""
+    return losses.sum() if weights is None else (losses * weights).sum()
+
+
 def chunked_losses(
-    head: nn.Module, forward: Forward, hidden: torch.Tensor, targets: torch.Tensor, rows: int
+    head: nn.Module,
+    forward: Forward,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Of hidden [M, H]: [M + 1], `cross_entropy` without a gradient and, last, its sum with one.
 
     rows: how many have logits at a time. forward: what the head computes, without its hooks, whose
-    work is done when this is called.
+    work is done when this is called. weights: of each loss in the sum, float32 [M]; None: 1.
     """
     parts = list(zip(hidden.split(rows), targets.split(rows), strict=True))
     if not torch.is_grad_enabled():
         losses = torch.cat([_of_hidden(forward, *part) for part in parts])
-        return torch.cat([losses, losses.sum().unsqueeze(0)])
+        return torch.cat([losses, weighted_sum(losses, weights).unsqueeze(0)])
     if not _in_float16(hidden):
         trained = [p for p in head.parameters() if p.requires_grad]
-        losses, total = _Ahead.apply(forward, rows, targets, hidden, *trained)
+        losses, total = _Ahead.apply(forward, rows, targets, weights, hidden, *trained)
     else:
         found = [checkpoint(_of_hidden, forward, *part, use_reentrant=False) for part in parts]
         losses = torch.cat(found)
-        total = losses.sum()
+        total = weighted_sum(losses, weights)
     return torch.cat([losses.detach(), total.unsqueeze(0)])
 
 
@@ -102,15 +112,18 @@ class _Ahead(torch.autograd.Function):
         forward: Forward,
         rows: int,
         targets: torch.Tensor,
+        weights: torch.Tensor | None,
         hidden: torch.Tensor,
         *trained: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses, by_hidden, by_trained = [], [], []
-        for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        parts = hidden.split(rows)
+        each = weights.split(rows) if weights is not None else (None,) * len(parts)
+        for part, wanted, weight in zip(parts, targets.split(rows), each, strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
                 found = _of_hidden(forward, leaf, wanted)
-                total = found.sum()
+                total = weighted_sum(found, weight)
             first, *rest = torch.autograd.grad(total, (leaf, *trained))
             losses.append(found.detach())
             by_hidden.append(first)
@@ -121,12 +134,12 @@ class _Ahead(torch.autograd.Function):
         ctx.save_for_backward(torch.cat(by_hidden), *by_trained)
         joined = torch.cat(losses)
         ctx.mark_non_differentiable(joined)
-        return joined, joined.sum()
+        return joined, weighted_sum(joined, weights)
 
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor, factor: torch.Tensor) -> tuple[Any, ...]:
         # In place, for the head's gradient is large. A second backward pass would be refused.
-        return (None, None, None, *(g.mul_(factor) for g in ctx.saved_tensors))
+        return (None, None, None, None, *(g.mul_(factor) for g in ctx.saved_tensors))
 
 
 def _in_float16(hidden: torch.Tensor) -> bool:

@@ -1,8 +1,9 @@
 """One optimizer step: K micro-batches, one from each lane, whatever the number of workers.
 
-The loss of a step is the sum over all its supervised tokens divided by their global count. Workers
-average gradients, so each scales its sum by (workers / global tokens): the result does not depend
-on how many workers share the lanes, nor on how tokens fall to them.
+The loss of a step is the sum over all its supervised tokens, each times its task's weight
+(`train.task_weights`), divided by their global count. Workers average gradients, so each scales its
+sum by (workers / global tokens): the result does not depend on how many workers share the lanes,
+nor on how tokens fall to them.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def forward_backward(
 ) -> torch.Tensor:
     """Accumulate the gradient of the step's loss; returns float64 [2, 1 + tasks] of this worker.
 
-    Row 0 holds summed losses, row 1 supervised tokens: in all, then by task. A penalty on the
+    Row 0 holds summed losses, row 1 supervised tokens: in all (losses times their tasks' weights),
+    then by task (as they are). A penalty on the
     weights counts once a step, not once a token, and is in no reported loss.
     """
     sums = torch.zeros(2, 1 + len(tasks), dtype=torch.float64, device=world.device)

@@ -129,3 +129,37 @@ def test_the_same_clips_are_quarantined_after_kills_and_at_any_world_size(
     found = {Path(line["path"]): line["reason"].split(": ")[1] for line in listed[0]}
     assert set(found) == {paths[number] for number in (5, 23, 41)}
     assert "NaN or infinite" in found[paths[5]] and "silent" in found[paths[41]]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp", "zero2", "zero3"))],
+)
+def test_weights_of_tasks_mean_the_same_for_every_world_size(
+    strategy: str, make_clips: Callable[..., Path], tmp_path: Path
+) -> None:
+    corpus = make_clips(40, tasks=("asr", "qa"))
+    runs = {}
+    for name, size, weights in (("one", 1, {"qa": 0.3}), ("two", 2, {"qa": 0.3}), ("flat", 1, {})):
+        kind = "ddp" if size == 1 else strategy
+        config = write_config(
+            tmp_path,
+            corpus,
+            name,
+            parallel__strategy=kind,
+            train__task_weights=weights,
+            train__max_steps=6,
+            data__prompts={"asr": "a", "qa": "q"},
+        )
+        assert worlds.run(size, config) == 0
+        runs[name] = read_lines(tmp_path / "runs" / name / "metrics.jsonl")
+    for one, two in zip(runs["one"], runs["two"], strict=True):
+        for key in ("loss", "loss/asr", "loss/qa", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+    weighted, flat = runs["one"][0], runs["flat"][0]
+    for key in ("loss/asr", "loss/qa"):  # unweighted, of the same weights
+        assert weighted[key] == flat[key]
+    # of the same tokens: loss = share x asr + (1 - share) x weight x qa
+    share = (flat["loss"] - flat["loss/qa"]) / (flat["loss/asr"] - flat["loss/qa"])
+    expected = share * flat["loss/asr"] + (1 - share) * 0.3 * flat["loss/qa"]
+    assert weighted["loss"] == pytest.approx(expected, rel=1e-6)

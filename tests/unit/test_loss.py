@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -104,6 +105,45 @@ def test_the_loss_is_that_of_the_heads_weights_alone() -> None:
     assert found[-1].item() == pytest.approx(expected.sum().item(), rel=1e-6)
     for x, gradient in zip((hidden, *head.parameters()), wanted, strict=True):
         torch.testing.assert_close(x.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [None, torch.float16])
+@pytest.mark.parametrize("rows", [CHUNKED, WHOLE])
+def test_weights_of_tasks_are_those_of_a_plain_sum(
+    rows: int, half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is trained is weighted; what is reported by task, and in evaluation, is not."""
+    adapter = make("llama")
+    documents = sequences(adapter, LENGTHS)
+    for number, document in enumerate(documents):
+        document.task = ("asr", "tts", "other")[number % 3]
+    batch = adapter.collate(batch_of(*documents))
+    plain, weights = [], {"asr": 0.25, "tts": 3.0}
+    with torch.autocast("cpu", half) if half else nullcontext():
+        for document in documents:  # one by one, by torch alone
+            ids, labels = (
+                torch.tensor(np.asarray(x)).long() for x in (document.input_ids, document.labels)
+            )
+            logits = adapter.model(ids[None]).logits[0, :-1].float()
+            loss = F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+            plain.append((document.task, loss))
+    total = sum(weights.get(task, 1.0) * loss for task, loss in plain)
+    (total * 0.5).backward()
+    wanted = gradients(adapter)
+    adapter.model.zero_grad()
+    adapter.task_weights.update(weights)
+    monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(rows))
+    for training in (False, True):
+        adapter.supervised.train(training)
+        with torch.autocast("cpu", half) if half else nullcontext():
+            found = adapter.loss(batch)
+        expected = total.item() if training else sum(loss.item() for _, loss in plain)
+        assert found.sum.item() == pytest.approx(expected, rel=3e-3 if half else 1e-5)
+        for task in ("asr", "tts", "other"):
+            alone = sum(loss.item() for name, loss in plain if name == task)
+            assert found.by_task[task][0].item() == pytest.approx(alone, rel=3e-3 if half else 1e-5)
+    (found.sum * 0.5).backward()
+    assert worst(gradients(adapter), wanted) < (2e-2 if half else 1e-5)
 
 
 def test_without_gradients_the_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

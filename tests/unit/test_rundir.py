@@ -102,6 +102,14 @@ def test_auto_refuses_another_config_and_names_weights_only(home: Path) -> None:
     assert files(run) == before
 
 
+def test_weights_of_tasks_belong_to_the_run_and_name_tasks_of_the_data(home: Path) -> None:
+    with pytest.raises(UserError, match=r"train.task_weights.text \(was None, now 0.5\)"):
+        open_run(tiny(home, train__task_weights={"text": 0.5}))
+    config = tiny(home, "other", train__task_weights={"txt": 0.5})
+    with pytest.raises(UserError, match=r"txt is no task of the training data, which has text; "):
+        start(config, ONE)
+
+
 def test_how_often_is_saved_and_the_like_may_change(home: Path) -> None:
     free = {
         "checkpoint__every": 3,
