@@ -138,8 +138,8 @@ def test_the_same_clips_are_quarantined_after_kills_and_at_any_world_size(
 def test_weights_of_tasks_mean_the_same_for_every_world_size(
     strategy: str, make_clips: Callable[..., Path], tmp_path: Path
 ) -> None:
-    corpus = make_clips(40, tasks=("asr", "qa"))
-    runs = {}
+    corpus, runs = make_clips(20), {}
+    sources = [str(corpus), {"path": str(make_clips(20, seed=1)), "task": "qa"}]
     for name, size, weights in (("one", 1, {"qa": 0.3}), ("two", 2, {"qa": 0.3}), ("flat", 1, {})):
         kind = "ddp" if size == 1 else strategy
         config = write_config(
@@ -149,6 +149,7 @@ def test_weights_of_tasks_mean_the_same_for_every_world_size(
             parallel__strategy=kind,
             train__task_weights=weights,
             train__max_steps=6,
+            data__train=sources,
             data__prompts={"asr": "a", "qa": "q"},
         )
         assert worlds.run(size, config) == 0
@@ -159,7 +160,8 @@ def test_weights_of_tasks_mean_the_same_for_every_world_size(
     weighted, flat = runs["one"][0], runs["flat"][0]
     for key in ("loss/asr", "loss/qa"):  # unweighted, of the same weights
         assert weighted[key] == flat[key]
-    # of the same tokens: loss = share x asr + (1 - share) x weight x qa
+    # of the same tokens: loss = share x asr + (1 - share) x weight x qa; the share is a quotient
+    # of small differences
     share = (flat["loss"] - flat["loss/qa"]) / (flat["loss/asr"] - flat["loss/qa"])
     expected = share * flat["loss/asr"] + (1 - share) * 0.3 * flat["loss/qa"]
-    assert weighted["loss"] == pytest.approx(expected, rel=1e-6)
+    assert weighted["loss"] == pytest.approx(expected, rel=1e-3)

@@ -106,7 +106,7 @@ def test_weights_of_tasks_belong_to_the_run_and_name_tasks_of_the_data(home: Pat
     with pytest.raises(UserError, match=r"train.task_weights.text \(was None, now 0.5\)"):
         open_run(tiny(home, train__task_weights={"text": 0.5}))
     config = tiny(home, "other", train__task_weights={"txt": 0.5})
-    with pytest.raises(UserError, match=r"txt is no task of the training data, which has text; "):
+    with pytest.raises(UserError, match=r"txt is no task of the training data, which has asr; "):
         start(config, ONE)
 
 
