@@ -1,8 +1,10 @@
-"""Evaluate the newest checkpoint of a run: WER and CER by generation, loss and perplexity by task.
+"""Evaluate a checkpoint of a run: WER and CER by generation, loss and perplexity by task.
 
-python jobs/evaluate.py RUN [--data SOURCE] [key=value ...] [--debug]
+python jobs/evaluate.py RUN [--data SOURCE] [--step N|best|last] [key=value ...] [--debug]
 
-RUN is a run's folder. SOURCE replaces its data.eval.
+RUN is a run's folder. SOURCE replaces its data.eval. Without --step it is the newest checkpoint;
+best: by checkpoint.best. Figures, every reference and hypothesis, and the config they were made
+with go to a new folder below RUN/evaluations; nothing of the run is changed, be it under way.
 """
 
 from __future__ import annotations
@@ -19,18 +21,21 @@ from raysft.rundir import reopen
 
 def main(argv: Sequence[str]) -> None:
     """Load the run's config, replace what the command line says, evaluate."""
-    arguments = parse(argv, __doc__ or "", positional=1, flags=["data="])
+    arguments = parse(argv, __doc__ or "", positional=1, flags=["data=", "step="])
     overrides = list(arguments.overrides)
     if "data" in arguments.flags:
         overrides.append(f"data.eval=[{arguments.flags['data']!r}]")
-    config = reopen(Path(arguments.positional[0]), overrides)
+    run = Path(arguments.positional[0])
+    config = reopen(run, [*overrides, "checkpoint.resume=auto"])
 
     from raysft import launch, prepare
     from raysft.session import ray_session
 
-    prepare.check(config)
+    prepare.check_evaluation(config)
     with ray_session():
-        outcome = launch.run(config, ProgressLine(), task="evaluate")
+        outcome = launch.evaluate(
+            config, run.absolute(), ProgressLine(), str(arguments.flags.get("step", "last"))
+        )
     print(outcome.describe())
 
 

@@ -1,6 +1,8 @@
-"""Write the newest checkpoint of a run as a folder that transformers loads by from_pretrained.
+"""Write a checkpoint of a run as a folder that transformers loads by from_pretrained.
 
-python jobs/export.py RUN OUT [--merge] [--debug]
+python jobs/export.py RUN OUT [--step N|best|last] [--merge] [--debug]
+
+Without --step it is the newest; best: by the run's checkpoint.best.
 
 Of a run with adapters (peft.method) the folder is the adapter, for PeftModel.from_pretrained; with
 --merge it is the whole model, adapter included. Where the run has added tokens to the tokenizer,
@@ -20,14 +22,15 @@ from raysft.cli import guarded, parse
 
 def main(argv: Sequence[str]) -> None:
     """Needs neither Ray nor the training data."""
-    arguments = parse(argv, __doc__ or "", positional=2, flags=["merge"], keys=False)
+    arguments = parse(argv, __doc__ or "", positional=2, flags=["merge", "step="], keys=False)
 
     from raysft.export import export_run
     from raysft.session import check_kept
 
     run, out = (Path(word) for word in arguments.positional)
     check_kept(OUT=out)
-    step = export_run(run, out, merge="merge" in arguments.flags)
+    wanted = str(arguments.flags.get("step", "last"))
+    step = export_run(run, out, merge="merge" in arguments.flags, step=wanted)
     print(f"exported step {step} to {out}")
 
 

@@ -15,6 +15,7 @@ from raysft.config.aliases import our_key, our_value
 from raysft.config.load import all_keys, describe
 from raysft.errors import UserError
 from raysft.failures import told
+from raysft.train.evaluations import table
 
 
 @dataclass
@@ -138,8 +139,7 @@ class ProgressLine:
         elif "workers" in line:
             self.say(f"{line['workers']} worker(s) started on node(s) {', '.join(line['nodes'])}")
         elif "eval" in line:
-            values = "  ".join(f"{k} {_short(k, v)}" for k, v in line["eval"].items())
-            self.say(f"evaluation at step {line['step']}: {values}")
+            self.say(f"evaluation at step {line['step']}\n{table(line['eval'])}")
         else:
             self._step(line)
 
@@ -175,6 +175,8 @@ class ProgressLine:
             text = f"begun again with {line['workers']} worker(s) ({line['reason']})"
         elif kind == "skipped":
             text = f"checkpoint skipped: {line['reason']}"
+        elif kind == "warning":
+            text = f"warning: {line['reason']}"
         elif kind == "stopped":
             text = f"saved and stopped after step {line['step']}"
         else:
@@ -248,9 +250,3 @@ def _clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{whole % 60:02d}"
     return f"{minutes}:{whole % 60:02d}"
-
-
-def _short(key: str, value: float) -> str:
-    if key.startswith(("wer/", "cer/")):
-        return f"{value:.2%}"
-    return f"{value:.4g}"

@@ -29,8 +29,9 @@ from raysft.models.peft import VIRTUAL, merge_adapters
 from raysft.parallel.native import HALF
 from raysft.run import identity
 from raysft.rundir import base_in, base_of, read_config
-from raysft.train.catalogue import Catalogue, Saved
+from raysft.train.catalogue import Saved
 from raysft.train.checkpoint import read_weights
+from raysft.train.evaluations import choose
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +67,17 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> Path:
     return target
 
 
-def export_run(run: Path, folder: Path, merge: bool = False) -> int:
-    """Export the newest sound checkpoint of the run in `run`; returns its step.
+def export_run(run: Path, folder: Path, merge: bool = False, step: str = "last") -> int:
+    """Export a checkpoint of the run in `run`; returns its step.
 
-    merge: of a run with adapters the whole model, not the adapter. Raises UserError where there is
-    no checkpoint, or it cannot give what is asked for. A newer one that is damaged is named in a
-    warning.
+    step: a step, `best` (by checkpoint.best) or `last`, the newest sound one. merge: of a run with
+    adapters the whole model, not the adapter. Raises UserError where there is no such checkpoint,
+    or it cannot give what is asked for. A newer one that is damaged is named in a warning.
     """
     config = read_config(run)
-    found, skipped = Catalogue.of(config.checkpoint, run).newest(Saved.damage)
+    found, skipped = choose(run, config.checkpoint, step, Saved.damage)
     for reason in skipped:
         log.warning("skipped: %s", reason)
-    if found is None:
-        raise UserError(f"{run}: no committed checkpoint to export; train first")
     method = config.peft.method
     if merge and method == "none":
         raise UserError("export --merge: this run trained all weights; there is nothing to merge")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -35,10 +37,12 @@ from raysft.data.stream import RayReader, ReaderSpec
 from raysft.errors import UserError
 from raysft.group import Shares, died, interruptible, reason_of, thread_settings
 from raysft.prepare import Prepared
-from raysft.rundir import open_run, settled, with_budget, write_config
-from raysft.train.catalogue import Catalogue, Saved
+from raysft.rundir import new_evaluation, open_run, settled, with_budget, write_config
+from raysft.train.catalogue import Catalogue, Saved, unreadable
+from raysft.train.evaluations import Evaluation, Evaluations, Measure, choose, table
 from raysft.train.metrics import Lines, quarantine_line, read_lines
 from raysft.train.monitor import LEAVE, SAVE, Monitor
+from raysft.train.storage import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -49,25 +53,27 @@ ROOM_WITHIN_S = 10.0
 
 @dataclass
 class Outcome:
-    """How a run ended."""
+    """How a run, or an evaluation, ended."""
 
     folder: Path
     step: int
-    evaluation: dict[str, float]
+    evaluation: dict[str, Any]  # the last line of eval.jsonl; {}: there is none
 
     def describe(self) -> str:
         """What the user sees at the end."""
-        lines = [f"{name:<24} {_figure(name, value)}" for name, value in self.evaluation.items()]
-        return "\n".join([*lines, f"run folder: {self.folder} (step {self.step})"])
+        folder = f"run folder: {self.folder} (step {self.step})"
+        if not self.evaluation:
+            return folder
+        return f"evaluation at step {self.evaluation['step']}\n{table(self.evaluation)}\n{folder}"
 
 
-def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
-    """Train (or continue) the run, or with task="evaluate" evaluate its newest checkpoint.
+def run(config: Config, progress: Progress) -> Outcome:
+    """Train (or continue) the run.
 
-    Ctrl-C and SIGTERM, while training: saves, then raises KeyboardInterrupt or SystemExit.
+    Ctrl-C and SIGTERM: saves, then raises KeyboardInterrupt or SystemExit.
     """
     config = settled(config)
-    start = Start(open_run(config), task)
+    start = Start(open_run(config))
     try:
         return _run(config, start, progress)
     except KeyboardInterrupt:
@@ -75,6 +81,42 @@ def run(config: Config, progress: Progress, task: str = "train") -> Outcome:
     except SystemExit:
         print(start.left(config), file=sys.stderr, flush=True)
         raise
+
+
+def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") -> Outcome:
+    """Evaluate a checkpoint of the run in `run`, as `config` says, into a folder of its own below
+    it; nothing else there is written. step: a step, `best` or `last`.
+
+    Raises UserError where there is no such checkpoint, or nothing to evaluate it on.
+    """
+    Shares.of(config)
+    config = settled(config)
+    saved, skipped = choose(run, config.checkpoint, step, unreadable)
+    for reason in skipped:
+        log.warning("skipped: %s", reason)
+
+    def say(text: str) -> None:
+        progress({"doing": text})
+
+    say(f"evaluating step {saved.step} of {run}")
+    folder = new_evaluation(run, saved.step, config)
+    try:
+        encoder, index = prepare.read_eval(config, run, folder, say)
+        _record_rejected(folder, index.rejected)
+        settings = {
+            "eval": ((str(index.folder), len(index)),),
+            "encoder": ray.put(encoder),
+            "evaluated": {"run": str(run), "step": saved.step},
+        }
+        _workers(config, folder, settings, saved.step, progress)
+        (line,) = read_lines(folder / "eval.jsonl")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; nothing was recorded, the run is as it was") from None
+    finally:
+        shutil.rmtree(folder / "ray_train", ignore_errors=True)
+        if not (folder / "eval.jsonl").exists():  # it holds no figures
+            shutil.rmtree(folder, ignore_errors=True)
+    return Outcome(folder, saved.step, line)
 
 
 def dry_run(config: Config, progress: Progress) -> str:
@@ -88,14 +130,11 @@ class Start:
     """One submission: since when, of what; and where it leaves the run when it is interrupted."""
 
     folder: Path
-    task: str
     at: float = field(default_factory=time.time)
     total_steps: int | None = None  # once there is a plan
 
     def left(self, config: Config) -> str:
         """Where the run stands, and what the same command does then."""
-        if self.task == "evaluate":
-            return "interrupted; nothing was recorded, the run is as it was"
         try:
             saved, _ = Catalogue.of(config.checkpoint, self.folder).newest()
         except (OSError, UserError) as error:
@@ -116,29 +155,24 @@ class Start:
 
 
 def _run(config: Config, start: Start, progress: Progress) -> Outcome:
-    folder, task = start.folder, start.task
+    folder = start.folder
     catalogue = Catalogue.of(config.checkpoint, folder)
 
     def say(text: str) -> None:
         progress({"doing": text})
 
     Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
-    if config.data.tokens_per_batch == "auto" and task == "train":
+    if config.data.tokens_per_batch == "auto":
         encoder, index = prepare.read_train(config, folder, say)
         say("trying budgets for data.tokens_per_batch: auto, with real steps")
         config = with_budget(config, budget.find(config, folder, encoder, index))
         write_config(config, folder)
     saved, _ = catalogue.newest()
     cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
-    prepared = prepare.prepare(config, folder, cursor, task == "train", say)
+    prepared = prepare.prepare(config, folder, cursor, say)
     start.total_steps = prepared.total_steps
-    if task == "evaluate":
-        if saved is None:
-            raise UserError(f"{folder}: no committed checkpoint to evaluate; train first")
-        if prepared.eval is None:
-            raise UserError("data.eval: empty; name a source, e.g. --data test.jsonl")
     _record_rejected(folder, prepared.rejected)
-    if task == "train" and saved is not None:
+    if saved is not None:
         if _nothing_left(prepared, folder, catalogue):
             say(f"{folder} is finished: all {prepared.total_steps} steps are trained")
             return _outcome(folder, catalogue)
@@ -146,36 +180,53 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
             say(f"continuing {folder} from step {saved.step}")
         else:
             say(f"{folder} is trained to its last step, {saved.step}; its evaluation is left")
-    # On this node: while the driver lives, so does the monitor, whatever other nodes are lost.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    monitor = (
-        ray.remote(Monitor)
-        .options(num_cpus=0, scheduling_strategy=here)
-        .remote(
-            config.parallel.max_failures, config.parallel.backoff_s, saved.step if saved else -1
-        )
-    )
-    watch = Watch(monitor, progress)
-    say(f"starting workers ({config.parallel.strategy})")
+    settings = {
+        "train": tuple(history.places(folder)),
+        "eval": ((str(prepared.eval.folder), len(prepared.eval)),) if prepared.eval else None,
+        "encoder": ray.put(prepared.encoder),
+        "total_steps": prepared.total_steps,
+        "examples": len(prepared.train) + len(prepared.train.rejected),
+        "submitted": start.at,
+        "summary": prepare.summary(prepared, folder),
+    }
     try:
-        _fit(prepared, start, monitor)
-        _raise_mistake(monitor)
+        _workers(config, folder, settings, saved.step if saved else -1, progress)
     except UserError as error:
         with contextlib.suppress(OSError):  # a full disk is what it may be about
             events = Lines(folder / "events.jsonl")
             events.write({"time": round(time.time(), 3), "event": "failed", "reason": str(error)})
             events.close()
         raise
+    return _outcome(folder, catalogue)
+
+
+def _workers(
+    config: Config, folder: Path, settings: dict[str, Any], step: int, progress: Progress
+) -> None:
+    """Start workers, and start them again, until they have done what `settings` say.
+
+    step: of the checkpoint they begin with, -1 for none. Raises UserError where it cannot be done.
+    """
+    # On this node: while the driver lives, so does the monitor, whatever other nodes are lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = (
+        ray.remote(Monitor)
+        .options(num_cpus=0, scheduling_strategy=here)
+        .remote(config.parallel.max_failures, config.parallel.backoff_s, step)
+    )
+    watch = Watch(monitor, progress)
+    progress({"doing": f"starting workers ({config.parallel.strategy})"})
+    try:
+        _fit(config, folder, settings, monitor)
+        _raise_mistake(monitor)
     finally:
         watch.close()
-    return _outcome(folder, catalogue)
 
 
 def _outcome(folder: Path, catalogue: Catalogue) -> Outcome:
     lines = read_lines(folder / "eval.jsonl")
-    evaluation = {k: v for k, v in lines[-1].items() if k != "step"} if lines else {}
     saved, _ = catalogue.newest()
-    return Outcome(folder, saved.step if saved else 0, evaluation)
+    return Outcome(folder, saved.step if saved else 0, lines[-1] if lines else {})
 
 
 def _nothing_left(prepared: Prepared, folder: Path, catalogue: Catalogue) -> bool:
@@ -183,16 +234,21 @@ def _nothing_left(prepared: Prepared, folder: Path, catalogue: Catalogue) -> boo
     newest, _ = catalogue.newest()
     if newest is None or newest.step < prepared.total_steps:
         return False
-    if _evaluation_due(prepared.config, folder, newest.step) and prepared.eval is not None:
+    if _evaluation_due(prepared.config, folder, newest.step, prepared.eval):
         return False
     sound, _ = catalogue.newest(Saved.damage)
     return sound is not None and sound.step == newest.step
 
 
-def _evaluation_due(config: Config, folder: Path, step: int) -> bool:
-    """Whether the evaluation of the last step is still to be made."""
-    done = {line["step"] for line in read_lines(folder / "eval.jsonl")}
-    return bool(config.data.eval) and config.evaluate.at_end and step not in done
+def _evaluation_due(config: Config, folder: Path, step: int, index: Index | None = None) -> bool:
+    """Whether the evaluation of the last step is still to be made. index: of data.eval, where that
+    was read already; without it any evaluation of all examples counts as that one."""
+    if not config.data.eval or not config.evaluate.at_end:
+        return False
+    done = Evaluations.load(folder)
+    if index is not None:
+        return not done.known(step, Measure.taken(index, config.evaluate, final=True))
+    return not any(item.step == step and item.whole for item in done.items)
 
 
 def _raise_mistake(monitor: Any) -> None:
@@ -204,8 +260,7 @@ def _raise_mistake(monitor: Any) -> None:
         raise UserError(message)
 
 
-def _fit(prepared: Prepared, start: Start, monitor: Any) -> None:
-    config, folder, task = prepared.config, start.folder, start.task
+def _fit(config: Config, folder: Path, settings: dict[str, Any], monitor: Any) -> None:
     shares = Shares.of(config)
     # Ray's own watch over workers sees one that is frozen; `Watchdog` one whose thread is.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.parallel.timeout_s))
@@ -216,20 +271,13 @@ def _fit(prepared: Prepared, start: Start, monitor: Any) -> None:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_WITHIN_S) if elastic else "300"
     )
     settings = {
+        **settings,
         "config": config.model_dump(mode="json"),
         "folder": str(folder),
-        "train": tuple(history.places(folder)),
-        "eval": ((str(prepared.eval.folder), len(prepared.eval)),) if prepared.eval else None,
-        "encoder": ray.put(prepared.encoder),
-        "total_steps": prepared.total_steps,
-        "examples": len(prepared.train) + len(prepared.train.rejected),
         "threads": shares.threads,
         "data_cpus": shares.data_cpus,
         "worker_cpus": shares.per_worker["CPU"],
-        "task": task,
         "monitor": monitor,
-        "submitted": start.at,
-        "summary": prepare.summary(prepared, folder),
     }
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -256,7 +304,7 @@ def _fit(prepared: Prepared, start: Start, monitor: Any) -> None:
         ),
     )
     try:
-        grace_s = config.checkpoint.grace_s if task == "train" else 0.0
+        grace_s = 0.0 if "evaluated" in settings else config.checkpoint.grace_s
         interruptible(trainer.fit, lambda: monitor.tell.remote(LEAVE), grace_s)
     except ray.train.TrainingFailedError as error:
         _raise_mistake(monitor)
@@ -390,7 +438,7 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     left = ray.cluster_resources().get("CPU", 0.0) - world.size * settings["worker_cpus"]
     data_cpus = max(0.0, min(settings["data_cpus"], left)) / world.size
     data = worker.Data(
-        examples=settings["examples"],
+        examples=settings.get("examples", 0),
         eval=Index.load(settings["eval"][0][0]) if settings["eval"] else None,
         encoder=ray.get(settings["encoder"]),
         read_train=_reader(
@@ -412,10 +460,10 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
         progress({"workers": world.size, "nodes": nodes})
     say("building the model" if config.model.path is None else f"loading {config.model.path}")
     folder = Path(settings["folder"])
-    job = worker.build_job(config, folder, world, data, settings["total_steps"], progress)
-    if settings["task"] == "evaluate":
-        worker.evaluate_checkpoint(job)
+    if "evaluated" in settings:
+        _evaluate(config, settings, world, data, progress)
         return
+    job = worker.build_job(config, folder, world, data, settings["total_steps"], progress)
     if world.is_main and not begun:
         progress({"summary": [*settings["summary"], worker.describe(job)]})
     say("waiting for the first batch")
@@ -426,6 +474,25 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     )
     job.signal = Signal(monitor) if world.is_main else job.signal
     train(job)
+
+
+def _evaluate(
+    config: Config, settings: dict[str, Any], world: Any, data: Any, progress: Progress
+) -> None:
+    """Evaluate the checkpoint that `settings` name, into the evaluation's own folder."""
+    from raysft.worker import build_evaluator, evaluate_checkpoint
+
+    def tell(reason: str) -> None:
+        progress({"event": "warning", "reason": reason})
+
+    folder, about = Path(settings["folder"]), settings["evaluated"]
+    evaluator = build_evaluator(config, Path(about["run"]), world, data)
+    predictions = folder / "predictions.jsonl"
+    values = evaluate_checkpoint(evaluator, about["step"], predictions, tell)
+    if world.is_main:
+        measure = evaluator.evaluate.measure(True)
+        line = Evaluation(about["step"], values, measure, final=True).line(checkpoint=True)
+        write_whole(folder / "eval.jsonl", (json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 
 class Signal:
@@ -445,7 +512,7 @@ class Signal:
 def _reader(
     settings: dict[str, Any], split: str, budget: int, seed: int | None, cpus: float
 ) -> Any:
-    places = settings[split]
+    places = settings.get(split)
     if places is None:
         return None
     spec = ReaderSpec(places, settings["encoder"], budget, seed)
@@ -461,7 +528,3 @@ def _record_rejected(folder: Path, rejected: list[Quarantined]) -> None:
         if found.id not in known:
             lines.write(quarantine_line(found, 0))
     lines.close()
-
-
-def _figure(name: str, value: float) -> str:
-    return f"{value:.2%}" if name.startswith(("wer/", "cer/")) else f"{value:.4f}"

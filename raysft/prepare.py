@@ -38,8 +38,10 @@ from raysft.data.plan import Cursor, Plan, Summary
 from raysft.data.quarantine import summary as quarantined
 from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
+from raysft.evaluate.normalize import read_spelling
 from raysft.rundir import check_run, run_folder, settled, with_budget
 from raysft.session import check_kept
+from raysft.train.evaluations import metrics_of
 from raysft.train.storage import write_whole
 
 log = logging.getLogger(__name__)
@@ -88,7 +90,19 @@ def check(config: Config) -> None:
     check_run(config)
     _check_names(config)
     sources.resolve_all(config.data.train, "train")
+    _check_evaluation_data(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """As `check`, of an evaluation of a run that is there: its training data may be gone."""
+    check_run(config)
+    _check_evaluation_data(config)
+
+
+def _check_evaluation_data(config: Config) -> None:
     sources.resolve_all(config.data.eval, "eval")
+    if config.evaluate.spelling is not None:
+        read_spelling(config.evaluate.spelling)
 
 
 def _check_names(config: Config, encoder: Encoder | None = None, total_steps: int = 0) -> None:
@@ -108,37 +122,53 @@ def _check_names(config: Config, encoder: Encoder | None = None, total_steps: in
 
 
 def prepare(
-    config: Config,
-    folder: Path,
-    cursor: Cursor | None = None,
-    train: bool = True,
-    say: Say = _silent,
+    config: Config, folder: Path, cursor: Cursor | None = None, say: Say = _silent
 ) -> Prepared:
     """Encoder, indexes and plan; writes the index cache, plan.json, and a speech tokenizer.
 
     cursor: of the checkpoint that the run in `folder` goes on from; None: it starts.
-    train: False to evaluate a run that was trained: its plan is taken as it is.
     """
-    if cursor is not None or not train:
+    if cursor is not None:
         require_template(folder)
     encoder, index = read_train(config, folder, say)
     evaluation = None
     if config.data.eval:
         evaluation = _index(config, "eval", encoder, say)
-    rejected = list(evaluation.rejected) if evaluation is not None else []
-    if train:
-        say("planning batches")
-        newest = Plan.of(index, config.data, config.run.seed)
-        _check_usable(config, index, newest)
-        plan = history.follow(folder, index, config.data, config.run.seed, cursor)
-        _check_task_weights(config, history.tasks(folder))
-        rejected = [*index.rejected, *_oversize(newest, index, config), *rejected]
-    else:
-        plan = history.load(folder)
-    steps = total_steps(config, plan) if train else 0
-    if train:
-        _check_names(config, encoder, steps)
+    _check_best(config, evaluation)
+    say("planning batches")
+    newest = Plan.of(index, config.data, config.run.seed)
+    _check_usable(config, index, newest)
+    plan = history.follow(folder, index, config.data, config.run.seed, cursor)
+    _check_task_weights(config, history.tasks(folder))
+    rejected = [*index.rejected, *_oversize(newest, index, config)]
+    rejected += evaluation.rejected if evaluation is not None else []
+    steps = total_steps(config, plan)
+    _check_names(config, encoder, steps)
     return Prepared(config, encoder, index, evaluation, plan, steps, rejected)
+
+
+def _check_best(config: Config, evaluation: Index | None) -> None:
+    """Refuse a checkpoint.best that no evaluation will give."""
+    best = config.checkpoint.best
+    if best is None:
+        return
+    given = metrics_of(evaluation, config.evaluate) if evaluation is not None else []
+    if best not in given:
+        raise UserError(
+            f"checkpoint.best: {best} is not measured; an evaluation on data.eval gives "
+            f"{', '.join(given) or 'nothing: it is empty'}"
+        )
+
+
+def read_eval(config: Config, run: Path, folder: Path, say: Say = _silent) -> tuple[Encoder, Index]:
+    """Encoder and index of data.eval, to evaluate the run in `run`. Writes the index cache, and
+    into `folder` what there is to remember; of the run neither data nor plan are looked at."""
+    if not config.data.eval:
+        raise UserError("data.eval: empty; name a source, e.g. --data test.jsonl")
+    require_template(run)
+    encoder = make_encoder(config.model, config.data, run)
+    encoder.limits = Limits.of(config.data, folder)
+    return encoder, _index(config, "eval", encoder, say)
 
 
 def _check_task_weights(config: Config, tasks: list[str]) -> None:

@@ -1,13 +1,16 @@
-"""A picture of a run: loss, evaluation and throughput over steps, from the files it wrote.
+"""python -m raysft.report RUN [--out FILE.png]: a picture of a run, from the files it wrote.
 
-Dotted lines: where the run went on after a restart or a resize.
+Loss, evaluation and throughput over steps; by default RUN/report.png. Dotted lines: where the run
+went on after a restart or a resize.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raysft.cli import guarded, parse
 from raysft.errors import UserError
 from raysft.train.metrics import read_lines
 
@@ -80,3 +83,17 @@ def _speed(axis: Any, metrics: list[dict[str, Any]]) -> None:
 
 def _names(lines: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draw, and say where."""
+    arguments = parse(argv, __doc__ or "", positional=1, flags=["out="], keys=False)
+    target = Path(str(arguments.flags["out"])) if "out" in arguments.flags else None
+    try:
+        print(f"picture: {draw(Path(arguments.positional[0]), target)}")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    guarded(main)

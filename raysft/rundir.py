@@ -3,6 +3,7 @@
 config.yaml   the config as resolved, the versions of the packages it ran with, and which base it
               stands upon (see `run.identity`)
 chat_template.jinja   the template of its prompts, as it was when the run began
+evaluations/  folders of jobs/evaluate.py, each with its own config.yaml
 weights.json  which checkpoint a run with checkpoint.resume=weights_only begins with
 earlier_N/    the runs that were in this folder before such a beginning
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
@@ -101,6 +103,24 @@ def open_run(config: Config) -> Path:
     return folder
 
 
+def new_evaluation(run: Path, step: int, config: Config) -> Path:
+    """A new folder below `run` for an evaluation of `step`, with the config it is done with."""
+    sources = "_".join(source.name or Path(source.path).stem for source in config.data.eval)
+    name = f"step_{step}_" + re.sub(r"[^-.\w]+", "_", sources)[:60]
+    number = 1
+    while True:
+        folder = run / "evaluations" / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from error
+        write_config(config, folder)
+        return folder
+
+
 def write_config(config: Config, folder: Path) -> None:
     """The run's config.yaml, with the versions of the packages it runs with, and its base."""
     beside: dict[str, Any] = {"versions": _versions()}
@@ -182,8 +202,10 @@ _ITS_OWN = (
     "ledger",
     "tensorboard",
     "predictions",
+    "evaluations",
     "metrics.jsonl",
     "eval.jsonl",
+    "evaluations.json",
     "quarantine.jsonl",
     "events.jsonl",
     "plan.json",

@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +32,12 @@ from raysft.models.base import Adapter
 from raysft.parallel import Strategy, World, make_strategy
 from raysft.parallel.fsdp import blocks
 from raysft.rundir import check_base, initial_weights
-from raysft.train.catalogue import Catalogue
+from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import load_weights, newest_sound
+from raysft.train.evaluations import Measure
 from raysft.train.feed import Feed
 from raysft.train.flops import cost_of
 from raysft.train.loop import Job
-from raysft.train.metrics import Lines
 
 if TYPE_CHECKING:
     from raysft.models.peft import PeftAdapters
@@ -57,7 +56,7 @@ class Data:
     examples: int
     eval: Index | None
     encoder: Encoder
-    read_train: Read
+    read_train: Read | None
     read_eval: Read | None
 
     @classmethod
@@ -119,6 +118,7 @@ def build_job(
     cost, sizes = cost_of(adapter.model), _sizes(adapter)  # while the parameters are whole
     strategy = wrap(config, adapter, world)
     settings, half = config.data, config.train.precision != "fp32"
+    assert data.read_train is not None  # what trains reads
     feed = Feed(
         history.load(folder),
         settings.lanes,
@@ -138,7 +138,7 @@ def build_job(
         total_steps=total_steps,
         examples=data.examples,
         catalogue=Catalogue.of(config.checkpoint, folder),
-        evaluate=partial(_evaluate, config, folder, world, data, adapter, strategy)
+        evaluate=Evaluation(config, world, data, adapter, strategy)
         if data.eval is not None
         else None,
         progress=progress if world.is_main else None,
@@ -189,56 +189,103 @@ def _extras(adapter: Adapter, folder: Path) -> dict[str, bytes]:
     return found
 
 
-def evaluate_checkpoint(job: Job) -> dict[str, float]:
-    """Evaluate the newest sound checkpoint on all of data.eval; appends a line to eval.jsonl."""
-    found, _ = newest_sound(job.catalogue, job.world)
-    assert found is not None and job.evaluate is not None  # checked by the job's entry
-    load_weights(found, job.strategy)
-    job.strategy.module.eval()
-    step = found.step
-    values = job.evaluate(step, True, lambda: None)
-    if job.world.is_main:
-        lines = Lines(job.folder / "eval.jsonl")
-        lines.write({"step": step, **values})
-        lines.close()
-    return values
+@dataclass
+class Evaluation:
+    """Evaluates what a strategy holds on `data.eval`: what `loop.Evaluate` asks for."""
+
+    config: Config
+    world: World
+    data: Data
+    adapter: Adapter
+    strategy: Strategy
+
+    def measure(self, final: bool) -> Measure:
+        """What an evaluation would measure."""
+        assert self.data.eval is not None  # who makes one sees to it
+        return Measure.taken(self.data.eval, self.config.evaluate, final)
+
+    def __call__(
+        self,
+        final: bool,
+        predictions: Path | None = None,
+        beat: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> dict[str, float]:
+        """Figures by name. A collective."""
+        index, read, strategy = self.data.eval, self.data.read_eval, self.strategy
+        assert index is not None and read is not None
+        names = [name for name, _ in index.sources]
+
+        def references(rows: np.ndarray) -> list[str | None]:
+            return [example.text for example in index.examples(rows)]
+
+        def batches(rows: list[np.ndarray]) -> Iterator[MicroBatch]:
+            return read(Work(0, number, 0, chosen) for number, chosen in enumerate(rows))
+
+        with strategy.whole():
+            return evaluate(
+                strategy.module,
+                self.adapter,
+                Corpus(index.tokens, index.source, names, references),
+                batches,
+                self.config.evaluate,
+                self.world,
+                strategy.autocast,
+                final,
+                predictions=predictions,
+                synced=self.config.parallel.strategy in ("fsdp", "zero3"),
+                beat=beat,
+                tell=tell,
+            )
 
 
-def _evaluate(
-    config: Config,
-    folder: Path,
-    world: World,
-    data: Data,
-    adapter: Adapter,
-    strategy: Any,
-    step: int,
-    final: bool,
-    beat: Callable[[], None],
+@dataclass
+class Evaluator:
+    """What an evaluation needs of a `Job`, of a worker that does not train."""
+
+    world: World
+    strategy: Strategy
+    catalogue: Catalogue
+    evaluate: Evaluation
+
+
+def build_evaluator(config: Config, run: Path, world: World, data: Data) -> Evaluator:
+    """Model and strategy of one worker, for checkpoints of the run in `run`."""
+    check_base(config, run)
+    adapter, _ = build_model(config, data.encoder, 0)
+    strategy = wrap(config, adapter, world)
+    evaluation = Evaluation(config, world, data, adapter, strategy)
+    return Evaluator(world, strategy, Catalogue.of(config.checkpoint, run), evaluation)
+
+
+def evaluate_checkpoint(
+    job: Evaluator | Job,
+    step: int | None = None,
+    predictions: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
-    index, read = data.eval, data.read_eval
-    assert index is not None and read is not None  # `build_job` sees to it
-    names = [name for name, _ in index.sources]
+    """Figures of the checkpoint of `step` (None: the newest sound one) on all of data.eval.
 
-    def references(rows: np.ndarray) -> list[str | None]:
-        return [example.text for example in index.examples(rows)]
-
-    def batches(rows: list[np.ndarray]) -> Iterator[MicroBatch]:
-        return read(Work(0, number, 0, chosen) for number, chosen in enumerate(rows))
-
-    with strategy.whole():
-        return evaluate(
-            strategy.module,
-            adapter,
-            Corpus(index.tokens, index.source, names, references),
-            batches,
-            config.evaluate,
-            world,
-            strategy.autocast,
-            final,
-            predictions=folder / "predictions" / f"step_{step}.jsonl",
-            synced=config.parallel.strategy in ("fsdp", "zero3"),
-            beat=beat,
-        )
+    A collective. Writes `predictions` and nothing else. Raises UserError where the checkpoint is
+    damaged, or gone: the run that it belongs to may have deleted it meanwhile.
+    """
+    assert job.evaluate is not None  # checked by the job's entry
+    world = job.world
+    if step is None:
+        saved, _ = newest_sound(job.catalogue, world)
+        assert saved is not None
+    else:
+        saved = Saved(step, job.catalogue.storage)
+        reasons = world.gather(saved.damage(world.rank, world.size))
+        reason = next((reason for reason in reasons if reason), None)
+        if reason is not None:
+            raise UserError(
+                f"{reason}. If the run goes on and has deleted this checkpoint since, evaluate "
+                "again, or raise its checkpoint.keep"
+            )
+    load_weights(saved, job.strategy)
+    job.strategy.module.eval()
+    return job.evaluate(True, predictions, tell=tell)
 
 
 def device_of(config: Config) -> torch.device:

@@ -86,6 +86,11 @@ def _run(config: Config) -> list[str]:
             f"evaluate.every: {config.evaluate.every}, but data.eval names no source; name one "
             "(data.eval=[dev.jsonl]), or set evaluate.every=0"
         )
+    if config.evaluate.spelling and "whisper_english" not in config.evaluate.normalize:
+        found.append(
+            "evaluate.spelling: belongs to Whisper's English normaliser; set evaluate.normalize: "
+            "[whisper_english], or leave it out"
+        )
     return found
 
 

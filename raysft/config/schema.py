@@ -429,13 +429,25 @@ class Evaluate(Section):
     max_examples: PositiveInt | None = Field(
         None, description="examples of each source used while training (all at the end)"
     )
-    max_new_tokens: PositiveInt = Field(256, description="longest answer generated")
+    max_new_tokens: PositiveInt | None = Field(
+        None,
+        description="longest answer generated; default: half as long again as the longest "
+        "transcript of the batch",
+    )
     generate: bool = Field(
         True, description="generate asr answers for WER and CER, not only the loss"
     )
-    normalize: list[Literal["lower", "punctuation", "whitespace"]] = Field(
+    normalize: list[
+        Literal["lower", "punctuation", "whitespace", "numbers", "whisper_basic", "whisper_english"]
+    ] = Field(
         default_factory=lambda: ["lower", "punctuation", "whitespace"],
-        description="what is normalised in both texts before WER and CER",
+        description="what is made equal in both texts before WER and CER: case, punctuation, "
+        "spaces; numbers: digits of any script, and English number words; or one of Whisper's "
+        "normalisers, alone",
+    )
+    spelling: str | None = Field(
+        None,
+        description="whisper_english: a JSON file {british: american, ...} of spellings made equal",
     )
 
 

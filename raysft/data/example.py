@@ -87,6 +87,7 @@ class MicroBatch:
     lengths: int32 [n], tokens of each sequence. input_ids, labels: int32 [sum(lengths)].
     features: float32 [sum(feature_lengths), mels]; feature_lengths: int32 [clips].
     slots: for each sequence its place among the planned examples; quarantined ones leave gaps.
+    langs: of each sequence the language that its asr answer begins with; None: with none.
     An empty micro-batch (n == 0) is legal: its examples were quarantined, or the epoch ended.
     The arrays are not to be written to: those from a stream lie in Ray's shared memory.
     """
@@ -104,6 +105,7 @@ class MicroBatch:
     seconds: float = 0.0
     slots: list[int] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
+    langs: list[str | None] = field(default_factory=list)
 
     @classmethod
     def join(
@@ -114,6 +116,7 @@ class MicroBatch:
         sequences: list[Sequence],
         quarantined: list[Quarantined] | None = None,
         slots: list[int] | None = None,
+        langs: list[str | None] | None = None,
     ) -> MicroBatch:
         """Concatenate `sequences` in the order given (`slots` default to 0, 1, ...)."""
         features = [clip for sequence in sequences for clip in sequence.features]
@@ -132,4 +135,5 @@ class MicroBatch:
             seconds=float(sum(s.seconds for s in sequences)),
             slots=list(range(len(sequences)) if slots is None else slots),
             quarantined=list(quarantined or []),
+            langs=[None] * len(sequences) if langs is None else langs,
         )

@@ -71,6 +71,7 @@ class Reader:
     def _micro_batch(self, work: Work, examples: list[Example]) -> MicroBatch:
         sequences: list[Sequence] = []
         slots: list[int] = []
+        langs: list[str | None] = []
         rejected: list[Quarantined] = []
         planned = self.index.tokens[work.rows].tolist()
         spare = max(0, self.budget - sum(planned))
@@ -91,8 +92,15 @@ class Reader:
             spare -= max(0, excess)
             sequences.append(sequence)
             slots.append(slot)
+            langs.append(example.lang if example.task == "asr" else None)
         return MicroBatch.join(
-            work.epoch, work.step, work.lane, sequences, quarantined=rejected, slots=slots
+            work.epoch,
+            work.step,
+            work.lane,
+            sequences,
+            quarantined=rejected,
+            slots=slots,
+            langs=langs,
         )
 
     def _rng(self, work: Work, slot: int) -> np.random.Generator | None:

@@ -159,11 +159,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
 
 
-def transcript(generated: str) -> str:
-    """The transcript in a generated asr answer: what follows `LANG<tab>`, where that is there."""
-    return generated.rpartition("\t")[2]
-
-
 class Template:
     """Makes examples dialogues of one turn, as a chat template writes them.
 

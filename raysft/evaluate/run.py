@@ -20,16 +20,16 @@ import torch
 
 from raysft.config.schema import Evaluate
 from raysft.data import pack
-from raysft.data.example import MicroBatch
+from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.example import Sequence as Encoded
-from raysft.data.text import transcript
+from raysft.evaluate.answers import limit_for, transcript
 from raysft.evaluate.score import error_rates
 from raysft.models.base import Adapter
 from raysft.parallel import World
+from raysft.train.evaluations import TRANSCRIBED
 from raysft.train.step import to_device
 
 Read = Callable[[list[np.ndarray]], Iterator[MicroBatch]]
-TRANSCRIBED = ("asr",)
 
 
 @dataclass
@@ -76,6 +76,16 @@ def prompts_of(adapter: Adapter, batch: MicroBatch) -> list[Encoded]:
     return found
 
 
+def answer_lengths(batch: MicroBatch) -> list[int]:
+    """Tokens of each right answer of a micro-batch, without the one that ends it."""
+    ends = np.cumsum(batch.lengths)
+    supervised = np.concatenate([[0], np.cumsum(batch.labels != -100)])
+    return [
+        max(0, int(supervised[end] - supervised[end - n]) - 1)
+        for end, n in zip(ends, batch.lengths)
+    ]
+
+
 def evaluate(
     module: torch.nn.Module,
     adapter: Adapter,
@@ -88,24 +98,28 @@ def evaluate(
     predictions: Path | None = None,
     synced: bool = False,
     beat: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Losses by task, WER and CER by source: the same values on every worker. A collective.
 
     `read` turns lists of index rows into micro-batches, in order. `predictions` is a file of JSON
     lines (id, source, reference, hypothesis) that rank 0 writes. `synced`: sharded parameters, so
-    every worker must run the same number of forward passes. `beat` is called before each batch.
+    every worker must run the same number of forward passes. `beat` is called before each batch;
+    `tell`, on rank 0, with what has to be known of the figures.
     """
     plan = batches(corpus, settings.tokens_per_batch, None if final else settings.max_examples)
     mine = plan[world.rank :: world.size]
     rounds = -(-len(plan) // world.size)
     results: list[dict[str, Any]] = []
     losses: dict[str, list[float]] = {}
+    unusable: list[Quarantined] = []
     stream = read(mine)
     with torch.inference_mode(mode=not synced), torch.no_grad():
         for number in range(rounds):
             beat()
             rows = mine[number] if number < len(mine) else np.zeros(0, np.int64)
             batch = next(stream) if number < len(mine) else MicroBatch.join(0, 0, 0, [])
+            unusable += batch.quarantined
             with autocast():
                 found = module(to_device(adapter.collate(batch), world.device))
             for task, (loss, count) in found.by_task.items():
@@ -114,7 +128,7 @@ def evaluate(
                 total[1] += float(count)
             if settings.generate:
                 results += _transcribe(adapter, corpus, batch, rows, settings, autocast, synced)
-    return _score(world, corpus, losses, results, settings, predictions)
+    return _score(world, corpus, losses, results, unusable, settings, predictions, tell)
 
 
 def _transcribe(
@@ -126,25 +140,34 @@ def _transcribe(
     autocast: Callable[[], AbstractContextManager[Any]],
     synced: bool,
 ) -> list[dict[str, Any]]:
-    wanted = [p for p in prompts_of(adapter, batch) if p.task in TRANSCRIBED]
+    """Row, id, source, language, reference and answer of each example of a batch that has a
+    transcript; `tokens` its reference takes, `limit` they had. By place: ids may repeat."""
+    prompts = prompts_of(adapter, batch)
+    wanted = [place for place, prompt in enumerate(prompts) if prompt.task in TRANSCRIBED]
     if not wanted and not synced:
         return []
+    lengths = answer_lengths(batch)
+    limit = limit_for([lengths[place] for place in wanted], settings.max_new_tokens)
     with autocast():
-        texts = adapter.generate(wanted, settings.max_new_tokens, synced_gpus=synced)
+        texts = adapter.generate([prompts[place] for place in wanted], limit, synced_gpus=synced)
     if not wanted:
         return []
-    usable = rows[np.array(batch.slots, np.int64)]
-    references = dict(zip(batch.ids, corpus.references(usable)))
-    sources = dict(zip(batch.ids, corpus.source[usable]))
+    rows = rows[np.array(batch.slots, np.int64)[wanted]]
     return [
         {
-            "id": prompt.id,
-            "source": corpus.source_names[sources[prompt.id]],
-            "reference": references[prompt.id],
-            "hypothesis": transcript(text),
+            "row": int(row),
+            "id": prompts[place].id,
+            "source": corpus.source_names[corpus.source[row]],
+            "lang": batch.langs[place],
+            "reference": reference,
+            "answer": text,
+            "tokens": lengths[place],
+            "limit": limit,
         }
-        for prompt, text in zip(wanted, texts)
-        if references[prompt.id] is not None
+        for place, row, reference, text in zip(
+            wanted, rows, corpus.references(rows), texts, strict=True
+        )
+        if reference is not None
     ]
 
 
@@ -153,29 +176,61 @@ def _score(
     corpus: Corpus,
     losses: dict[str, list[float]],
     results: Sequence[dict[str, Any]],
+    unusable: list[Quarantined],
     settings: Evaluate,
     predictions: Path | None,
+    tell: Callable[[str], None],
 ) -> dict[str, float]:
     values: dict[str, float] = {}
-    parts = world.gather((losses, list(results)))
-    tasks = sorted({task for part, _ in parts for task in part})
+    parts = world.gather((losses, list(results), unusable))
+    tasks = sorted({task for part, *_ in parts for task in part})
     for task in tasks:
-        loss = sum(part[task][0] for part, _ in parts if task in part)
-        count = sum(part[task][1] for part, _ in parts if task in part)
+        loss = sum(part[task][0] for part, *_ in parts if task in part)
+        count = sum(part[task][1] for part, *_ in parts if task in part)
         if count:
             values[f"loss/{task}"] = loss / count
             values[f"perplexity/{task}"] = math.exp(min(loss / count, 700.0))
-    everything = sorted(
-        (r for _, part in parts for r in part), key=lambda r: (r["source"], r["id"])
-    )
+    everything = sorted((r for _, part, _ in parts for r in part), key=lambda r: r["row"])
+    langs = {r["lang"] for r in everything if r["lang"]}
+    for result in everything:
+        result["hypothesis"] = transcript(result["answer"], result["lang"], langs)
     for source in corpus.source_names:
-        pairs = [(r["reference"], r["hypothesis"]) for r in everything if r["source"] == source]
-        if pairs:
-            rates = error_rates([r for r, _ in pairs], [h for _, h in pairs], settings.normalize)
+        own = [r for r in everything if r["source"] == source]
+        if own:
+            rates = error_rates(
+                [r["reference"] for r in own],
+                [r["hypothesis"] for r in own],
+                settings.normalize,
+                settings.spelling,
+            )
             values.update({f"{metric}/{source}": rate for metric, rate in rates.items()})
+    if world.is_main:
+        for text in _remarks(everything, [q for *_, part in parts for q in part]):
+            tell(text)
     if predictions is not None and world.is_main and everything:
         predictions.parent.mkdir(parents=True, exist_ok=True)
         with open(predictions, "w", encoding="utf-8") as out:
-            for line in everything:
+            for result in everything:
+                line = {key: result[key] for key in ("id", "source", "reference", "hypothesis")}
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
     return values
+
+
+def _remarks(results: list[dict[str, Any]], unusable: list[Quarantined]) -> Iterator[str]:
+    """What a reader of the figures has to know of them."""
+    for source in dict.fromkeys(r["source"] for r in results):
+        own = [r for r in results if r["source"] == source]
+        longer = [r["tokens"] for r in own if r["tokens"] > r["limit"]]
+        if longer:
+            yield (
+                f"evaluate.max_new_tokens: {len(longer)} of {len(own)} references of {source} are "
+                f"longer than the {max(r['limit'] for r in own)} tokens an answer may have (up to "
+                f"{max(longer)}) and can never be right; raise it, or leave it out: the limit then "
+                "follows the references"
+            )
+    if unusable:
+        first = unusable[0]
+        yield (
+            f"{len(unusable)} examples of data.eval cannot be read and are in no figure; the "
+            f"first, of {first.source}: {first.id}: {first.reason}"
+        )

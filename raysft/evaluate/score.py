@@ -2,55 +2,56 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jiwer
 
-
-def normalize(text: str, steps: Sequence[str]) -> str:
-    """Apply `lower`, `punctuation` (every Unicode P* and S* character but the apostrophe inside a
-    word becomes a space) and `whitespace` (runs become one space, ends are trimmed), in this order.
-    """
-    if "lower" in steps:
-        text = text.lower()
-    if "punctuation" in steps:
-        text = "".join(
-            " " if unicodedata.category(c)[0] in "PS" and not _inner_apostrophe(text, i) else c
-            for i, c in enumerate(text)
-        )
-    if "whitespace" in steps:
-        text = " ".join(text.split())
-    return text
-
-
-def _inner_apostrophe(text: str, i: int) -> bool:
-    inside = 0 < i < len(text) - 1
-    return text[i] in "'’" and inside and text[i - 1].isalnum() and text[i + 1].isalnum()
+from raysft.evaluate.normalize import normalize, words
 
 
 def error_rates(
-    references: Sequence[str], hypotheses: Sequence[str], steps: Sequence[str]
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    steps: Sequence[str],
+    spelling: str | None = None,
 ) -> dict[str, float]:
     """{"wer", "cer"} over all pairs: errors summed, divided by the reference's words / characters.
 
-    A reference that is empty after normalisation counts every hypothesis word as an insertion.
-    Raises ValueError where all references are empty: there is nothing to divide by.
+    steps, spelling: see `normalize`. A reference that is empty after normalisation (silence, noise)
+    counts every hypothesis word as an insertion. Where all are, those are divided by the number of
+    references: words that were heard in a clip without any. Raises ValueError without references.
     """
-    pairs = [(normalize(r, steps), normalize(h, steps)) for r, h in zip(references, hypotheses)]
-    spoken = [(r, h) for r, h in pairs if r]
-    silent = [h for r, h in pairs if not r]
-    if not spoken:
-        raise ValueError("every reference is empty after normalisation")
-    words = jiwer.process_words([r for r, _ in spoken], [h for _, h in spoken])
-    characters = jiwer.process_characters([r for r, _ in spoken], [h for _, h in spoken])
+    if not references:
+        raise ValueError("no references: there is nothing to divide by")
+    pairs = [
+        (normalize(r, steps, spelling), normalize(h, steps, spelling))
+        for r, h in zip(references, hypotheses, strict=True)
+    ]
     return {
-        "wer": _rate(words, sum(len(h.split()) for h in silent)),
-        "cer": _rate(characters, sum(len(h) for h in silent)),
+        "wer": _rate(pairs, words, lambda parts: jiwer.process_words(*_joined(parts))),
+        "cer": _rate(
+            [(r.strip(), h.strip()) for r, h in pairs],
+            list,
+            lambda parts: jiwer.process_characters(*_joined(parts, "")),
+        ),
     }
 
 
-def _rate(output: jiwer.WordOutput | jiwer.CharacterOutput, inserted: int) -> float:
+def _rate(
+    pairs: list[tuple[str, str]],
+    split: Callable[[str], list[str]],
+    align: Callable[[list[list[list[str]]]], jiwer.WordOutput | jiwer.CharacterOutput],
+) -> float:
+    parts = [(split(r), split(h)) for r, h in pairs]
+    spoken = [pair for pair in parts if pair[0]]
+    inserted = sum(len(h) for r, h in parts if not r)
+    if not spoken:
+        return inserted / len(parts)
+    output = align([[r for r, _ in spoken], [h for _, h in spoken]])
     reference = output.hits + output.substitutions + output.deletions
     errors = output.substitutions + output.deletions + output.insertions
     return (errors + inserted) / reference
+
+
+def _joined(parts: list[list[list[str]]], between: str = " ") -> list[list[str]]:
+    return [[between.join(units) for units in side] for side in parts]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Catalogue:
 
     def newest(
         self,
-        damage: Callable[[Saved], str | None] = lambda saved: _unreadable(saved),
+        damage: Callable[[Saved], str | None] = lambda saved: unreadable(saved),
         committed: list[Saved] | None = None,
     ) -> tuple[Saved | None, list[str]]:
         """The newest checkpoint without damage (None: there is none at all), and what was wrong
@@ -118,10 +119,17 @@ class Catalogue:
             )
         return None, []
 
-    def prune(self, keep: int, spare: int | None = None) -> None:
-        """Delete all but the last `keep` committed ones and that of step `spare`."""
-        for saved in self.committed()[:-keep]:
-            if saved.step != spare:
+    def prune(
+        self, keep: int, spare: Callable[[list[int]], int | None] = lambda steps: None
+    ) -> None:
+        """Delete all but the last `keep` committed ones, and of the steps there are the one that
+        `spare` names."""
+        committed = self.committed()
+        if len(committed) <= keep:
+            return
+        spared = spare([saved.step for saved in committed])
+        for saved in committed[:-keep]:
+            if saved.step != spared:
                 self.storage.withdraw(saved.name, MARKER)
                 self.storage.remove(saved.name)
 
@@ -157,7 +165,8 @@ class Catalogue:
         return True
 
 
-def _unreadable(saved: Saved) -> str | None:
+def unreadable(saved: Saved) -> str | None:
+    """What is wrong with the meta.json of a checkpoint, or None."""
     try:
         saved.meta()
     except UserError as error:
@@ -168,9 +177,14 @@ def _unreadable(saved: Saved) -> str | None:
 def best_step(values: dict[int, dict[str, float]], metric: str, mode: str) -> int | None:
     """The step with the best value of an evaluation metric, the earliest of equal ones.
 
-    values: step -> what an evaluation said. None where no evaluation has the metric.
+    values: step -> what an evaluation said. A value that is no finite number is none. None where
+    no evaluation has the metric.
     """
-    found = [(step, line[metric]) for step, line in sorted(values.items()) if metric in line]
+    found = [
+        (step, line[metric])
+        for step, line in sorted(values.items())
+        if math.isfinite(line.get(metric, math.nan))
+    ]
     if not found:
         return None
     sign = 1 if mode == "min" else -1

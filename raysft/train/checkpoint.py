@@ -59,7 +59,7 @@ class Saver:
         catalogue: Catalogue,
         world: World,
         keep: int,
-        spare: Callable[[], int | None] = lambda: None,
+        spare: Callable[[list[int]], int | None] = lambda steps: None,
         extras: dict[str, bytes] | None = None,
         owned: Callable[[], str | None] = lambda: None,
         settle: Callable[[], None] = lambda: None,
@@ -67,11 +67,11 @@ class Saver:
     ) -> None:
         """A collective.
 
-        keep: checkpoints that stay. spare: step of another that stays (the best), asked when older
-        ones go. extras: path in the checkpoint -> content, the same in each. owned: why this start
-        no longer owns the run (asked before anything is published), or None. settle: brings to the
-        disk what belongs to the checkpoint and is not in it (the ledger). derive: further files
-        of a checkpoint, made of the weights it holds (by name, on the CPU).
+        keep: checkpoints that stay. spare: of all steps there are, another that stays (the best),
+        asked when older ones go. extras: path in the checkpoint -> content, the same in each.
+        owned: why this start no longer owns the run (asked before anything is published), or None.
+        settle: brings to the disk what belongs to the checkpoint and is not in it (the ledger).
+        derive: further files of a checkpoint, made of the weights it holds (by name, on the CPU).
         """
         self.catalogue, self.world, self.keep = catalogue, world, keep
         self._spare, self._extras, self._owned = spare, extras or {}, owned
@@ -136,7 +136,7 @@ class Saver:
     def prune(self) -> None:
         """Delete what `keep` and `spare` do not hold (after an evaluation has changed the best)."""
         if self.world.is_main:
-            self.catalogue.prune(self.keep, self._spare())
+            self.catalogue.prune(self.keep, self._spare)
 
     def _finish(self) -> None:
         save, self._running = self._running, None

@@ -21,8 +21,9 @@ from raysft.errors import UserError
 from raysft.parallel import Strategy, World
 from raysft.parallel.optim import rate as rate_at
 from raysft.parallel.strategy import Stepped
-from raysft.train.catalogue import Catalogue, Saved, best_step
+from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
+from raysft.train.evaluations import Evaluation, Measure
 from raysft.train.flops import Cost
 from raysft.train.metrics import cut_back_run, last_recorded, last_sign_of_life
 from raysft.train.monitor import LEAVE
@@ -63,6 +64,29 @@ class Adapters(Protocol):
         ...
 
 
+class Evaluate(Protocol):
+    """Evaluation of the model as it is. final: of all examples, not the share that is looked at
+    while training."""
+
+    def measure(self, final: bool) -> Measure:
+        """What an evaluation would measure; the same on every worker."""
+        ...
+
+    def __call__(
+        self,
+        final: bool,
+        predictions: Path | None = None,
+        beat: Callable[[], None] = ...,
+        tell: Callable[[str], None] = ...,
+    ) -> dict[str, float]:
+        """Figures by name. A collective.
+
+        predictions: file for every reference and hypothesis. beat: called now and then. tell:
+        given, on rank 0, what the user should know of the figures.
+        """
+        ...
+
+
 @dataclass
 class Job:
     """What a worker needs to train, whoever built it.
@@ -84,7 +108,7 @@ class Job:
     total_steps: int
     examples: int  # in the index and rejected from it: what max_quarantined is a share of
     catalogue: Catalogue
-    evaluate: Callable[[int, bool, Callable[[], None]], dict[str, float]] | None = None
+    evaluate: Evaluate | None = None
     progress: Callable[[dict[str, Any]], None] | None = None
     signal: Callable[[], int] = lambda: 0
     weights: Saved | None = None
@@ -118,11 +142,11 @@ def train(job: Job) -> int:
     )
     step, cursor = _restore(job, record, totals, clock)
     strategy.module.train()
-    keeper = Keeper(job, record, totals, clock)
-    last_saved, signal = step if cursor is not None else -1, 0
+    keeper = Keeper(job, record, totals, clock, step if cursor is not None else None)
+    signal = 0
     try:
-        if _due(config.evaluate.every, step, job.total_steps) and not record.evaluated(step):
-            keeper.evaluate(step, final=False)  # it was interrupted after the step was saved
+        if _due(config.evaluate.every, step, job.total_steps):
+            keeper.evaluate(step, final=False)  # where it was interrupted after the step was saved
         batches = job.stream.open(cursor)
         while step < job.total_steps and signal != LEAVE:
             keeper.beat("waiting for data")
@@ -155,15 +179,16 @@ def train(job: Job) -> int:
             best = evaluate and config.checkpoint.best is not None
             if signal or best or _due(config.checkpoint.every, step, job.total_steps):
                 keeper.save(step, cursor, wait=bool(signal))
-                last_saved = step
             if evaluate and signal != LEAVE:
                 keeper.evaluate(step, final=False)
             keeper.look()
-        if last_saved != step:  # not asked of the storage: rank 0 may still be publishing
+        if keeper.saved != step:  # not asked of the storage: rank 0 may still be publishing
             keeper.save(step, cursor, wait=True)
         if signal == LEAVE and step < job.total_steps:
             record.event("stopped", step=step, reason="told to leave")
-        elif config.evaluate.at_end and not record.evaluated(step):
+        elif config.evaluate.at_end:
+            if config.checkpoint.best is not None and config.evaluate.every:
+                keeper.evaluate(step, final=False)  # what the steps before are compared by
             keeper.evaluate(step, final=True)
         keeper.finish(step)
     except (OSError, UserError):
@@ -189,15 +214,17 @@ class Keeper:
         record: Record,
         totals: Totals,
         clock: Clock,
+        saved: int | None,
     ) -> None:
+        """saved: the step that the run goes on from, where a checkpoint holds it."""
         self.job, self.record = job, record
         self.totals, self.clock = totals, clock
         settings = job.config.checkpoint
 
-        def best() -> int | None:
+        def best(steps: list[int]) -> int | None:
             if settings.best is None:
                 return None
-            return best_step(record.evaluations, settings.best, settings.best_mode)
+            return record.evaluations.best(settings.best, settings.best_mode, steps)
 
         self.saver = Saver(
             job.catalogue,
@@ -209,6 +236,7 @@ class Keeper:
             record.settle,
             job.adapters.files if job.adapters is not None else None,
         )
+        self.saved = saved  # the last step that was saved, or is being
         self.watchdog = None
         if job.hung is not None:
             self.watchdog = Watchdog(job.config.parallel.timeout_s, job.hung)
@@ -235,6 +263,7 @@ class Keeper:
                 more = self.job.adapters.tensors()
             self._saved()
             self.saver.start(step, self.job.strategy, meta, more)
+            self.saved = step
             if wait:
                 self._saved()
 
@@ -248,23 +277,30 @@ class Keeper:
             self.record.saved(save)
 
     def evaluate(self, step: int, final: bool) -> None:
-        """Evaluate the model as it is. A collective."""
-        if self.job.evaluate is None:
+        """Evaluate the model as it is, unless that was done before a restart. A collective."""
+        evaluate = self.job.evaluate
+        if evaluate is None:
+            return
+        measure = evaluate.measure(final)
+        if self.record.evaluations.known(step, measure):
             return
         with self.clock.aside():
             self.job.strategy.module.eval()
             beat = partial(self.beat, f"in the evaluation at step {step}")
             beat()
-            values = self.job.evaluate(step, final, beat)
+            predictions = self.job.folder / "predictions" / f"step_{step}.jsonl"
+            values = evaluate(final, predictions, beat, partial(self._warn, step))
             self.job.strategy.module.train()
         best = self.job.config.checkpoint.best
-        if best is not None and best not in values:
-            raise UserError(
-                f"checkpoint.best: {best} is not measured; an evaluation gives {', '.join(values)}"
-            )
-        self.record.evaluation(step, values)
+        if best is not None and best not in values and self.job.world.is_main:
+            self._warn(step, f"checkpoint.best: {best} is in no figure of this evaluation")
+        found = Evaluation(step, values, measure, final)
+        self.record.evaluation(found, checkpoint=step == self.saved)
         if best is not None:
             self.saver.prune()
+
+    def _warn(self, step: int, reason: str) -> None:
+        self.record.event("warning", step=step, reason=reason)
 
     def finish(self, step: int) -> None:
         """All is saved and evaluated: wait for what is in flight."""

@@ -23,6 +23,7 @@ from raysft.errors import UserError
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
 from raysft.train.checkpoint import Save
+from raysft.train.evaluations import Evaluation, Evaluations
 from raysft.train.flops import Cost, peak_flops
 from raysft.train.memory import peak_memory
 from raysft.train.metrics import Ledger, Lines, quarantine_line, read_lines
@@ -173,7 +174,7 @@ class Record:
         self.cost = cost
         self._peak = peak_flops(world.device, config.train.precision)
         self.known: dict[str, str] = {}  # quarantined: id -> reason
-        self.evaluations: dict[int, dict[str, float]] = {}
+        self.evaluations = Evaluations()
         self.files: list[Any] = []
         self._token = ""
 
@@ -200,8 +201,10 @@ class Record:
         self.files = [self._ledger]
         lines = read_lines(self.folder / "quarantine.jsonl")
         self.known = self.world.gather({line["id"]: line["reason"] for line in lines})[0]
-        lines = read_lines(self.folder / "eval.jsonl")
-        self.evaluations = self.world.gather({line.pop("step"): line for line in lines})[0]
+        if self.world.is_main:
+            self.evaluations = Evaluations.load(self.folder).until(step)
+            self.evaluations.save(self.folder)
+        self.evaluations = self.world.gather(self.evaluations)[0]
         self.tensorboard = None
         self._lost = {"restarts": 0, "steps_again": 0, "lost_s": 0.0}
         if self.world.is_main:
@@ -375,19 +378,17 @@ class Record:
             found["mfu"] = round(flops / self._peak, 4)
         return found
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Record the figures of an evaluation at `step`."""
-        values = self.world.gather(values)[0]
-        self.evaluations[step] = values
+    def evaluation(self, found: Evaluation, checkpoint: bool) -> None:
+        """Record an evaluation. checkpoint: whether one of its step is saved (or being saved)."""
+        found = self.world.gather(found)[0]
+        self.evaluations.add(found)
         if self.world.is_main:
-            self._eval.write({"step": step, **values})
-            self._scalars({f"eval/{key}": value for key, value in values.items()}, step)
+            self._eval.write(found.line(checkpoint))
+            self.evaluations.save(self.folder)
+            self._scalars({f"eval/{k}": v for k, v in found.figures.items()}, found.step)
         if self.progress is not None:
-            self.progress({"step": step, "total_steps": self.total_steps, "eval": values})
-
-    def evaluated(self, step: int) -> bool:
-        """Whether this step was evaluated already (before a restart)."""
-        return step in self.evaluations
+            line = found.line(checkpoint)
+            self.progress({"total_steps": self.total_steps, "eval": line, "step": found.step})
 
     def _scalars(self, values: dict[str, Any], step: int) -> None:
         if self.tensorboard is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +82,8 @@ def finished(folder: Path, joined: None) -> Path:
     done = jobs.call("sft", folder / "asr.yaml")
     assert done.returncode == 0, done.stderr
     assert "step 12/12" in done.stdout and "eta" in done.stdout
-    assert "wer/dev" in done.stdout and f"run folder: {folder / 'runs' / 'one'}" in done.stdout
+    assert re.search(r"source +wer +cer +examples\n +dev +[\d.]+%", done.stdout)
+    assert f"run folder: {folder / 'runs' / 'one'}" in done.stdout
     return folder / "runs" / "one"
 
 
@@ -136,14 +138,44 @@ def test_dry_run_tells_steps_padding_tokens_and_memory(folder: Path) -> None:
     assert not (folder / "runs" / "dry").exists()
 
 
-def test_evaluate_reproduces_the_run_and_takes_another_source(finished: Path, corpus: Path) -> None:
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but those of its evaluations."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in found.items()
+        if not name.startswith("evaluations/")
+    }
+
+
+def test_evaluate_reproduces_the_run_and_takes_another_source_and_changes_nothing_of_it(
+    finished: Path, corpus: Path
+) -> None:
+    before = content(finished)
     at_end = read_lines(finished / "eval.jsonl")[-1]
     done = jobs.call("evaluate", finished, "--data", corpus, "parallel.workers=2")
     assert done.returncode == 0, done.stderr
-    again = read_lines(finished / "eval.jsonl")[-1]
+    own = finished / "evaluations" / "step_12_train"
+    (again,) = read_lines(own / "eval.jsonl")
     assert again["step"] == 12
     assert again["wer/train"] == at_end["wer/dev"]  # the same clips under the file's own name
     assert again["loss/asr"] == pytest.approx(at_end["loss/asr"], rel=1e-5)
+    assert len(read_lines(own / "predictions.jsonl")) == 70
+    assert yaml.safe_load((own / "config.yaml").read_text())["parallel"]["workers"] == 2
+    assert f"evaluating step 12 of {finished}" in done.stdout and str(own) in done.stdout
+    assert re.search(r"source +wer +cer +examples\n +train +[\d.]+% +[\d.]+% +70\n", done.stdout)
+    assert content(finished) == before
+
+
+def test_any_checkpoint_that_is_kept_can_be_evaluated(finished: Path, corpus: Path) -> None:
+    words = ("evaluate", finished, "--step")
+    done = jobs.call(*words, "8", "evaluate.max_new_tokens=1")
+    assert done.returncode == 0, done.stderr
+    (line,) = read_lines(finished / "evaluations" / "step_8_dev" / "eval.jsonl")
+    assert line["step"] == 8 and "evaluation at step 8" in done.stdout
+    assert "evaluate.max_new_tokens: " in done.stdout and "can never be right" in done.stdout
+    again = jobs.call(*words, "7")
+    assert again.returncode == 1 and "kept are 8, 12" in again.stderr
 
 
 def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def trained(folder: Path, data: Path, model: dict[str, Any], name: str) -> Run:
     make = (config, run, World.current(), data_of_run, prepared.total_steps)
     train(worker.build_job(*make))
     job = worker.build_job(*make)
-    scores = worker.evaluate_checkpoint(job)
-    lines = (run / "predictions" / f"step_{STEPS}.jsonl").read_text().splitlines()
+    scores = worker.evaluate_checkpoint(job, predictions=folder / "said.jsonl")
+    lines = (folder / "said.jsonl").read_text().splitlines()
     said = {line["id"]: line for line in map(json.loads, lines)}
     assert data_of_run.read_eval is not None and prepared.eval is not None
     every = np.arange(len(prepared.eval))

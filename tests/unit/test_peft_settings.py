@@ -199,9 +199,9 @@ def test_batched_answers_are_those_of_plain_peft_one_by_one(
         )
     )
     job, _ = bench.start(run.job.config, training=False)
-    scores = worker.evaluate_checkpoint(job)
+    scores = worker.evaluate_checkpoint(job, predictions=job.folder / "said.jsonl")
     assert {"wer/heard", "loss/asr"} <= scores.keys()
-    lines = read_lines(job.folder / "predictions" / f"step_{STEPS}.jsonl")
+    lines = read_lines(job.folder / "said.jsonl")
     said = {line["id"]: line["hypothesis"] for line in lines}
     assert any(said.values())
     plain = PeftModel.from_pretrained(
