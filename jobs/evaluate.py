@@ -25,17 +25,15 @@ def main(argv: Sequence[str]) -> None:
     overrides = list(arguments.overrides)
     if "data" in arguments.flags:
         overrides.append(f"data.eval=[{arguments.flags['data']!r}]")
-    run = Path(arguments.positional[0])
+    run, step = Path(arguments.positional[0]), str(arguments.flags.get("step", "last"))
     config = reopen(run, [*overrides, "checkpoint.resume=auto"])
 
     from raysft import launch, prepare
     from raysft.session import ray_session
 
-    prepare.check_evaluation(config)
+    prepare.check_evaluation(config, run, step)
     with ray_session():
-        outcome = launch.evaluate(
-            config, run.absolute(), ProgressLine(), str(arguments.flags.get("step", "last"))
-        )
+        outcome = launch.evaluate(config, run.absolute(), ProgressLine(), step)
     print(outcome.describe())
 
 

@@ -41,7 +41,8 @@ from raysft.errors import BadExample, UserError
 from raysft.evaluate.normalize import read_spelling
 from raysft.rundir import check_run, run_folder, settled, with_budget
 from raysft.session import check_kept
-from raysft.train.evaluations import metrics_of
+from raysft.train.catalogue import unreadable
+from raysft.train.evaluations import choose, metrics_of
 from raysft.train.storage import write_whole
 
 log = logging.getLogger(__name__)
@@ -93,9 +94,13 @@ def check(config: Config) -> None:
     _check_evaluation_data(config)
 
 
-def check_evaluation(config: Config) -> None:
-    """As `check`, of an evaluation of a run that is there: its training data may be gone."""
+def check_evaluation(config: Config, run: Path, step: str) -> None:
+    """As `check`, of an evaluation of `step` of a run: its training data may be gone."""
+    check_kept(RUN=run)
     check_run(config)
+    choose(run, config.checkpoint, step, unreadable)
+    if not config.data.eval:
+        raise UserError("data.eval: empty; name a source, e.g. --data test.jsonl")
     _check_evaluation_data(config)
 
 
@@ -163,8 +168,6 @@ def _check_best(config: Config, evaluation: Index | None) -> None:
 def read_eval(config: Config, run: Path, folder: Path, say: Say = _silent) -> tuple[Encoder, Index]:
     """Encoder and index of data.eval, to evaluate the run in `run`. Writes the index cache, and
     into `folder` what there is to remember; of the run neither data nor plan are looked at."""
-    if not config.data.eval:
-        raise UserError("data.eval: empty; name a source, e.g. --data test.jsonl")
     require_template(run)
     encoder = make_encoder(config.model, config.data, run)
     encoder.limits = Limits.of(config.data, folder)

@@ -165,17 +165,8 @@ def test_evaluate_reproduces_the_run_and_takes_another_source_and_changes_nothin
     assert f"evaluating step 12 of {finished}" in done.stdout and str(own) in done.stdout
     assert re.search(r"source +wer +cer +examples\n +train +[\d.]+% +[\d.]+% +70\n", done.stdout)
     assert content(finished) == before
-
-
-def test_any_checkpoint_that_is_kept_can_be_evaluated(finished: Path, corpus: Path) -> None:
-    words = ("evaluate", finished, "--step")
-    done = jobs.call(*words, "8", "evaluate.max_new_tokens=1")
-    assert done.returncode == 0, done.stderr
-    (line,) = read_lines(finished / "evaluations" / "step_8_dev" / "eval.jsonl")
-    assert line["step"] == 8 and "evaluation at step 8" in done.stdout
-    assert "evaluate.max_new_tokens: " in done.stdout and "can never be right" in done.stdout
-    again = jobs.call(*words, "7")
-    assert again.returncode == 1 and "kept are 8, 12" in again.stderr
+    none = jobs.call("evaluate", finished, "--step", "7")
+    assert none.returncode == 1 and "kept are 8, 12" in none.stderr
 
 
 def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Path) -> None:
