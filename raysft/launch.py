@@ -58,11 +58,13 @@ class Outcome:
     folder: Path
     step: int
     evaluation: dict[str, Any]  # the last line of eval.jsonl; {}: there is none
+    shown: bool = False  # the user has seen it
+    what: str = "run"
 
     def describe(self) -> str:
         """What the user sees at the end."""
-        folder = f"run folder: {self.folder} (step {self.step})"
-        if not self.evaluation:
+        folder = f"{self.what} folder: {self.folder} (step {self.step})"
+        if not self.evaluation or self.shown:
             return folder
         return f"evaluation at step {self.evaluation['step']}\n{table(self.evaluation)}\n{folder}"
 
@@ -116,7 +118,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
         shutil.rmtree(folder / "ray_train", ignore_errors=True)
         if not (folder / "eval.jsonl").exists():  # it holds no figures
             shutil.rmtree(folder, ignore_errors=True)
-    return Outcome(folder, saved.step, line)
+    return Outcome(folder, saved.step, line, what="evaluation")
 
 
 def dry_run(config: Config, progress: Progress) -> str:
@@ -197,7 +199,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
             events.write({"time": round(time.time(), 3), "event": "failed", "reason": str(error)})
             events.close()
         raise
-    return _outcome(folder, catalogue)
+    return _outcome(folder, catalogue, shown=True)
 
 
 def _workers(
@@ -223,10 +225,10 @@ def _workers(
         watch.close()
 
 
-def _outcome(folder: Path, catalogue: Catalogue) -> Outcome:
+def _outcome(folder: Path, catalogue: Catalogue, shown: bool = False) -> Outcome:
     lines = read_lines(folder / "eval.jsonl")
     saved, _ = catalogue.newest()
-    return Outcome(folder, saved.step if saved else 0, lines[-1] if lines else {})
+    return Outcome(folder, saved.step if saved else 0, lines[-1] if lines else {}, shown)
 
 
 def _nothing_left(prepared: Prepared, folder: Path, catalogue: Catalogue) -> bool:
