@@ -85,7 +85,6 @@ def check(config: Config) -> None:
     that are to have adapters. Raises UserError."""
     check_kept(
         run__storage_path=config.run.storage_path,
-        checkpoint__path=config.checkpoint.path,
         data__index_path=config.data.index_path,
     )
     check_run(config)

@@ -142,25 +142,24 @@ def ray_session() -> Iterator[Session]:
 
 
 def check_kept(**places: str | Path | None) -> None:
-    """Refuse, in a Ray job, to write where nothing is kept: a relative path lies in Ray's unpacked
+    """Refuse to write where nothing is kept: in a Ray job a relative path lies in Ray's unpacked
     copy of the working directory, which is each node's own, goes with the Ray session, and is
     another one as soon as a file in it has changed.
 
-    places: name of a key -> its path; None and URLs are passed over. Raises UserError.
+    places: name of a key (__ for the dot) -> its path; None and URLs are passed over. Raises
+    UserError.
     """
-    if _JOB not in os.environ:
-        return
     for name, given in places.items():
         if given is None or "://" in str(given):
             continue
-        path = Path(given).expanduser()
-        if path.is_absolute() and not set(path.parts) & {_PACKAGES}:
+        path = Path(given).expanduser().absolute()
+        if _PACKAGES not in path.parts:
             continue
         key = name.replace("__", ".")
         raise UserError(
             f"{key}: {given} lies in Ray's own copy of the working directory, where another "
             "submission of this job does not find it; in a Ray job give a folder that all nodes "
-            f"see, e.g. {key}=/shared/{path.name}"
+            f"see, as an absolute path, e.g. {key}=/shared/{path.name}"
         )
 
 

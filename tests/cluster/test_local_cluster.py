@@ -139,7 +139,8 @@ def test_a_run_that_the_next_submission_would_not_find_is_refused(cluster: Clust
     code, said = submit(cluster, Path("runs"), steps=5)
     assert code != 0
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: run.storage_path: runs lies in Ray's own copy")
+    assert line.startswith("error: run.storage_path: /")
+    assert "/runs lies in Ray's own copy of the working directory" in line
     assert "Traceback" not in said
 
 

@@ -11,38 +11,41 @@ from raysft.errors import UserError
 from raysft.session import check_kept, ray_session
 from tests.worlds import tiny
 
-PACKAGE = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0a1b2c"
-
 
 @pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {}}')
+def unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a submitted job, as Ray names it."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0a1b2c"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    return folder
 
 
-@pytest.mark.usefixtures("job")
-@pytest.mark.parametrize("given", ["runs", "./runs", "a/b", f"{PACKAGE}/runs", Path("runs")])
-def test_a_place_inside_rays_copy_is_refused_in_a_job(given: str | Path) -> None:
+@pytest.mark.parametrize("given", ["runs", "./runs", "a/b", "{cwd}/runs", Path("runs")])
+def test_a_place_inside_rays_copy_is_refused(unpacked: Path, given: str | Path) -> None:
+    given = str(given).format(cwd=unpacked)
     with pytest.raises(UserError, match=r"run\.storage_path: .*all nodes see") as caught:
         check_kept(run__storage_path=given)
-    assert str(given) in str(caught.value) and "\n" not in str(caught.value)
+    assert given in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("job")
-def test_shared_folders_urls_and_defaults_are_taken_in_a_job() -> None:
-    check_kept(run__storage_path="/shared/runs", checkpoint__path=None)
-    check_kept(run__storage_path="~/runs", checkpoint__path="s3://bucket/run")
+@pytest.mark.usefixtures("unpacked")
+def test_shared_folders_urls_and_defaults_are_taken() -> None:
+    check_kept(run__storage_path="/shared/runs", data__index_path=None)
+    check_kept(run__storage_path="~/runs", data__index_path="s3://bucket/run")
 
 
-def test_outside_a_job_relative_places_are_the_users_own() -> None:
-    check_kept(run__storage_path="runs", checkpoint__path="kept")
+def test_elsewhere_relative_places_are_the_users_own() -> None:
+    check_kept(run__storage_path="runs", data__index_path="kept")
 
 
-@pytest.mark.usefixtures("job")
-@pytest.mark.parametrize("key", ["run.storage_path", "checkpoint.path", "data.index_path"])
-def test_each_key_that_writes_is_looked_at_before_anything_starts(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("key", ["run.storage_path", "data.index_path"])
+def test_each_key_that_writes_is_looked_at_before_anything_starts(
+    tmp_path: Path, unpacked: Path, key: str
+) -> None:
     config = tiny(tmp_path)
     section, name = key.split(".")
-    setattr(getattr(config, section), name, "relative")
+    setattr(getattr(config, section), name, str(unpacked / "here"))
     with pytest.raises(UserError, match=key):
         prepare.check(config)
     assert not (tmp_path / "runs").exists()
