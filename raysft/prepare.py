@@ -88,6 +88,7 @@ def check(config: Config) -> None:
         data__index_path=config.data.index_path,
     )
     check_run(config)
+    model_family(config.model)
     _check_names(config)
     sources.resolve_all(config.data.train, "train")
     _check_evaluation_data(config)

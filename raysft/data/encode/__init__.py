@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from raysft.config.schema import Data, Model
 from raysft.data import speech_tokens
 from raysft.data.audio import Limits
 from raysft.data.encode.base import Encoder
+from raysft.data.encode.families import Family, family_of
 from raysft.errors import UserError
 
 __all__ = ["TEMPLATE", "Encoder", "make_encoder", "model_family", "require_template"]
@@ -72,16 +73,18 @@ def require_template(folder: Path) -> None:
         )
 
 
-def model_family(model: Model) -> Literal["causal_lm", "audio_lm"]:
-    """model.family, with `auto` resolved by the model's type (qwen2_audio: audio_lm)."""
-    if model.family != "auto":
-        return model.family
-    return "audio_lm" if _model_type(model) == "qwen2_audio" else "causal_lm"
+def model_family(model: Model) -> Family:
+    """model.family, with `auto` resolved by the model's type. Raises UserError for a model that is
+    not there, and for types that cannot be trained."""
+    settings = _settings(model)
+    where = "model.config" if model.path is None else f"model.path: {model.path}"
+    return family_of(model.family, settings, where)
 
 
-def _model_type(model: Model) -> str | None:
+def _settings(model: Model) -> dict[str, Any]:
+    """What the model's config.json holds."""
     if model.config is not None:
-        return model.config.get("model_type")
+        return dict(model.config)
     if model.path is None:
         raise UserError(
             "model: neither path nor config is given: set model.path to a folder or hub id, "
@@ -90,14 +93,16 @@ def _model_type(model: Model) -> str | None:
     local = Path(model.path) / "config.json"
     if local.is_file():
         try:
-            return json.loads(local.read_text()).get("model_type")
+            found = json.loads(local.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"model.path: {local} is no JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise UserError(f"model.path: {local} is no config of a model (a JSON object)")
+        return found
     from transformers import PreTrainedConfig
 
     try:
-        found, _ = PreTrainedConfig.get_config_dict(model.path, revision=model.revision)
-        return found.get("model_type")
+        return PreTrainedConfig.get_config_dict(model.path, revision=model.revision)[0]
     except OSError as error:
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"model.path: no model at {model.path!r}: {reason}") from None

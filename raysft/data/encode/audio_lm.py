@@ -17,6 +17,7 @@ import numpy as np
 
 from raysft.config.schema import Data, Model
 from raysft.data.encode.base import VERSION, Encoded, Encoder
+from raysft.data.encode.families import AUDIO_LM
 from raysft.data.example import Audio, Units
 from raysft.data.features import Fbank, FrontEnd, LogMel, ModelExtractor
 from raysft.data.text import Template, load_tokenizer
@@ -25,7 +26,6 @@ from raysft.errors import BadExample, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MODEL_TYPES = ("qwen2_audio",)
 FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
 FEWEST_TOKENS = 2  # with fewer adjacent audio tokens Qwen2-Audio takes its old path, which fails
 
@@ -161,10 +161,9 @@ def _model_config(model: Model) -> Any:
             config = AutoConfig.for_model(settings.pop("model_type", ""), **settings)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise UserError(f"model.config: {error}") from None
-    if config.model_type not in MODEL_TYPES:
+    if config.model_type not in AUDIO_LM:
         raise UserError(
-            f"model.family: audio_lm knows {', '.join(MODEL_TYPES)}, not {config.model_type!r}: "
-            "set model.family: causal_lm, or use another model"
+            f"model.family: audio_lm knows {', '.join(AUDIO_LM)}, not {config.model_type!r}"
         )
     return config
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from raysft.config.schema import Data, Model
 from raysft.data.encode.base import VERSION, Encoded, Encoder
+from raysft.data.encode.families import AUDIO_LM
 from raysft.data.example import Audio, Units
 from raysft.data.speech_tokens import SpeechTokenizer
 from raysft.data.text import Template, add_units, load_tokenizer, unit_ids, unit_pattern
@@ -71,7 +72,8 @@ class CausalLMEncoder(Encoder):
         if self.speech_tokens is None:
             raise UserError(
                 f"model.family: causal_lm reads no raw audio ({part.path}): set "
-                "data.speech_tokens to turn it into units, or model.family: audio_lm"
+                f"data.speech_tokens to turn it into units, or use a model that hears: "
+                f"{AUDIO_LM[0]} (model.family: audio_lm)"
             )
         units = self.speech_tokens.units_count(samples)
         if units == 0:
