@@ -177,6 +177,8 @@ class ProgressLine:
             text = f"checkpoint skipped: {line['reason']}"
         elif kind == "warning":
             text = f"warning: {line['reason']}"
+        elif kind == "length":
+            text = line["reason"]
         elif kind == "stopped":
             text = f"saved and stopped after step {line['step']}"
         else:

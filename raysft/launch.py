@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft import budget, failures, history, prepare
 from raysft.config import Config
+from raysft.config.schedule import another_length
 from raysft.data.example import Quarantined
 from raysft.data.generations import open_index
 from raysft.data.index import Index
@@ -175,6 +176,8 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
     start.total_steps = prepared.total_steps
     _record_rejected(folder, prepared.rejected)
     if saved is not None:
+        before = saved.meta().get("total_steps")
+        another_length(config, saved.step, before, prepared.total_steps)  # for its refusals
         if _nothing_left(prepared, folder, catalogue):
             say(f"{folder} is finished: all {prepared.total_steps} steps are trained")
             return _outcome(folder, catalogue)

@@ -54,6 +54,7 @@ FREE = (
     "checkpoint.grace_s",
     "evaluate.*",
     "optim.max_skipped",
+    "optim.reschedule",
     "data.eval",
     # Held against what the run trained on by their contents: see `history`.
     "data.train*",
@@ -380,10 +381,11 @@ def _check_same(config: Config, folder: Path) -> None:
         return
     new["run"]["name"] = old["run"]["name"]  # a folder that was moved is still the same run
     free = FREE
-    absolute = config.optim.warmup >= 1 or not config.optim.warmup
-    # AdaLoRA's ranks follow the number of all steps.
-    if config.optim.schedule == "constant" and absolute and config.peft.method != "adalora":
-        free = (*FREE, "train.max_steps", "train.epochs")  # longer, at the same rates
+    moved = old["checkpoint"]["path"] == config.checkpoint.path
+    place = config.checkpoint if moved else before.checkpoint
+    committed = Catalogue.of(place, folder).committed()
+    if _length_may_change(config, committed):
+        free = (*FREE, "train.max_steps", "train.epochs")
     if recorded is not None and recorded == identity.of(config.model):
         free = (*free, "model.path")  # the same base in another place
     changed = [
@@ -391,9 +393,7 @@ def _check_same(config: Config, folder: Path) -> None:
         for change in changed_keys(old, new)
         if not any(fnmatch(change.split(" ")[0], pattern) for pattern in free)
     ]
-    moved = old["checkpoint"]["path"] == config.checkpoint.path
-    place = config.checkpoint if moved else before.checkpoint
-    saved = bool(Catalogue.of(place, folder).committed())
+    saved = bool(committed)
     if saved and not changed:
         check_base(config, folder)
     if changed and saved:
@@ -402,6 +402,22 @@ def _check_same(config: Config, folder: Path) -> None:
             "continue it, choose another run.name to train anew, set checkpoint.resume="
             "weights_only to begin anew with its weights, or delete the folder"
         )
+
+
+def _length_may_change(config: Config, committed: Sequence[Saved]) -> bool:
+    """Whether the number of steps may be another: decided where it is known, from what the newest
+    checkpoint says it was (`schedule.another_length`). Older ones say nothing: then only where no
+    rate depends on it."""
+    if config.peft.method == "adalora":  # its ranks follow the number of all steps
+        return False
+    absolute = config.optim.warmup >= 1 or not config.optim.warmup
+    if config.optim.schedule == "constant" and absolute:
+        return True
+    newest = max(committed, key=lambda saved: saved.step, default=None)
+    try:
+        return newest is not None and "total_steps" in newest.meta()
+    except UserError:  # damaged: the one before is used
+        return False
 
 
 def _versions() -> dict[str, str]:

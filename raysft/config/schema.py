@@ -324,6 +324,11 @@ class Optim(Section):
     decay: float = Field(
         0.1, ge=0, description="wsd: the decay at the end: steps if >= 1, else a share of all steps"
     )
+    reschedule: bool = Field(
+        False,
+        description="where train.max_steps or train.epochs of a run have changed, and with them "
+        "the rates of steps it has done: go on with the new rates from here (else refused)",
+    )
     clip: float = Field(1.0, ge=0, description="maximal gradient norm; 0: no clipping")
     max_skipped: NonNegativeInt = Field(
         20,

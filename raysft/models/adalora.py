@@ -12,8 +12,8 @@ import torch
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel
 
 from raysft.config import schema
+from raysft.config.schedule import steps_of
 from raysft.errors import UserError
-from raysft.parallel.optim import steps_of
 
 MANY = 10**9  # steps into which any schedule fits
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # of the importance, and of how uncertain it is

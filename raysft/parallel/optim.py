@@ -1,9 +1,8 @@
-"""AdamW and the learning-rate schedule, as pure functions of the config and the step."""
+"""AdamW as a pure function of the config. Its learning rates: `config.schedule`."""
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
@@ -77,29 +76,6 @@ def plain_name(name: str) -> str:
     for prefix in WRAPPERS:
         name = name.removeprefix(prefix)
     return name
-
-
-def steps_of(share: float, total: int) -> int:
-    """A number of steps: `share` itself if >= 1, else that share of all steps."""
-    return round(share if share >= 1 else share * total)
-
-
-def rate(optim: Optim, step: int, total: int) -> float:
-    """The learning rate of step 1..total as a share of its peak: linear warm-up, then constant,
-    linear or cosine decay to zero, or constant with a linear decay at the end (wsd)."""
-    warmup = steps_of(optim.warmup, total)
-    if step <= warmup:
-        return step / warmup
-    if optim.schedule == "constant":
-        return 1.0
-    # The last step still moves: decay reaches zero one step after it.
-    if optim.schedule == "wsd":
-        decay = min(steps_of(optim.decay, total), total - warmup)
-        return min(1.0, (total + 1 - step) / max(1, decay))
-    progress = min(1.0, (step - 1 - warmup) / max(1, total - warmup))
-    if optim.schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:

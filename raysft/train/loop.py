@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import torch
 
+from raysft.config.schedule import another_length
+from raysft.config.schedule import rate as rate_at
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.parallel import Strategy, World
-from raysft.parallel.optim import rate as rate_at
 from raysft.parallel.strategy import Stepped
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
@@ -254,6 +255,7 @@ class Keeper:
                 "totals": self.totals.state(),
                 "clock": self.clock.state(),
                 "world_size": self.job.world.size,
+                "total_steps": self.job.total_steps,
                 "strategy": self.job.strategy.facts(),
                 "time": time.time(),
             }
@@ -328,7 +330,7 @@ def _restore(
     """Load the newest sound checkpoint; cut what was recorded after it; open the records."""
     record.take_over()
     found, skipped = newest_sound(job.catalogue, job.world)
-    step, cursor, meta = 0, None, {}
+    step, cursor, meta, length = 0, None, {}, None
     if found is not None:
         adapters = job.adapters
         meta = load(found, job.strategy, adapters.tensors() if adapters is not None else None)
@@ -336,6 +338,7 @@ def _restore(
             adapters.load_facts(meta["adapters"])
         job.strategy.load_facts(meta["strategy"])
         step, cursor = meta["step"], meta["cursor"]
+        length = another_length(job.config, step, meta.get("total_steps"), job.total_steps)
         totals.load(meta["totals"])
         clock.load(meta["clock"])
     elif job.weights is not None:
@@ -349,6 +352,8 @@ def _restore(
     record.open(step)
     for reason in skipped:
         record.event("skipped", reason=reason)
+    if length is not None:
+        record.event("length", step=step, total_steps=job.total_steps, reason=length)
     idle = max(0.0, job.submitted - seen) if job.submitted and seen else 0.0
     record.begun(step, last, meta.get("time"), meta.get("world_size"), job.start, idle)
     return step, cursor

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from raysft.config.schedule import rate
 from raysft.config.schema import Config, Optim
 from raysft.errors import UserError
 from raysft.parallel import World, scale
 from raysft.parallel.ddp import Ddp
-from raysft.parallel.optim import parameter_groups, rate
+from raysft.parallel.optim import parameter_groups
 from raysft.parallel.scale import LossScale
 from raysft.train.loop import Job, train
 from raysft.train.metrics import read_lines

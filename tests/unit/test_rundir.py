@@ -69,7 +69,7 @@ def test_auto_continues_a_run_and_never_refuses_it_and_names_the_choices(home: P
     longer = tiny(home, train__max_steps=6)
     assert train(start(longer, ONE)) == 6
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert events(run) == ["started", "finished", "continued", "finished"]
+    assert events(run) == ["started", "finished", "length", "continued", "finished"]
     fresh = tiny(home, "fresh", checkpoint__resume="never")
     assert open_run(fresh).is_dir()
 

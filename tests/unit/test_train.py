@@ -23,12 +23,12 @@ from transformers import (
 
 from raysft import worker
 from raysft.config import Config
+from raysft.config.schedule import rate
 from raysft.config.schema import Optim
 from raysft.data.audio import load
 from raysft.errors import UserError
 from raysft.models import PREFIX
 from raysft.parallel import World
-from raysft.parallel.optim import rate
 from raysft.prepare import Prepared, prepare
 from raysft.train.loop import Job, train
 from raysft.train.metrics import read_lines
