@@ -9,6 +9,7 @@ with go to a new folder below RUN/evaluations; nothing of the run is changed, be
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(argv, __doc__ or "", positional=1, flags=["data=", "step="])
     overrides = list(arguments.overrides)
     if "data" in arguments.flags:
-        overrides.append(f"data.eval=[{arguments.flags['data']!r}]")
+        overrides.append(f"data.eval=[{json.dumps(arguments.flags['data'])}]")
     run, step = Path(arguments.positional[0]), str(arguments.flags.get("step", "last"))
     config = reopen(run, [*overrides, "checkpoint.resume=auto"])
 

@@ -50,8 +50,9 @@ def plain(text: str) -> str:
     """`text` in the one form that all forms of it which look the same have."""
     if text.isascii():
         return text.replace("`", "'")
-    text = _INVISIBLE.sub("", text).translate(_APOSTROPHES)
-    return unicodedata.normalize("NFC", "".join(map(_shapeless, text)))
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    text = unicodedata.normalize("NFC", "".join(map(_shapeless, text)))
+    return text.translate(_APOSTROPHES)
 
 
 @cache
@@ -90,7 +91,7 @@ def normalize(text: str, steps: Sequence[str], spelling: str | None = None) -> s
         )
     if "whitespace" in steps:
         text = _BESIDE.sub("", " ".join(text.split()))
-    return text
+    return unicodedata.normalize("NFC", text)  # what stood between a letter and a mark is gone
 
 
 def words(text: str) -> list[str]:
