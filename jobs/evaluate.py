@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from raysft import paths
 from raysft.cli import ProgressLine, guarded, parse
 from raysft.rundir import reopen
 
@@ -25,8 +26,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(argv, __doc__ or "", positional=1, flags=["data=", "step="])
     overrides = list(arguments.overrides)
     if "data" in arguments.flags:
-        overrides.append(f"data.eval=[{json.dumps(arguments.flags['data'])}]")
-    run, step = Path(arguments.positional[0]), str(arguments.flags.get("step", "last"))
+        overrides.append(f"data.eval={json.dumps([arguments.flags['data']], ensure_ascii=False)}")
+    run = paths.argument(arguments.positional[0], "RUN")
+    step = str(arguments.flags.get("step", "last"))
     config = reopen(run, [*overrides, "checkpoint.resume=auto"])
 
     from raysft import launch, prepare

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from raysft import paths
 from raysft.cli import guarded, parse
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     from raysft.export import export_run
     from raysft.session import check_kept
 
-    run, out = (Path(word) for word in arguments.positional)
+    run, out = map(paths.argument, arguments.positional, ("RUN", "OUT"))
     check_kept(OUT=out)
     wanted = str(arguments.flags.get("step", "last"))
     step = export_run(run, out, merge="merge" in arguments.flags, step=wanted)

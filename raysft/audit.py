@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from raysft import history
+from raysft import history, paths
 from raysft.cli import guarded, parse
 from raysft.config.load import read_tree
 from raysft.config.schema import Checkpoint
@@ -100,7 +100,7 @@ def _lines(path: Path, kinds: dict[str, type], report: Report) -> Iterator[Line]
 def main(argv: Sequence[str]) -> None:
     """Print the first findings and a summary; exit code 1 if there are any."""
     arguments = parse(argv, "usage: python -m raysft.audit RUN", 1, keys=False)
-    report = audit(Path(arguments.positional[0]))
+    report = audit(paths.argument(arguments.positional[0], "RUN"))
     for text in report.findings:
         print(text)
     if report.count > len(report.findings):

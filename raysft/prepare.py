@@ -19,8 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from raysft import history
-from raysft.config import Config
+from raysft import history, hub
+from raysft.config import Config, places
 from raysft.data import sources, speech_tokens
 from raysft.data.audio import Limits, load
 from raysft.data.encode import (
@@ -88,6 +88,10 @@ def check(config: Config) -> None:
         data__index_path=config.data.index_path,
     )
     check_run(config)
+    if config.model.tokenizer not in (None, places.BYTES):
+        hub.check(config.model.tokenizer, "model.tokenizer")
+    if config.peft.path is not None:
+        hub.check(config.peft.path, "peft.path")
     model_family(config.model)
     _check_names(config)
     sources.resolve_all(config.data.train, "train")

@@ -265,7 +265,7 @@ class Plan:
         if self._groups and self._groups != tasks:
             raise UserError(
                 f"data.mix names the tasks {', '.join(self._groups)}, the training data has "
-                f"{', '.join(tasks)}: name each of these in data.mix, or remove data.mix"
+                f"{', '.join(tasks)}: {_mixed(self._groups, tasks)}, or remove data.mix"
             )
         if not self._blocks.examples.any():
             raise UserError(
@@ -414,6 +414,19 @@ class _Shares:
         offset = step * 0x9E3779B97F4A7C15 % 2**64 / 2**64
         hit = np.searchsorted(self._edges, offset + np.arange(self._spare), side="right")
         return (self._least + np.bincount(hit, minlength=len(self._least))).tolist()
+
+
+def _mixed(wanted: list[str], present: list[str]) -> str:
+    """How data.mix and the tasks of the data come to agree."""
+    said = []
+    if more := [name for name in wanted if name not in present]:
+        said.append(
+            f"add data of {', '.join(more)} (clips with their texts serve as asr and as tts: give "
+            f"the file a second entry in data.train, {{path: ..., task: {more[0]}}})"
+        )
+    if less := [name for name in present if name not in wanted]:
+        said.append(f"name {', '.join(less)} in data.mix too")
+    return ", and ".join(said)
 
 
 def _settings(data: Data, weights: Sequence[float], seed: int) -> dict[str, Any]:

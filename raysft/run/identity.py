@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raysft import hub
 from raysft.config.schema import Model
 from raysft.errors import UserError
 
@@ -61,6 +62,7 @@ def commit_of(model: Model) -> str | None:
     """
     if model.path is None or Path(model.path).is_dir():
         return None
+    hub.check(model.path, "model.path", model.revision)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
