@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from raysft import history, hub
+from raysft import history, hub, paths
 from raysft.config import Config, places
 from raysft.data import sources, speech_tokens
 from raysft.data.audio import Limits, load
@@ -232,7 +233,9 @@ def _keep_template(encoder: Encoder, folder: Path) -> None:
 
 
 def _cache(config: Config) -> Path:
-    return Path(config.data.index_path or Path(config.run.storage_path) / "index").absolute()
+    if config.data.index_path is not None:
+        return Path(paths.absolute(config.data.index_path))
+    return Path(paths.absolute(config.run.storage_path)) / "index"
 
 
 def total_steps(config: Config, plan: Generations) -> int:
@@ -300,7 +303,7 @@ def summary(prepared: Prepared, folder: Path) -> list[str]:
             -2, f"unusable {len(prepared.rejected):,}: {reasons}, by name in quarantine.jsonl"
         )
     if config.log.tensorboard:
-        lines.append(f"curves  tensorboard --logdir {folder / 'tensorboard'}")
+        lines.append(f"curves  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
     return lines
 
 

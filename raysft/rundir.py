@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from raysft import paths
 from raysft.config import Config, changed_keys, places, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.errors import UserError
@@ -73,7 +74,7 @@ FREE = (
 
 def run_folder(config: Config) -> Path:
     """`run.storage_path/run.name`, absolute: workers may have another working directory."""
-    return Path(config.run.storage_path).expanduser().absolute() / config.run.name
+    return Path(paths.absolute(config.run.storage_path)) / config.run.name
 
 
 def open_run(config: Config) -> Path:

@@ -55,7 +55,7 @@ def build_index(
     """
     if not sources:
         raise UserError(f"data.{split} is empty; give it at least one source")
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder).absolute()
     resolved = formats.resolve_all(sources, split)
     files = [(source, file) for source in resolved for file in source.files]
     sizes = [file.stat().st_size for _, file in files]

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
+from raysft import paths
 from raysft.errors import UserError
 
 _BLOCK = 1 << 20
@@ -67,9 +68,9 @@ def open_storage(run: Path, place: str | None) -> Storage:
     that is relative: below the folder of runs). Raises UserError for an unknown kind of URL."""
     if place is None:
         return Folder(run / "checkpoints")
-    kind, _, path = place.rpartition("://")
-    if kind in ("", "file", "local"):  # written whole and durably, as fsspec's own would not be
-        return Folder(run.absolute().parent / Path(path).expanduser() / run.name)
+    if not paths.is_store(place):  # written whole and durably, as fsspec's own would not be
+        below = paths.absolute(place.removeprefix("local://"), str(run.absolute().parent))
+        return Folder(Path(below) / run.name)
     return Store(f"{place.rstrip('/')}/{run.name}")
 
 

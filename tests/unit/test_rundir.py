@@ -308,6 +308,34 @@ def test_a_folder_that_is_no_run_is_refused_and_one_that_was_moved_is_still_the_
     assert train(start(config, World.current())) == 5
 
 
+def test_what_a_run_reads_may_move_but_not_become_another(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = home / "runs" / "run" / "config.yaml"
+    tokens = home / "tokens"
+    tokens.mkdir()
+    (tokens / "tokenizer.json").write_text("{}")
+
+    def checked(recorded: object, now: object, key: str = "tokenizer") -> None:
+        tree = yaml.safe_load(written.read_text())
+        tree["model"][key] = str(recorded)
+        written.write_text(yaml.safe_dump(tree))
+        config = tiny(home, train__max_steps=6)
+        check_run(config.model_copy(update={"model": config.model.model_copy(update={key: now})}))
+
+    copy = Path(shutil.copytree(tokens, home / "elsewhere" / "copy"))
+    checked(tokens, str(copy))
+    checked("/gone/with/all/tokens", str(tokens))
+    monkeypatch.chdir(home)
+    checked("tokens", str(tokens))  # a run from before paths were made absolute
+    monkeypatch.chdir(home / "elsewhere")
+    checked("../tokens", str(tokens))
+    (copy / "tokenizer.json").write_text("{ }")
+    for recorded in (tokens, "/gone/other"):
+        with pytest.raises(UserError, match=rf"model.tokenizer \(was '{recorded}', now '{copy}'"):
+            checked(recorded, str(copy))
+
+
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match=r"run.storage_path: .*/runs/run cannot be made: "):
