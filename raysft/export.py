@@ -78,6 +78,7 @@ def export_run(run: Path, folder: Path, merge: bool = False, step: str = "last")
     found, skipped = choose(run, config.checkpoint, step, Saved.damage)
     for reason in skipped:
         log.warning("skipped: %s", reason)
+    require_template(run)
     method = config.peft.method
     if merge and method == "none":
         raise UserError("export --merge: this run trained all weights; there is nothing to merge")
@@ -91,7 +92,6 @@ def export_run(run: Path, folder: Path, merge: bool = False, step: str = "last")
     if method != "none" and not merge:
         _export_adapter(config, found, folder)
         return found.step
-    require_template(run)
     encoder = make_encoder(config.model, config.data, run)
     adapter = models.build(config.model, config.data, encoder, config.run.seed)
     weights: dict[str, torch.Tensor] | None = read_weights(found)

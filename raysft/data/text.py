@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 UNIT = "<|unit{}|>"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_MARKERS = re.compile(r"<\|[^<>|\s]+\|>")
 # Questions whose frames are made ahead: as kinds of their parts.
 _SHAPES = ((), ("text",), ("audio",), ("audio", "text"), ("text", "audio"))
 _KNOWN = 256  # prompts whose ids are kept: with clips or units for input there are few
@@ -229,8 +230,10 @@ class Template:
         self._stop = next((t.content for t in whole if t.special and not t.rstrip), "")
         self._known: dict[str, list[int]] = {}
         self._expected: dict[Frame, Counter[int]] = {}
+        self._refuse_control_in_prompts()
         if self.chat:
             self._refuse_unknown(first)
+            self.remark = self.remark or self._unread(first)
         self._lead, self._tail = (self._shown(text) for text in (first.lead, first.tail))
         self.fingerprint = self._fingerprint()
 
@@ -265,6 +268,27 @@ class Template:
             f"data.template: the chat template writes {text[start:end]!r}, for which the tokenizer "
             f"has no token ({self.tokenizer.unk_token} would be trained on): use the tokenizer "
             "that belongs to the template, or set data.template to plain"
+        )
+
+    def _refuse_control_in_prompts(self) -> None:
+        for task, prompt in self._prompts.items():
+            if match := self._control.search(prompt):
+                raise UserError(
+                    f"data.prompts.{task}: contains {match[0]}, a token that steers the model: the "
+                    "chat template writes those; give the instruction alone"
+                )
+
+    def _unread(self, frame: Frame) -> str:
+        """A remark on markers that the template writes and that are no tokens: so they are in some
+        models, and so they come out beside a tokenizer that is another model's."""
+        known = self.tokenizer.get_vocab()
+        shown = f"{frame.prompt([''])}{frame.answer('')}{self._end}"
+        found = [name for name in dict.fromkeys(_MARKERS.findall(shown)) if name not in known]
+        if not found:
+            return ""
+        return (
+            f"the chat template writes {', '.join(found[:3])}, no token of the tokenizer, which "
+            "reads it letter by letter: is it the template of this model?"
         )
 
     def _shown(self, text: str) -> str:

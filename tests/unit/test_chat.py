@@ -306,6 +306,23 @@ def test_a_template_whose_tokens_are_unknown_is_refused() -> None:
     assert rendered(text.Template(tokenizer, Data()), "one", "one") == ([2, 4, 1, 3], [4, 1])
 
 
+def test_markers_that_are_no_tokens_are_remarked() -> None:
+    """In some models they are text; beside another model's tokenizer they are a mistake."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATES["headers"]
+    assert not text.Template(tokenizer, Data()).remark
+    tokenizer.chat_template = TEMPLATES["headers"].replace("head|", "role|")
+    remark = text.Template(tokenizer, Data()).remark
+    assert "writes <|role|>, <|end_role|>, no token of the tokenizer" in remark
+
+
+def test_a_prompt_of_the_config_with_a_control_token_is_the_users_to_mend() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    with pytest.raises(UserError, match=r"data\.prompts\.asr: contains <\|im_end\|>"):
+        text.Template(tokenizer, Data(prompts={"asr": "Write.<|im_end|>"}))
+
+
 # -- control tokens ------------------------------------------------------------------------------
 
 
