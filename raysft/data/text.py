@@ -1,12 +1,9 @@
-"""Text: the tokenizer, and the template that makes an example a dialogue.
+"""Text: the template that makes an example a dialogue, and the tokenizer (see `tokenizer`).
 
-Stands in front of the encoders: `load_tokenizer` runs once, where a run starts; `Template.render`
-runs for every example, in the index and in the data tasks. Rendering gives token ids for text and
-leaves audio and units as they are, so that neither ever passes through the text tokenizer: one
-token stands for each while the dialogue is tokenized, whole, as transformers would.
-
-Without a padding token the end token stands in for it. That is safe here: padded positions are
-masked by length and labels are set by position, so no end token is taken for padding.
+Stands in front of the encoders: `Template.render` runs for every example, in the index and in the
+data tasks. Rendering gives token ids for text and leaves audio and units as they are, so that
+neither ever passes through the text tokenizer: one token stands for each while the dialogue is
+tokenized, whole, as transformers would.
 
 Costs about 100 us an example. Pickled, a template carries the tokenizer twice: as the bare
 `tokenizers` object that data tasks use, and as bytes from which the transformers one (1 s of
@@ -25,17 +22,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raysft.config.schema import Data, Model
+from raysft.config.schema import Data
 from raysft.data import remote_code
 from raysft.data.chat import Chat, Frame, control_tokens, freeze, is_plain, plain_template
 from raysft.data.example import Audio, Example, Part, Units
+from raysft.data.tokenizer import (
+    add_units,
+    byte_tokenizer,
+    load_tokenizer,
+    template_of,
+    unit_ids,
+    unit_pattern,
+)
 from raysft.errors import BadExample, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-UNIT = "<|unit{}|>"
+__all__ = [
+    "Rendered",
+    "Segment",
+    "Template",
+    "add_units",
+    "byte_tokenizer",
+    "load_tokenizer",
+    "unit_ids",
+    "unit_pattern",
+]
+
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MARKERS = re.compile(r"<\|[^<>|\s]+\|>")
 # Questions whose frames are made ahead: as kinds of their parts.
@@ -58,106 +73,6 @@ class Rendered:
 
     prompt: list[Segment]
     answer: list[Segment]
-
-
-def load_tokenizer(model: Model, units: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of `model.tokenizer` or `model.path`, with `units` unit tokens added.
-
-    Raises UserError where there is none, it has no fast form, or no end token.
-    """
-    name = model.tokenizer or model.path
-    if name is None:
-        raise UserError(
-            "model.tokenizer: nothing given, and model.path, its default, is not set either: "
-            "give a folder, a hub id, or `bytes` for the built-in byte tokenizer"
-        )
-    if model.tokenizer == "bytes":
-        tokenizer = byte_tokenizer()
-    else:
-        from transformers import AutoTokenizer
-
-        key = "model.tokenizer" if model.tokenizer else "model.path"
-        try:
-            revision = model.revision if name == model.path else None
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, **model.model_copy(update={"revision": revision}).hub
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"{key}: no tokenizer could be loaded from {name!r}: {reason}"
-            ) from None
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"{key}: {name!r} has only a slow tokenizer ({type(tokenizer).__name__}): "
-                "convert it to a tokenizer.json, or name another one in model.tokenizer"
-            )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.tokenizer: {name!r} has no end token, without which no answer can end: "
-            "set eos_token in its tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    add_units(tokenizer, units)
-    return tokenizer
-
-
-def unit_pattern(form: str) -> re.Pattern[str]:
-    """What matches the unit tokens of `form` (`model.unit_token`), their number as group 1."""
-    before, after = form.split("{}")
-    return re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
-
-
-def add_units(tokenizer: PreTrainedTokenizerFast, units: int, form: str = UNIT) -> list[int]:
-    """Add `form` of 0 .. units - 1; those that are there already keep their ids.
-    Returns the ids of the others."""
-    from tokenizers import AddedToken
-
-    # Not `special`: units in an answer must survive decoding with skip_special_tokens.
-    names = [form.format(i) for i in range(units)]
-    known = tokenizer.get_vocab()
-    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
-    return tokenizer.convert_tokens_to_ids([name for name in names if name not in known])
-
-
-def unit_ids(tokenizer: PreTrainedTokenizerFast, form: str = UNIT) -> np.ndarray:
-    """int64 [N]: the token id of each unit, N being the number of units the tokenizer has."""
-    pattern = unit_pattern(form)
-    found = {
-        int(match[1]): token
-        for name, token in tokenizer.get_vocab().items()
-        if (match := pattern.fullmatch(name)) and form.format(int(match[1])) == name
-    }
-    missing = next((unit for unit in range(len(found)) if unit not in found), None)
-    if missing is not None:
-        raise UserError(
-            f"model.tokenizer: has {form.format(max(found))} but no {form.format(missing)}: "
-            "unit tokens must be numbered without gaps"
-        )
-    return np.array([found[unit] for unit in range(len(found))], np.int64)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the 256 bytes (id = byte) and `<|bos|>`, `<|eos|>`, `<|pad|>`: 259 tokens.
-
-    Nothing is out of its vocabulary. It is saved by save_pretrained like any other.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    # The byte-level alphabet: printable bytes stand for themselves, the others for the code
-    # points from 256 on, in order.
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(plain))
-    alphabet = {byte: chr(byte) for byte in plain}
-    alphabet |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE({alphabet[byte]: byte for byte in range(256)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = {f"{name}_token": f"<|{name}|>" for name in ("bos", "eos", "pad")}
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in specials.values()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
 
 
 class Template:
@@ -459,12 +374,6 @@ class Template:
             start = place + 1
         segments.append(np.array(ids[start:], np.int32))
         return [s for s in segments if not isinstance(s, np.ndarray) or len(s)]
-
-
-def template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The tokenizer's chat template; of several, its default."""
-    found = tokenizer.chat_template
-    return found.get("default") if isinstance(found, dict) else found
 
 
 def _begin(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -17,7 +17,7 @@ from raysft.data.encode import TEMPLATE
 from raysft.data.plan import Cursor
 from raysft.data.text import byte_tokenizer
 from raysft.errors import UserError
-from raysft.prepare import Prepared, prepare
+from raysft.prepare import Prepared, prepare, read_eval
 from raysft.rundir import open_run
 from tests.models import CAUSAL
 
@@ -65,6 +65,12 @@ def config(folder: Path, name: str = "dated", template: str = DATED) -> Config:
 TOKENS = ("<|start|>", "<|end|>")
 
 
+def with_eval(settings: Config) -> Config:
+    return settings.model_copy(
+        update={"data": settings.data.model_copy(update={"eval": settings.data.train})}
+    )
+
+
 def prompt(prepared: Prepared) -> str:
     (example,) = prepared.train.examples([0])
     return prepared.encoder.tokenizer.decode(prepared.encoder.prompt(example, []).input_ids)
@@ -87,7 +93,8 @@ def test_a_run_goes_on_the_next_day_with_the_prompts_it_began_with(tmp_path: Pat
     again = prepare(settings, run, cursor(first))
     assert prompt(again) == prompt(first)
     assert again.train.folder == first.train.folder, "and its data is not indexed anew"
-    assert prepare(settings, run, train=False).encoder.fingerprint == first.encoder.fingerprint
+    evaluated, _ = read_eval(with_eval(settings), run, tmp_path / "evaluation")
+    assert evaluated.fingerprint == first.encoder.fingerprint
     other = prepare(config(tmp_path, "later"), open_run(config(tmp_path, "later")))
     assert time.strftime("%d %b %Y") in prompt(other)
 
@@ -120,7 +127,7 @@ def test_a_run_of_before_prompts_were_kept_is_refused_with_the_choices(tmp_path:
     with pytest.raises(UserError, match=said):
         prepare(settings, run, cursor(first))
     with pytest.raises(UserError, match=said):
-        prepare(settings, run, train=False)
+        read_eval(with_eval(settings), run, tmp_path / "evaluation")
     prepare(settings, run)  # without a checkpoint it begins at its first step, under these prompts
     assert (run / TEMPLATE).is_file()
 
