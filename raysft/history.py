@@ -59,10 +59,11 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
     if known[-1]["plan_hash"] != now["plan_hash"]:
         if not data.extend and _same_files(known[-1], now):
             log.warning(
-                "%s: the data files are as they were, but some of their clips can be used now that "
-                "could not (or the other way round): this run keeps to what it planned; "
-                "data.extend=true plans with them from the next epoch on",
+                "%s: the data files are as they were, but their clips are not: %s. This run keeps "
+                "to what it planned, and quarantines a clip that is longer or much shorter than "
+                "that; data.extend=true plans with them from the next epoch on",
                 run,
+                "; ".join(changed_data(known[-1], now, index)),
             )
         else:
             known = _extended(run, known, now, index, data, cursor)

@@ -215,7 +215,8 @@ def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, sa
             told = time.monotonic()
             say(f"indexing data.{split}: {done / total:.0%} of {total / 2**20:,.0f} MiB")
 
-    return build_index(given, split, encoder, _cache(config), progress=progress)
+    most = config.data.max_quarantined
+    return build_index(given, split, encoder, _cache(config), progress=progress, most=most)
 
 
 def _keep_template(encoder: Encoder, folder: Path) -> None:

@@ -195,7 +195,32 @@ def _usable(
         if ids:
             count = ids.total()
             found.append(f"{count:,} {_plural('example', count)} {what}: {_first(sorted(ids))}")
-    return found or [f"{where}: clips have other lengths than when they were indexed"]
+    if ids := _of_other_lengths(judged, before, index):
+        count = len(ids)
+        clips = f"clips of {count:,} {_plural('example', count)} have"
+        found.append(f"{clips} other lengths than when they were indexed: {_first(ids)}")
+    return found or [f"{where}: lengths are others than when they were indexed"]
+
+
+def _of_other_lengths(
+    judged: list[tuple[IndexedFile, IndexedFile]], before: Index, index: Index
+) -> list[str]:
+    """Ids of examples that both indexes have, with clips of other lengths."""
+    numbers = [{file: i for i, file in enumerate(side.files)} for side in (before, index)]
+    found: list[str] = []
+    for a, b in judged:
+        then, now = before.rows(numbers[0][a]), index.rows(numbers[1][b])
+        _, mine, theirs = np.intersect1d(
+            before.records(numbers[0][a])[:, 0],
+            index.records(numbers[1][b])[:, 0],
+            assume_unique=True,
+            return_indices=True,
+        )
+        other = before.seconds[then][mine] != index.seconds[now][theirs]
+        rows = theirs[np.flatnonzero(other)] + now.start
+        # Ids are read from the data file: those that are named, and as many as there are.
+        found += index.ids(rows[: NAMED + 1]) + [""] * max(0, len(rows) - NAMED - 1)
+    return found
 
 
 def _files(side: dict[str, Any]) -> list[IndexedFile]:

@@ -11,19 +11,18 @@ example while it joins.
 
 from __future__ import annotations
 
-import multiprocessing
+import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 from raysft.config.schema import Source
 from raysft.data import part as parts
 from raysft.data import sources as formats
 from raysft.data.encode import Encoder
-from raysft.data.part import Job, Part
+from raysft.data.fan_out import Progress, fan_out
+from raysft.data.hope import Hope
+from raysft.data.part import Job, Part, Place
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Split, Survey
 from raysft.data.table import Index, IndexedSource, join
@@ -31,11 +30,9 @@ from raysft.errors import UserError
 
 __all__ = ["Index", "IndexedSource", "build_index"]
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes of data files measured, bytes to measure)."""
+log = logging.getLogger(__name__)
 
-_PARALLEL_FROM = 4 << 20  # bytes (some 20,000 clips, 3 s) from which starting processes pays
-_Result = TypeVar("_Result")
+_AGAIN = 4096  # items of a cached part that are measured again in one job
 
 
 def build_index(
@@ -45,10 +42,14 @@ def build_index(
     folder: Path,
     workers: int | None = None,
     progress: Progress | None = None,
+    most: float = 1.0,
 ) -> Index:
     """Index `sources`, re-using below `folder` whatever has not changed.
 
     workers: processes or Ray tasks at once; None: one a CPU, or 1 where there is little to do.
+    most: share of unusable examples (data.max_quarantined) with which the caller can do; below 1,
+    indexing stops as soon as there is no hope: a source none of whose first few thousand clips is
+    there, or very many unusable examples.
     Raises UserError: sources.resolve's, a file whose structure is broken or that changes
     meanwhile, a source without one usable example, an encoder that takes none of a kind, a folder
     that cannot be written.
@@ -59,44 +60,71 @@ def build_index(
     resolved = formats.resolve_all(sources, split)
     files = [(source, file) for source in resolved for file in source.files]
     sizes = [file.stat().st_size for _, file in files]
-    surveyed = _fan_out(_survey, [(*entry, folder) for entry in files], sizes, None, workers)
+    surveyed = fan_out(_survey, [(*entry, folder) for entry in files], sizes, None, workers)
     surveys = [survey for survey, _ in surveyed]
-    found: list[Part | None] = []
+    cached = [
+        parts.load_part(parts.part_path(source, file, survey, encoder, folder))
+        for (source, file), survey in zip(files, surveys)
+    ]
+    replaced = _replaced(cached, encoder, workers)
     jobs: list[tuple[int, Job]] = []
     for number, ((source, file), survey) in enumerate(zip(files, surveys)):
-        cached = parts.load_part(parts.part_path(source, file, survey, encoder, folder))
-        found.append(cached)
-        if cached is None:
+        part = cached[number]
+        if part is None:
             jobs += [(number, Job(source, file, chunk)) for chunk in survey.chunks]
-        elif again := tuple(item for item in cached.rejected if item.audio):
-            jobs.append((number, Job(source, file, None, again)))
+            continue
+        again = [Place(item.line, item.offset, item.size) for item in part.rejected if item.audio]
+        again = sorted([*again, *part.items(replaced[number])], key=lambda place: place.line)
+        for at in range(0, len(again), _AGAIN):
+            jobs.append((number, Job(source, file, None, tuple(again[at : at + _AGAIN]))))
+    if count := sum(map(len, replaced)):
+        log.warning(
+            "data.%s: clips of %s examples were replaced: measuring them again", split, f"{count:,}"
+        )
     sizes = [job.bytes for _, job in jobs]
-    measured = _fan_out(parts.measure, [job for _, job in jobs], sizes, encoder, workers, progress)
-    chunks: dict[int, list[Part]] = {}
-    for (number, _), result in zip(jobs, measured):
-        chunks.setdefault(number, []).append(result)
+    todo = [job for _, job in jobs]
+    hope = Hope(split, most)
+    results = fan_out(parts.measure, todo, sizes, encoder, workers, progress, hope.check)
+    measured: dict[int, list[Part]] = {}
+    for (number, _), result in zip(jobs, results):
+        measured.setdefault(number, []).append(result)
+    whole: list[Part] = []
     for number, ((source, file), survey) in enumerate(zip(files, surveys)):
         parts.check_unchanged(source, file, surveyed[number][1])
-        found[number] = _renewed(
-            found[number],
-            chunks.get(number, []),
-            parts.part_path(source, file, survey, encoder, folder),
-        )
-    whole = [part for part in found if part is not None]
+        path = parts.part_path(source, file, survey, encoder, folder)
+        new = measured.get(number, [])
+        whole.append(_renewed(cached[number], replaced[number], new, path))
     _check_usable(resolved, files, whole)
     return join(resolved, files, [survey.digest for survey in surveys], whole, encoder, folder)
 
 
-def _renewed(cached: Part | None, results: list[Part], path: Path) -> Part:
+def _replaced(
+    cached: list[Part | None], encoder: Encoder, workers: int | None
+) -> list[frozenset[int]]:
+    """Of each cached part the lines whose clips are not as they were when they were measured."""
+    if encoder.sample_rate is None:
+        return [frozenset()] * len(cached)
+    owners = [(number, piece) for number, part in enumerate(cached) if part for piece in part.clips]
+    pieces = [piece for _, piece in owners]
+    # A piece is that of a chunk of a data file, about ten times its size.
+    lines = fan_out(parts.replaced, pieces, [10 * len(piece) for piece in pieces], encoder, workers)
+    found: list[set[int]] = [set() for _ in cached]
+    for (number, _), some in zip(owners, lines):
+        found[number].update(some)
+    return list(map(frozenset, found))
+
+
+def _renewed(cached: Part | None, replaced: frozenset[int], new: list[Part], path: Path) -> Part:
     """The part of a file: as cached, with what was measured now in its place."""
-    if cached is not None and not results:
+    if cached is not None and not new:
         return cached
     if cached is None:
-        renewed = Part.join(results)
+        renewed = Part.join(new)
     else:
         steady = [item for item in cached.rejected if not item.audio]
-        renewed = Part.join([Part(cached.rows, cached.tasks, steady), *results])
-        if renewed.rejected == cached.rejected:
+        kept = replace(cached.without(replaced), rejected=steady)
+        renewed = Part.join([kept, *new])
+        if renewed.rejected == cached.rejected and not replaced:
             return cached
     parts.save_part(path, renewed)
     return renewed
@@ -120,90 +148,3 @@ def _check_usable(
 
 def _survey(job: tuple[ResolvedSource, Path, Path], _: None) -> tuple[Survey, list[int]]:
     return parts.survey_file(*job)
-
-
-def _fan_out(
-    function: Callable[[Any, Any], _Result],
-    jobs: list[Any],
-    sizes: list[int],
-    shared: Any,
-    workers: int | None,
-    progress: Progress | None = None,
-) -> list[_Result]:
-    """[function(job, shared) for job in jobs]: by Ray where it runs, else in processes or here."""
-    total, done = sum(sizes), 0
-    if workers is None:
-        workers = _cpus() if total >= _PARALLEL_FROM else 1
-    if workers == 1 or len(jobs) < 2:
-        found: Iterator[_Result] = (function(job, shared) for job in jobs)
-    elif _ray_runs():
-        found = _by_ray(function, jobs, shared, workers)
-    else:
-        found = _by_processes(function, jobs, shared, min(workers, len(jobs)))
-    results: list[_Result] = []
-    for size, result in zip(sizes, found):
-        results.append(result)
-        done += size
-        if progress is not None:
-            progress(done, total)
-    return results
-
-
-def _ray_runs() -> bool:
-    ray = sys.modules.get("ray")  # what was never imported cannot be running
-    return ray is not None and ray.is_initialized()
-
-
-def _cpus() -> int:
-    if _ray_runs():
-        import ray
-
-        return max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return len(os.sched_getaffinity(0))
-
-
-def _by_processes(
-    function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int
-) -> Iterator[_Result]:
-    context = multiprocessing.get_context("spawn")  # threads and fork do not go together
-    with ProcessPoolExecutor(workers, context, _begin, (function, shared)) as pool:
-        try:
-            yield from pool.map(_one, jobs)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_process: dict[str, Any] = {}
-
-
-def _begin(function: Callable[[Any, Any], Any], shared: Any) -> None:
-    _process.update(function=function, shared=shared)
-
-
-def _one(job: Any) -> Any:
-    return _process["function"](job, _process["shared"])
-
-
-def _by_ray(
-    function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int
-) -> Iterator[_Result]:
-    import ray
-
-    task = ray.remote(function).options(num_cpus=1, scheduling_strategy="SPREAD")
-    reference = ray.put(shared)
-    running: list[Any] = []
-    try:
-        for job in jobs:
-            # Twice as many as run at once: results are taken in order, and one may be slow.
-            if len(running) >= 2 * workers:
-                yield ray.get(running.pop(0))
-            running.append(task.remote(job, reference))
-        while running:
-            yield ray.get(running.pop(0))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    finally:
-        for left in running:
-            ray.cancel(left)

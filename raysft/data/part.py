@@ -5,13 +5,13 @@ there). For each item: parse it, probe its clips' headers, ask the encoder how l
 Two things are cached below the index's folder:
 
     files/<path's hash>.json  what `survey` found, valid while size and times stay as they are
-    parts/<key>.npz           lengths and places of a file's examples; the key is made of the
-                              file's content hash and place, format, task, encoder, limits of
-                              length and VERSION
+    parts/<key>.npz           lengths and places of a file's examples, and what their clips were
+                              like; the key is made of the file's content hash and place, format,
+                              task, encoder, limits of length and MEASURED
 
-Clips are taken to stay as they are: only those that could not be used are looked at again, so that
-a repaired file comes back. Costs: 0.2 ms an item and core, 0.12 of it the clip's header on a local
-disk; 34 bytes an example.
+Of a cached part those clips are measured again that could not be used, so that a repaired file
+comes back, and those that were replaced (clip_states.py). Costs: 0.3 ms an item and core, 0.2 of it
+the clip's header on a local disk; 60 bytes an example.
 """
 
 from __future__ import annotations
@@ -24,25 +24,31 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from raysft.data import audio, sources
+from raysft.data.clip_states import States, at_once, changed
 from raysft.data.encode import Encoder
 from raysft.data.example import Example
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Chunk, Item, Survey
 from raysft.data.sources.fields import check_duration
-from raysft.data.stalled import IN_A_ROW, ClipReader
 from raysft.errors import BadExample, UserError
 
-VERSION = 2
-"""Raise it when lengths, columns or the meaning of a cached file change."""
+VERSION = 1
+"""Of an index: raise it when its columns or what they mean change. Runs that go on read the index
+they were planned with, and cannot read one of another version."""
+
+MEASURED = 3
+"""Of what is cached below an index's folder: raise it when lengths may come out otherwise than
+before, or other items count as examples. Everything is then measured anew; where it comes out as
+before, a run goes on."""
 
 ROW = np.dtype(
     [
@@ -58,9 +64,6 @@ ROW = np.dtype(
 """An example: its positions in the model, its seconds of audio, its task, and where its record
 lies (byte offset, bytes, line; crc32 of the bytes, by which a later change is noticed)."""
 
-# Headers on shared storage cost a round trip each: waiting for several at once hides it.
-PROBE_THREADS = 8
-_PROBED = 32  # at a time by one of them: the way to its reader and back costs as much as a third
 _RACY_NS = 2_000_000_000
 
 
@@ -77,13 +80,26 @@ class Rejected:
     audio: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an item lies in its data file."""
+
+    line: int
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Part:
-    """What a file's items came to. rows: ROW [examples], by line; `task` counts in `tasks`."""
+    """What a file's items came to. rows: ROW [examples], by line; `task` counts in `tasks`.
+
+    clips: what their clips were like, packed (clip_states.States), in one or more pieces.
+    """
 
     rows: np.ndarray
     tasks: list[str]
     rejected: list[Rejected]
+    clips: tuple[bytes, ...] = ()
 
     @classmethod
     def join(cls, parts: Iterable[Part]) -> Part:
@@ -98,7 +114,18 @@ class Part:
         rows = np.concatenate(blocks)
         rows = rows[np.argsort(rows["line"], kind="stable")]
         rejected = sorted((r for part in parts for r in part.rejected), key=lambda r: r.line)
-        return cls(rows, tasks, rejected)
+        return cls(rows, tasks, rejected, tuple(clip for part in parts for clip in part.clips))
+
+    def without(self, lines: Collection[int]) -> Part:
+        """The examples of other lines."""
+        rows = self.rows[~np.isin(self.rows["line"], list(lines))]
+        clips = (States.unpack(piece).without(lines).pack() for piece in self.clips)
+        return Part(rows, self.tasks, self.rejected, tuple(clips) if lines else self.clips)
+
+    def items(self, lines: Collection[int]) -> list[Place]:
+        """Where the items of these examples lie."""
+        rows = self.rows[np.isin(self.rows["line"], list(lines))]
+        return [Place(*map(int, row)) for row in rows[["line", "offset", "size"]].tolist()]
 
     def hash(self) -> str:
         """Of what is planned from it: which lines, how long, of which task."""
@@ -115,12 +142,12 @@ def renumber(own: list[str], common: list[str]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of a file to be measured: a chunk, or the clips of a cached part's `rejected`."""
+    """A piece of a file to be measured: a chunk, or items of a cached part again."""
 
     source: ResolvedSource
     file: Path
     chunk: Chunk | None
-    again: tuple[Rejected, ...] = ()
+    again: tuple[Place, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -140,7 +167,7 @@ def survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Surve
     if cached.exists():
         with _stored(cached):
             found = json.loads(cached.read_bytes())
-            if found["state"] == before and found["version"] == VERSION:
+            if found["state"] == before and found["version"] == MEASURED:
                 chunks = tuple(Chunk(*chunk) for chunk in found["chunks"])
                 return Survey(found["digest"], found["size"], chunks), before
     try:
@@ -150,7 +177,7 @@ def survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Surve
     check_unchanged(source, file, before)
     # A file written just now can change once more within the clock's grain: not remembered.
     if time.time_ns() - before[1] > _RACY_NS:
-        content = {"version": VERSION, "file": str(file), "state": before, **asdict(survey)}
+        content = {"version": MEASURED, "file": str(file), "state": before, **asdict(survey)}
         content["chunks"] = [astuple(chunk) for chunk in survey.chunks]
         write_whole(cached, lambda stream: stream.write(json.dumps(content).encode()))
     return survey, before
@@ -187,6 +214,7 @@ def measure(job: Job, encoder: Encoder) -> Part:
     lengths = _probe_all({a.path for _, ex in kept for a in ex.audio()}, encoder)
     tasks = sorted({example.task for _, example in kept})
     rows: list[tuple[Any, ...]] = []
+    states = States()
     for item, example in kept:
         place = f"{job.file.name} {form.noun} {item.line}"
         clips = [lengths[clip.path] for clip in example.audio()] if lengths else []
@@ -210,7 +238,15 @@ def measure(job: Job, encoder: Encoder) -> Part:
         seconds = sum(clip.seconds for clip in clips)
         place_of = (item.offset, item.size, item.line, zlib.crc32(item.raw))
         rows.append((tokens, seconds, tasks.index(example.task), *place_of))
-    return Part(np.array(rows, ROW), tasks, rejected)
+        for clip in clips:
+            states.add(item.line, clip.path, clip.size, clip.mtime_ns)
+    packed = (states.pack(),) if states.line else ()
+    return Part(np.array(rows, ROW), tasks, rejected, packed)
+
+
+def replaced(piece: bytes, encoder: Encoder) -> list[int]:
+    """Lines of a part's examples whose clips are not as they were; piece: one of `Part.clips`."""
+    return changed(piece, encoder.limits)
 
 
 def _rejected(item: Item, name: str, path: str, reason: str, audio: bool) -> Rejected:
@@ -229,6 +265,8 @@ class _Clip:
     path: str
     samples: int
     seconds: float
+    size: int = 0
+    mtime_ns: int = 0
     reason: str = ""
 
 
@@ -237,23 +275,16 @@ def _probe_all(paths: set[str], encoder: Encoder) -> dict[str, _Clip]:
     rate = encoder.sample_rate
     if rate is None or not paths:
         return {}
-    clips = ClipReader(encoder.limits, IN_A_ROW * PROBE_THREADS)
 
     def probe(path: str) -> _Clip:
         found = audio.probe(path, encoder.limits)
         length = audio.resampled_length(found.samples, found.rate, rate)
-        return _Clip(path, length, found.samples / found.rate)
+        return _Clip(path, length, found.samples / found.rate, found.size, found.mtime_ns)
 
-    def probe_some(some: list[str]) -> list[_Clip]:
-        return [
-            _Clip(path, 0, 0.0, str(found)) if isinstance(found, BadExample) else found
-            for path, found in zip(some, clips.each(probe, some))
-        ]
-
-    ordered = sorted(paths)
-    some = [ordered[at : at + _PROBED] for at in range(0, len(ordered), _PROBED)]
-    with ThreadPoolExecutor(PROBE_THREADS, "probe") as pool:
-        return {clip.path: clip for found in pool.map(probe_some, some) for clip in found}
+    return {
+        path: _Clip(path, 0, 0.0, reason=str(clip)) if isinstance(clip, BadExample) else clip
+        for path, clip in at_once(probe, sorted(paths), encoder.limits).items()
+    }
 
 
 def part_path(
@@ -262,7 +293,7 @@ def part_path(
     """Where the part of a file is cached. The place counts: clips may be relative to it."""
     lengths = (encoder.limits.min_seconds, encoder.limits.max_seconds)
     facts = (survey.digest, str(file), source.format, source.task, encoder.fingerprint, lengths)
-    return folder / "parts" / f"{_digest(VERSION, encoder.sample_rate, *facts)}.npz"
+    return folder / "parts" / f"{_digest(MEASURED, encoder.sample_rate, *facts)}.npz"
 
 
 def load_part(path: Path) -> Part | None:
@@ -272,14 +303,19 @@ def load_part(path: Path) -> Part | None:
     with _stored(path), np.load(path, allow_pickle=False) as stored:
         meta = json.loads(stored["meta"].tobytes())
         rejected = [Rejected(**item) for item in meta["rejected"]]
-        return Part(stored["rows"], meta["tasks"], rejected)
+        clips = stored["clips"].tobytes()
+        ends = accumulate(meta["clips"], initial=0)
+        pieces = tuple(clips[start:end] for start, end in pairwise(ends))
+        return Part(stored["rows"], meta["tasks"], rejected, pieces)
 
 
 def save_part(path: Path, part: Part) -> None:
     """Cache a part (all of it or nothing)."""
-    meta = {"tasks": part.tasks, "rejected": [asdict(item) for item in part.rejected]}
+    rejected = [asdict(item) for item in part.rejected]
+    meta = {"tasks": part.tasks, "rejected": rejected, "clips": [*map(len, part.clips)]}
     content = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    write_whole(path, lambda stream: np.savez(stream, rows=part.rows, meta=content))
+    clips = np.frombuffer(b"".join(part.clips), np.uint8)
+    write_whole(path, lambda stream: np.savez(stream, rows=part.rows, meta=content, clips=clips))
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

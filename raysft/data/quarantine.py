@@ -29,6 +29,7 @@ _WORDS = {
     "too long": r"too long|its clip is .* s, the model reads at most",
     "over budget": r"takes \d+ positions, more than data\.tokens_per_batch",
     "longer than indexed": r"takes \d+ positions, (?:but )?\d+|longer than indexed",
+    "shorter than indexed": r"shorter than indexed",
     "malformed record": r"not (?:valid|readable|a JSON)|fields? '|task_type is|holds half a surr",
     "bad text": r"its text (?:contains|cannot)",
     "unknown unit": r"unit -?\d+, but",

@@ -15,6 +15,7 @@ from itertools import repeat
 import numpy as np
 
 from raysft.data.audio import load
+from raysft.data.clips.file import MISSING_SHARE
 from raysft.data.encode import Encoder
 from raysft.data.example import Example, MicroBatch, Quarantined, Sequence
 from raysft.data.index import Index
@@ -120,7 +121,14 @@ class Reader:
         assert rate is not None  # an encoder that takes audio names its rate
         most = GROWN * float(self.index.seconds[row]) + 1.0
         decode = partial(load, rate=rate, limits=limits, most_seconds=most)
-        return [self._clips.call(decode, clip.path) for clip in audio]
+        clips = [self._clips.call(decode, clip.path) for clip in audio]
+        seconds, planned = sum(map(len, clips)) / rate, float(self.index.seconds[row])
+        if seconds < planned * (1 - MISSING_SHARE):
+            raise BadExample(
+                f"{audio[0].path}: shorter than indexed: {seconds:.2f} s, expected {planned:.2f} "
+                "s: was the file replaced? A new run measures it again"
+            )
+        return clips
 
     def _quarantined(self, row: int, example: Example, reason: str) -> Quarantined:
         audio = example.audio()

@@ -138,11 +138,15 @@ class Index:
         """Name of the source an example is from."""
         return self.sources[self.source[row]].name
 
+    def rows(self, number: int) -> slice:
+        """The rows of file `number`."""
+        return slice(self._starts[number], self._starts[number + 1])
+
     def records(self, number: int) -> np.ndarray:
         """Of the examples of file `number`, in order: int64 [examples, 3] of byte offset, bytes
         and checksum of the record. What was only appended to a file leaves the others as they are.
         """
-        mine = slice(self._starts[number], self._starts[number + 1])
+        mine = self.rows(number)
         columns = [self._columns[name][mine] for name in ("offset", "size", "crc")]
         return np.stack(columns, axis=1).astype(np.int64)
 

@@ -26,7 +26,10 @@ REASONS = {
     "silent": ["silent: all samples are 0, below data.silence_db=-90"],
     "too short": ["too short: 1 samples at 16000 Hz, less than data.min_seconds=0.025"],
     "too long": ["too long: 61.00 s, more than data.max_seconds=60"],
-    "longer than indexed": ["longer than indexed: 3600.00 s by its header, expected at most 5 s"],
+    "longer than indexed": ["longer than indexed: 3600.00 s, expected at most 5 s: was the file"],
+    "shorter than indexed": [
+        "shorter than indexed: 1.00 s, expected 2.00 s: was the file replaced?"
+    ],
 }
 WITHOUT_A_PATH = {
     "too short": [

@@ -187,3 +187,17 @@ def test_a_stereo_clip_at_another_rate_is_read_as_it_was_planned(tmp_path: Path)
     batch = next(reader.read_chunk([Work(0, 1, 0, np.array([0]))]))
     assert batch.lengths.tolist() == reader.index.tokens.tolist()
     assert batch.seconds == pytest.approx(0.7, abs=1e-3)
+
+
+def test_a_clip_that_became_shorter_is_named_and_not_trained_on_with_its_whole_text(
+    corpus: Path,
+) -> None:
+    reader = make_reader(corpus)
+    path = corpus.parent / "clip0003.wav"
+    wave = soundfile.read(path, dtype="float32")[0]
+    soundfile.write(path, wave[: len(wave) // 2], 16000)
+    batch = everything(reader)
+    assert [q.path for q in batch.quarantined] == [str(path)]
+    assert "shorter than indexed" in batch.quarantined[0].reason
+    soundfile.write(path, wave[: int(len(wave) * 0.96)], 16000)
+    assert everything(reader).quarantined == []

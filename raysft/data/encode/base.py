@@ -106,7 +106,8 @@ class Encoder(ABC):
         if promised is not None and tokens > promised * (1 + EXCESS):
             raise BadExample(
                 f"takes {tokens} positions, but {promised} by the lengths its clips' headers give: "
-                "the headers are wrong, or the files have changed since they were indexed"
+                "the headers are wrong, or the files have changed since they were indexed (a new "
+                "run measures them again)"
             )
         return sequence
 
