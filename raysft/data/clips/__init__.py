@@ -16,6 +16,8 @@ from raysft.data.clips.file import File, Track, View, decoding, sound
 from raysft.errors import BadExample
 
 _HEAD = 64
+# What libsndfile calls them.
+_READ = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "NIST", "CAF", "FLAC", "OGG", "MP3")
 # By a pattern of the first bytes.
 _OPENERS: tuple[tuple[bytes, Callable[[File], Track]], ...] = (
     *(
@@ -60,6 +62,8 @@ def _open(file: File) -> Track:
     if start or file.path.lower().endswith((".mp3", ".mp2", ".mpga")):
         return mp3.track(file, start, file.size)
     with sound(file.path, View(file)) as opened:
+        if opened.format in _READ:
+            raise BadExample(f"{file.path}: not audio that can be read (its header is damaged)")
         raise BadExample(
             f"{file.path}: not audio that is read here: {opened.format_info}, which does not tell "
             "whether it is whole: convert the clip to wav or flac"

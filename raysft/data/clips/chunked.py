@@ -117,7 +117,10 @@ def track(file: File, find: Callable[[File], Samples | None]) -> Track:
     if count >= ENDLESS or (count == 0 and min(present, samples.size) >= 8 * channels):
         raise BadExample(f"{file.path}: its header gives no length: write the clip anew")
     if form is not None and form.per_block:  # libsndfile fills the last block up
-        count = min(count, min(present, samples.size) * form.per_block // form.block)
+        size = min(present, samples.size)
+        if form.tag == _GSM:  # of which a part cannot be decoded
+            size -= size % form.block
+        count = min(count, size * form.per_block // form.block)
 
     def decode(most: float) -> list[Piece]:
         piece = read_all(file.path, view(), most, count)
@@ -207,6 +210,8 @@ def wave64(file: File) -> Samples | None:
 def aiff(file: File) -> Samples | None:
     """AIFF and AIFF-C: the chunk SSND, which begins with an offset and a block size."""
     for name, at, size in _chunks(file, 12, ">4sI", 2):
+        if name == b"COMM" and not _whole_rate(file.read(at + 8, 10)):
+            return None
         if name == b"SSND":
             start = at + 8 + int.from_bytes(file.read(at, 4), "big")
             if not streamed(size):
@@ -216,6 +221,12 @@ def aiff(file: File) -> Samples | None:
     return None
 
 
+def _whole_rate(data: bytes) -> bool:
+    """Whether these 10 bytes, a number with 64 bits of fraction, are a whole number of Hz."""
+    exponent, mantissa = int.from_bytes(data[:2], "big") - 16383, int.from_bytes(data[2:], "big")
+    return 0 <= exponent < 32 and mantissa & (1 << 63 - exponent) - 1 == 0
+
+
 def au(file: File) -> Samples | None:
     """AU (.snd), of either byte order: one header of fixed fields."""
     head = file.read(0, 24)
@@ -223,6 +234,8 @@ def au(file: File) -> Samples | None:
         return None
     end = ">" if head[:4] == b".snd" else "<"
     start, size = struct.unpack(end + "II", head[4:12])
+    if start < 24:
+        return None
     if not streamed(size):
         _check_end(file, start, size)
         return Samples(start, size, {}, True)

@@ -97,24 +97,50 @@ def _tail_of(info: _Info, size: int) -> int:
 
 
 def _last_frame_ends(path: str, info: _Info, tail: bytes) -> int | None:
-    """Samples up to the end of the last frame that begins in `tail`; None: none is found."""
+    """Samples up to the end of the last frame that begins in `tail`; None: none is found.
+
+    Sound can look like a frame's header, once in 10^9 bytes: one is believed that ends where the
+    file does by STREAMINFO, or that follows the one before it.
+    """
+    found: list[_Frame] = []
     at = len(tail)
     while (at := tail.rfind(b"\xff", 0, at)) >= 0:
         frame = _frame(tail[at : at + 16], info)
-        if frame is not None:
-            rate, end = frame
-            if rate not in (0, info.rate):
-                raise BadExample(
-                    f"{path}: not audio that can be read: its header says {info.rate} Hz, its "
-                    f"last frame {rate} Hz"
-                )
-            return end
-    return None
+        if frame is None:
+            continue
+        found.append(frame)
+        if frame.end == info.total or frame.start == 0:
+            break
+    starts = {frame.end for frame in found} | {0}
+    last = next((f for f in found if f.end == info.total or f.start in starts), None)
+    if found and last is None:
+        raise BadExample(
+            f"{path}: not audio that can be read: its frames do not follow each other as its "
+            "header says"
+        )
+    if last is not None and last.rate not in (0, info.rate):
+        raise BadExample(
+            f"{path}: not audio that can be read: its header says {info.rate} Hz, its last frame "
+            f"{last.rate} Hz"
+        )
+    return None if last is None else last.end
 
 
-def _frame(header: bytes, info: _Info) -> tuple[int, int] | None:
-    """Of the frame that begins with these bytes, 16 at most: its Hz (0: the header's), and how many
-    samples there are up to its end. None: it is no frame of this file."""
+@dataclass(frozen=True)
+class _Frame:
+    """A frame's header. rate: Hz; 0: that of STREAMINFO. start: the first of its samples."""
+
+    rate: int
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+def _frame(header: bytes, info: _Info) -> _Frame | None:
+    """The frame that begins with these bytes, 16 at most; None: none of this file does."""
     if len(header) < 6 or header[1] & 0xFE != 0xF8:
         return None
     size, rate = header[2] >> 4, header[2] & 15
@@ -149,7 +175,7 @@ def _frame(header: bytes, info: _Info) -> tuple[int, int] | None:
         hertz = _RATES[rate - 1] if rate else 0
     if at >= len(header) or _crc8(header[:at]) != header[at]:
         return None
-    return hertz, number + count if header[1] & 1 else number * info.block + count
+    return _Frame(hertz, number if header[1] & 1 else number * info.block, count)
 
 
 def _crc8(data: bytes) -> int:
