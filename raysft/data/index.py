@@ -12,7 +12,6 @@ example while it joins.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 

@@ -63,8 +63,10 @@ def ffmpeg(*arguments: object) -> bytes:
 
 
 def ffmpeg_samples(path: str, rate: int, samples: bool = False):
-    """How many samples ffmpeg decodes of a clip, or these samples: mono, float32, at `rate`."""
-    command = ("-t", "90", "-i", path, "-map", "0:a:0", "-ac", 1, "-ar", rate, "-f", "f32le", "-")
+    """How many samples of a channel ffmpeg decodes of a clip, or the samples, mixed to one: float32
+    at `rate`. A clip that it cannot read has none."""
+    mono = ("-ac", 1) if samples else ("-af", "pan=mono|c0=c0")  # of any number of channels
+    command = ("-t", "90", "-i", path, "-map", "0:a:0", *mono, "-ar", rate, "-f", "f32le", "-")
     decoded = np.frombuffer(ffmpeg(*command), np.float32)
     return decoded if samples else len(decoded)
 
