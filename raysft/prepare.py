@@ -48,6 +48,7 @@ from raysft.train.storage import write_whole
 
 log = logging.getLogger(__name__)
 
+MOST_TIMES = 100  # that a source's examples are seen in an epoch
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
 
 
@@ -89,6 +90,7 @@ def check(config: Config) -> None:
         data__index_path=config.data.index_path,
     )
     check_run(config)
+    _check_weights(config)
     if config.model.tokenizer not in (None, places.BYTES):
         hub.check(config.model.tokenizer, "model.tokenizer")
     if config.peft.path is not None:
@@ -97,6 +99,25 @@ def check(config: Config) -> None:
     _check_names(config)
     sources.resolve_all(config.data.train, "train")
     _check_evaluation_data(config)
+
+
+def _check_weights(config: Config) -> None:
+    """Weights as other tools have them, relative to each other: clips, hours, shares of 100.
+
+    Not of a run that is there: it began with what its weights are."""
+    weights = [source.weight for source in config.data.train]
+    most, least = max(weights, default=1.0), min(weights, default=1.0)
+    if most <= MOST_TIMES or (run_folder(config) / "config.yaml").is_file():
+        return
+    remedy = "leave weights out to see every example once, and sources by their size"
+    if len(weights) > 1:
+        remedy += f"; or divide all weights by the same number, which mixes alike ({MOST_TIMES} is "
+        remedy += f"the most: {least:g} and {most:g} could be {least / most:.3g} and 1)"
+    raise UserError(
+        f"data.train.{weights.index(most)}.weight: {most:g}: a weight is how often each example of "
+        f"a source is seen in an epoch, no number of clips or hours, so these would be seen "
+        f"{most:,.0f} times; {remedy}"
+    )
 
 
 def check_evaluation(config: Config, run: Path, step: str) -> None:
@@ -145,6 +166,11 @@ def prepare(
     if config.data.eval:
         evaluation = _index(config, "eval", encoder, say)
     _check_best(config, evaluation)
+    if (least := min(source.weight for source in config.data.train)) >= 2:
+        say(
+            f"data.train: with these weights every example is seen {least:g} times an epoch or "
+            "more; divided by the smallest they mix alike, in shorter epochs"
+        )
     say("planning batches")
     newest = Plan.of(index, config.data, config.run.seed)
     _check_usable(config, index, newest)

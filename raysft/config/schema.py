@@ -64,7 +64,9 @@ class Source(Section):
     format: str = Field("auto", description="auto, or a source format: ming_jsonl, most_json")
     task: str | None = Field(None, description="overrides the task the data says (asr, tts, ...)")
     weight: PositiveFloat = Field(
-        1.0, description="times its examples are seen in an epoch (0.5: another half each epoch)"
+        1.0,
+        description="times its examples are seen in an epoch (0.5: another half each epoch); "
+        "no number of clips or hours: 1 for each source mixes them by their size",
     )
     name: str | None = Field(
         None, description="name in metrics such as wer/NAME; default: the file's name"

@@ -23,6 +23,7 @@ from raysft.errors import UserError
 
 BLOCK = 64  # examples
 MAX_BLOCKS = 1 << 20
+MAX_VISITS = 1 << 24  # of blocks in a cycle: its order takes 8 bytes each, and 32 while it is made
 _CHUNK = 1 << 20  # examples of a column in memory while it is read
 
 
@@ -86,7 +87,28 @@ class Blocks:
         source = np.asarray(source)
         self._starts = _cut(source, window)
         self._source = source[self._starts[:-1]]
+        self._refuse_weights(source)
         self._scan()
+
+    def _refuse_weights(self, source: np.ndarray) -> None:
+        """Weights that are counts or hours would have every pass of an epoch written out."""
+        weights = np.asarray(self._weights, np.float64)
+        visits = float(weights[self._source].sum())
+        if visits <= MAX_VISITS:
+            return
+        examples = np.bincount(source, minlength=len(weights))
+        used = examples > 0
+        heaviest = int(np.argmax(np.where(used, weights, 0)))
+        shares = weights[used] / examples[used]
+        meant = ", ".join(f"{share:.3g}" for share in shares / shares.max())
+        raise UserError(
+            f"data.train.{heaviest}.weight: {weights[heaviest]:g}: each of its "
+            f"{examples[heaviest]:,} examples would be seen {weights[heaviest]:,.0f} times an "
+            f"epoch, {float((weights * examples).sum()):,.0f} examples with the other sources. A "
+            "weight is how often a source is seen in an epoch, no number of clips or hours. Leave "
+            "weights out to see every example once; as shares of what is seen yours would be "
+            f"weight {meant}"
+        )
 
     def _scan(self) -> None:
         """One pass over the columns, a few blocks at a time."""

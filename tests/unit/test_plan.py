@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,19 @@ def test_source_weights_say_how_often_examples_are_seen() -> None:
     assert first[800:].sum() == 200
     # Another half each epoch: two epochs at 0.5 are one pass.
     assert set((first + second)[800:]) == {1}
+
+
+def test_weights_that_are_counts_or_hours_are_refused_before_they_are_written_out() -> None:
+    source = np.repeat([0, 1], [12_000, 8_000])
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"data.train.0.weight: 281241: each of its 12,000") as told:
+        plan(lengths(20_000), source=source, weights=(281_241.0, 28_539.0))
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    # 281,241 clips seen of 12,000 against 28,539 of 8,000
+    assert str(told.value).endswith("as shares of what is seen yours would be weight 1, 0.152")
+    small = plan(lengths(100), source=np.repeat([0, 1], 50), weights=(300.0, 12.5))
+    assert small.count_steps(0) > 0, "a small source may be seen often"
 
 
 def test_a_source_too_small_for_its_weight_waits_for_its_turn() -> None:

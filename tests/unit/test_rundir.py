@@ -15,6 +15,7 @@ from raysft.audit import audit
 from raysft.config import Config
 from raysft.errors import UserError
 from raysft.parallel import World
+from raysft.prepare import check
 from raysft.rundir import check_run, initial_weights, open_run, read_config, reopen
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import load_weights, newest_sound
@@ -108,6 +109,26 @@ def test_weights_of_tasks_belong_to_the_run_and_name_tasks_of_the_data(home: Pat
     config = tiny(home, "other", train__task_weights={"txt": 0.5})
     with pytest.raises(UserError, match=r"txt is no task of the training data, which has asr; "):
         start(config, ONE)
+
+
+def test_weights_of_sources_that_are_counts_are_refused_before_anything_starts(
+    home: Path,
+) -> None:
+    def weighted(name: str, *weights: float) -> Config:
+        corpus = str(home / "units.json")
+        sources = [{"path": corpus, "weight": weight} for weight in weights]
+        return tiny(home, name, data__train=sources)
+
+    with pytest.raises(UserError, match=r"data.train.1.weight: 1250: .* no number of clips or ho"):
+        check(weighted("new", 12.5, 1250.0))
+    check(weighted("new", 0.01, 1.0))
+    check(weighted("new", 100.0))
+    # A run that is there has them in its plan.
+    written = home / "runs" / "run" / "config.yaml"
+    tree = yaml.safe_load(written.read_text())
+    tree["data"]["train"][0]["weight"] = 1250.0
+    written.write_text(yaml.safe_dump(tree))
+    check(weighted("run", 1250.0))
 
 
 def test_how_often_is_saved_and_the_like_may_change(home: Path) -> None:
