@@ -118,7 +118,7 @@ def ours(case: Case, profile: Path | None) -> dict[str, Any]:
     """Our adapter, packed rows, strategy and step."""
     import torch
 
-    from raysft import models, worker
+    from raysft import models, remarks
     from raysft.config.schema import Config
     from raysft.data import pack
     from raysft.data.encode import make_encoder
@@ -127,7 +127,7 @@ def ours(case: Case, profile: Path | None) -> dict[str, Any]:
     from raysft.parallel import World, make_strategy
     from raysft.train.step import StepBatch, Turn, forward_backward
 
-    worker.quiet()
+    remarks.quiet()
     cuda = torch.cuda.is_available()
     world = World.current("cuda:0" if cuda else "cpu")
     peft = {"method": "lora", "r": RANK, "alpha": ALPHA} if case.method == "lora" else {}

@@ -329,7 +329,7 @@ def _trainer(folder: Path, size: Size, sampling: str, number: int) -> dict[str, 
 
 def _prepared(config: Config) -> tuple[Encoder, Index]:
     from raysft.prepare import prepare
-    from raysft.worker import quiet
+    from raysft.remarks import quiet
 
     quiet()
     prepared = prepare(config, Path(config.run.storage_path))

@@ -78,7 +78,7 @@ def one_worker(size: Size, strategy: str, method: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from raysft import models, worker
+    from raysft import models, remarks
     from raysft.config.schema import Config
     from raysft.data.encode import make_encoder
     from raysft.data.example import MicroBatch, Sequence
@@ -86,7 +86,7 @@ def one_worker(size: Size, strategy: str, method: str) -> dict[str, Any]:
     from raysft.parallel import World, make_strategy
     from raysft.train.step import StepBatch, Turn, forward_backward
 
-    worker.quiet()
+    remarks.quiet()
     settings = tree(size, strategy, method)
     cuda = torch.cuda.is_available()
     if cuda:

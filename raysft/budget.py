@@ -90,11 +90,11 @@ def _worker(settings: dict[str, Any]) -> None:
     """What each worker of the group runs."""
     import torch
 
-    from raysft import worker
+    from raysft import remarks, worker
     from raysft.models.base import Adapter
     from raysft.parallel import Strategy, World
 
-    worker.quiet()
+    remarks.quiet()
     config = Config.model_validate(settings["config"])
     world = World.current(worker.device_of(config))
     if world.device.type == "cpu":

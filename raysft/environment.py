@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from raysft import remarks
+
 # Asked in this order by getpass.getuser(), before the password file.
 _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 
@@ -25,6 +27,8 @@ def settle(environ: MutableMapping[str, str] | None = None) -> str | None:
     """Set what is missing in `environ` (os.environ); returns a line for the user where caches go
     elsewhere than home, else None."""
     environ = os.environ if environ is None else environ
+    for key, value in remarks.ENVIRONMENT.items():
+        environ.setdefault(key, value)
     known = _account()
     if known is None and not any(environ.get(name) for name in _NAMES):
         environ["USER"] = f"uid{os.getuid()}"

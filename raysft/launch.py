@@ -27,7 +27,7 @@ import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysft import budget, failures, history, prepare
+from raysft import budget, failures, history, prepare, remarks
 from raysft.config import Config
 from raysft.config.schedule import another_length
 from raysft.data.example import Quarantined
@@ -430,7 +430,7 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     from raysft.parallel import World
     from raysft.train.loop import train
 
-    worker.quiet()
+    remarks.quiet(Path(settings["folder"]) if is_main else None)
     config = Config.model_validate(settings["config"])
     world = World.current(worker.device_of(config))
     if world.device.type == "cpu":

@@ -6,10 +6,8 @@ without Ray too: tests and benchmarks give it readers in their own process (`Dat
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,11 +297,3 @@ def device_of(config: Config) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def quiet() -> None:
-    """Keep libraries' remarks about their own internals out of the job's log."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is a no-op.*")
-    warnings.filterwarnings("ignore", message="Position ids are not supported")

@@ -95,14 +95,14 @@ def start(
     """The job of one process, made as a Ray Train worker's is, with an in-process reader."""
     import torch
 
-    from raysft import worker
+    from raysft import remarks, worker
     from raysft.data.plan import Cursor
     from raysft.prepare import prepare
     from raysft.rundir import open_run, run_folder
     from raysft.train.catalogue import Catalogue
 
     torch.set_num_threads(1)
-    worker.quiet()
+    remarks.quiet()
     folder = open_run(config) if world.is_main else run_folder(config)
     world.barrier()
     saved, _ = Catalogue.of(config.checkpoint, folder).newest()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from raysft import remarks
 from raysft.environment import settle
 from tests.cluster.conftest import ROOT
 
@@ -28,7 +29,7 @@ def test_a_home_that_works_is_left_alone(temporary: Path) -> None:
     home.mkdir()
     environ = {"HOME": str(home), "USER": "ada"}
     assert settle(environ) is None
-    assert environ == {"HOME": str(home), "USER": "ada"}
+    assert environ == {"HOME": str(home), "USER": "ada", **remarks.ENVIRONMENT}
     assert list(temporary.iterdir()) == [home]
 
 
