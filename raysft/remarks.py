@@ -32,6 +32,7 @@ ENVIRONMENT = {
             "Failed to query Ray Train Controller actor state",
             "placement_group_cleaner|PlacementGroupCleaner",
             "Ray Train controller actor .* is dead",
+            "A worker died or was killed while executing",  # raysft says it, with its reason
             "gemm_4bit",
             r"\[Gloo\] Rank",
             "Loading extension module|ninja: no work|as PyTorch extensions root",
