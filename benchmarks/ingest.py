@@ -1,13 +1,17 @@
 """How fast do audio files become batches in a training process? Ours against lhotse + DataLoader.
 
-    ours     index, plan, data tasks of Ray Data on 3 CPUs, `Feed` with the model's collate
-    lhotse   CutSet, DynamicBucketingSampler, OnTheFlyFeatures, a torch DataLoader of 3 workers
+    ours     index, plan, data tasks of Ray Data on N CPUs, `Feed` with the model's collate
+    lhotse   CutSet, DynamicBucketingSampler, OnTheFlyFeatures, a torch DataLoader of N workers
+
+N is 3, or on a small machine what is left beside the training process: 1 on 2 cores. Both have the
+same N + 1 cores and no others.
 
 The same FLAC clips (2 s, 22.05 kHz) become 80-bin log-mel at 16 kHz in batches of 48, collated and
-padded in memory of the training process, which does nothing else. Both run in turn, several times,
-each time in a process of its own; medians are compared. `first_s` is the time from the start of
-reading to the first batch: `cold` in a process (a Ray) that has just started, `warm` after that;
-`clips_per_s` is counted from the first batch to the last. Full run: about 4 minutes.
+padded in memory of the training process, which does nothing else. Wants an idle machine. Both run
+in turn, several times, each time in a process of its own; medians are compared. `first_s` is the
+time from the start of reading to the first batch: `cold` in a process (a Ray) that has just
+started, `warm` after that; `clips_per_s` is counted from the first batch to the last. Full run:
+about 4 minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from matplotlib import pyplot
 
 CLIP_S, RATE, TARGET_RATE, MELS = 2.0, 22_050, 16_000, 80
 BATCH = 48  # clips
-PROCESSES = 3
+MOST = 3  # processes that read
 TEXT = "one two three four five six seven"
 CONTENDERS = ("ours", "lhotse")
 
@@ -75,7 +79,7 @@ def measured(start: Callable[[], Iterator[int]]) -> dict[str, float]:
     return {"first_s": first - began, "clips_per_s": clips / (last - first), "clips": clips}
 
 
-def ours(corpus: Path, reads: int) -> dict[str, Any]:
+def ours(corpus: Path, reads: int, processes: int) -> dict[str, Any]:
     """Index, plan, RayReader, Feed; in a Ray of this process."""
     import ray
     import torch
@@ -101,7 +105,8 @@ def ours(corpus: Path, reads: int) -> dict[str, Any]:
     adapter = models.build(model, data, encoder, 0)
 
     def start(steps: int) -> Iterator[int]:
-        reader = RayReader(spec, index.seconds, PROCESSES)
+        reader = RayReader(spec, index.seconds, processes)
+        assert (reader.tasks, reader.cpus_per_task) == (processes, 1.0)
         feed = Feed(plan, 1, adapter, reader.read, World.current(), steps, data.prefetch)
         for batch in feed.open(None):
             features = batch.turns[0].batch["input_features"]
@@ -110,9 +115,12 @@ def ours(corpus: Path, reads: int) -> dict[str, Any]:
         feed.close()
 
     with ray_session() as session:
-        # As many CPUs as a training worker would have: data tasks get PROCESSES, never one more.
-        taken = max(1, int(session.cluster_cpus()) - PROCESSES)
-        ray.get(ray.util.placement_group([{"CPU": taken}]).ready(), timeout=60)
+        # As a training worker would have them: data tasks get `processes` CPUs, never more or less.
+        taken = session.cluster_cpus() - processes
+        if taken > 0:
+            ray.get(ray.util.placement_group([{"CPU": taken}]).ready(), timeout=60)
+        left = ray.available_resources().get("CPU", 0)
+        assert left == processes, f"{left:g} CPUs for data tasks instead of {processes}"
         spec = ReaderSpec(
             ((str(index.folder), len(index)),), ray.put(encoder), data.tokens_per_batch, 0
         )
@@ -142,7 +150,7 @@ def _model() -> dict[str, Any]:
     }
 
 
-def lhotse(corpus: Path, reads: int) -> dict[str, Any]:
+def lhotse(corpus: Path, reads: int, processes: int) -> dict[str, Any]:
     """The usual lhotse pipeline, with its own resampler and its own filter bank."""
     import torch
     from lhotse import CutSet, Fbank, FbankConfig, Recording, SupervisionSegment
@@ -170,7 +178,7 @@ def lhotse(corpus: Path, reads: int) -> dict[str, Any]:
             seed=0,
         )
         loader = torch.utils.data.DataLoader(
-            dataset, sampler=sampler, batch_size=None, num_workers=PROCESSES
+            dataset, sampler=sampler, batch_size=None, num_workers=processes
         )
         for batch in loader:
             assert batch["inputs"].shape[1:] == (CLIP_S * 100, MELS)
@@ -180,17 +188,24 @@ def lhotse(corpus: Path, reads: int) -> dict[str, Any]:
     return {"cold_first_s": cold["first_s"], **measured(lambda: start(reads))}
 
 
-def compare(corpus: Path, reads: int, rounds: int) -> dict[str, Any]:
+def compare(corpus: Path, reads: int, rounds: int, processes: int) -> dict[str, Any]:
     """Rounds of each in turn; medians, and their ratio."""
+    cores = sorted(os.sched_getaffinity(0))[: processes + 1]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for number in range(rounds):
         for name in CONTENDERS:
             command = [sys.executable, __file__, "--run", name, str(corpus), str(reads)]
+            command += [str(processes)]
             # Ray's processes give way to others (nice 15). On a machine that is not quite idle that
             # would compare priorities: here both have the same.
             environ = {**os.environ, "RAY_worker_niceness": "0"}
             output = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=environ
+                command,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environ,
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),
             ).stdout
             result = json.loads(output.splitlines()[-1])
             found[name].append(result)
@@ -207,12 +222,13 @@ def compare(corpus: Path, reads: int, rounds: int) -> dict[str, Any]:
     return results
 
 
-def draw(results: dict[str, Any]) -> pyplot.Figure:
+def draw(results: dict[str, Any], processes: int) -> pyplot.Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 2.6))
     speed = [results[name]["median"]["clips_per_s"] for name in CONTENDERS]
     colours = ["tab:green", "tab:grey"]
     axes[0].bar_label(axes[0].barh(CONTENDERS, speed, color=colours), fmt="%.0f", padding=3)
-    axes[0].set(title=f"{PROCESSES} processes", xlabel="clips of 2 s a second")
+    each = "1 process each" if processes == 1 else f"{processes} processes each"
+    axes[0].set(title=each, xlabel="clips of 2 s a second")
     for shift, key in ((-0.2, "cold_first_s"), (0.2, "first_s")):
         values = [results[name]["median"][key] for name in CONTENDERS]
         places = np.arange(len(CONTENDERS)) + shift
@@ -233,29 +249,39 @@ def main() -> None:
         parser.add_argument("--run", choices=CONTENDERS)
         parser.add_argument("corpus", type=Path)
         parser.add_argument("reads", type=int)
+        parser.add_argument("processes", type=int)
         options = parser.parse_args()
         contender = {"ours": ours, "lhotse": lhotse}[options.run]
-        print(json.dumps(contender(options.corpus, options.reads)))
+        print(json.dumps(contender(options.corpus, options.reads, options.processes)))
         return
     options = results_io.arguments(__doc__.splitlines()[0])
+    cores = len(os.sched_getaffinity(0))
+    processes = max(1, min(MOST, cores - 1))
     clips, reads, rounds = (96, 480, 1) if options.quick else (2_400, 12_000, 3)
     with tempfile.TemporaryDirectory() as folder:
         load = os.getloadavg()[0]
         make_corpus(Path(folder), clips)
-        results = compare(Path(folder), reads, rounds)
+        if load > 0.5:
+            print(f"other work runs on this machine (load {load:.1f}): no figures to be quoted")
+        results = compare(Path(folder), reads, rounds, processes)
     ratio = results["ours"]["median"]["clips_per_s"] / results["lhotse"]["median"]["clips_per_s"]
-    print(f"ours / lhotse: {ratio:.2f}")
+    print(f"ours / lhotse: {ratio:.2f}, with {processes} of {cores} cores to read each")
     payload = {
         "clips": clips,
         "reads": reads,
         "clip_seconds": CLIP_S,
         "batch": BATCH,
-        "processes": PROCESSES,
-        "load_before": load,  # of other work on the machine; both suffer, the ratio less
+        "processes": processes,
+        "cores_each": min(cores, processes + 1),
+        "load_before": load,  # of other work on the machine
         "ratio": ratio,
         "results": results,
     }
-    print(results_io.write("ingest", payload, draw(results), quick=options.quick, out=options.out))
+    print(
+        results_io.write(
+            "ingest", payload, draw(results, processes), quick=options.quick, out=options.out
+        )
+    )
 
 
 if __name__ == "__main__":
