@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 from raysft.errors import UserError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PLAIN = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)*")
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 
 
@@ -31,6 +32,8 @@ def absolute(given: str, folder: str | None = None) -> str:
 
     Raises UserError (without the name of a key) where it is none: empty, a URL, a variable.
     """
+    if folder is not None and _PLAIN.fullmatch(given):  # nearly every clip's
+        return f"{folder}/{given}"
     text = _local(given)
     if not os.path.isabs(text):
         text = _join(folder, text)

@@ -139,11 +139,10 @@ def test_a_key_in_the_wrong_section_is_led_to_its_own(path: Path) -> None:
     assert "known here: name, storage_path, seed" in said(path, "run.zzzzzz=1")
 
 
-@pytest.mark.parametrize("job", ["sft", "evaluate", "export"])
-def test_a_job_without_arguments_prints_its_usage(job: str) -> None:
-    done = subprocess.run([sys.executable, f"jobs/{job}.py"], capture_output=True, text=True)
+def test_a_job_without_arguments_prints_its_usage() -> None:
+    done = subprocess.run([sys.executable, "jobs/sft.py"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"python jobs/{job}.py " in done.stderr
+    assert "python jobs/sft.py CONFIG.yaml" in done.stderr
     assert "error" not in done.stderr
 
 

@@ -14,6 +14,7 @@ is put below `metadata` is never read and never refused.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import PurePath
 from typing import Any
@@ -60,24 +61,39 @@ def refuse_unread(record: dict[str, Any], read: frozenset[str], clip: str | None
 
     clip: the path of the clip that is read: a field that names the same file is harmless.
     """
-    for name in record.keys() - read - {METADATA}:
-        value = record[name]
-        if value is None or (isinstance(value, str | list | dict) and not value):
+    for name, value in record.items():
+        if name in read or name == METADATA or value is None:
             continue
-        plain = name.strip().lower().replace("-", "_")
-        if plain in _PARTS and _is_part(plain, value):
+        if isinstance(value, str | list | dict) and not value:
+            continue
+        plain, kind = _kind(name)
+        if kind == "part" and _is_part(plain, value):
             what = "says which part of a clip is meant, and only whole clips are read: cut the clip"
-        elif plain in _CHANNELS and _is_channel(plain, value):
+        elif kind == "channel" and _is_channel(plain, value):
             what = "says which channel is meant, and channels are mixed: write that channel alone"
-        elif plain in _PICTURES:
+        elif kind == "pictures":
             what = "names pictures, which are not read: leave such records out"
-        elif plain in _SAID:
+        elif kind == "said":
             what = f"is text that would not be learnt ({', '.join(sorted(read))} are read)"
-        elif _is_audio(plain, value, clip):
+        elif not isinstance(value, int | float) and _is_audio(plain, value, clip):
             what = f"names audio ({_short(value)}) that would not be heard"
         else:
             continue
         raise BadExample(f"field {name!r} {what}; if it is only a note, put it below {METADATA!r}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(name: str) -> tuple[str, str]:
+    """A field's name in one spelling, and which of the kinds above it may be of ("": metadata)."""
+    plain = name.strip().lower().replace("-", "_")
+    kinds = {"part": _PARTS, "channel": _CHANNELS, "pictures": _PICTURES, "said": _SAID}
+    return plain, next((kind for kind, names in kinds.items() if plain in names), "")
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_audio(name: str) -> bool:
+    words = [word for word in re.split(r"[^a-z0-9]+", name) if word]
+    return bool(_AUDIO_WORDS & set(words)) and words[-1] in _AUDIO_ENDS
 
 
 def refuse_placeholders(text: str, name: str) -> None:
@@ -139,8 +155,7 @@ def _is_channel(name: str, value: Any) -> bool:
 
 
 def _is_audio(name: str, value: Any, clip: str | None) -> bool:
-    words = [word for word in re.split(r"[^a-z0-9]+", name) if word]
-    named = bool(_AUDIO_WORDS & set(words)) and words[-1] in _AUDIO_ENDS
+    named = _names_audio(name)
     if isinstance(value, str):
         found = named or _AUDIO_FILE.search(value.strip()) is not None
         return found and not _same_clip(value, clip)

@@ -10,6 +10,7 @@ Other fields are metadata, or refused: see fields.py. A source is one file.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,7 @@ class MingJsonl:
             raise BadExample("field 'text' is empty")
         given = text_field(record, "wav_path")
         try:
-            path = paths.absolute(given, str(file.parent.absolute()))
+            path = paths.absolute(given, _folder(file))
         except UserError as error:
             raise BadExample(f"field 'wav_path': {error}") from None
         lang = record.get("lang")
@@ -107,6 +108,11 @@ class MingJsonl:
             lang=(lang or None) if asr else None,
             text=text,
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _folder(file: Path) -> str:
+    return str(file.parent.absolute())
 
 
 FORMAT = MingJsonl()
