@@ -27,6 +27,7 @@ from raysft.errors import UserError
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.attention import used as attention_used
 from raysft.models.base import Adapter
+from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, make_strategy
 from raysft.parallel.fsdp import blocks
 from raysft.rundir import check_base, initial_weights
@@ -91,8 +92,9 @@ def build_model(
         from raysft.models.peft import add_adapters  # peft takes 2 s to import
 
         adapters = add_adapters(adapter, config, total_steps)
-    elif config.train.freeze:
+    else:
         adapter.freeze(config.train.freeze)
+        adapter.freeze_unreached()
     if config.train.gradient_checkpointing:
         adapter.enable_gradient_checkpointing()
     return adapter, adapters
@@ -143,7 +145,11 @@ def build_job(
         weights=initial_weights(folder),
         adapters=adapters,
         cost=cost,
-        start={"attention": attention_used(adapter.model, world.device, half), **sizes},
+        start={
+            "attention": attention_used(adapter.model, world.device, half),
+            **({"unreached": list(adapter.unreached)} if adapter.unreached else {}),
+            **sizes,
+        },
         extras=_extras(adapter, folder) if world.is_main else {},
     )
 
@@ -162,7 +168,10 @@ def describe(job: Job) -> str:
     parameters, trained = job.start["parameters"], job.start["trained"]
     method = job.config.peft.method
     how = "" if method == "none" else f" ({method})"
-    return f"model   {parameters:,} parameters, {trained:,} of them train{how}"
+    said = f"model   {parameters:,} parameters, {trained:,} of them train{how}"
+    if unreached := job.start.get("unreached"):
+        said += f"\nfrozen  {len(unreached)} that no batch reaches: {summary(unreached)}"
+    return said
 
 
 def wrap(config: Config, adapter: Adapter, world: World) -> Strategy:

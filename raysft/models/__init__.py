@@ -7,7 +7,7 @@ from transformers import BitsAndBytesConfig
 from raysft.config import schema
 from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
-from raysft.models import audio_lm, causal_lm, loading
+from raysft.models import audio_lm, balance, causal_lm, loading, proof, rope
 from raysft.models.attention import attach
 from raysft.models.base import PREFIX, Adapter, LossSum, Supervised
 
@@ -34,6 +34,12 @@ def build(
     adapter.new_ids = encoder.new_ids
     adapter.answer_of = encoder.template.answer_of
     loading.refuse_layer_drop(model, adapter.model.config)
+    proof.refuse_early(adapter.net, data.mode)
+    verdict = proof.prove(adapter.net)
+    proof.check(verdict, data.mode)
+    rope.attach(adapter.net)
+    balance.attach(adapter.net)
     if data.mode == "packed":
-        attach(adapter.model)
+        attach(adapter.net, verdict.windows)
+    adapter.take(verdict)
     return adapter

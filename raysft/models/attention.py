@@ -39,15 +39,19 @@ EXACT_LAYERS = {"full_attention", "sliding_attention"}
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
-def document_mask(ends: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+def document_mask(
+    ends: torch.Tensor, device: torch.device | None = None, windows: bool = False
+) -> torch.Tensor:
     """The attention "mask" of a packed row.
 
     ends: int32 [n + 1], cumulative document lengths from 0 to T. Returns [1, 1, 1, n + 1] on
     `device` (default: where `ends` is). The lengths are read here, once and not by layer: `ends`
-    on a GPU cost a synchronisation, on the CPU nothing.
+    on a GPU cost a synchronisation, on the CPU nothing. windows: the model puts its sliding window
+    into the mask that this one replaces, so layers take it from their config.
     """
     mask = ends.view(1, 1, 1, -1).to(device or ends.device, non_blocking=True)
     mask.document_lengths = ends.diff().tolist()
+    mask.windows = windows
     return mask
 
 
@@ -75,6 +79,8 @@ def segments_attention(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"packed attention does not support {name}")
     lengths: list[int] = attention_mask.document_lengths  # type: ignore[attr-defined]
+    if sliding_window is None and attention_mask.windows:  # type: ignore[attr-defined]
+        sliding_window = _window_of(module)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # Cast once: the slices would otherwise be cast one by one inside sdpa.
@@ -95,6 +101,15 @@ def used(model: PreTrainedModel, device: torch.device, half: bool) -> str:
     if device.type == "cuda" and half and same and not getattr(config, "attention_dropout", 0.0):
         return "torch varlen (flash) on packed rows"
     return "torch sdpa, document by document"
+
+
+def _window_of(module: nn.Module) -> int | None:
+    """The window of a layer whose model has it in the mask: by its type, or of all layers."""
+    config = module.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _varlen(
@@ -159,32 +174,50 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, segments_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Make the text decoder of `model` attend document by document, after proving it exact.
-
-    The proof is three forward passes of at most 12 tokens. Raises UserError where a packed row
-    would not equal its documents alone.
-    """
-    config = model.config.get_text_config()
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why the text decoder of `model` cannot attend document by document, if its config tells."""
+    try:
+        config = model.config.get_text_config()
+    except ValueError:
+        return "it has several text models"
     others = sorted(set(getattr(config, "layer_types", None) or ()) - EXACT_LAYERS)
     if others:
-        raise _inexact(config.model_type, f"it has layers of type {', '.join(others)}")
+        return f"it has layers of type {', '.join(others)}"
     if not model._supports_sdpa:
-        raise _inexact(config.model_type, "transformers has no sdpa attention for it")
+        return "transformers has no sdpa attention for it"
+    return None
+
+
+def attachable(model: PreTrainedModel) -> str | None:
+    """Make the text decoder of `model` attend document by document; returns why it cannot."""
+    if (reason := refusal(model)) is not None:
+        return reason
+    config = model.config.get_text_config()
     nested = config is not model.config
     model.set_attn_implementation({"text_config": NAME} if nested else NAME)
     if config._attn_implementation != NAME:
-        raise _inexact(config.model_type, "its attention cannot be replaced")
-    difference = packing_difference(model)
+        return "its attention cannot be replaced"
+    return None
+
+
+def attach(model: PreTrainedModel, windows: bool = False) -> None:
+    """Make the text decoder of `model` attend document by document, and see that it does.
+
+    windows: as in `document_mask`. What there is to be proven is proven on a small copy (see
+    `proof`); these are three forward passes of at most 12 tokens of the model itself. Raises
+    UserError where a packed row would not equal its documents alone.
+    """
+    kind = model.config.get_text_config().model_type
+    if (reason := attachable(model)) is not None:
+        raise inexact(kind, reason)
+    difference = packing_difference(model, windows)
     # Rounding gives 1e-6; one position that sees another document gives 1e-2 and more.
     if not difference < 1e-4:
-        raise _inexact(
-            config.model_type, f"two packed documents differ by {difference:.1e} from each alone"
-        )
+        raise inexact(kind, f"two packed documents differ by {difference:.1e} from each alone")
 
 
 @torch.no_grad()
-def packing_difference(model: PreTrainedModel) -> float:
+def packing_difference(model: PreTrainedModel, windows: bool = False) -> float:
     """Largest difference of logits, packed against alone, over the largest logit; 0 is exact."""
     training = model.training
     model.eval()
@@ -205,16 +238,18 @@ def packing_difference(model: PreTrainedModel) -> float:
 
     ends = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
     try:
-        packed = logits(torch.cat(ids, 1), torch.cat(positions, 1), document_mask(ends))
+        mask = document_mask(ends, windows=windows)
+        packed = logits(torch.cat(ids, 1), torch.cat(positions, 1), mask)
         alone = torch.cat([logits(i, p, None) for i, p in zip(ids, positions, strict=True)])
     except (TypeError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise _inexact(model.config.model_type, f"a packed row fails with: {error}") from error
+        raise inexact(model.config.model_type, f"a packed row fails with: {error}") from error
     finally:
         model.train(training)
     return ((packed - alone).abs().max() / alone.abs().max()).item()
 
 
-def _inexact(model_type: str, reason: str) -> UserError:
+def inexact(model_type: str, reason: str) -> UserError:
+    """The refusal of data.mode: packed."""
     return UserError(
         f"data.mode: packed is not exact for model type {model_type}: {reason}; "
         "use data.mode: padded"

@@ -29,7 +29,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
-from raysft.models import generation, targets
+from raysft.models import balance, generation, reach, targets
 from raysft.models.attention import document_mask
 from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
 from raysft.models.loss import (
@@ -40,6 +40,7 @@ from raysft.models.loss import (
     in_one_call,
     weighted_sum,
 )
+from raysft.models.proof import Verdict
 
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
@@ -49,14 +50,16 @@ class LossSum(NamedTuple):
     """Cross-entropies summed over supervised tokens (float32), and how many those are.
 
     sum: in training each is times its task's weight; by_task never is: it holds (detached sum,
-    count) for every task collated so far. penalty: on the weights,
-    to be added once a step. A tuple, so that FSDP2 and DDP find the tensors in it.
+    count) for every task collated so far. penalty: on the weights, to be added once a step.
+    balance: how much of `sum` is the balance loss of a mixture's routers times `count` (see
+    `balance`), detached; None: nothing. A tuple, so that FSDP2 and DDP find the tensors in it.
     """
 
     sum: torch.Tensor
     count: torch.Tensor
     by_task: dict[str, tuple[torch.Tensor, torch.Tensor]]
     penalty: torch.Tensor | None = None
+    balance: torch.Tensor | None = None
 
 
 class Supervised(nn.Module):
@@ -64,7 +67,7 @@ class Supervised(nn.Module):
 
     tasks: names by task number; the adapter appends as it meets new ones. weights: of tasks in
     the loss that is trained, 1 where none is given. penalty: gives the term that training adds to
-    the loss once a step.
+    the loss once a step. windows: see `attention.document_mask`.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class Supervised(nn.Module):
         self.tasks = tasks
         self.weights = {} if weights is None else weights
         self.penalty: Callable[[], torch.Tensor] | None = None
+        self.windows = False
+        self.balance = balance.coefficient(net)
         self._keep: torch.Tensor | None = None
         self._columns = 0  # of input_ids
         head = net.get_output_embeddings()
@@ -107,13 +112,13 @@ class Supervised(nn.Module):
         inputs = {k: v for k, v in batch.items() if k not in ("keep", "targets", "tasks")}
         if "documents" in inputs:
             ends = inputs.pop("documents")
-            inputs["attention_mask"] = document_mask(ends, inputs["input_ids"].device)
+            inputs["attention_mask"] = document_mask(ends, inputs["input_ids"].device, self.windows)
         names = list(self.tasks)  # the thread that lays out the next batches may add to them
         weights = None
         if self.weights and self.training:
             by_name = [float(self.weights.get(name, 1.0)) for name in names]
             weights = torch.tensor(by_name or [1.0], device=batch["tasks"].device)[batch["tasks"]]
-        losses, total = self._losses(inputs, batch["keep"], batch["targets"], weights)
+        losses, total, unbalanced = self._losses(inputs, batch["keep"], batch["targets"], weights)
         # By comparison, not by scattered additions: the same bits every time on a GPU too.
         numbers = torch.arange(len(names), device=losses.device).unsqueeze(1)
         chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
@@ -121,7 +126,11 @@ class Supervised(nn.Module):
         by_task = {name: (sums[i], counts[i]) for i, name in enumerate(names)}
         count = torch.full((), losses.numel(), device=losses.device)
         penalty = self.penalty() if self.penalty is not None and self.training else None
-        return LossSum(total, count, by_task, penalty)
+        balance = None
+        if unbalanced is not None:
+            total = total + unbalanced * losses.numel()
+            balance = unbalanced.detach() * losses.numel()
+        return LossSum(total, count, by_task, penalty, balance)
 
     def _losses(
         self,
@@ -129,8 +138,8 @@ class Supervised(nn.Module):
         keep: torch.Tensor,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 losses [M] and their weighted sum, which has the graph.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Float32 losses [M] and their weighted sum, which has the graph; the balance loss.
 
         Those of many rows are made inside the head, which returns them as logits [1, M + 1, 1]:
         whatever is hooked to the head sees one call, on every worker.
@@ -144,17 +153,20 @@ class Supervised(nn.Module):
             ).view(1, -1, 1)
         self._keep, self._columns = keep, inputs["input_ids"].shape[1]
         try:
-            logits = self.lm(**inputs, use_cache=False).logits[0]
+            found = self.lm(**inputs, use_cache=False)
         finally:
             self._keep = None
             if own is not None:
                 head.forward = own
             elif chunked:
                 del head.forward
+        logits, unbalanced = found.logits[0], None
+        if self.balance is not None:
+            unbalanced = self.balance * found.aux_loss
         if chunked:
-            return logits[:-1, 0].detach(), logits[-1, 0]
+            return logits[:-1, 0].detach(), logits[-1, 0], unbalanced
         losses = cross_entropy(logits, targets)
-        return losses, weighted_sum(losses, weights)
+        return losses, weighted_sum(losses, weights), unbalanced
 
 
 class Adapter(ABC):
@@ -162,11 +174,14 @@ class Adapter(ABC):
 
     net: the transformers model. model: what computes: that, or a peft model around it. new_ids:
     tokens that this run has added to the model's tokenizer. prepends: the model puts positions of
-    its own in front of a row (prompt tuning), so padding must not come between.
+    its own in front of a row (prompt tuning), so padding must not come between. verdict: what is
+    exact for this kind of model. unreached: parameters frozen because no batch reaches them.
     """
 
     new_ids: Seq[int] = ()
     prepends = False
+    verdict = Verdict("")
+    unreached: Seq[str] = ()
 
     answer_of: Callable[[str], str] = staticmethod(str)
 
@@ -204,6 +219,12 @@ class Adapter(ABC):
         self.supervised.release()
         self.model = model
         self.supervised = Supervised(model, self.tasks, self.task_weights)
+        self.supervised.windows = self.verdict.windows
+
+    def take(self, verdict: Verdict) -> None:
+        """Lay batches out, and answer them, as the proof says is exact."""
+        self.verdict = verdict
+        self.supervised.windows = verdict.windows
 
     # -- batches ---------------------------------------------------------------------------------
 
@@ -239,6 +260,8 @@ class Adapter(ABC):
             batch, offsets = pack(documents)
         else:
             batch, offsets = pad(documents, self.pad_id, side)
+            if not self.verdict.positions:
+                del batch["position_ids"]
         keep, targets, tasks = [], [], []
         for document, offset in zip(documents, offsets, strict=True):
             # Position t - 1 predicts t; the first token of a document is nobody's to predict.
@@ -274,6 +297,22 @@ class Adapter(ABC):
         """
         return targets.freeze(self.model, patterns)
 
+    def freeze_unreached(self) -> list[str]:
+        """Stop training what no batch reaches (see `reach`); returns and remembers the names.
+
+        Raises UserError if nothing else trains.
+        """
+        batch, _ = pad([self.dummy_document()], self.pad_id, "right")
+        if not self.verdict.positions:
+            del batch["position_ids"]
+        self.unreached = reach.freeze(self.model, batch | self.features([self.dummy_document()]))
+        if self.unreached and not any(p.requires_grad for p in self.model.parameters()):
+            raise UserError(
+                "model: no batch of this data reaches what would train "
+                f"({reach.summary(self.unreached)}); train other layers"
+            )
+        return self.unreached
+
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each layer's input and recompute the rest in the backward pass."""
         if not self.net.supports_gradient_checkpointing:
@@ -291,28 +330,53 @@ class Adapter(ABC):
     def generate(
         self, prompts: Seq[Sequence], max_new_tokens: int, synced_gpus: bool = False
     ) -> list[str]:
-        """Greedy answers to `prompts` as one left-padded batch, without special tokens.
+        """Greedy answers to `prompts`, without special tokens.
 
         synced_gpus: keep every worker in step until the last has finished (sharded weights, whose
         root must be unsharded around this call); then workers without prompts call it too.
-        Batched answers are those of one prompt at a time; the caller chooses the batch. With
-        prompt tuning only prompts of one length share a batch.
+        Answers are those of one prompt at a time, and end where the model's positions end. They
+        are computed as one left-padded batch where the model allows it (see `proof`), else by
+        batches of prompts of one length, or one by one.
         """
         documents = [Document(s.input_ids, s.labels, s.task, s.features) for s in prompts]
-        if not self.prepends:
-            return self._generate(documents, max_new_tokens, synced_gpus)
-        lengths = [len(document.input_ids) for document in documents]
-        batches = [[i for i, n in enumerate(lengths) if n == length] for length in {*lengths}]
-        rounds = torch.tensor(len(batches), device=next(self.model.parameters()).device)
+        batches = self._batches([len(d.input_ids) for d in documents], max_new_tokens)
         if synced_gpus:
+            rounds = torch.tensor(len(batches), device=next(self.model.parameters()).device)
             dist.all_reduce(rounds, dist.ReduceOp.MAX)
-        batches += [[] for _ in range(int(rounds) - len(batches))]
+            batches += [([], 1)] * (int(rounds) - len(batches))
         answers = [""] * len(documents)
-        for rows in batches:
-            found = self._generate([documents[i] for i in rows], max_new_tokens, synced_gpus)
+        for rows, most in batches:
+            found = self._generate([documents[i] for i in rows], most, synced_gpus)
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
         return answers
+
+    def _batches(self, lengths: Seq[int], max_new_tokens: int) -> list[tuple[list[int], int]]:
+        """Which prompts to answer together, by number, and with how many tokens at most."""
+        if not lengths:
+            return []
+        verdict = self.verdict
+        most = max(lengths) + max_new_tokens
+        how = "length" if self.prepends else verdict.answers
+        if not self.prepends and verdict.answers_until and most <= verdict.answers_until:
+            how = "any"
+        # The last token of an answer takes no position: nothing follows it.
+        left = None if verdict.learned is None else verdict.learned + 1
+        if left is not None and most > left and how == "any":
+            how = "length"
+        every = range(len(lengths))
+        groups = [list(every)]
+        if how == "length":
+            groups = [[i for i in every if lengths[i] == length] for length in sorted({*lengths})]
+        elif how == "one":
+            groups = [[i] for i in every]
+        found = []
+        for group in groups:
+            longest = max(lengths[i] for i in group)
+            tokens = max_new_tokens if left is None else min(max_new_tokens, left - longest)
+            if tokens > 0:  # else there is no position for the prompt: its answer is empty
+                found.append((group, tokens))
+        return found
 
     def _generate(self, asked: list[Document], max_new_tokens: int, synced_gpus: bool) -> list[str]:
         documents = list(asked)
@@ -322,6 +386,8 @@ class Adapter(ABC):
             documents.append(self.dummy_document())
         batch, _ = pad(documents, self.pad_id, "left")
         device = next(self.model.parameters()).device
+        if not self.verdict.positions:
+            del batch["position_ids"]
         inputs = {k: v.to(device) for k, v in (batch | self.features(documents)).items()}
         # The model's own generation config may sample or penalise repetition: not in evaluation.
         own, training = self.net.generation_config, self.model.training

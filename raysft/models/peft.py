@@ -130,7 +130,6 @@ def add_adapters(adapter: Adapter, config: Config, total_steps: int) -> PeftAdap
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    adapters = PeftAdapters(model)
     if config.peft.method == "prompt":
         adapter.prepends = True
         model.register_forward_pre_hook(_without_positions, with_kwargs=True)
@@ -143,6 +142,8 @@ def add_adapters(adapter: Adapter, config: Config, total_steps: int) -> PeftAdap
             f"peft.method: {config.peft.method} does not work with {type(adapter.net).__name__} "
             f"({line_of(error)}); use lora"
         ) from error
+    adapter.freeze_unreached()
+    adapters = PeftAdapters(model)
     if adapters.ranks is not None:
         adapter.supervised.penalty = adapters.ranks.penalty
     # Last, for outside of a strategy's autocast half-precision matrices multiply nothing.
@@ -156,6 +157,8 @@ def merge_adapters(
     """Make `adapter` (just built, in float32) a plain model that says what the base says with
     adapters of these weights, named as a checkpoint names them. Not for methods in VIRTUAL."""
     model = _inject(adapter, config, total_steps)
+    adapter.wrap(model)
+    adapter.freeze_unreached()  # as training did: a checkpoint may lack what it froze
     given = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     lacking = {name for name, p in model.named_parameters() if p.requires_grad} - given.keys()
     if lacking:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Peak of dense products in bf16 or fp16, TFLOP/s, from the vendor's data sheets; the first name
 # that is part of the device's wins. Devices that are not here have no `mfu`.
@@ -46,6 +46,11 @@ PEAKS = {
     "RTX 4090": 165.2,
     "L4": 121.0,
 }
+# Names that models have for the number of experts a token is sent to.
+CHOSEN = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
+    "num_selected_experts",
+)
 # Parts of peft's wrappers that no token passes through.
 _UNUSED = ("original_module", "trainable_tokens")
 
@@ -70,19 +75,26 @@ class Cost:
         )
 
 
-def cost_of(model: nn.Module) -> Cost:
+def cost_of(model: nn.Module) -> Cost | None:
     """The cost of training `model` (of transformers, or peft's around one) as it is frozen now.
 
-    Called before a strategy shards its parameters.
+    Called before a strategy shards its parameters. None where the formulas above do not hold:
+    layers that carry a state or that convolve, experts whose number a token is not known, an
+    architecture without the usual names.
     """
     net = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-    text = net.config.get_text_config()
+    try:
+        text = net.config.get_text_config()
+    except ValueError:  # several
+        return None
+    if not _usual(net, text):
+        return None
     head = net.get_output_embeddings()
     tower = next((m for name, m in net.named_modules() if name.endswith("audio_tower")), None)
     own = {id(part) for part in head.modules()}
     heard = {id(part) for part in tower.modules()} if tower is not None else set()
     token = supervised = 0.0
-    chosen = getattr(text, "num_experts_per_tok", None)
+    chosen = _chosen(text)
     for part, size, trains in _matrices(model, chosen):
         if id(part) in own:
             supervised += size * (6 if trains else 4)
@@ -93,6 +105,36 @@ def cost_of(model: nn.Module) -> Cost:
     pair = 6.0 * full * text.num_attention_heads * _head_size(text)
     clip = _clip(tower, net.config.audio_config) if tower is not None else 0.0
     return Cost(token, supervised, pair, clip)
+
+
+def _chosen(text: PreTrainedConfig) -> int | None:
+    """How many experts a token is sent to."""
+    found = (getattr(text, name, None) for name in CHOSEN)
+    return next((count for count in found if isinstance(count, int)), None)
+
+
+def _usual(net: PreTrainedModel, text: PreTrainedConfig) -> bool:
+    """Whether every layer is attention and matrices, as the formulas have it."""
+    layers = set(getattr(text, "layer_types", None) or ())
+    numbers = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if not all(isinstance(number, int) and number for number in numbers):
+        return False
+    if layers - {"full_attention", "sliding_attention"} or getattr(net, "_is_stateful", False):
+        return False
+    if not isinstance(_head_size(text), (int, float)):
+        return False
+    decoder = net.get_decoder() if hasattr(net, "get_decoder") else net
+    for name, part in (decoder or net).named_modules():
+        if "tower" in name or "vision" in name or "audio" in name:
+            continue
+        if isinstance(part, (nn.Conv1d, nn.LSTM, nn.GRU)):
+            return False
+        if isinstance(part, nn.ModuleList) and name.endswith("experts"):
+            return False  # the share of them that a token takes is not in their shapes
+        fused = [p for p in part.parameters(recurse=False) if p.ndim == 3]
+        if fused and _chosen(text) is None:
+            return False
+    return True
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -126,7 +168,8 @@ def _head_size(text: object) -> float:
     keys = getattr(text, "qk_head_dim", None), getattr(text, "v_head_dim", None)
     if None not in keys:  # compressed keys and values (MLA): the two products differ
         return sum(keys) / 2
-    return getattr(text, "head_dim", None) or text.hidden_size / text.num_attention_heads
+    found = getattr(text, "head_dim", None)
+    return found or getattr(text, "hidden_size", 0) / text.num_attention_heads
 
 
 def _clip(tower: nn.Module, audio: object) -> float:

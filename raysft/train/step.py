@@ -70,8 +70,9 @@ def forward_backward(
     """Accumulate the gradient of the step's loss; returns float64 [2, 1 + tasks] of this worker.
 
     Row 0 holds summed losses, row 1 supervised tokens: in all (losses times their tasks' weights),
-    then by task (as they are). A penalty on the
-    weights counts once a step, not once a token, and is in no reported loss.
+    then by task (as they are). A penalty on the weights counts once a step, not once a token, and
+    is in no reported loss; nor is the balance loss of a mixture's routers, of which each
+    micro-batch has its share of supervised tokens.
     """
     sums = torch.zeros(2, 1 + len(tasks), dtype=torch.float64, device=world.device)
     scale = world.size / max(1.0, global_tokens)
@@ -85,6 +86,8 @@ def forward_backward(
                 loss = loss + losses.penalty / len(batch.turns)
             strategy.backward(loss)
         sums[0, 0] += losses.sum.detach()
+        if losses.balance is not None:
+            sums[0, 0] -= losses.balance
         sums[1, 0] += losses.count
         for column, task in enumerate(tasks, start=1):
             if task in losses.by_task:

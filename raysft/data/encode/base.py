@@ -41,7 +41,8 @@ class Encoder(ABC):
     sample_rate: Hz of the clips it wants; None where it takes no clips.
     fingerprint: changes whenever token ids or lengths could.
     template: holds the tokenizer; template.end_id is the token that ends every answer.
-    limits: of the clips it is given. new_ids: tokens that the tokenizer of the model lacked.
+    limits: of the clips it is given. positions: that the model has; None: they do not end.
+    new_ids: tokens that the tokenizer of the model lacked.
     units: which unit tokens are used and which are new, in words; "" where there are none.
     """
 
@@ -49,6 +50,7 @@ class Encoder(ABC):
     fingerprint: str
     template: Template
     limits: Limits = Limits()
+    positions: int | None = None
     new_ids: tuple[int, ...] = ()
     units: str = ""
 
@@ -79,11 +81,23 @@ class Encoder(ABC):
         """
         rendered = self.template.render(example)
         lengths = iter(samples)
-        return sum(
+        found = sum(
             self._length(segment, lengths, answer)
             for answer, segments in ((False, rendered.prompt), (True, rendered.answer))
             for segment in segments
         )
+        if self.positions is not None and found > self.positions:
+            raise BadExample(
+                f"takes {found} positions, and the model has learned {self.positions}: shorten it, "
+                "or use a model with more"
+            )
+        return found
+
+    def limit(self, positions: int | None) -> None:
+        """Examples that take more positions cannot be used; None: the model has no such limit."""
+        if positions != self.positions:
+            self.positions = positions
+            self.fingerprint = f"{self.fingerprint}, {positions} positions"
 
     def encode(
         self,
