@@ -91,9 +91,9 @@ class Bench:
             tree.setdefault(section, {})[name] = value
         return Config.model_validate(tree)
 
-    def start(self, config: Config, training: bool = True) -> tuple[Job, Prepared]:
+    def start(self, config: Config) -> tuple[Job, Prepared]:
         folder = open_run(config)
-        prepared = prepare(config, folder, train=training)
+        prepared = prepare(config, folder)
         data = worker.Data.in_process(
             config, prepared.encoder, folder, prepared.train, prepared.eval
         )

@@ -198,7 +198,7 @@ def test_batched_answers_are_those_of_plain_peft_one_by_one(
             train__max_steps=STEPS,
         )
     )
-    job, _ = bench.start(run.job.config, training=False)
+    job, _ = bench.start(run.job.config)
     scores = worker.evaluate_checkpoint(job, predictions=job.folder / "said.jsonl")
     assert {"wer/heard", "loss/asr"} <= scores.keys()
     lines = read_lines(job.folder / "said.jsonl")
