@@ -13,7 +13,7 @@ import pytest
 
 from raysft import history
 from raysft.config.schema import Data, Source
-from raysft.data import plan
+from raysft.data import part, plan
 from raysft.data.generations import Generations, open_index
 from raysft.data.index import Index
 from raysft.data.plan import Cursor
@@ -447,3 +447,42 @@ def test_rows_of_all_generations_are_read_as_one_index(
     assert joined.source_name(99) == "b"
     assert len(joined) == 100
     assert type(open_index(places[:1])) is Index
+
+
+def test_a_run_whose_clips_were_replaced_goes_on_as_planned_and_says_which(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = [clip(tmp_path / f"{i}.wav", 0.5) for i in range(12)]
+    lines = [asr(f"{i}.wav", id=f"clip{i}") for i in range(12)]
+    file = jsonl(tmp_path / "t.jsonl", lines)
+    run.start(file, tokens_per_batch=200)
+    run.train(1)
+    planned = [
+        step.lanes for step in itertools.islice(history.load(run.folder).steps(run.cursor), 9)
+    ]
+    for replaced in (clips[3], clips[7], clips[9], clips[11], clips[1]):
+        clip(replaced, 0.3)
+    going_on = run.start(file, tokens_per_batch=200)
+    text = caplog.text
+    assert "clips of 5 examples have other lengths than when they were indexed" in text
+    assert "clip1, clip3, clip7 and 2 more" in text
+    again = [step.lanes for step in itertools.islice(going_on.steps(run.cursor), 9)]
+    assert all(np.array_equal(a, b) for x, y in zip(planned, again) for a, b in zip(x, y))
+    run.start(file, tokens_per_batch=200, extend=True)
+    assert [part["from_epoch"] for part in run.written()] == [0, 1]
+
+
+def test_a_run_of_before_goes_on_where_everything_is_measured_anew(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip(tmp_path / "a.wav", 0.5)
+    file = jsonl(tmp_path / "t.jsonl", [asr() for _ in range(12)])
+    with monkeypatch.context() as patch:
+        patch.setattr(part, "MEASURED", part.MEASURED - 1)
+        run.start(file, tokens_per_batch=200)
+        run.train(2)
+    before = run.written()
+    run.start(file, tokens_per_batch=200)
+    run.train(2)
+    assert run.written() == before
+    assert caplog.text == ""

@@ -101,7 +101,7 @@ def track(file: File, start: int, stop: int) -> Track:
     if first is not None and note is not None and note.frames and note.bytes:
         present = stop - first[0]
         check_whole(file.path, present, note.bytes, "bytes of frames")
-        if abs(present - note.bytes) <= min(first[1].size * 2, note.bytes // 100):
+        if abs(present - note.bytes) <= note.bytes // 100:
             with sound(file.path, View(file, first[0], stop)) as opened:
                 rate, count = opened.samplerate, opened.frames
             expected = note.frames * first[1].samples - note.delay - note.padding
