@@ -143,6 +143,7 @@ def test_data_tasks_never_run_the_models_code(base: Path, tmp_path: Path) -> Non
     assert said == f"{[ord('x'), 10, ord('y'), 257]} False"
 
 
+@pytest.mark.slow
 def test_an_extractor_of_the_models_own_travels_too(tmp_path: Path) -> None:
     from transformers import AutoFeatureExtractor, WhisperFeatureExtractor
 
