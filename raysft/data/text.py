@@ -114,7 +114,8 @@ class Template:
         self._prompts = dict(data.prompts)
         self._hole, self._markup = hole or "", markup or hole or ""
         self._hole_id: int | None = tokenizer.convert_tokens_to_ids(hole) if hole else None
-        own = own or template_of(tokenizer)
+        if own is None and data.template != "plain":
+            own = template_of(tokenizer)
         if data.template == "chat" and own is None:
             raise UserError(
                 "data.template: chat, but the tokenizer has no chat template: "
@@ -362,11 +363,14 @@ class Template:
 
     def _segments(self, ids: list[int], others: list[Audio | Units]) -> list[Segment]:
         """Ids cut at the tokens that stand for other parts, with these between."""
-        places = [place for place, token in enumerate(ids) if token == self._hole_id]
-        if len(places) != len(others):
+        shown = ids.count(self._hole_id) if self._hole_id is not None else 0
+        if shown != len(others):
             raise BadExample(
-                f"the chat template shows {len(places)} of its {len(others)} clips or rows of units"
+                f"the chat template shows {shown} of its {len(others)} clips or rows of units"
             )
+        if not others:
+            return [np.array(ids, np.int32)] if ids else []
+        places = [place for place, token in enumerate(ids) if token == self._hole_id]
         segments: list[Segment] = []
         start = 0
         for place, part in zip(places, others, strict=True):

@@ -124,6 +124,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The tokenizer's chat template; of several, its default."""
+    """The tokenizer's chat template; of several, its default. UserError where none is that."""
     found = tokenizer.chat_template
-    return found.get("default") if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        return found
+    if "default" not in found:
+        raise UserError(
+            f"data.template: the tokenizer has chat templates for {', '.join(sorted(found))}, and "
+            "none is the default: name one so in its files, or set data.template to plain"
+        )
+    return found["default"]

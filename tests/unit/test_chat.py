@@ -316,6 +316,16 @@ def test_markers_that_are_no_tokens_are_remarked() -> None:
     assert "writes <|role|>, <|end_role|>, no token of the tokenizer" in remark
 
 
+def test_of_several_templates_the_default_is_taken_or_none() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"default": CHATML, "tools": TEMPLATES["headers"]}
+    assert text.Template(tokenizer, Data()).source == CHATML
+    tokenizer.chat_template = {"tools": CHATML, "rag": CHATML}
+    with pytest.raises(UserError, match=r"has chat templates for rag, tools, and none is"):
+        text.Template(tokenizer, Data())
+    assert not text.Template(tokenizer, Data(template="plain")).chat
+
+
 def test_a_prompt_of_the_config_with_a_control_token_is_the_users_to_mend() -> None:
     tokenizer = byte_level()
     tokenizer.chat_template = CHATML

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysft.config import schema
 from raysft.data.encode import make_encoder
-from raysft.data.example import MicroBatch, Sequence
+from raysft.data.example import Example, MicroBatch, Sequence
+from raysft.data.tokenizer import byte_tokenizer
 from raysft.errors import UserError
 from raysft.models import PREFIX, Adapter, build
 from tests.unit.model_zoo import (
@@ -27,6 +28,7 @@ from tests.unit.model_zoo import (
     make,
     plain_loss,
     sequences,
+    settings,
     worst,
 )
 
@@ -384,3 +386,21 @@ def test_an_empty_micro_batch_is_collated() -> None:
     batch = adapter.collate(MicroBatch.join(0, 1, 2, []))
     assert batch["keep"].numel() == 0
     assert batch.keys() == adapter.dummy().keys()
+
+
+def test_an_answer_is_given_without_what_the_chat_template_writes_around_it(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}"
+        "<think>\n\n</think>\n{% endif %}{{ m['content'] }}<|eos|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    model = settings("qwen3").model_copy(update={"tokenizer": str(tmp_path)})
+    encoder = make_encoder(model, schema.Data(), "unused")
+    adapter = build(model, schema.Data(), encoder, 0)
+    learnt = encoder.encode(Example("a", "asr", ("x",), ("one two",), instruction="go"), [])
+    answer = learnt.labels[learnt.labels != -100].tolist()
+    assert "<think>" in encoder.tokenizer.decode(answer)
+    assert adapter._text(answer) == "one two"
