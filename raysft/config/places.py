@@ -21,8 +21,8 @@ BYTES = "bytes"  # model.tokenizer: no path
 def resolve(config: Config, beside: Path | None = None) -> tuple[Config, list[str]]:
     """`config` with absolute paths, and a line for each path that is none.
 
-    beside: the folder of the config file. A path that is not there, but would be there, is such a
-    line too: many tools begin relative paths at the file.
+    beside: the folder of the config file. A path that is not there, but would be there or in a
+    folder above it, is such a line too: many tools begin relative paths at the file.
     """
     problems: list[str] = []
     return _section(config, "", beside, problems), problems
@@ -57,14 +57,17 @@ def _place(given: str, mark: PathKey, key: str, beside: Path | None) -> str:
         place = paths.absolute(given)
         return place if given.startswith(("/", "~", "file:")) else given
     place = paths.model(given) if mark.kind == "model" else paths.absolute(given)
-    if mark.read and beside is not None and not os.path.isabs(os.path.expanduser(given)):
+    folder_only = mark.kind == "file" or paths.looks_local(given)  # else it may be a hub id
+    relative = folder_only and not os.path.isabs(os.path.expanduser(given))
+    if mark.read and beside is not None and relative:
         here = paths.absolute(given)
-        there = here if os.path.exists(here) else paths.absolute(given, str(beside))
-        if here != there and os.path.exists(there):
-            raise UserError(
-                f"{here} does not exist, but {there} does: relative paths begin at the folder the "
-                "command runs in; run it there, or write the whole path"
-            )
+        for folder in () if os.path.exists(here) else (beside, *beside.parents):
+            there = os.path.join(folder, given)
+            if os.path.exists(there):
+                raise UserError(
+                    f"{here} does not exist, but {there} does: relative paths begin at the folder "
+                    f"the command runs in; run it in {folder}, or write the whole path"
+                )
     return place
 
 

@@ -116,9 +116,11 @@ def test_a_path_beside_the_config_that_is_not_here_is_refused_naming_both_places
     (config.parent / "train.jsonl").write_text("")
     with pytest.raises(UserError) as caught:
         load_config(config)
-    assert f"{here}/train.jsonl does not exist, but {config.parent}/train.jsonl does" in str(
-        caught.value
-    )
+    said = f"{here}/train.jsonl does not exist, but {config.parent}/train.jsonl does"
+    assert said in str(caught.value)
+    (config.parent / "train.jsonl").rename(config.parent.parent / "train.jsonl")
+    with pytest.raises(UserError, match=f"run it in {config.parent.parent}, or write the whole"):
+        load_config(config)
     (here / "train.jsonl").write_text("")
     assert load_config(config).data.train[0].path == str(here / "train.jsonl")
 
