@@ -102,7 +102,7 @@ def guarded(main: Callable[[Sequence[str]], None]) -> None:
         _leave(error, f"error: {error}", argv)
     except KeyboardInterrupt as error:
         # Whoever knows what there is to say about it has said it: see `launch.Start.left`.
-        print(f"\n{error or 'interrupted'}", file=sys.stderr)
+        print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # noqa: BLE001 - the last resort: one line, traceback on request
         _leave(error, f"error: {told(error)}; --debug shows all of it", argv)

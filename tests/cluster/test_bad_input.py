@@ -83,6 +83,15 @@ def test_mistakes_that_show_before_ray_starts(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_a_gpu_that_is_not_there_is_said_by_the_dry_run_too(
+    write: Callable[..., Path], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    line = fails(write(parallel__device="cuda"), *words)
+    assert "parallel.device: cuda, but no node of the cluster has a GPU" in line
+    assert not (tmp_path / "runs" / "index").exists(), "before the data is read"
+
+
 def test_no_such_config(tmp_path: Path) -> None:
     assert "no such config file" in fails(tmp_path / "none.yaml")
 

@@ -1,0 +1,76 @@
+"""Where Ctrl-C leaves a run is said as it is, and what the same command does then."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysft.launch import Start
+from raysft.train.loop import train
+from tests.cluster.conftest import ROOT, default_interrupt
+from tests.unit.test_checkpoint import ONE
+from tests.worlds import start, tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def test_an_interrupted_run_says_what_the_same_command_does(tmp_path: Path) -> None:
+    config = tiny(tmp_path, train__max_steps=3)
+    job = start(config, ONE)
+    begun = Start(job.folder)
+    assert begun.left(config) == (
+        "interrupted before the first checkpoint; the same command begins at step 1"
+    )
+    train(job)
+    assert begun.left(config) == "interrupted; the same command continues from step 3"
+    begun.total_steps = 5
+    assert begun.left(config) == "interrupted; the same command continues from step 3 of 5"
+
+
+def test_an_interruption_after_the_last_step_does_not_promise_to_continue(tmp_path: Path) -> None:
+    source = [{"path": str(tmp_path / "units.json"), "name": "dev"}]
+    config = tiny(tmp_path, train__max_steps=3, data__eval=source, evaluate__max_new_tokens=1)
+    job = start(config, ONE)
+    evaluate, job.evaluate = job.evaluate, None  # interrupted before it
+    train(job)
+    begun = Start(job.folder, total_steps=3)
+    assert begun.left(config) == (
+        "interrupted; the last step, 3, is trained and saved; the same command makes the "
+        "evaluation that is left"
+    )
+    assert evaluate is not None
+    train(start(config, ONE))
+    assert begun.left(config) == (
+        "interrupted; the run is finished all the same: its last step, 3, is saved"
+    )
+
+
+JOB = """
+import sys, time
+from raysft.cli import guarded
+def main(argv):
+    print("ready", flush=True)
+    time.sleep(60)
+    raise KeyboardInterrupt
+guarded(main)
+"""
+
+
+def test_an_interrupted_job_that_is_no_run_says_nothing_of_one() -> None:
+    job = subprocess.Popen(
+        [sys.executable, "-c", JOB],
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": "/tmp"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_interrupt,
+    )
+    assert job.stdout is not None and job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode == 130
+    assert errors.split("\n") == ["", "interrupted", ""]
