@@ -16,6 +16,7 @@ import ray
 import ray.train
 import ray.train.torch
 
+from raysft import failures, remarks
 from raysft.config import Config
 from raysft.data.encode import Encoder
 from raysft.data.index import Index
@@ -90,7 +91,7 @@ def _worker(settings: dict[str, Any]) -> None:
     """What each worker of the group runs."""
     import torch
 
-    from raysft import remarks, worker
+    from raysft import worker
     from raysft.models.base import Adapter
     from raysft.parallel import Strategy, World
 
@@ -107,8 +108,9 @@ def _worker(settings: dict[str, Any]) -> None:
 
     try:
         budget = find_budget(config, factory, Lengths(**settings["lengths"]), world)
-    except UserError as error:
-        ray.get(settings["answer"].tell.remote(None, str(error)))
+    except Exception as error:
+        if failures.certain(error):
+            ray.get(settings["answer"].tell.remote(None, failures.told(error)))
         raise
     if world.is_main:
         ray.get(settings["answer"].tell.remote(budget))

@@ -337,6 +337,12 @@ class Failures(ray.train.UserCallback):
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # the controller's process unpacks it
+        # On a busy machine it warns of an answer that is late, with a traceback, and asks again.
+        scaling = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
+        logging.getLogger(scaling).setLevel(logging.ERROR)
+
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train."""
         # Its pages of traceback about workers that are gone: the reason is told in one line.

@@ -344,9 +344,7 @@ def summary(prepared: Prepared, folder: Path) -> list[str]:
     ]
     if prepared.rejected:
         reasons = quarantined(item.reason for item in prepared.rejected)
-        lines.insert(
-            -2, f"unusable {len(prepared.rejected):,}: {reasons}, by name in quarantine.jsonl"
-        )
+        lines.insert(-2, f"unused  {len(prepared.rejected):,} examples: {reasons}")
     if config.log.tensorboard:
         lines.append(f"curves  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
     return lines

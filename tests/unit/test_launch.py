@@ -5,13 +5,18 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soundfile
 
+from raysft import prepare
+from raysft.config import Config
 from raysft.launch import Start
 from raysft.train.loop import train
 from tests.cluster.conftest import ROOT, default_interrupt
+from tests.models import AUDIO
 from tests.unit.test_checkpoint import ONE
 from tests.worlds import start, tiny
 
@@ -74,3 +79,36 @@ def test_an_interrupted_job_that_is_no_run_says_nothing_of_one() -> None:
     _, errors = job.communicate(timeout=30)
     assert job.returncode == 130
     assert errors.split("\n") == ["", "interrupted", ""]
+
+
+def test_the_summary_counts_clips_hours_and_what_is_unused_by_reason(
+    make_clips: Callable[..., Path], tmp_path: Path
+) -> None:
+    corpus = make_clips(20)
+    seconds = sum(soundfile.info(path).duration for path in sorted(corpus.parent.glob("*.wav"))[3:])
+    for number in (0, 1):
+        (corpus.parent / f"clip{number:04d}.wav").unlink()
+    (corpus.parent / "clip0002.wav").write_bytes(b"")
+    tree = {
+        "run": {"name": "run", "storage_path": str(tmp_path)},
+        "data": {
+            "train": [{"path": str(corpus)}],
+            "lanes": 2,
+            "tokens_per_batch": 400,
+            "max_quarantined": 0.5,
+        },
+        "model": AUDIO,
+        "train": {"max_steps": 7},
+    }
+    config = Config.model_validate(tree)
+    (tmp_path / "run").mkdir()
+    doing: list[str] = []
+    prepared = prepare.prepare(config, tmp_path / "run", say=doing.append)
+    assert prepare.summary(prepared, tmp_path / "run") == [
+        f"train   17 examples, {seconds / 3600:.2f} hours of audio",
+        "unused  3 examples: 2 missing, 1 empty",
+        "steps   7, of 2 micro-batches of up to 400 tokens",
+        f"run     {tmp_path / 'run'}",
+        f"curves  tensorboard --logdir {tmp_path / 'run' / 'tensorboard'}",
+    ]
+    assert doing == ["loading the tokenizer", "indexing data.train: 1 source", "planning batches"]
