@@ -334,17 +334,19 @@ def summary(prepared: Prepared, folder: Path) -> list[str]:
     """What a run is about to train on, and where: shown before its first step."""
     config = prepared.config
     steps = f"{prepared.total_steps:,}" if prepared.total_steps else "none"
+    unused = []
+    if prepared.rejected:
+        reasons = quarantined(item.reason for item in prepared.rejected)
+        unused = [f"unused  {len(prepared.rejected):,} examples: {reasons}"]
     lines = [
         f"train   {_amount(prepared.train)}",
         *([f"eval    {_amount(prepared.eval)}"] if prepared.eval is not None else []),
+        *unused,
         f"steps   {steps}, of {config.data.lanes} micro-batches of up to "
         f"{config.data.tokens_per_batch:,} tokens",
         *([f"units   {prepared.encoder.units}"] if prepared.encoder.units else []),
         f"run     {folder}",
     ]
-    if prepared.rejected:
-        reasons = quarantined(item.reason for item in prepared.rejected)
-        lines.insert(-2, f"unused  {len(prepared.rejected):,} examples: {reasons}")
     if config.log.tensorboard:
         lines.append(f"curves  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
     return lines
