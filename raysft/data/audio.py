@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -80,16 +81,12 @@ def probe(path: str, limits: Limits = Limits()) -> Probed:
     shorter or longer than `limits` allow.
     """
     status = _status(path)
-    file = File(path)
-    try:
-        track = _track(file, limits)
+    with closing(File(path)) as file, closing(_track(file, limits)) as track:
         samples = track.samples
         if samples is None:
             samples = _length(_decoded(file, track, limits.max_seconds), track.rate)
             _check_length(path, samples, track.rate, limits)
         return Probed(samples, track.rate, status.st_size, status.st_mtime_ns)
-    finally:
-        file.close()
 
 
 def load(
@@ -104,14 +101,10 @@ def load(
     more than 5% before its header says.
     """
     _status(path)
-    file = File(path)
-    try:
-        track = _track(file, limits)
+    with closing(File(path, hold=True)) as file, closing(_track(file, limits)) as track:
         own_rate = track.rate
         _check_grown(path, track.samples or 0, own_rate, most_seconds)
         pieces = _decoded(file, track, most_seconds)
-    finally:
-        file.close()
     _check_grown(path, _length(pieces, own_rate), own_rate, most_seconds)
     parts = [resample(mixed(samples), piece_rate, own_rate) for samples, piece_rate in pieces]
     clip = parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from raysft.data.clips import chunked, flac, mp3, ogg, pyav
-from raysft.data.clips.file import File, Track, View, decoding, sound
+from raysft.data.clips.file import File, Track, decoding, sound
 from raysft.errors import BadExample
 
 _HEAD = 64
@@ -61,7 +61,7 @@ def _open(file: File) -> Track:
         return pyav.track(file, kind)
     if start or file.path.lower().endswith((".mp3", ".mp2", ".mpga")):
         return mp3.track(file, start, file.size)
-    with sound(file.path, View(file)) as opened:
+    with sound(file.path, file.view()) as opened:
         if opened.format in _READ:
             raise BadExample(f"{file.path}: not audio that can be read (its header is damaged)")
         raise BadExample(

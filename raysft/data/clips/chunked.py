@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from raysft.data.clips import mp3
-from raysft.data.clips.file import ENDLESS, File, Piece, Track, View, check_whole, read_all, sound
+from raysft.data.clips.file import ENDLESS, File, Piece, Track, check_whole, read, sound
 from raysft.errors import BadExample
 
 # Formats of WAV, by their tags in the registry of Microsoft.
@@ -109,11 +109,9 @@ def track(file: File, find: Callable[[File], Samples | None]) -> Track:
     if form is not None and form.tag in _MPEG_TAGS:
         return mp3.track(file, samples.offset, stop or file.size)
 
-    def view() -> View:
-        return View(file, stop=stop if samples.last else None, patches=samples.patches)
-
-    with sound(file.path, view()) as opened:
-        rate, count, channels = opened.samplerate, opened.frames, opened.channels
+    view = file.view(0, stop if samples.last else None, samples.patches)
+    opened = sound(file.path, view)
+    rate, count, channels = opened.samplerate, opened.frames, opened.channels
     if count >= ENDLESS or (count == 0 and min(present, samples.size) >= 8 * channels):
         raise BadExample(f"{file.path}: its header gives no length: write the clip anew")
     if form is not None and form.per_block:  # libsndfile fills the last block up
@@ -123,13 +121,14 @@ def track(file: File, find: Callable[[File], Samples | None]) -> Track:
         count = min(count, size * form.per_block // form.block)
 
     def decode(most: float) -> list[Piece]:
-        piece = read_all(file.path, view(), most, count)
-        check_whole(file.path, len(piece[0]), count, "samples")
+        piece = read(file.path, opened, most, count)
+        if count <= most:
+            check_whole(file.path, len(piece[0]), count, "samples")
         if form is not None and form.tag == _IMA_ADPCM:
             _check_steps(file, samples, form)
         return [piece]
 
-    return Track(rate, count, decode)
+    return Track(rate, count, decode, opened.close)
 
 
 def _check_steps(file: File, samples: Samples, form: Format) -> None:

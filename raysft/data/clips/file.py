@@ -20,6 +20,8 @@ from raysft.errors import BadExample
 
 MISSING_SHARE = 0.05  # of the samples a header promises that may be absent without complaint
 ENDLESS = 1 << 40  # libsndfile says 2^63 - 1 where a stream was written without a length
+_HELD = 1 << 26  # bytes of the largest file that is held in memory while it is decoded
+_AHEAD = 1 << 12  # bytes
 _BLOCK = 1 << 18  # samples, of all channels, decoded at once where the length is not known
 
 Piece = tuple[np.ndarray, int]
@@ -29,52 +31,81 @@ Piece = tuple[np.ndarray, int]
 class File:
     """A regular file, read at any place. Raises BadExample where the system refuses."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, hold: bool = False) -> None:
+        """hold: read it once, as it will be needed whole, unless it is very large."""
         self.path = path
-        with _reading(path):
+        self._content: bytes | None = None
+        try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._handle).st_size
+        except OSError as error:
+            raise self._refused(error) from None
+        if hold and self.size <= _HELD:
+            self._content = self.read(0, self.size)
+
+    @property
+    def held(self) -> bool:
+        """Whether all of it is in memory."""
+        return self._content is not None
 
     def read(self, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset` on: fewer only at the end of the file."""
+        if self._content is not None:
+            return self._content[offset : offset + max(0, count)]
         parts = []
-        with _reading(self.path):
+        try:
             while count > 0 and (part := os.pread(self._handle, count, offset)):
                 parts.append(part)
                 offset, count = offset + len(part), count - len(part)
-        return b"".join(parts)
+        except OSError as error:
+            raise self._refused(error) from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def view(
+        self, start: int = 0, stop: int | None = None, patches: dict[int, bytes] | None = None
+    ) -> io.RawIOBase | io.BytesIO:
+        """The bytes [start, stop), some of them replaced: what a decoder is given to read.
+
+        patches: {offset in the file: bytes}.
+        """
+        stop = self.size if stop is None else stop
+        if self._content is None:
+            return View(self, start, stop, patches or {})
+        if not patches:
+            return io.BytesIO(self._content[start:stop])
+        return io.BytesIO(_patched(self._content[start:stop], start, patches))
 
     def close(self) -> None:
         """Give the handle back."""
         os.close(self._handle)
 
+    def _refused(self, error: OSError) -> BadExample:
+        return BadExample(f"{self.path}: cannot be read ({error.strerror or error})")
 
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadExample(f"{path}: cannot be read ({error.strerror or error})") from None
+
+def _patched(data: bytes, first: int, patches: dict[int, bytes]) -> bytes:
+    """data: the bytes of a file from `first` on; patches: {offset in the file: bytes}."""
+    for offset, patch in patches.items():
+        if offset < first + len(data) and first < offset + len(patch):
+            changed = bytearray(data)
+            for at in range(max(offset, first), min(offset + len(patch), first + len(data))):
+                changed[at - first] = patch[at - offset]
+            data = bytes(changed)
+    return data
 
 
 class View(io.RawIOBase):
-    """The bytes [start, stop) of a file, some of them replaced: what libsndfile is given to read.
+    """Bytes of a file that is not held in memory; read ahead a little, for headers are read in
+    small pieces.
 
-    patches: {offset in the file: bytes}. error: the BadExample of a read that failed, which
-    libsndfile takes for the end of the file.
+    error: the BadExample of a read that failed, which libsndfile takes for the end of the file.
     """
 
-    def __init__(
-        self,
-        file: File,
-        start: int = 0,
-        stop: int | None = None,
-        patches: dict[int, bytes] | None = None,
-    ) -> None:
-        self._file, self._start = file, start
-        self._size = (file.size if stop is None else stop) - start
-        self._patches = patches or {}
+    def __init__(self, file: File, start: int, stop: int, patches: dict[int, bytes]) -> None:
+        self._file, self._start, self._size = file, start, stop - start
+        self._patches = patches
         self._at = 0
+        self._ahead, self._ahead_at = b"", 0
         self.error: BadExample | None = None
 
     def readable(self) -> bool:
@@ -97,18 +128,18 @@ class View(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill `buffer` as far as the view goes."""
-        first = self._start + self._at
-        try:
-            data = self._file.read(first, min(len(buffer), max(0, self._size - self._at)))
-        except BadExample as error:
-            self.error = error
-            return 0
-        for offset, patch in self._patches.items():
-            if offset < first + len(data) and first < offset + len(patch):
-                changed = bytearray(data)
-                for at in range(max(offset, first), min(offset + len(patch), first + len(data))):
-                    changed[at - first] = patch[at - offset]
-                data = bytes(changed)
+        count = min(len(buffer), max(0, self._size - self._at))
+        place = self._at - self._ahead_at
+        if not (place >= 0 and place + count <= len(self._ahead)):
+            wanted = min(max(count, _AHEAD), max(0, self._size - self._at))
+            first = self._start + self._at
+            try:
+                self._ahead = _patched(self._file.read(first, wanted), first, self._patches)
+            except BadExample as error:
+                self.error = error
+                return 0
+            self._ahead_at, place = self._at, 0
+        data = self._ahead[place : place + count]
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -122,6 +153,7 @@ class Sound(soundfile.SoundFile):
     """
 
     _sf_error_lock = contextlib.nullcontext()
+    view: io.RawIOBase | io.BytesIO
 
     def seekable(self) -> bool:
         """No: soundfile then reads on from where it is, as libsndfile can in every format."""
@@ -134,16 +166,17 @@ class Track:
 
     rate: Hz. samples: of a channel, as certain as can be told without decoding; None: only
     decoding tells. decode(most): all pieces, one after the other; may stop once it has more than
-    `most` samples.
+    `most` samples. close: to be called in the end.
     """
 
     rate: int
     samples: int | None
     decode: Callable[[float], list[Piece]]
+    close: Callable[[], None] = lambda: None
 
 
 @contextlib.contextmanager
-def decoding(path: str, view: io.RawIOBase | None = None) -> Iterator[None]:
+def decoding(path: str, view: io.RawIOBase | io.BytesIO | None = None) -> Iterator[None]:
     """Names the file that a decoder fails on, whatever it raises."""
     try:
         yield
@@ -163,10 +196,10 @@ def decoding(path: str, view: io.RawIOBase | None = None) -> Iterator[None]:
         raise view.error
 
 
-def sound(path: str, view: io.RawIOBase) -> Sound:
-    """libsndfile's view of bytes. Raises BadExample where they are no audio to it."""
+def sound(path: str, view: io.RawIOBase | io.BytesIO) -> Sound:
+    """libsndfile over bytes. Raises BadExample where they are no audio to it."""
     try:
-        return Sound(view)
+        opened = Sound(view)
     except Exception:  # noqa: BLE001 - of whatever kind, it is about this file
         if isinstance(view, View) and view.error is not None:
             raise view.error from None
@@ -174,15 +207,19 @@ def sound(path: str, view: io.RawIOBase) -> Sound:
         view.seek(0)
         head = view.read(16)
         raise BadExample(f"{path}: not audio that can be read (it begins with {head!r})") from None
+    opened.view = view
+    return opened
 
 
-def read_all(path: str, view: io.RawIOBase, most: float, exact: int | None = None) -> Piece:
-    """Decode what libsndfile finds, to the end.
+def read_all(path: str, view: io.RawIOBase | io.BytesIO, most: float) -> Piece:
+    """Decode what libsndfile finds to its end, or until there are more than `most` samples."""
+    with sound(path, view) as file:
+        return read(path, file, most)
 
-    exact: samples that are there, where that is known. Where it is not, or is more than `most`,
-    reading stops after `most` of them.
-    """
-    with sound(path, view) as file, decoding(path, view):
+
+def read(path: str, file: Sound, most: float, exact: int | None = None) -> Piece:
+    """As `read_all`, of a file just opened. exact: samples that are there, where that is known."""
+    with decoding(path, file.view):
         if exact is not None and exact <= most:
             return file.read(frames=exact, dtype="float32", always_2d=True), file.samplerate
         block = max(1, _BLOCK // file.channels)

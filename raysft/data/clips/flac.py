@@ -17,7 +17,7 @@ import struct
 from dataclasses import dataclass
 from functools import partial
 
-from raysft.data.clips.file import File, Piece, Track, check_whole, read_all
+from raysft.data.clips.file import File, Piece, Track, check_whole, read, sound
 from raysft.errors import BadExample
 
 _TAIL = 1 << 16  # bytes in which the last frame is looked for, where the header names no largest
@@ -69,22 +69,25 @@ def track(file: File, start: int) -> Track:
     width = _tail_of(info, file.size - start)
     end = _last_frame_ends(file.path, info, file.read(file.size - width, width))
     certain = end is not None and info.total in (0, end)
-    return Track(info.rate, end if certain else None, partial(_decode, file, info))
+    return Track(info.rate, end if certain else None, partial(_decode, file, info, end))
 
 
-def _decode(file: File, info: _Info, most: float) -> list[Piece]:
-    """All files that were joined, each to its end."""
+def _decode(file: File, info: _Info, last: int | None, most: float) -> list[Piece]:
+    """All files that were joined, each to its end. last: where the last frame of all ends."""
     content = file.read(info.at - 8, file.size)
     starts = [found.start() for found in _BEGIN.finditer(content)]
     pieces = []
     for start, stop in zip(starts, [*starts[1:], len(content)]):
         piece = bytearray(content[start:stop])
         info = _Info.of(piece[8:42], 8)
-        end = _last_frame_ends(file.path, info, bytes(piece[-_tail_of(info, len(piece)) :]))
+        end = last
+        if stop < len(content):
+            end = _last_frame_ends(file.path, info, bytes(piece[-_tail_of(info, len(piece)) :]))
         # libsndfile stops at the total, before whatever follows; at 0 it reads as far as it can.
         piece[21] = piece[21] & 0xF0 | (end or 0) >> 32
         piece[22:26] = struct.pack(">I", (end or 0) & 0xFFFFFFFF)
-        decoded = read_all(file.path, io.BytesIO(piece), most, end)
+        with sound(file.path, io.BytesIO(piece)) as opened:
+            decoded = read(file.path, opened, most, end)
         if len(decoded[0]) <= most:
             check_whole(file.path, len(decoded[0]), max(info.total, end or 0), "samples")
         pieces.append(decoded)

@@ -25,10 +25,10 @@ import numpy as np
 from raysft.data.clips.file import (
     File,
     Piece,
+    Sound,
     Track,
-    View,
     check_whole,
-    read_all,
+    read,
     resampled_length,
     sound,
 )
@@ -102,12 +102,13 @@ def track(file: File, start: int, stop: int) -> Track:
         present = stop - first[0]
         check_whole(file.path, present, note.bytes, "bytes of frames")
         if abs(present - note.bytes) <= note.bytes // 100:
-            with sound(file.path, View(file, first[0], stop)) as opened:
-                rate, count = opened.samplerate, opened.frames
+            opened = sound(file.path, file.view(first[0], stop))
+            rate, count = opened.samplerate, opened.frames
             expected = note.frames * first[1].samples - note.delay - note.padding
             if rate == first[1].rate and abs(count - expected) <= 2 * first[1].samples:
-                believed = partial(_believed, file, first[0], stop, note, count)
-                return Track(rate, count, believed)
+                believed = partial(_believed, file, opened, first[0], stop, note)
+                return Track(rate, count, believed, opened.close)
+            opened.close()
     runs = _runs(file.read(start, stop - start))
     if not runs:
         raise BadExample(f"{file.path}: not audio that can be read (an MP3 without a frame)")
@@ -123,14 +124,14 @@ def first_frame(data: bytes) -> bool:
 
 
 def _believed(
-    file: File, start: int, stop: int, note: _Note, count: int, most: float
+    file: File, opened: Sound, start: int, stop: int, note: _Note, most: float
 ) -> list[Piece]:
     """A file whose note is believed, unless its frames are not as many as it says."""
-    content = file.read(start, stop - start)
-    if sum(len(run.places) for run in _runs(content)) != note.frames:
+    if sum(len(run.places) for run in _runs(file.read(start, stop - start))) != note.frames:
         return _decode(file, start, stop)
-    piece = read_all(file.path, io.BytesIO(content), count, count)
-    check_whole(file.path, len(piece[0]), count, "samples")
+    piece = read(file.path, opened, most, opened.frames)
+    if opened.frames <= most:
+        check_whole(file.path, len(piece[0]), opened.frames, "samples")
     return [piece]
 
 
@@ -152,7 +153,8 @@ def _decode_run(path: str, content: bytes, run: _Run) -> Piece:
         at, last = run.places[-1]
         missing = len(run.places) * (size + 1) - len(frames)
         frames += content[at : at + last] * (missing // last + 2)
-    samples, rate = read_all(path, io.BytesIO(frames), math.inf, before + count)
+    with sound(path, io.BytesIO(frames)) as opened:
+        samples, rate = read(path, opened, math.inf, before + count)
     check_whole(path, len(samples) - before, count, "samples")
     samples = samples[before:]
     return np.concatenate([samples[part] for part in run.parts]), rate

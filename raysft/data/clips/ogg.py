@@ -12,7 +12,6 @@ RFC 3533, section 6.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,10 +21,10 @@ from raysft.data.clips.file import (
     ENDLESS,
     File,
     Piece,
+    Sound,
     Track,
-    View,
     check_whole,
-    read_all,
+    read,
     resampled_length,
     sound,
 )
@@ -52,36 +51,41 @@ def track(file: File) -> Track:
     if not _KNOWN.search(file.read(0, PAGE)):
         return pyav.track(file, "an Ogg file that holds neither Vorbis nor Opus")
     last = _last_serial(file)
-    content = file.read(0, file.size if file.size <= _WHOLE else PAGE)
-    links = _links(content)
-    if file.size > _WHOLE and links and (len(links) > 1 or last not in links[0].serials):
-        links = _links(content := file.read(0, file.size))
+    complete = file.held or file.size <= _WHOLE
+    links = _links(file.read(0, file.size if complete else PAGE))
+    if not complete and links and (len(links) > 1 or last not in links[0].serials):
+        complete, links = True, _links(file.read(0, file.size))
     if not links:
         raise BadExample(f"{file.path}: not audio that can be read (an ogg without its first page)")
-    rate, samples = 0, 0
-    for link in links:
-        part = content[link.start : link.stop]
-        data = io.BytesIO(part) if len(links) > 1 else View(file)
-        with sound(file.path, data) as opened:
-            rate = rate or opened.samplerate
-            samples += resampled_length(opened.frames, opened.samplerate, rate)
+    if len(links) == 1:
+        links[0].stop = file.size
+    opened = [sound(file.path, file.view(link.start, link.stop)) for link in links]
+    rate = opened[0].samplerate
+    samples = sum(resampled_length(one.frames, one.samplerate, rate) for one in opened)
     certain = samples < ENDLESS and not any(link.shifted for link in links)
 
     def decode(most: float) -> list[Piece]:
-        content = file.read(0, file.size)
-        pieces = []
-        for link in _links(content):
-            data = io.BytesIO(content[link.start : link.stop])
-            with sound(file.path, data) as opened:
-                promised = opened.frames
-            data.seek(0)
-            piece = read_all(file.path, data, most)
-            if not link.shifted and len(piece[0]) <= most:
-                check_whole(file.path, len(piece[0]), promised, "samples")
-            pieces.append(piece)
-        return pieces
+        if complete:
+            return [_decode(file.path, *each, most) for each in zip(links, opened)]
+        whole = _links(file.read(0, file.size))
+        views = [file.view(link.start, link.stop) for link in whole]
+        return [
+            _decode(file.path, link, sound(file.path, view), most)
+            for link, view in zip(whole, views)
+        ]
 
-    return Track(rate, samples if certain else None, decode)
+    def close() -> None:
+        for one in opened:
+            one.close()
+
+    return Track(rate, samples if certain else None, decode, close)
+
+
+def _decode(path: str, link: _Link, opened: Sound, most: float) -> Piece:
+    piece = read(path, opened, most)
+    if not link.shifted and len(piece[0]) <= most:
+        check_whole(path, len(piece[0]), opened.frames, "samples")
+    return piece
 
 
 def _last_serial(file: File) -> int | None:

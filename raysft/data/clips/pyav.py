@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from raysft.data.clips.file import File, Piece, Track, View, decoding
+from raysft.data.clips.file import File, Piece, Track, decoding
 from raysft.errors import BadExample
 
 _SIGNATURES = (
@@ -41,11 +41,15 @@ def track(file: File, kind: str) -> Track:
             f"{file.path}: {kind}: not audio that is read without PyAV: install it on all nodes "
             "(pip install 'raysft[av]'), or convert the clip to flac"
         ) from None
-    view = io.BufferedReader(View(file))
+    view = _buffered(file.view())
     with decoding(file.path), av.open(view) as container:
         stream = _stream(container, file.path, kind)
         rate = stream.rate
     return Track(rate, None, lambda most: _decode(av, file, kind, most))
+
+
+def _buffered(view: io.RawIOBase | io.BytesIO) -> io.BufferedReader | io.BytesIO:
+    return view if isinstance(view, io.BytesIO) else io.BufferedReader(view)
 
 
 def _stream(container: Any, path: str, kind: str) -> Any:
@@ -58,10 +62,10 @@ def _stream(container: Any, path: str, kind: str) -> Any:
 
 
 def _decode(av: Any, file: File, kind: str, most: float) -> list[Piece]:
-    view = View(file)
+    view = file.view()
     parts: list[np.ndarray] = []
     count = 0
-    with decoding(file.path, view), av.open(io.BufferedReader(view)) as container:
+    with decoding(file.path, view), av.open(_buffered(view)) as container:
         stream = _stream(container, file.path, kind)
         rate = stream.rate
         channels = stream.channels
