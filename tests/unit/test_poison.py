@@ -148,8 +148,10 @@ def test_a_third_of_the_clips_broken_stops_with_a_summary_by_kind(tmp_path: Path
         data=Data(train=[Source(path=str(path))], max_seconds=2.0, tokens_per_batch=512),
         model=Model(**AUDIO),
     )
+    run = tmp_path / "run"
+    run.mkdir()
     with pytest.raises(UserError) as caught:
-        prepare(config, tmp_path / "run")
+        prepare(config, run)
     line = str(caught.value)
     # All but those whose headers are right: NaN and silence (two formats).
     found = len(kinds) - 3 * 3
