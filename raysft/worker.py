@@ -35,7 +35,7 @@ from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.evaluations import Measure
 from raysft.train.feed import Feed
-from raysft.train.flops import cost_of
+from raysft.train.flops import cost_of, formula_holds
 from raysft.train.loop import Job
 
 if TYPE_CHECKING:
@@ -92,9 +92,8 @@ def build_model(
         from raysft.models.peft import add_adapters  # peft takes 2 s to import
 
         adapters = add_adapters(adapter, config, total_steps)
-    else:
+    elif config.train.freeze:
         adapter.freeze(config.train.freeze)
-        adapter.freeze_unreached()
     if config.train.gradient_checkpointing:
         adapter.enable_gradient_checkpointing()
     return adapter, adapters
@@ -115,7 +114,8 @@ def build_job(
     check_base(config, folder)
     adapter, adapters = build_model(config, data.encoder, total_steps)
     adapter.tasks[:] = history.tasks(folder)
-    cost, sizes = cost_of(adapter.model), _sizes(adapter)  # while the parameters are whole
+    sizes = _sizes(adapter)
+    cost = cost_of(adapter.model, adapter.unreached) if formula_holds(adapter.net) else None
     strategy = wrap(config, adapter, world)
     settings, half = config.data, config.train.precision != "fp32"
     assert data.read_train is not None  # what trains reads
@@ -147,6 +147,7 @@ def build_job(
         cost=cost,
         start={
             "attention": attention_used(adapter.model, world.device, half),
+            "proof": adapter.verdict.describe(),
             **({"unreached": list(adapter.unreached)} if adapter.unreached else {}),
             **sizes,
         },

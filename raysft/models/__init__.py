@@ -22,6 +22,7 @@ def build(
     quantization: BitsAndBytesConfig | None = None,
 ) -> Adapter:
     """The adapter of `model` on the CPU, with float32 weights that are the same on every worker.
+    What no batch reaches does not train.
 
     encoder: of the same config; gives the tokenizer and, for audio_lm, the front end.
     quantization: (qlora) how the language model's weights are stored. Raises UserError if the
@@ -42,4 +43,5 @@ def build(
     if data.mode == "packed":
         attach(adapter.net, verdict.windows)
     adapter.take(verdict)
+    adapter.freeze_unreached()
     return adapter

@@ -176,12 +176,14 @@ class Adapter(ABC):
     tokens that this run has added to the model's tokenizer. prepends: the model puts positions of
     its own in front of a row (prompt tuning), so padding must not come between. verdict: what is
     exact for this kind of model. unreached: parameters frozen because no batch reaches them.
+    virtual: positions in front of a prompt that train (prompt and prefix tuning).
     """
 
     new_ids: Seq[int] = ()
     prepends = False
     verdict = Verdict("")
     unreached: Seq[str] = ()
+    virtual = 0
 
     answer_of: Callable[[str], str] = staticmethod(str)
 
@@ -305,13 +307,14 @@ class Adapter(ABC):
         batch, _ = pad([self.dummy_document()], self.pad_id, "right")
         if not self.verdict.positions:
             del batch["position_ids"]
-        self.unreached = reach.freeze(self.model, batch | self.features([self.dummy_document()]))
+        found = reach.freeze(self.model, batch | self.features([self.dummy_document()]))
+        self.unreached = [*self.unreached, *found]
         if self.unreached and not any(p.requires_grad for p in self.model.parameters()):
             raise UserError(
                 "model: no batch of this data reaches what would train "
                 f"({reach.summary(self.unreached)}); train other layers"
             )
-        return self.unreached
+        return found
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each layer's input and recompute the rest in the backward pass."""
@@ -361,7 +364,7 @@ class Adapter(ABC):
         if not self.prepends and verdict.answers_until and most <= verdict.answers_until:
             how = "any"
         # The last token of an answer takes no position: nothing follows it.
-        left = None if verdict.learned is None else verdict.learned + 1
+        left = None if verdict.learned is None else verdict.learned + 1 - self.virtual
         if left is not None and most > left and how == "any":
             how = "length"
         every = range(len(lengths))

@@ -130,6 +130,8 @@ def add_adapters(adapter: Adapter, config: Config, total_steps: int) -> PeftAdap
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if config.peft.method in VIRTUAL:
+        adapter.virtual = config.peft.virtual_tokens
     if config.peft.method == "prompt":
         adapter.prepends = True
         model.register_forward_pre_hook(_without_positions, with_kwargs=True)

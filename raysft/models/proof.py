@@ -60,6 +60,7 @@ class Verdict:
     config's sliding window, which this model puts into its mask. answers: which prompts may share
     a batch. answers_until: below so many positions any may. positions: whether it takes positions
     from us, or counts on its own. learned: how many positions it has; None: no such limit.
+    decoder: whether is_decoder: true would make it causal.
     lengths: name -> (in the config, in the copy). copied: why there is no copy, and nothing is
     proven.
     """
@@ -73,8 +74,22 @@ class Verdict:
     answers_until: int | None = None
     positions: bool = True
     learned: int | None = None
+    decoder: bool = False
     lengths: dict[str, tuple[int, int]] = field(default_factory=dict)
     copied: str | None = None
+
+    def describe(self) -> str:
+        """What was proven, for the run's events."""
+        if self.copied is not None:
+            return f"none: no small copy can be made ({self.copied})"
+        shared = {"any": "of any lengths", "length": "of one length", "one": "one at a time"}
+        said = f"prompts {shared[self.answers]} are answered together"
+        if self.answers != "any" and self.answers_until:
+            said += f" beyond {self.answers_until} positions"
+        if self.learned is not None:
+            said += f"; {self.learned} positions"
+        scaled = [f"{name} {was} as {now}" for name, (was, now) in self.lengths.items()]
+        return f"{said}; on a small copy" + (f" with {', '.join(scaled)}" if scaled else "")
 
 
 _KNOWN: dict[str, Verdict] = {}
@@ -109,8 +124,10 @@ def check(verdict: Verdict, mode: Literal["packed", "padded"]) -> None:
             line_of(ValueError(verdict.copied)),
         )
     if verdict.causal is not None:
+        remedy = "; set model.config.is_decoder: true, or use" if verdict.decoder else "; use"
         raise UserError(
-            f"model: type {kind} is no causal language model as it is configured: {verdict.causal}"
+            f"model: type {kind} is no causal language model as it is configured: "
+            f"{verdict.causal}{remedy} another model"
         )
     if mode == "packed" and verdict.packed is not None and verdict.padded is None:
         raise inexact(kind, verdict.packed)
@@ -135,6 +152,7 @@ def _better(one: Verdict, other: Verdict) -> Verdict:
         max(until) or None,
         one.positions,
         one.learned,
+        one.decoder,
         one.lengths,
         one.copied,
     )
@@ -158,7 +176,8 @@ def _prove(net: PreTrainedModel, seed: int) -> Verdict:
     except FAILURES as error:
         return Verdict(kind, causal=f"it fails on text alone ({line_of(error)})", lengths=lengths)
     if causal := lab.causal():
-        return Verdict(kind, causal=causal, lengths=lengths)
+        decoder = getattr(net.config, "is_decoder", None) is False
+        return Verdict(kind, causal=causal, decoder=decoder, lengths=lengths)
     rope.attach(lab.net)
     positions, padded = True, lab.batches(lab.padded)
     if padded is not None and lab.batches(lab.unnumbered) is None:
@@ -176,6 +195,7 @@ def _prove(net: PreTrainedModel, seed: int) -> Verdict:
         least if short else None,
         positions,
         lab.learned(net.config),
+        False,
         lengths,
     )
 

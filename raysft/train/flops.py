@@ -22,12 +22,16 @@ The audio encoder takes every clip at one length, P positions: its 2N, 4N or 6N 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from raysft.models import copies, reach
 
 # Peak of dense products in bf16 or fp16, TFLOP/s, from the vendor's data sheets; the first name
 # that is part of the device's wins. Devices that are not here have no `mfu`.
@@ -46,6 +50,7 @@ PEAKS = {
     "RTX 4090": 165.2,
     "L4": 121.0,
 }
+DECIDING = ("num_hidden_layers", "num_attention_heads")
 # Names that models have for the number of experts a token is sent to.
 CHOSEN = (
     *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
@@ -75,10 +80,11 @@ class Cost:
         )
 
 
-def cost_of(model: nn.Module) -> Cost | None:
+def cost_of(model: nn.Module, unreached: Collection[str] = ()) -> Cost | None:
     """The cost of training `model` (of transformers, or peft's around one) as it is frozen now.
 
-    Called before a strategy shards its parameters. None where the formulas above do not hold:
+    unreached: parameters that no token passes through, by the names of the model alone or of
+    peft's. Called before a strategy shards its parameters. None where the formulas do not hold:
     layers that carry a state or that convolve, experts whose number a token is not known, an
     architecture without the usual names.
     """
@@ -95,7 +101,7 @@ def cost_of(model: nn.Module) -> Cost | None:
     heard = {id(part) for part in tower.modules()} if tower is not None else set()
     token = supervised = 0.0
     chosen = _chosen(text)
-    for part, size, trains in _matrices(model, chosen):
+    for part, size, trains in _matrices(model, chosen, unreached):
         if id(part) in own:
             supervised += size * (6 if trains else 4)
         elif id(part) not in heard:
@@ -107,6 +113,41 @@ def cost_of(model: nn.Module) -> Cost | None:
     return Cost(token, supervised, pair, clip)
 
 
+_HOLDS: dict[str, bool] = {}
+
+
+def formula_holds(net: PreTrainedModel) -> bool:
+    """Whether torch counts about as much (to 15%) on a small copy of `net`.
+
+    Where a model computes other than its matrices say (layers that run several times, attention of
+    another kind) a number would be wrong. Kept for the process; costs 0.1 s.
+    """
+    key = f"{type(net)} {json.dumps(net.config.to_dict(), sort_keys=True, default=str)}"
+    if key not in _HOLDS:
+        _HOLDS[key] = _counted_alike(net)
+    return _HOLDS[key]
+
+
+def _counted_alike(net: PreTrainedModel) -> bool:
+    try:
+        small = copies.small_copy(net)
+    except ValueError:
+        return False
+    cost = cost_of(small)
+    if cost is None:
+        return False
+    if hasattr(small, "set_experts_implementation"):
+        small.set_experts_implementation("eager")  # torch does not count grouped products
+    size, length = small.get_input_embeddings().weight.shape[0], 48
+    ids = (torch.arange(length) * 7 % max(1, size - 40)).unsqueeze(0)
+    unreached = reach.unreached(small, {"input_ids": ids})
+    cost = cost_of(small, unreached)
+    with FlopCounterMode(display=False) as counter:
+        small(input_ids=ids, use_cache=False).logits.sum().backward()
+    counts = {"tokens": length, "supervised": length, "squares": length**2}
+    return cost is not None and abs(cost.total(counts) / counter.get_total_flops() - 1) < 0.15
+
+
 def _chosen(text: PreTrainedConfig) -> int | None:
     """How many experts a token is sent to."""
     found = (getattr(text, name, None) for name in CHOSEN)
@@ -116,8 +157,10 @@ def _chosen(text: PreTrainedConfig) -> int | None:
 def _usual(net: PreTrainedModel, text: PreTrainedConfig) -> bool:
     """Whether every layer is attention and matrices, as the formulas have it."""
     layers = set(getattr(text, "layer_types", None) or ())
-    numbers = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    if not all(isinstance(number, int) and number for number in numbers):
+    own = {name: vars(text).get(text.attribute_map.get(name, name)) for name in DECIDING}
+    if not all(isinstance(own[name], int) and own[name] for name in DECIDING):
+        return False
+    if text.to_dict().get("per_layer_config"):  # heads differ by layer
         return False
     if layers - {"full_attention", "sliding_attention"} or getattr(net, "_is_stateful", False):
         return False
@@ -146,7 +189,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def _matrices(
-    model: nn.Module, chosen: int | None = None
+    model: nn.Module, chosen: int | None = None, unreached: Collection[str] = ()
 ) -> Iterator[tuple[nn.Module, float, bool]]:
     """Of each matrix that tokens pass through: its module, its parameters (of fused experts
     [E, out, in] the share of the `chosen` ones), whether it trains."""
@@ -155,6 +198,10 @@ def _matrices(
             continue
         for key, parameter in part.named_parameters(recurse=False):
             if parameter.ndim < 2 or any(word in key for word in _UNUSED):
+                continue
+            full = f"{name}.{key}"
+            plain = full.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if full in unreached or plain in unreached:
                 continue
             size = float(parameter.numel())
             if key == "weight" and hasattr(part, "in_features"):

@@ -16,7 +16,7 @@ from raysft.train.feed import supervised
 from raysft.train.loop import train
 from raysft.train.metrics import read_lines
 from tests import worlds
-from tests.unit.model_zoo import batch_of, make, sequences
+from tests.unit.model_zoo import CONFIGS, batch_of, make, sequences
 
 LENGTHS = [40, 10, 33]
 
@@ -113,3 +113,47 @@ def test_metrics_tell_rates_utilisation_and_memory(tmp_path: Path) -> None:
         assert "mfu" not in line
         least = job.cost.token * line["tokens"] + job.cost.supervised * line["supervised_tokens"]
         assert least < line["tflops"] * 1e12 * seconds < 1.2 * least
+
+
+STRANGE = {
+    "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "rwkv": {"model_type": "rwkv", "hidden_size": 32, "num_hidden_layers": 2},
+    "jamba": {
+        "model_type": "jamba",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "use_mamba_kernels": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_models_that_are_not_attention_alone_have_no_number(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, name, STRANGE[name])
+    assert flops.cost_of(make(name, "padded").model) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_tied", "qwen3_moe", "deepseek_v2"])
+def test_formulas_that_torch_confirms_are_used(name: str) -> None:
+    assert flops.formula_holds(make(name).net)
+
+
+def test_a_run_of_a_model_without_a_number_trains(tmp_path: Path) -> None:
+    config = worlds.tiny(
+        tmp_path,
+        train__max_steps=2,
+        log__every=1,
+        data__mode="padded",
+        model__config=STRANGE["mamba"],
+    )
+    assert train(worlds.start(config, World.current())) == 2
+    lines = read_lines(tmp_path / "runs" / "run" / "metrics.jsonl")
+    assert lines and all("tflops" not in line and line["loss"] > 0 for line in lines)
