@@ -36,7 +36,8 @@ class _Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.asked.append(self.path)
         if "slow" in self.path:
-            time.sleep(3)
+            time.sleep(2)
+            return  # whoever asked has gone
         found = self.path == "/api/models/org/there"
         body = b'{"id": "org/there"}' if found else b"{}"
         self.send_response(200 if found else 404)
