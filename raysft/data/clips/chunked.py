@@ -78,7 +78,7 @@ class Format:
             if len(chunk) < 40 or chunk[28:40] not in _SUBFORMATS:
                 return None
             more, used = struct.unpack(end + "HH", chunk[16:20])
-            if more < 22 or used > bits:
+            if more < 22 or not bits // 2 < used <= bits:
                 return None
             (tag,) = struct.unpack(end + "H", chunk[24:26])
         if not channels or not block:

@@ -205,6 +205,9 @@ def _runs(content: bytes) -> list[_Run]:
 
 def _next(content: bytes, at: int, limit: bool) -> tuple[int, _Frame] | None:
     """The next frame from `at` on that another one of its kind, or the end, follows."""
+    begin = _header(content[at : at + 4]) if limit else None
+    if begin is not None and _note_of(content[at : at + begin.size], begin) is not None:
+        return at, begin  # whatever follows
     end = len(content) if not limit else min(len(content), at + _LEADING)
     for found in _SYNC.finditer(content, at, end):
         place = found.start()
