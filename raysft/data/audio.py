@@ -85,7 +85,7 @@ def probe(path: str, limits: Limits = Limits()) -> Probed:
     with closing(File(path)) as file, closing(_track(file, limits)) as track:
         samples = track.samples
         if samples is None:
-            samples = _length(_decoded(file, track, limits.max_seconds), track.rate)
+            samples = _counted(file, track, limits.max_seconds)
             _check_length(path, samples, track.rate, limits)
         return Probed(samples, track.rate, status.st_size, status.st_mtime_ns)
 
@@ -184,6 +184,14 @@ def _decoded(file: File, track: Track, most_seconds: float | None) -> list[Piece
     most = math.inf if most_seconds is None else most_seconds * track.rate
     with decoding(file.path):
         return track.decode(most)
+
+
+def _counted(file: File, track: Track, most_seconds: float | None) -> int:
+    """Samples of a clip whose length only decoding tells."""
+    if track.count is None:
+        return _length(_decoded(file, track, most_seconds), track.rate)
+    with decoding(file.path):
+        return track.count(math.inf if most_seconds is None else most_seconds * track.rate)
 
 
 def _length(pieces: list[Piece], rate: int) -> int:

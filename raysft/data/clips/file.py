@@ -166,13 +166,15 @@ class Track:
 
     rate: Hz. samples: of a channel, as certain as can be told without decoding; None: only
     decoding tells. decode(most): all pieces, one after the other; may stop once it has more than
-    `most` samples. close: to be called in the end.
+    `most` samples. close: to be called in the end. count(most): how many samples decode(most)
+    gives, in little memory; None: decode to see.
     """
 
     rate: int
     samples: int | None
     decode: Callable[[float], list[Piece]]
     close: Callable[[], None] = lambda: None
+    count: Callable[[float], int] | None = None
 
 
 @contextlib.contextmanager

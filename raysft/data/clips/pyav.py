@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 import io
 import re
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,12 @@ def track(file: File, kind: str) -> Track:
     with decoding(file.path), av.open(view) as container:
         stream = _stream(container, file.path, kind)
         rate = stream.rate
-    return Track(rate, None, lambda most: _decode(av, file, kind, most))
+    return Track(
+        rate,
+        None,
+        lambda most: _decode(av, file, kind, rate, most),
+        count=lambda most: sum(map(len, _blocks(av, file, kind, most))),
+    )
 
 
 def _buffered(view: io.RawIOBase | io.BytesIO) -> io.BufferedReader | io.BytesIO:
@@ -61,22 +68,21 @@ def _stream(container: Any, path: str, kind: str) -> Any:
     return stream
 
 
-def _decode(av: Any, file: File, kind: str, most: float) -> list[Piece]:
-    view = file.view()
-    parts: list[np.ndarray] = []
-    count = 0
+def _decode(av: Any, file: File, kind: str, rate: int, most: float) -> list[Piece]:
+    blocks = list(_blocks(av, file, kind, most)) or [np.zeros((0, 1), np.float32)]
+    return [(np.ascontiguousarray(np.concatenate(blocks), np.float32), rate)]
+
+
+def _blocks(av: Any, file: File, kind: str, most: float) -> Iterator[np.ndarray]:
+    """Samples [samples, channels] at the stream's own rate, until there are more than `most`."""
+    view, count = file.view(), 0
     with decoding(file.path, view), av.open(_buffered(view)) as container:
         stream = _stream(container, file.path, kind)
-        rate = stream.rate
-        channels = stream.channels
-        # Planar float at the stream's own rate and channels, whatever the codec gives.
-        resampler = av.AudioResampler("fltp", stream.layout, rate)
-        frames = container.decode(stream)
-        for frame in (*frames, None):
+        # Planar float, whatever the codec gives.
+        resampler = av.AudioResampler("fltp", stream.layout, stream.rate)
+        for frame in chain(container.decode(stream), [None]):
             for converted in resampler.resample(frame):
-                parts.append(converted.to_ndarray().T)
-                count += len(parts[-1])
+                count += converted.samples
+                yield converted.to_ndarray().T
             if count > most:
-                break
-    parts.append(np.zeros((0, parts[0].shape[1] if parts else channels), np.float32))
-    return [(np.ascontiguousarray(np.concatenate(parts), np.float32), rate)]
+                return
