@@ -212,7 +212,10 @@ def _workers(
     monitor = (
         ray.remote(Monitor)
         .options(num_cpus=0, scheduling_strategy=here)
-        .remote(config.parallel.max_failures, config.parallel.backoff_s, step)
+        .remote(
+            *(config.parallel.max_failures, config.parallel.backoff_s, step),
+            "evaluated" not in settings,
+        )
     )
     watch = Watch(monitor, progress)
     progress({"doing": f"starting workers ({config.parallel.strategy})"})

@@ -18,9 +18,13 @@ SAVE, LEAVE = 1, 2
 class Monitor:
     """Progress to the driver; signals to the workers; the failure budget."""
 
-    def __init__(self, max_failures: int, backoff_s: float, saved: int = -1) -> None:
+    def __init__(
+        self, max_failures: int, backoff_s: float, saved: int = -1, training: bool = True
+    ) -> None:
         """max_failures: without a new checkpoint in between; -1: any number. saved: step of the
-        checkpoint that this submission goes on from; -1: there is none."""
+        checkpoint that this submission goes on from; -1: there is none. training: False: it
+        evaluates."""
+        self._training = training
         self._max, self._backoff = max_failures, backoff_s
         self._lines: list[dict[str, Any]] = []
         self._mistake: str | None = None
@@ -100,11 +104,14 @@ class Monitor:
         self._failures += 1
         if 0 <= self._max < self._failures:
             since = f"since the checkpoint of step {self._saved}" if self._new else "so far"
+            work = "training" if self._training else "evaluation"
             goes_on = "continues from the last checkpoint"
-            if self._saved < 0:
+            if not self._training:
+                goes_on = "evaluates anew"
+            elif self._saved < 0:
                 goes_on = "begins again at step 1, for no checkpoint was written"
             self._mistake = (
-                f"training failed {self._failures} times {since}, and parallel.max_failures="
+                f"{work} failed {self._failures} times {since}, and parallel.max_failures="
                 f"{self._max}; the last time: {reasons[0]}; the same command {goes_on}"
             )
             return {"end": self._mistake}

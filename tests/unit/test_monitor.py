@@ -54,6 +54,13 @@ def test_the_end_promises_no_more_than_the_same_command_does() -> None:
     assert end.endswith("the same command continues from the last checkpoint")
 
 
+def test_an_evaluation_that_fails_is_not_called_training() -> None:
+    monitor = Monitor(0, 0.0, 40, training=False)
+    monitor.begin(1)
+    end = fail(monitor, workers=1)["end"]
+    assert end.startswith("evaluation failed 1 times") and end.endswith("command evaluates anew")
+
+
 def ended_at_once(saved: int) -> Monitor:
     monitor = Monitor(0, 0.0, saved)
     monitor.begin(2)
