@@ -126,7 +126,7 @@ def test_the_same_command_on_a_finished_run_trains_nothing(finished: Path, folde
     assert done.returncode == 0, done.stderr
     assert "is finished: all 12 steps are trained" in done.stdout
     assert "continu" not in done.stdout and "started" not in done.stdout
-    assert "wer/dev" in done.stdout and "(step 12)" in done.stdout
+    assert "evaluation at step 12" in done.stdout and "(step 12)" in done.stdout
     assert {name: (finished / name).read_bytes() for name in before} == before
 
 
