@@ -22,7 +22,7 @@ from raysft.config import Config
 from raysft.data.generations import open_index
 from raysft.data.index import Index
 from raysft.data.stream import RayReader, ReaderSpec
-from raysft.train.evaluations import Evaluation
+from raysft.train.evaluations import Evaluation, progress_of
 from raysft.train.storage import write_whole
 
 Progress = Callable[[dict[str, Any]], None]
@@ -132,7 +132,8 @@ def _evaluate(
     folder, about = Path(settings["folder"]), settings["evaluated"]
     evaluator = build_evaluator(config, Path(about["run"]), world, data)
     predictions = folder / "predictions.jsonl"
-    values = evaluate_checkpoint(evaluator, about["step"], predictions, tell)
+    seen = progress_of(progress if world.is_main else None)
+    values = evaluate_checkpoint(evaluator, about["step"], predictions, seen, tell)
     if world.is_main:
         measure = evaluator.evaluate.measure(True)
         line = Evaluation(about["step"], values, measure, final=True).line(checkpoint=True)

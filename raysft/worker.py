@@ -216,7 +216,7 @@ class Evaluation:
         self,
         final: bool,
         predictions: Path | None = None,
-        beat: Callable[[], None] = lambda: None,
+        seen: Callable[[int, int], None] = lambda done, total: None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> dict[str, float]:
         """Figures by name. A collective."""
@@ -242,7 +242,7 @@ class Evaluation:
                 final,
                 predictions=predictions,
                 synced=self.config.parallel.strategy in ("fsdp", "zero3"),
-                beat=beat,
+                seen=seen,
                 tell=tell,
             )
 
@@ -270,6 +270,7 @@ def evaluate_checkpoint(
     job: Evaluator | Job,
     step: int | None = None,
     predictions: Path | None = None,
+    seen: Callable[[int, int], None] = lambda done, total: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Figures of the checkpoint of `step` (None: the newest sound one) on all of data.eval.
@@ -293,7 +294,7 @@ def evaluate_checkpoint(
             )
     load_weights(saved, job.strategy)
     job.strategy.module.eval()
-    return job.evaluate(True, predictions, tell=tell)
+    return job.evaluate(True, predictions, seen, tell)
 
 
 def device_of(config: Config) -> torch.device:

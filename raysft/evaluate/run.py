@@ -97,15 +97,16 @@ def evaluate(
     final: bool,
     predictions: Path | None = None,
     synced: bool = False,
-    beat: Callable[[], None] = lambda: None,
+    seen: Callable[[int, int], None] = lambda done, total: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Losses by task, WER and CER by source: the same values on every worker. A collective.
 
     `read` turns lists of index rows into micro-batches, in order. `predictions` is a file of JSON
     lines (id, source, reference, hypothesis) that rank 0 writes. `synced`: sharded parameters, so
-    every worker must run the same number of forward passes. `beat` is called before each batch;
-    `tell`, on rank 0, with what has to be known of the figures.
+    every worker must run the same number of forward passes. `seen` is called before each round
+    of batches with how many are done and how many there are; `tell`, on rank 0, with what has to
+    be known of the figures.
     """
     plan = batches(corpus, settings.tokens_per_batch, None if final else settings.max_examples)
     mine = plan[world.rank :: world.size]
@@ -116,7 +117,7 @@ def evaluate(
     stream = read(mine)
     with torch.inference_mode(mode=not synced), torch.no_grad():
         for number in range(rounds):
-            beat()
+            seen(number, rounds)
             rows = mine[number] if number < len(mine) else np.zeros(0, np.int64)
             batch = next(stream) if number < len(mine) else MicroBatch.join(0, 0, 0, [])
             unusable += batch.quarantined

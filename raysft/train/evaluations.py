@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -149,6 +150,21 @@ def _shown(kind: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2%}" if kind in ("wer", "cer") else f"{value:,.4g}"
+
+
+def progress_of(
+    report: Callable[[dict[str, Any]], None] | None, every_s: float = 10.0
+) -> Callable[[int, int], None]:
+    """Tells now and then how many batches of an evaluation are done; with None, nobody."""
+    told = time.monotonic()
+
+    def seen(done: int, total: int) -> None:
+        nonlocal told
+        if report is not None and done and time.monotonic() - told >= every_s:
+            told = time.monotonic()
+            report({"doing": f"evaluated {done:,} of {total:,} batches"})
+
+    return seen
 
 
 class Evaluations:

@@ -24,7 +24,7 @@ from raysft.parallel import Strategy, World
 from raysft.parallel.strategy import Stepped
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
-from raysft.train.evaluations import Evaluation, Measure
+from raysft.train.evaluations import Evaluation, Measure, progress_of
 from raysft.train.flops import Cost
 from raysft.train.metrics import cut_back_run, last_recorded, last_sign_of_life
 from raysft.train.monitor import LEAVE
@@ -77,13 +77,14 @@ class Evaluate(Protocol):
         self,
         final: bool,
         predictions: Path | None = None,
-        beat: Callable[[], None] = ...,
+        seen: Callable[[int, int], None] = ...,
         tell: Callable[[str], None] = ...,
     ) -> dict[str, float]:
         """Figures by name. A collective.
 
-        predictions: file for every reference and hypothesis. beat: called now and then. tell:
-        given, on rank 0, what the user should know of the figures.
+        predictions: file for every reference and hypothesis. seen: called before each
+        round of batches with how many are done and how many there are. tell: given, on rank 0,
+        what the user should know of the figures.
         """
         ...
 
@@ -288,10 +289,14 @@ class Keeper:
             return
         with self.clock.aside():
             self.job.strategy.module.eval()
-            beat = partial(self.beat, f"in the evaluation at step {step}")
-            beat()
+            shown = progress_of(self.job.progress)
+
+            def seen(done: int, total: int) -> None:
+                self.beat(f"in the evaluation at step {step}")
+                shown(done, total)
+
             predictions = self.job.folder / "predictions" / f"step_{step}.jsonl"
-            values = evaluate(final, predictions, beat, partial(self._warn, step))
+            values = evaluate(final, predictions, seen, partial(self._warn, step))
             self.job.strategy.module.train()
         best = self.job.config.checkpoint.best
         if best is not None and best not in values and self.job.world.is_main:

@@ -72,10 +72,12 @@ def run(
     path: Path,
     encoder: Encoder,
     said: Callable[[str], str] = lambda text: text,
+    meanwhile: Callable[[], Any] = lambda: None,
     **settings: Any,
 ) -> Evaluated:
-    """Evaluate an oracle on the examples in `path`."""
+    """Evaluate an oracle on the examples in `path`. meanwhile: called once they are indexed."""
     index = build_index([Source(path=str(path), task="asr")], "eval", encoder, path.parent / "i")
+    meanwhile()
     reader = Reader(index, encoder, 10**6, None)
 
     def read(rows: list[np.ndarray]) -> Iterator[MicroBatch]:
@@ -140,10 +142,12 @@ def test_examples_that_cannot_be_read_shift_no_reference_and_are_told_of(
     lines = [{**line, "id": "same"} for line in read_lines(manifest)]
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     encoder = make_encoder(Model(**AUDIO), Data(), tmp_path)
-    run(manifest, encoder)  # indexed while all clips were there
-    (manifest.parent / lines[2]["wav_path"]).write_bytes(b"")
-    (manifest.parent / lines[5]["wav_path"]).write_bytes(b"")
-    found = run(manifest, encoder)
+
+    def spoil() -> None:
+        for number in (2, 5):
+            (manifest.parent / lines[number]["wav_path"]).write_bytes(b"")
+
+    found = run(manifest, encoder, meanwhile=spoil)
     assert found.figures == {"wer/train": 0.0, "cer/train": 0.0}
     kept = [line["text"] for i, line in enumerate(lines) if i not in (2, 5)]
     assert [line["reference"] for line in found.predictions] == kept
