@@ -452,7 +452,7 @@ class Evaluate(Section):
         "spaces; numbers: digits of any script, and English number words; or one of Whisper's "
         "normalisers, alone",
     )
-    spelling: Annotated[str | None, PathKey()] = Field(
+    spelling: Annotated[str | None, _READ] = Field(
         None,
         description="whisper_english: a JSON file {british: american, ...} of spellings made equal",
     )
