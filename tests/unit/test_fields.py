@@ -48,6 +48,39 @@ PARTS = [
     {"channel": "left"},
     {"channels": [0]},
     {"channel_selector": "1"},
+    {"startTime": 3.2, "endTime": 5.0},
+    {"start-time": 2},
+    {"startOffset": 1},
+    {"audioStart": 2},
+    {"begin_ms": 300},
+    {"offset_seconds": 3},
+    {"offset_sec": 3},
+    {"begin_sec": 3},
+    {"clip_start": 1.5, "clip_end": 4},
+    {"utt_start": 1, "utt_end": 2},
+    {"audio_start_sec": 3},
+    {"start_timestamp": 3, "end_timestamp": 5},
+    {"t_start": 1, "t_end": 2},
+    {"stime": 1, "etime": 2},
+    {"trim_start": 2},
+    {"offset": "3.5s"},
+    {"start": "3.5 s"},
+    {"start": "3,5"},
+    {"start": ".5"},
+    {"start": "0:00", "end": "0:05"},
+    {"region": {"start": 1, "end": 2}},
+    {"clip": {"startTime": 1}},
+    {"extra": {"cut": {"begin": "1.5"}}},
+    {"supervisions": [{"start": 1, "duration": 2}]},
+    {"supervisions": [{"start": 0, "duration": 2}]},
+    {"interval": [1, 2]},
+    {"time": [1, 2]},
+    {"audio_spans": [[0, 1.5]]},
+    {"audio_channel": 1},
+    {"speakerChannel": 0},
+    {"chan": 1},
+    {"channel": "ch1"},
+    {"channel": "A"},
 ]
 AUDIO = [
     {"audio": "b.wav"},
@@ -78,6 +111,11 @@ HARMLESS: list[dict[str, Any]] = [
     {"dnsmos": 3.2, "snr": 12, "wer": 0.1, "num_samples": 3, "n_frames": 100},
     {"segment": "Benchmark", "segment_id": 3, "channel": "telephone", "channels": 2},
     {"offset": 0, "start": 0.0, "end": None, "channel": None, "duration": 3.2},
+    {"end_of_speech": 1.2, "original_start": 3, "start_token": 7, "word_start": [0, 1]},
+    {"start": "", "start_time": "2024-03-01T10:00:00", "begin": "0.0", "onset": "slow"},
+    {"words": [{"start": 1, "end": 2, "word": "hi"}], "vad": [[0, 1]], "pitch_range": [50, 300]},
+    {"region": "north", "interval": 3, "window": [], "info": {"start": 0, "speaker": 2}},
+    {"channel": "mono", "num_channels": 2, "ch": "stereo", "offset": False, "segment_ids": [1, 2]},
     {"audios": [], "audio": None, "system": "", "history": [], "messages": []},
     {"metadata": {"offset": 3, "file": "b.wav", "messages": [1]}},
     {"text_normalized": "HELLO", "phonemes": "h", "tags": ["a", "b"], "verified": True},
@@ -118,6 +156,17 @@ def test_only_items_are_given_an_instruction(tmp_path: Path) -> None:
 def test_a_place_for_audio_that_nothing_fills_refuses_the_item(tmp_path: Path, field: str) -> None:
     found = reason(tmp_path, {"instruction": "a", "input": "b", "output": "c", field: "<audio>x"})
     assert f"field {field!r} holds <audio>" in (found or "")
+
+
+@pytest.mark.parametrize("depth", [50, 300, 700, 5000])
+def test_a_deeply_nested_field_is_looked_through_or_refused(tmp_path: Path, depth: int) -> None:
+    file = tmp_path / "t.jsonl"
+    inside = "[" * depth + '{"start": 3}' + "]" * depth
+    file.write_text('{"task_type": "asr", "wav_path": "a.wav", "text": "x", "n": ' + inside + "}\n")
+    source = sources.resolve(Source(path=str(file), format="ming_jsonl"), "train")
+    (found,) = sources.scan(source, file)
+    assert found.error is not None
+    assert "part of a clip" in found.error or (depth > 300 and "deep" in found.error)
 
 
 def test_a_field_given_twice_refuses_the_record(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Most are metadata (speaker, language, source, sample rate, quality, ...) and stay unread. Refused,
 by name, is what would make training wrong without a word:
 
-    a part of a clip    offset, start, end, channel, ...: the whole clip would be read
+    a part of a clip    offset, startTime, clip_end, channel, ..., also inside of an object or a
+                        list: the whole clip would be read
     audio               a field of audio's name, or that names an audio file: it would not be heard
     pictures            image, images, video, videos
     what else is said   messages, conversations, system, history, ...: it would not be learnt
@@ -28,16 +29,40 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_PARTS = _words(
-    "offset start begin stop end onset start_time end_time begin_time stop_time start_s end_s "
-    "start_sec end_sec start_seconds end_seconds start_ms end_ms start_offset end_offset "
-    "offset_s offset_ms seg_start seg_end segment_start segment_end segment_start_time "
-    "segment_end_time audio_start audio_end audio_offset start_sample end_sample start_frame "
-    "end_frame frame_offset sample_offset timestamp timestamps time_range segment segments "
-    "chunk_start chunk_end"
+# Of a name with one of these words, nothing else but words of the second kind: a part's edge.
+# `end_of_speech`, `original_start` and the like tell about the clip.
+_EDGES = _words(
+    "start begin stop end offset onset seek starttime endtime begintime stoptime tstart tend "
+    "stime etime starts ends begins offsets onsets"
 )
-_CHANNELS = _words("channel channels channel_id channel_selector selected_channel")
+_BESIDE = _words(
+    "audio clip wav wave sound seg segment chunk utt utterance cut time timestamp ts t at s sec "
+    "secs second seconds ms msec millis millisecond milliseconds us ns sample samples frame frames "
+    "trim crop sub region interval span range window"
+)
+# These have both edges in one value: two numbers, an object with edges, or a list of such.
+_EXTENTS = _words(
+    "region regions interval intervals span spans range ranges window windows time times "
+    "timestamp timestamps segment segments bounds trim crop cut cuts slice"
+)
+_EXTENT = _words("segment segments timestamp timestamps time_range")  # here a number alone counts
+# Where each word, phone or pause of the whole clip lies is no part of it.
+_ALIGNED = _words(
+    "word words phone phones phoneme phonemes token tokens char chars character characters "
+    "syllable syllables alignment alignments aligned vad pause pauses silence silences event events"
+)
+_LENGTHS = _words("duration dur length")
+_CHANNEL = _words("channel channels chan ch")
+_BESIDE_CHANNEL = _words(
+    "audio clip wav speaker id idx index selector selected select used use side number left right"
+)
 _COUNTS = frozenset(["channels"])  # a number here says how many there are
+_DIGIT = re.compile(r"[-+]?[.,]?[0-9]")
+_DATE = re.compile(r"[0-9]{4}([-/.])[0-9]{1,2}\1[0-9]{1,2}")
+_CLOCK = re.compile(r"[0-9]+:[0-9]{2}(?::[0-9]{2})?(?:[.,][0-9]+)?")
+_ONE_CHANNEL = re.compile(
+    r"(?:(?:ch|chan|channel)[\s_-]*)?(?:[0-9]+|[a-d]|l|r|left|right)", re.IGNORECASE
+)
 _PICTURES = _words("image images video videos image_path video_path")
 _SAID = _words(
     "messages conversations conversation dialog dialogue turns history system query response "
@@ -66,33 +91,58 @@ def refuse_unread(record: dict[str, Any], read: frozenset[str], clip: str | None
             continue
         if isinstance(value, str | list | dict) and not value:
             continue
-        plain, kind = _kind(name)
-        if kind == "part" and _is_part(plain, value):
-            what = "says which part of a clip is meant, and only whole clips are read: cut the clip"
-        elif kind == "channel" and _is_channel(plain, value):
-            what = "says which channel is meant, and channels are mixed: write that channel alone"
-        elif kind == "pictures":
-            what = "names pictures, which are not read: leave such records out"
-        elif kind == "said":
-            what = f"is text that would not be learnt ({', '.join(sorted(read))} are read)"
-        elif not isinstance(value, int | float) and _is_audio(plain, value, clip):
-            what = f"names audio ({_short(value)}) that would not be heard"
-        else:
-            continue
-        raise BadExample(f"field {name!r} {what}; if it is only a note, put it below {METADATA!r}")
+        try:
+            what = _wrong(name, value, read, clip)
+        except RecursionError:
+            what = "is nested too deeply to be looked through"
+        if what:
+            raise BadExample(
+                f"field {name!r} {what}; if it is only a note, put it below {METADATA!r}"
+            )
+
+
+def _wrong(name: str, value: Any, read: frozenset[str], clip: str | None) -> str:
+    """What a field that is not read would make wrong; "" for metadata."""
+    plain, kind = _kind(name)
+    if (kind == "part" and _is_part(plain, value)) or _has_part(plain, value):
+        return "says which part of a clip is meant, and only whole clips are read: cut the clip"
+    if kind == "channel" and _is_channel(plain, value):
+        return "says which channel is meant, and channels are mixed: write that channel alone"
+    if kind == "pictures":
+        return "names pictures, which are not read: leave such records out"
+    if kind == "said":
+        return f"is text that would not be learnt ({', '.join(sorted(read))} are read)"
+    if not isinstance(value, int | float) and _is_audio(plain, value, clip):
+        return f"names audio ({_short(value)}) that would not be heard"
+    return ""
 
 
 @functools.lru_cache(maxsize=4096)
 def _kind(name: str) -> tuple[str, str]:
     """A field's name in one spelling, and which of the kinds above it may be of ("": metadata)."""
-    plain = name.strip().lower().replace("-", "_")
-    kinds = {"part": _PARTS, "channel": _CHANNELS, "pictures": _PICTURES, "said": _SAID}
+    found = _split(name)
+    plain, words = "_".join(found), set(found)
+    if plain in _EXTENT or _has(words, _EDGES, _BESIDE):
+        return plain, "part"
+    if _has(words, _CHANNEL, _BESIDE_CHANNEL):
+        return plain, "channel"
+    kinds = {"pictures": _PICTURES, "said": _SAID}
     return plain, next((kind for kind, names in kinds.items() if plain in names), "")
+
+
+def _split(name: str) -> list[str]:
+    """The words of a name: of start_time, startTime, start-time and START TIME the same."""
+    apart = re.sub(r"([a-z0-9])(?=[A-Z])", r"\1_", name)
+    return [word for word in re.split(r"[^a-z0-9]+", apart.lower()) if word]
+
+
+def _has(words: set[str], some: frozenset[str], beside: frozenset[str]) -> bool:
+    return bool(words & some) and words <= some | beside
 
 
 @functools.lru_cache(maxsize=4096)
 def _names_audio(name: str) -> bool:
-    words = [word for word in re.split(r"[^a-z0-9]+", name) if word]
+    words = name.split("_")
     return bool(_AUDIO_WORDS & set(words)) and words[-1] in _AUDIO_ENDS
 
 
@@ -136,19 +186,55 @@ def check_duration(stated: float | None, seconds: float) -> None:
 def _is_part(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return False
+    if isinstance(value, str):
+        text = value.strip()
+        if name in _EXTENT:  # a number; else a note (`segment`: "Benchmark", "3a")
+            return _CLOCK.fullmatch(text) is not None or _number(text) not in (None, 0)
+        if _DIGIT.match(text) is None or _DATE.match(text):
+            return False
+        return "end" in name or "stop" in name or re.search("[1-9]", text) is not None
     if isinstance(value, int | float):
         return value != 0 or "end" in name or "stop" in name
-    if isinstance(value, str):  # a number as text; else a note (`segment`: "Benchmark")
-        try:
-            return float(value) != 0 or "end" in name
-        except ValueError:
-            return re.fullmatch(r"\d+:\d\d(?::\d\d)?(?:[.,]\d+)?", value.strip()) is not None
-    return True
+    return value is not None
+
+
+def _has_part(name: str, value: Any) -> bool:
+    """Whether a part of a clip is said inside of a list or an object."""
+    if not isinstance(value, list | dict):
+        return False
+    words = set(name.split("_"))
+    if words & _ALIGNED:
+        return False
+    if isinstance(value, list):
+        if _has(words, _EXTENTS, _BESIDE) and len(value) == 2 and all(map(_is_figure, value)):
+            return True
+        return any(_has_part(name, item) for item in value)
+    kinds = {_kind(key): item for key, item in value.items() if item is not None}
+    edges = {plain: item for (plain, kind), item in kinds.items() if kind == "part"}
+    if any(_is_part(plain, item) for plain, item in edges.items() if _is_figure(item)):
+        return True
+    lengths = [item for (plain, _), item in kinds.items() if _has({plain}, _LENGTHS, _BESIDE)]
+    if edges and any(map(_is_figure, lengths)):
+        return True  # from 0 on, so long
+    return any(_has_part(plain, item) for (plain, _), item in kinds.items())
+
+
+def _is_figure(value: Any) -> bool:
+    if isinstance(value, str):
+        return _DIGIT.match(value.strip()) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _is_channel(name: str, value: Any) -> bool:
     if isinstance(value, str):
-        return value.strip().lower() in ("left", "right", "l", "r") or value.strip().isdigit()
+        return _ONE_CHANNEL.fullmatch(value.strip()) is not None
     if isinstance(value, int | float):
         return name not in _COUNTS and not isinstance(value, bool)
     return True
@@ -165,7 +251,7 @@ def _is_audio(name: str, value: Any, clip: str | None) -> bool:
         )
     if isinstance(value, dict):
         return named or any(
-            isinstance(item, str | list | dict) and _is_audio(str(key).lower(), item, clip)
+            isinstance(item, str | list | dict) and _is_audio(_kind(key)[0], item, clip)
             for key, item in value.items()
         )
     return False
