@@ -40,7 +40,7 @@ from raysft.data.quarantine import summary as quarantined
 from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample, UserError
 from raysft.evaluate.normalize import read_spelling
-from raysft.rundir import check_run, run_folder, settled, with_budget
+from raysft.rundir import check_run, is_trained, run_folder, settled, with_budget
 from raysft.session import check_kept
 from raysft.train.catalogue import unreadable
 from raysft.train.evaluations import choose, metrics_of
@@ -202,6 +202,7 @@ def read_eval(config: Config, run: Path, folder: Path, say: Say = _silent) -> tu
     require_template(run)
     encoder = make_encoder(config.model, config.data, run)
     encoder.limits = Limits.of(config.data, folder)
+    encoder.limit(_prove(config))
     return encoder, _index(config, "eval", encoder, say)
 
 
@@ -326,7 +327,7 @@ def dry_run(config: Config, say: Say = _silent) -> str:
 def _as_the_run(config: Config, scratch: Path) -> None:
     """Prompts of the run that is there already: of another day they would be indexed anew."""
     kept = kept_template(run_folder(config))
-    if kept is not None:
+    if kept is not None and is_trained(config):
         (scratch / TEMPLATE).write_text(kept, encoding="utf-8")
 
 

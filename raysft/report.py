@@ -24,6 +24,8 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no run is here (no config.yaml); name a run's folder")
     metrics = read_lines(folder / "metrics.jsonl")
     if not metrics:
         raise UserError(f"{folder}: nothing to draw, metrics.jsonl is missing or empty")

@@ -101,8 +101,15 @@ def open_run(config: Config) -> Path:
             folder,
             config.model.path,
         )
+    if not is_trained(config):  # nothing stands upon its prompts: they are those of this start
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
     write_config(config, folder)
     return folder
+
+
+def is_trained(config: Config) -> bool:
+    """Whether the run of this config has a checkpoint, from which it goes on."""
+    return bool(Catalogue.of(config.checkpoint, run_folder(config)).committed())
 
 
 def new_evaluation(run: Path, step: int, config: Config) -> Path:

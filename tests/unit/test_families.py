@@ -48,7 +48,8 @@ def test_what_can_be_trained_goes_to_its_family(tmp_path: Path) -> None:
 
 
 def test_a_text_model_as_audio_lm_says_what_hears_and_what_else_there_is(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"audio_lm knows qwen2_audio; .*data\.speech_tokens"):
+    said = r"set model.family=causal_lm.*audio_lm knows qwen2_audio; .*data\.speech_tokens"
+    with pytest.raises(UserError, match=said):
         model_family(model(tmp_path, "audio_lm", model_type="qwen3"))
 
 
@@ -56,6 +57,12 @@ def test_a_text_model_as_audio_lm_says_what_hears_and_what_else_there_is(tmp_pat
 def test_near_names_are_offered(kind: str, near: str) -> None:
     with pytest.raises(UserError, match=rf"model.config: .*{kind}.*did you mean .*{near}"):
         model_family(Model(config={"model_type": kind}))
+
+
+def test_near_names_are_offered_for_models_that_hear() -> None:
+    settings = {"model_type": "qwen2_audoi", "audio_config": {}}
+    with pytest.raises(UserError, match=r"qwen2_audoi.*did you mean qwen2_audio"):
+        model_family(Model(config=settings))
 
 
 def test_other_models_of_transformers_are_refused(tmp_path: Path) -> None:

@@ -118,6 +118,34 @@ def test_a_template_that_changes_in_the_models_folder_does_not_change_the_run(
     assert prompt(again) == prompt(first)
 
 
+def test_a_template_mended_before_anything_was_saved_is_the_one_that_is_used(
+    tmp_path: Path,
+) -> None:
+    settings = config(tmp_path)
+    prepare(settings, open_run(settings))
+    changed = DATED.replace("Today is", "It is")
+    mended = config(tmp_path, template=changed)
+    assert "It is" in prompt(prepare(mended, open_run(mended)))
+    assert "It is" in (tmp_path / "runs" / "dated" / TEMPLATE).read_text()
+
+
+def test_an_evaluation_leaves_out_what_is_longer_than_the_positions_a_model_has_learned(
+    tmp_path: Path,
+) -> None:
+    settings = config(tmp_path)
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 90}
+    model = settings.model.model_copy(update={"config": gpt2})
+    settings = settings.model_copy(update={"model": model})
+    run = open_run(settings)
+    prepare(settings, run)
+    long = [{"id": "long", "instruction": "repeat", "input": "a" * 200, "output": "b"}]
+    items = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(items + long))
+    _, index = read_eval(with_eval(settings), run, tmp_path / "evaluation")
+    (rejected,) = index.rejected
+    assert rejected.id == "long" and "learned 90" in rejected.reason
+
+
 def test_a_run_of_before_prompts_were_kept_is_refused_with_the_choices(tmp_path: Path) -> None:
     settings = config(tmp_path)
     run = open_run(settings)

@@ -43,11 +43,15 @@ def family_of(given: str, settings: dict[str, Any], where: str) -> Family:
         f"audio_lm knows {', '.join(AUDIO_LM)}; causal_lm the text models of "
         "AutoModelForCausalLM, with audio as units (data.speech_tokens)"
     )
+    near = [] if kind in causal else get_close_matches(kind, [*AUDIO_LM, *causal], n=3)
+    meant = f" (did you mean {' or '.join(near)}?)" if near else ""
     if given == "audio_lm" or (hears and kind not in causal):
-        raise UserError(f"{where}: models of type {kind!r} cannot be trained on audio: {takes}")
+        if kind in causal:
+            meant = " (set model.family=causal_lm)"
+        raise UserError(
+            f"{where}: models of type {kind!r} cannot be trained on audio{meant}: {takes}"
+        )
     if kind not in causal:
-        near = get_close_matches(kind, [*AUDIO_LM, *causal], n=3)
-        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise UserError(f"{where}: models of type {kind!r} cannot be trained{meant}: {takes}")
     return "causal_lm"
 
