@@ -96,6 +96,12 @@ AUDIO = [
     {"extra": {"reference": ["x.mp3"]}},
     {"images": ["a.png"]},
     {"video": "a.mp4"},
+    {"audioUrl": "x"},
+    {"audioPath": "b"},
+    {"attachments": [{"type": "audio", "url": "http://x/a"}]},
+    {"attachments": [{"type": "input_audio", "input_audio": {"data": "UklGR"}}]},
+    {"media": {"mimeType": "audio/wav", "content": "UklGR"}},
+    {"attachments": [{"type": "image_url", "url": "http://x/a"}]},
 ]
 SAID = [
     {"messages": [{"role": "user", "content": "x"}]},
@@ -103,6 +109,10 @@ SAID = [
     {"system": "You are kind."},
     {"history": [["a", "b"]]},
     {"query": "x", "response": "y"},
+    {"target": "z"},
+    {"completion": "z"},
+    {"reasoning_content": "z"},
+    {"thinking": "z"},
 ]
 HARMLESS: list[dict[str, Any]] = [
     {"speaker": "s1", "voice": "v", "gender": "f", "age": 31, "accent": "us"},
@@ -117,6 +127,7 @@ HARMLESS: list[dict[str, Any]] = [
     {"region": "north", "interval": 3, "window": [], "info": {"start": 0, "speaker": 2}},
     {"channel": "mono", "num_channels": 2, "ch": "stereo", "offset": False, "segment_ids": [1, 2]},
     {"audios": [], "audio": None, "system": "", "history": [], "messages": []},
+    {"thinking": False, "annotation": {"type": "manual"}, "attachments": [{"type": "text"}]},
     {"metadata": {"offset": 3, "file": "b.wav", "messages": [1]}},
     {"text_normalized": "HELLO", "phonemes": "h", "tags": ["a", "b"], "verified": True},
 ]
@@ -153,12 +164,23 @@ def test_only_items_are_given_an_instruction(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["instruction", "input", "output"])
-def test_a_place_for_audio_that_nothing_fills_refuses_the_item(tmp_path: Path, field: str) -> None:
-    found = reason(tmp_path, {"instruction": "a", "input": "b", "output": "c", field: "<audio>x"})
-    assert f"field {field!r} holds <audio>" in (found or "")
+@pytest.mark.parametrize(
+    "place",
+    ["<audio>", "<speech>", "<sound>", "<audio_0>", "<image1>", "<|AUDIO|>", "<|audio_bos|>"],
+)
+def test_a_place_for_audio_that_nothing_fills_refuses_the_item(
+    tmp_path: Path, field: str, place: str
+) -> None:
+    item = {"instruction": "a", "input": "b", "output": "c", field: f"{place}x"}
+    assert f"field {field!r} holds {place}" in (reason(tmp_path, item) or "")
 
 
-@pytest.mark.parametrize("depth", [50, 300, 700, 5000])
+def test_what_only_looks_like_a_place_for_audio_is_text(tmp_path: Path) -> None:
+    text = "<Image src={x}/> <Image> <speak> a <b> <audiobook> <|end|> sound <- audio"
+    assert reason(tmp_path, {"instruction": text, "input": text, "output": text}) is None
+
+
+@pytest.mark.parametrize("depth", [50, 300, 700])
 def test_a_deeply_nested_field_is_looked_through_or_refused(tmp_path: Path, depth: int) -> None:
     file = tmp_path / "t.jsonl"
     inside = "[" * depth + '{"start": 3}' + "]" * depth

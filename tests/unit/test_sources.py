@@ -249,6 +249,38 @@ def test_the_task_is_the_sources_then_the_metadatas_then_that_of_the_parts(
 
 
 @pytest.mark.parametrize(
+    ("fields", "task"),
+    [
+        ({"task": "asr"}, "asr"),
+        ({"task_type": "ASR "}, "asr"),
+        ({"task": "st", "metadata": {"task": "ST"}}, "st"),
+        ({"task": "asr", "task_type": "asr"}, "asr"),
+        ({"task": None, "task_type": "", "metadata": {}}, "text"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_the_items_own_task_is_read(tmp_path, fields, task, name):
+    item = {"instruction": "say", "input": "x", "output": "y", **fields}
+    content = json.dumps([item, item]) if name == "a.json" else lines(item, item)
+    file = write(tmp_path / name, content)
+    assert [example.task for example in examples(file)] == [task] * 2
+    assert [example.task for example in examples(file, task="qa")] == ["qa"] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"task": "asr", "task_type": "tts"}, "field 'task' says 'asr', 'task_type' says 'tts'"),
+        ({"task": "a", "metadata": {"task": "b"}}, "'metadata.task' says 'b', 'task' says 'a'"),
+        ({"task_type": 3}, "field 'task_type' is not a text"),
+    ],
+)
+def test_tasks_that_contradict_each_other_refuse_the_item(tmp_path, fields, says):
+    item = {"instruction": "say", "input": "x", "output": "y", **fields}
+    assert says in reason(write(tmp_path / "a.json", json.dumps([item])))
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"input": None}, "'input' is null"),

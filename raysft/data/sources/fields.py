@@ -66,7 +66,8 @@ _ONE_CHANNEL = re.compile(
 _PICTURES = _words("image images video videos image_path video_path")
 _SAID = _words(
     "messages conversations conversation dialog dialogue turns history system query response "
-    "question answer context instruction prompt chosen rejected rejected_response"
+    "question answer context instruction prompt chosen rejected rejected_response target "
+    "completion reasoning reasoning_content thinking"
 )
 _AUDIO_WORDS = _words("audio audios wav wavs speech sound sounds recording clip mp3 flac")
 # A name that ends so means the thing itself; `audio_id`, `speech_rate` and the like tell about it.
@@ -78,7 +79,15 @@ _AUDIO_FILE = re.compile(
     r"|wma|gsm|ark(?::\d+)?|pcm)$|^data:audio/",
     re.IGNORECASE,
 )
-_PLACEHOLDER = re.compile(r"<(audio|image|video)>")
+# `<Image>` is left to those who learn to write programs.
+_PLACEHOLDER = re.compile(
+    r"<(?:(audio|speech|sound|image|video)(?:_?[0-9]+)?"
+    r"|\|(?i:(audio|speech|sound|image|vision|video)(?:_?[0-9]+|_[a-z]+)?)\|)>"
+)
+# What an object says of itself, as in {"type": "audio", "url": ...}.
+_TYPES = _words("type kind modality mime mime_type mimetype media_type format")
+_AUDIO_TYPE = re.compile(r"(?:input_)?audio(?:$|[_/])", re.IGNORECASE)
+_PICTURE_TYPE = re.compile(r"(?:input_)?(?:image|video)(?:$|[_/])", re.IGNORECASE)
 
 
 def refuse_unread(record: dict[str, Any], read: frozenset[str], clip: str | None = None) -> None:
@@ -108,11 +117,11 @@ def _wrong(name: str, value: Any, read: frozenset[str], clip: str | None) -> str
         return "says which part of a clip is meant, and only whole clips are read: cut the clip"
     if kind == "channel" and _is_channel(plain, value):
         return "says which channel is meant, and channels are mixed: write that channel alone"
-    if kind == "pictures":
+    if kind == "pictures" or _holds(value, _PICTURE_TYPE):
         return "names pictures, which are not read: leave such records out"
-    if kind == "said":
+    if kind == "said" and not isinstance(value, bool):
         return f"is text that would not be learnt ({', '.join(sorted(read))} are read)"
-    if not isinstance(value, int | float) and _is_audio(plain, value, clip):
+    if _holds(value, _AUDIO_TYPE) or _is_audio(plain, value, clip):
         return f"names audio ({_short(value)}) that would not be heard"
     return ""
 
@@ -149,9 +158,9 @@ def _names_audio(name: str) -> bool:
 def refuse_placeholders(text: str, name: str) -> None:
     """Raise BadExample where a text has a place for audio (<audio>) that nothing fills."""
     if found := _PLACEHOLDER.search(text):
+        what = (found[1] or found[2]).lower()
         raise BadExample(
-            f"field {name!r} holds {found[0]}, a place for {found[1]} that is not read in this "
-            "format"
+            f"field {name!r} holds {found[0]}, a place for {what} that is not read in this format"
         )
 
 
@@ -255,6 +264,20 @@ def _is_audio(name: str, value: Any, clip: str | None) -> bool:
             for key, item in value.items()
         )
     return False
+
+
+def _holds(value: Any, types: re.Pattern[str]) -> bool:
+    """Whether there is an object inside that says to be of one of these types."""
+    if isinstance(value, list):
+        return any(_holds(item, types) for item in value)
+    if not isinstance(value, dict):
+        return False
+    return any(
+        (_kind(key)[0] in _TYPES and types.match(item) is not None)
+        if isinstance(item, str)
+        else _holds(item, types)
+        for key, item in value.items()
+    )
 
 
 def _same_clip(value: str, clip: str | None) -> bool:

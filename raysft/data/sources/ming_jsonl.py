@@ -54,7 +54,10 @@ class MingJsonl:
                 record = json.loads(line.strip().rstrip(b","))
             except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and ("task_type" in record or "wav_path" in record):
+            if not isinstance(record, dict):
+                continue
+            item = "output" in record and ("instruction" in record or "input" in record)
+            if "wav_path" in record or ("task_type" in record and not item):
                 return True
         return False
 

@@ -3,10 +3,11 @@
     {"id": "a", "instruction": "Transcribe ...", "input": "[Hu7][Hu90]", "output": "HELLO",
      "metadata": {"task": "optional"}}
 
-Speech is written as units `[Hu7]` in the input or output. The task is metadata.task where given,
-else tts if the output holds units, asr if only the input does, else text. Alpaca items are such
-items, also without an input. Other fields are metadata, or refused: see fields.py. In a folder,
-train files are `*train*.json` and evaluation files `*dev*.json` or `*valid*.json`.
+Speech is written as units `[Hu7]` in the input or output. The task is metadata.task, or the item's
+own `task` or `task_type`, where given (they must not differ), else tts if the output holds units,
+asr if only the input does, else text. Alpaca items are such items, also without an input. Other
+fields are metadata, or refused: see fields.py. In a folder, train files are `*train*.json` and
+evaluation files `*dev*.json` or `*valid*.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from raysft.data.sources.base import (
 from raysft.data.sources.fields import METADATA, refuse_placeholders, refuse_unread
 from raysft.errors import BadExample, UserError
 
-READ = frozenset(["id", "instruction", "input", "output"])
+TASK_FIELDS = ("task", "task_type")
+READ = frozenset(["id", "instruction", "input", "output", *TASK_FIELDS])
 PATTERNS: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("dev", "valid")}
 
 _KEY = re.compile(rb'"(?:instruction|input|output|data)"\s*:')
@@ -142,12 +144,21 @@ def _task(record: dict[str, Any], source: tuple[Part, ...], target: tuple[Part, 
     metadata = record.get(METADATA)
     if metadata is not None and not isinstance(metadata, dict):
         raise BadExample(f"field 'metadata' is {kind(metadata)}, expected an object")
-    if metadata and metadata.get("task") is not None:
-        given = metadata["task"]
-        if not isinstance(given, str) or not given.strip():
-            raise BadExample("field 'metadata.task' is not a text")
+    places = {"metadata.task": (metadata or {}).get("task")}
+    places |= {name: record.get(name) or None for name in TASK_FIELDS}
+    given: dict[str, str] = {}
+    for name, value in places.items():
+        if value is None:
+            continue
+        if not isinstance(value, str) or not value.strip():
+            raise BadExample(f"field {name!r} is not a text")
         # Published sets write ASR and asr alike; data.prompts, data.mix and WER know one name.
-        return given.strip().lower()
+        given[name] = value.strip().lower()
+    if len(set(given.values())) > 1:
+        said = ", ".join(f"{name!r} says {value!r}" for name, value in given.items())
+        raise BadExample(f"field {said}: leave one of them, or set the entry's task")
+    if given:
+        return next(iter(given.values()))
     if any(isinstance(part, Units) for part in target):
         return "tts"
     return "asr" if any(isinstance(part, Units) for part in source) else "text"
