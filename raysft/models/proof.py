@@ -108,7 +108,13 @@ def prove(net: PreTrainedModel) -> Verdict:
 
 
 def refuse_early(net: PreTrainedModel, mode: Literal["packed", "padded"]) -> None:
-    """Raises UserError where the config of `net` alone tells that packed rows are not exact."""
+    """Raises UserError where the config of `net` alone tells that it cannot be trained exactly."""
+    if rates := getattr(net.config.get_text_config(), "compress_rates", None):
+        most = max(rates.values() if isinstance(rates, dict) else rates)
+        raise UserError(
+            f"model: type {text_type(net)} has parts that work on {most} tokens at a time: shorter "
+            "rows do not reach them, and would leave them untrained; use another model"
+        )
     if mode == "packed" and (reason := refusal(net)) is not None:
         raise inexact(text_type(net), reason)
 

@@ -181,3 +181,13 @@ def test_a_verdict_names_what_was_scaled_and_is_kept() -> None:
     adapter = made(MASKED["phimoe"])
     assert "sliding_window 10 as 8" in adapter.verdict.describe()
     assert proof.prove(adapter.net) is proof.prove(adapter.net)
+
+
+def test_parts_that_short_rows_do_not_reach_are_refused() -> None:
+    with torch.device("meta"):
+        net = AutoModelForCausalLM.from_config(
+            make_config({"model_type": "deepseek_v4", "num_hidden_layers": 2})
+        )
+    for mode in ("packed", "padded"):
+        with pytest.raises(UserError, match=r"deepseek_v4 has parts that work on 128 tokens"):
+            proof.refuse_early(net, mode)
