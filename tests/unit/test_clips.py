@@ -6,6 +6,7 @@ import io
 import struct
 import subprocess
 import sys
+import wave
 from functools import partial
 from pathlib import Path
 
@@ -226,6 +227,74 @@ def test_more_samples_than_promised_are_no_clip_to_be_guessed_at(tmp_path, kind)
     path = put(tmp_path, encoded(kind) * 2)
     assert "but 4" in refused(path)
     assert kind_of(refused(path)) == "not audio"
+
+
+SIZED = ["wav", "wavex", "adpcm.wav", "gsm.wav", "rf64", "w64", "aiff", "caf"]
+
+
+def promising(kind: str, count: int) -> bytes:
+    """A file whose header is that of `count` samples, and whose samples are twice as many: as of a
+    recorder that was killed after it had written its header once."""
+    rate, container, subtype = KINDS[kind]
+    whole, out = speech(rate, 2 * count / rate), io.BytesIO()
+    soundfile.write(out, whole[:count], rate, format=container, subtype=subtype)
+    return out.getvalue() + np.int16(whole[count:] * 32767).tobytes()
+
+
+@pytest.mark.parametrize("kind", SIZED)
+def test_a_header_that_promises_less_than_is_there_is_not_believed(tmp_path, kind):
+    for count in (320, 4800, 16000):
+        for by in (audio.probe, load):
+            reason = refused(put(tmp_path, promising(kind, count)), by)
+            assert "its header promises" in reason and f"but {2 * count} more follow" in reason
+            assert kind_of(reason) == "not audio"
+
+
+def test_a_wave_writer_that_was_killed_is_not_believed(tmp_path):
+    path, samples = tmp_path / "killed.wav", np.int16(speech(RATE, 4.0) * 32767)
+    with wave.open(str(path), "wb") as writer:
+        writer.setparams((1, 2, RATE, 0, "NONE", ""))
+        for block in samples.reshape(-1, 4000):
+            writer.writeframesraw(block.tobytes())
+        data = path.read_bytes()
+    assert seconds(str(path)) == 4.0
+    reason = refused(put(tmp_path, data, "cut.wav"))
+    assert "its header promises 8000 bytes of samples, but 120000 more follow" in reason
+
+
+@pytest.mark.parametrize("kind", SIZED)
+def test_joined_files_of_which_only_the_first_would_be_read_are_refused(tmp_path, kind):
+    one = encoded(kind)
+    for other in (one, encoded(kind, seconds=0.02)):
+        for by in (audio.probe, load):
+            reason = refused(put(tmp_path, one + other), by)
+            assert "several files were joined end to end" in reason
+            assert kind_of(reason) == "not audio"
+    empty = io.BytesIO()
+    rate, container, subtype = KINDS[kind]
+    soundfile.write(empty, np.zeros(0), rate, format=container, subtype=subtype)
+    assert refused(put(tmp_path, empty.getvalue() + one))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_chunks_behind_the_samples_are_no_sound_and_no_fault(tmp_path, padded):
+    def chunk(end: str, name: bytes, size: int) -> bytes:
+        body = bytes(range(1, 252)) * 100
+        return name + struct.pack(end, size) + body[:size] + bytes(size % 2 * padded)
+
+    wav = encoded("wav") + chunk("<I", b"LIST", 6001) + (chunk("<I", b"id3 ", 900) * padded)
+    assert seconds(put(tmp_path, wav)) == 1.3
+    aiff = encoded("aiff") + chunk(">I", b"ANNO", 6001) + (chunk(">I", b"ID3 ", 900) * padded)
+    assert seconds(put(tmp_path, aiff)) == 1.3
+    caf = encoded("caf") + b"info" + struct.pack(">Q", 5001) + bytes(5001)
+    assert seconds(put(tmp_path, caf)) == 1.3
+    guid = b"levl" + bytes.fromhex("f3acd3118cd100c04f8edb8a")
+    w64 = encoded("w64") + guid + struct.pack("<Q", 24 + 4000) + bytes(4000)
+    assert seconds(put(tmp_path, w64)) == 1.3
+    odd = io.BytesIO()  # 24 bits: an odd number of bytes
+    soundfile.write(odd, speech(RATE)[:16001], RATE, format="WAV", subtype="PCM_24")
+    data = odd.getvalue()[: None if padded else 44 + 48003]
+    assert audio.probe(put(tmp_path, data + chunk("<I", b"LIST", 6000))).samples == 16001
 
 
 def test_a_header_whose_rate_is_not_that_of_its_frames_is_refused(tmp_path):

@@ -31,6 +31,7 @@ _SUBFORMATS = (
 _STEPS = 89  # of IMA ADPCM: a block begins with the number of one
 _BEHIND_SHARE = 0.02  # of the samples a header promises that more than it promises may follow
 _MOST_CHUNKS = 10_000
+_FILES = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff", b"FORM", b"caff")  # no chunks of a file
 
 
 def streamed(size: int) -> bool:
@@ -140,15 +141,55 @@ def _check_steps(file: File, samples: Samples, form: Format) -> None:
     check_whole(file.path, total - wrong, total * (1 + _BEHIND_SHARE), "blocks that can be decoded")
 
 
-def _check_end(file: File, start: int, size: int) -> None:
-    """Raises BadExample where more follows the samples than the header promises: of a format that
-    has nothing else to put there."""
-    behind = file.size - start - size
+def _check_end(file: File, start: int, size: int, behind: int | None = None) -> None:
+    """Raises BadExample where more follows the samples than the header promises.
+
+    behind: bytes of it, where other chunks may be there too and are not meant; None: all.
+    """
+    behind = file.size - start - size if behind is None else behind
     if behind > max(16, size * _BEHIND_SHARE):
         raise BadExample(
             f"{file.path}: not audio that can be read: its header promises {size} bytes of "
             f"samples, but {behind} more follow: write the clip anew"
         )
+
+
+def _joined(file: File, size: int) -> BadExample:
+    return BadExample(
+        f"{file.path}: not audio that can be read: several files were joined end to end (the "
+        f"first has {size} bytes of samples): write the clip anew"
+    )
+
+
+def _check_behind(
+    file: File, start: int, size: int, layout: str, even: int, counted: int = 0
+) -> None:
+    """As `_check_end`, of a format whose samples other chunks may follow.
+
+    What a recorder wrote that was killed before it could write the size anew is no chunk, and a
+    second file is none of this one. layout, even: as of `_chunks`; counted: bytes of a chunk's
+    header that its size counts.
+    """
+    stop = start + size
+    if file.size <= stop:
+        return
+    rests = []
+    for at in {stop, stop + -size % even}:  # not all programs pad
+        for _ in range(_MOST_CHUNKS):
+            header = file.read(at, struct.calcsize(layout))
+            if header[:4] in _FILES:
+                raise _joined(file, size)
+            if len(header) < struct.calcsize(layout):
+                break
+            name, length = struct.unpack(layout, header)
+            length -= counted
+            content = at + len(header)
+            named = len(name) > 4 or re.fullmatch(rb"[\x20-\x7e]{4}", name)
+            if not named or length < 0 or content + length > file.size:
+                break
+            at = content + length + -length % even
+        rests.append(max(0, file.size - at))
+    _check_end(file, start, size, min(rests))
 
 
 def riff(file: File) -> Samples | None:
@@ -166,13 +207,17 @@ def riff(file: File) -> Samples | None:
             return None
         elif name == b"data":
             there = file.size - at
+            if streamed(size) and re.match(b"R(IF[FX]|F64)....WAVE", file.read(at, 12), re.DOTALL):
+                raise _joined(file, 0)
             if size == 0xFFFFFFFF and long_size is not None:
                 if 0 < long_size < 1 << 62:
+                    _check_behind(file, at, long_size, end + "4sI", 2)
                     return Samples(at, long_size, {}, True, form)
                 return Samples(at, there, {long_at: struct.pack("<Q", there)}, True, form)
             if streamed(size) and not (size == 0 and _chunks_follow(file, at, end)):
                 filled = struct.pack(end + "I", min(there, 0xFFFFFFFF))
                 return Samples(at, there, {at - 4: filled}, True, form)
+            _check_behind(file, at, size, end + "4sI", 2)
             return Samples(at, size, {}, True, form)
     return None
 
@@ -201,6 +246,7 @@ def wave64(file: File) -> Samples | None:
         if header[4:16] == _W64 and header[:4] == b"fmt ":
             form = Format.of(file.read(at + 24, min(size - 24, 40)), "<")
         if header[4:16] == _W64 and header[:4] == b"data":
+            _check_behind(file, at + 24, size - 24, "<16sQ", 8, counted=24)
             return None if form is None else Samples(at + 24, size - 24, {}, True, form)
         at += -(-size // 8) * 8
     return None
@@ -214,6 +260,7 @@ def aiff(file: File) -> Samples | None:
         if name == b"SSND":
             start = at + 8 + int.from_bytes(file.read(at, 4), "big")
             if not streamed(size):
+                _check_behind(file, at, size, ">4sI", 2)
                 return Samples(start, max(0, at + size - start), {})
             filled = struct.pack(">I", min(file.size - at, 0xFFFFFFFF))
             return Samples(start, file.size - start, {at - 4: filled})
@@ -269,6 +316,7 @@ def caf(file: File) -> Samples | None:
                 return None
         if name == b"data":
             if size < 1 << 62:
+                _check_behind(file, at, size, ">4sQ", 1)
                 return Samples(at + 4, size - 4, {})
             there = file.size - at
             return Samples(at + 4, there - 4, {at - 8: struct.pack(">Q", there)})
