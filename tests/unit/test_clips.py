@@ -420,6 +420,45 @@ def test_a_broken_file_for_pyav_is_refused(foreign, tmp_path):
     assert "it holds no sound" in refused(str(video))
 
 
+@pytest.mark.parametrize("suffix", ["m4a", "faststart.m4a", "webm", "mka", "oga", "mkv"])
+def test_what_pyav_reads_is_called_cut_off_where_it_is(foreign, tmp_path, suffix):
+    pytest.importorskip("av")
+    path = tmp_path / f"clip.{suffix}"
+    if suffix == "faststart.m4a":  # the length in front of the sound
+        ffmpeg("-i", foreign["m4a"], "-c", "copy", "-movflags", "+faststart", path)
+    elif suffix == "mkv":  # pictures that go on for longer
+        pictures = ["-f", "lavfi", "-i", "testsrc=size=64x64:duration=5"]
+        ffmpeg("-i", foreign["mka"], *pictures, "-c:v", "mpeg4", "-c:a", "flac", path)
+    else:
+        path = foreign[suffix]
+    assert seconds(str(path)) == pytest.approx(3.0, abs=0.03)
+    data = path.read_bytes()
+    for share in (0.5, 0.85):
+        cut = put(tmp_path, data[: int(len(data) * share)], f"cut.{suffix}")
+        kinds = {kind_of(refused(cut, by)) for by in (audio.probe, load)}
+        assert kinds <= ({"truncated", "not audio"} if suffix == "m4a" else {"truncated"})
+
+
+def test_gaps_that_a_file_has_are_no_end_of_it(foreign, tmp_path):
+    pytest.importorskip("av")
+    path = tmp_path / "gap.mka"
+    gap = "aselect='lt(t,1)+gt(t,2)'"  # the time stamps stay
+    ffmpeg("-i", foreign["mka"], "-af", gap, "-c:a", "flac", "-frame_size", "1024", path)
+    assert 1.9 < len(load(str(path))) / RATE < 2.2
+
+
+def test_joined_files_of_which_pyav_would_read_the_first_are_refused(foreign, tmp_path):
+    pytest.importorskip("av")
+    for suffix in ("m4a", "mp4"):
+        for by in (audio.probe, load):
+            reason = refused(put(tmp_path, foreign[suffix].read_bytes() * 2), by)
+            assert "several MP4 files were joined end to end" in reason
+            assert kind_of(reason) == "not audio"
+    for suffix in ("webm", "mka", "oga", "aac"):
+        joined = put(tmp_path, foreign[suffix].read_bytes() * 2, f"joined.{suffix}")
+        assert seconds(joined) == pytest.approx(6.0, abs=0.1)
+
+
 def test_reading_clips_needs_neither_torch_nor_ray():
     code = (
         "import sys, raysft.data.audio; "

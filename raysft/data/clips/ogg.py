@@ -48,9 +48,9 @@ class _Link:
 
 def track(file: File) -> Track:
     """Raises BadExample where the file is cut off, or no audio that libsndfile knows."""
+    last = _last_serial(file)
     if not _KNOWN.search(file.read(0, PAGE)):
         return pyav.track(file, "an Ogg file that holds neither Vorbis nor Opus")
-    last = _last_serial(file)
     complete = file.held or file.size <= _WHOLE
     links = _links(file.read(0, file.size if complete else PAGE))
     if not complete and links and (len(links) > 1 or last not in links[0].serials):
