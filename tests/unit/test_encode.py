@@ -1,5 +1,6 @@
 """Encoders: what is measured is what is encoded, and only the answer is learnt."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -406,6 +407,23 @@ def test_only_units_that_a_checkpoint_lacks_are_new(tmp_path):
     assert encoder.units == "8 unit tokens, 2 of them new: [Hu0] .. [Hu7]"
     some = make_encoder(model.model_copy(update={"speech_units": 0}), Data(), ".")
     assert some.new_ids == () and some.units.startswith("6 unit tokens, all in the tokenizer")
+
+
+@pytest.mark.parametrize("units", [0, 2])
+def test_units_of_the_base_vocabulary_are_used_as_they_are(units, tmp_path):
+    """No added tokens, as in a tokenizer whose vocabulary was written with its units."""
+    backend = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    names = [f"<|{name}|>" for name in ("bos", "eos", "pad", *(f"unit{i}" for i in range(6)))]
+    backend["model"]["vocab"] |= {name: 256 + i for i, name in enumerate(names)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eos|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    changes = {"tokenizer": str(tmp_path), "speech_units": units}
+    encoder = make_encoder(UNIT_MODEL.model_copy(update=changes), Data(), ".")
+    sequence = check(encoder, asr(Units((5, 0, 5)), instruction="Go."), [])
+    assert sequence.input_ids[3:7].tolist() == [10, 264, 259, 264]
+    assert encoder.tokenizer.decode(sequence.input_ids).startswith("Go.\n<|unit5|><|unit0|>")
+    assert encoder.new_ids == () and len(encoder.tokenizer) == 265
 
 
 @pytest.mark.parametrize("form", ["[Hu]", "{}", "[{}{}]", "[Hu{:03}]", "{0}abc"])

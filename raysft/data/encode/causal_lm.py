@@ -51,6 +51,8 @@ class CausalLMEncoder(Encoder):
         new = add_units(tokenizer, added, model.unit_token)
         self.new_ids = _new_units(model, tokenizer, new)
         self._unit_ids = unit_ids(tokenizer, model.unit_token)
+        # Units of the base vocabulary are read as one token only where they are added tokens too.
+        add_units(tokenizer, len(self._unit_ids), model.unit_token)
         units = tokenizer.convert_ids_to_tokens(self._unit_ids.tolist())
         self.units = _said(units, len(self.new_ids))
         hole = units[0] if units else None
