@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from transformers import PreTrainedTokenizerBase
+
 from raysft.evaluate.normalize import plain
 
 MOST_NEW_TOKENS = 4096  # that the default limit allows, however long a reference is
@@ -21,19 +23,30 @@ def limit_for(references: Collection[int], most: int | None) -> int:
     return min(longest + longest // 2 + 16, MOST_NEW_TOKENS)
 
 
-def transcript(answer: str, lang: str | None, langs: Collection[str] = ()) -> str:
+def keeps_tab(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tab is one still after encoding and decoding; some tokenizers make it a space."""
+    ids = tokenizer.encode("a\tb", add_special_tokens=False)
+    return "\t" in tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def transcript(
+    answer: str, lang: str | None, langs: Collection[str] = (), spaced: bool = False
+) -> str:
     """The transcript in an asr answer: what follows `LANG<tab>`, where the example has a `lang`.
 
-    A tokenizer may make the tab a space, or change the case of the name; then only a name that is
-    one of an example (`langs`, and its own) is taken for one. Without lang, the answer as it is.
+    langs: names that examples have. spaced: the tokenizer makes a tab a space (see `keeps_tab`).
+    Before a space the example's own name is taken off, in any case of its letters, and that of
+    another only if `spaced`: else "no", "it" or "is" is a word of an answer without a name.
+    Without lang, the answer as it is.
     """
     if not lang:
         return answer
     head, tab, rest = answer.partition("\t")
-    if tab and (len(head.split()) < 2 or _folded(head) == _folded(lang)):
+    others = sorted(langs, key=lambda name: (-len(name.split()), name))  # "en US" before "en"
+    if tab and (len(head.split()) < 2 or _folded(head) in map(_folded, (lang, *others))):
         return rest
     words = answer.split()
-    for name in (lang, *sorted(langs)):
+    for name in (lang, *(others if spaced else ())):
         size = len(name.split())
         if _folded(" ".join(words[:size])) == _folded(name):
             return answer.split(maxsplit=size)[size] if len(words) > size else ""

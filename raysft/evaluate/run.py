@@ -22,7 +22,7 @@ from raysft.config.schema import Evaluate
 from raysft.data import pack
 from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.example import Sequence as Encoded
-from raysft.evaluate.answers import limit_for, transcript
+from raysft.evaluate.answers import keeps_tab, limit_for, transcript
 from raysft.evaluate.score import error_rates
 from raysft.models.base import Adapter
 from raysft.parallel import World
@@ -129,7 +129,8 @@ def evaluate(
                 total[1] += float(count)
             if settings.generate:
                 results += _transcribe(adapter, corpus, batch, rows, settings, autocast, synced)
-    return _score(world, corpus, losses, results, unusable, settings, predictions, tell)
+    spaced = settings.generate and not keeps_tab(adapter.tokenizer)
+    return _score(world, corpus, losses, results, unusable, settings, spaced, predictions, tell)
 
 
 def _transcribe(
@@ -179,6 +180,7 @@ def _score(
     results: Sequence[dict[str, Any]],
     unusable: list[Quarantined],
     settings: Evaluate,
+    spaced: bool,
     predictions: Path | None,
     tell: Callable[[str], None],
 ) -> dict[str, float]:
@@ -194,7 +196,7 @@ def _score(
     everything = sorted((r for _, part, _ in parts for r in part), key=lambda r: r["row"])
     langs = {r["lang"] for r in everything if r["lang"]}
     for result in everything:
-        result["hypothesis"] = transcript(result["answer"], result["lang"], langs)
+        result["hypothesis"] = transcript(result["answer"], result["lang"], langs, spaced)
     for source in corpus.source_names:
         own = [r for r in everything if r["source"] == source]
         if own:

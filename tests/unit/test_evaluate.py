@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from raysft.config.schema import Data, Evaluate, Model, Source
 from raysft.data.encode import Encoder, make_encoder
@@ -42,6 +43,10 @@ class Oracle:
     said: Callable[[str], str] = lambda text: text
     limits: list[int] = field(default_factory=list)
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.encoder.template.tokenizer
+
     def collate(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
         self._batch = batch
         return {}
@@ -55,8 +60,7 @@ class Oracle:
         self.limits.append(limit)
         documents = [d for d in self.documents(self._batch) if d.task == "asr"]
         right = [document.labels[document.labels != -100][:-1] for document in documents]
-        tokenizer = self.encoder.template.tokenizer
-        answers = [tokenizer.decode(ids[:limit].tolist()) for ids in right]
+        answers = [self.tokenizer.decode(ids[:limit].tolist()) for ids in right]
         return [self.said(answer) for answer in answers]
 
 
@@ -251,4 +255,48 @@ def test_the_language_before_an_answer_is_no_word_and_a_tab_in_a_text_no_languag
 def test_a_transcript_is_what_follows_the_language(
     answer: str, lang: str | None, expected: str
 ) -> None:
-    assert transcript(answer, lang, {"DE", "EN"}) == expected
+    assert transcript(answer, lang, {"DE", "EN"}, spaced=True) == expected
+    if answer != "DE eins":  # where tabs are kept, a word
+        assert transcript(answer, lang, {"DE", "EN"}) == expected
+
+
+CODES = {"no", "it", "is", "so", "my", "de", "en", "en US"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "lang", "expected"),
+    [
+        ("No way", "Norwegian", "No way"),
+        ("it is so", "en", "it is so"),
+        ("My dear", "en", "My dear"),
+        ("de la mer", "fr", "de la mer"),
+        ("so it is", "de", "so it is"),
+        ("no\tway", "en", "way"),
+        ("en US\thello", "de", "hello"),
+        ("EN it is", "en", "it is"),
+        ("en\tno way", "en", "no way"),
+    ],
+)
+def test_a_first_word_that_is_a_code_of_another_language_is_a_word(
+    answer: str, lang: str, expected: str
+) -> None:
+    assert transcript(answer, lang, CODES | {"Norwegian", "fr"}) == expected
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaced"])
+def test_a_name_before_a_space_is_one_only_where_tabs_become_spaces(
+    tmp_path: Path, make_clips: Callable[..., Path], kind: str
+) -> None:
+    manifest = make_clips(2, seed=4)
+    texts = [("it is late", "en"), ("ja", "it")]
+    lines = [
+        {**line, "text": text, "lang": lang}
+        for line, (text, lang) in zip(read_lines(manifest), texts)
+    ]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = "bytes" if kind == "bytes" else spaced_tokenizer(tmp_path)
+    encoder = make_encoder(Model(**{**AUDIO, "tokenizer": tokenizer}), Data(), tmp_path)
+    # The name is left out by the model: nothing but a tokenizer without tabs makes a word one.
+    found = run(manifest, encoder, said=lambda text: text.replace("\t", " ").removeprefix("en "))
+    said = {line["reference"]: line["hypothesis"] for line in found.predictions}
+    assert said == {"it is late": "it is late" if kind == "bytes" else "is late", "ja": "ja"}
