@@ -34,6 +34,12 @@ _APOSTROPHES = str.maketrans(dict.fromkeys("’‘ʼʻ′＇`´׳", "'"))
 # radicals that look like Chinese characters.
 _SHAPES = ("<wide>", "<narrow>", "<initial>", "<medial>", "<final>", "<isolated>", "<noBreak>")
 _SHAPED = re.compile("[\ufb00-\ufb06\ufb13-\ufb17\u2e9f\u2ef3\u2f00-\u2fd5]")
+# The vowel am of Thai and Lao written as its two parts, a tone between them or before them: Unicode
+# takes it apart in its compatibility forms only, and leaves the tone where it is.
+_AM = {
+    re.compile("\u0e4d([\u0e48-\u0e4b]?)\u0e32"): "\\1\u0e33",
+    re.compile("\u0ecd([\u0ec8-\u0ecb]?)\u0eb2"): "\\1\u0eb3",
+}
 
 _UNSPACED = (
     "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -52,6 +58,8 @@ def plain(text: str) -> str:
         return text.replace("`", "'")
     text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
     text = unicodedata.normalize("NFC", "".join(map(_shapeless, text)))
+    for parts, vowel in _AM.items():
+        text = parts.sub(vowel, text)
     return text.translate(_APOSTROPHES)
 
 

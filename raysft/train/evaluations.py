@@ -30,7 +30,7 @@ from raysft.train.metrics import read_lines
 from raysft.train.storage import write_whole
 
 NAME = "evaluations.json"
-_RULES = 2  # counts up with every change of how texts are compared
+_RULES = 3  # counts up with every change of how texts are compared
 _DECIDING = ("normalize", "spelling", "max_new_tokens")  # keys of `evaluate` that do so too
 _OF_LOSSES = ("loss/", "perplexity/")  # no text is compared, so no rule for texts matters
 

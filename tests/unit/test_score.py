@@ -43,6 +43,9 @@ SAME = {
     "name in chinese": ("我用 iPhone 打电话", "我用iphone打电话"),
     "japanese": ("今日は、いい天気！", "今日は いい天気"),
     "thai spaces": ("สวัสดี ครับ", "สวัสดีครับ"),
+    "thai am": ("กำลังทำน้ำ", "ก\u0e4d\u0e32ลังท\u0e4d\u0e32น\u0e49\u0e4d\u0e32"),
+    "thai am under a tone": ("น้ำ", "น\u0e4d\u0e49\u0e32"),
+    "lao am": ("ຄຳ ນ້ຳ", "ຄ\u0ecd\u0eb2ນ\u0ec9\u0ecd\u0eb2"),
     "khmer word marks": ("ភាសា\u200bខ្មែរ", "ភាសាខ្មែរ"),
     "tab and newline": ("one\ttwo\nthree", "one two three"),
 }
@@ -53,6 +56,12 @@ def test_texts_that_look_the_same_have_no_errors(name: str) -> None:
     reference, hypothesis = SAME[name]
     assert error_rates([reference], [hypothesis], STEPS) == NONE
     assert error_rates([hypothesis], [reference], STEPS) == NONE
+
+
+@pytest.mark.parametrize("text", ["กำลังทำน้ำ", "ຄຳ ນ້ຳ"])
+def test_the_vowel_am_is_one_character_of_cer(text: str) -> None:
+    without = text[:-1]
+    assert error_rates([text], [without], [])["cer"] == pytest.approx(jiwer.cer(text, without))
 
 
 def test_without_any_step_only_what_no_reader_sees_is_undone() -> None:
