@@ -171,8 +171,11 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
     start.total_steps = prepared.total_steps
     _record_rejected(folder, prepared.rejected)
     if saved is not None:
-        before = saved.meta().get("total_steps")
-        another_length(config, saved.step, before, prepared.total_steps)  # for its refusals
+        before = saved.meta()
+        another_length(  # for its refusals
+            *(config, saved.step, before.get("total_steps"), prepared.total_steps),
+            before.get("asked"),
+        )
         if _nothing_left(prepared, folder, catalogue):
             say(f"{folder} is finished: all {prepared.total_steps} steps are trained")
             return _outcome(folder, catalogue)

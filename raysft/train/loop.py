@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from raysft.config.schedule import another_length
+from raysft.config.schedule import another_length, asked
 from raysft.config.schedule import rate as rate_at
 from raysft.config.schema import Config
 from raysft.errors import UserError
@@ -257,6 +257,7 @@ class Keeper:
                 "clock": self.clock.state(),
                 "world_size": self.job.world.size,
                 "total_steps": self.job.total_steps,
+                "asked": asked(self.job.config),
                 "strategy": self.job.strategy.facts(),
                 "time": time.time(),
             }
@@ -343,7 +344,9 @@ def _restore(
             adapters.load_facts(meta["adapters"])
         job.strategy.load_facts(meta["strategy"])
         step, cursor = meta["step"], meta["cursor"]
-        length = another_length(job.config, step, meta.get("total_steps"), job.total_steps)
+        length = another_length(
+            job.config, step, meta.get("total_steps"), job.total_steps, meta.get("asked")
+        )
         totals.load(meta["totals"])
         clock.load(meta["clock"])
     elif job.weights is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ ONE = World.current()
 
 def asked(step: int, before: int | None, now: int, **optim: Any) -> str | None:
     config = Config.model_validate({"optim": optim})
-    return another_length(config, step, before, now)
+    return another_length(config, step, before, now, [before, None])
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def asked(step: int, before: int | None, now: int, **optim: Any) -> str | None:
     [
         (20, 20, 30, {"schedule": "constant"}),
         (20, 20, 30, {"schedule": "constant", "warmup": 5}),
-        (20, 20, 10, {"schedule": "constant"}),
+        (9, 20, 10, {"schedule": "constant"}),
         (8, 20, 30, {"schedule": "wsd", "decay": 10, "warmup": 2}),  # still before its decay
         (5, 20, 30, {"schedule": "cosine", "warmup": 5}),  # still warming up
         (6, 20, 30, {"schedule": "linear", "warmup": 5}),  # at the peak
@@ -66,6 +67,34 @@ def test_is_refused_where_rates_so_far_would_be_others_unless_told_to(
     assert said is not None
     after = rate(Optim(**optim), step + 1, now)
     assert f"{after:.3g} in step {step + 1})" in said
+
+
+@pytest.mark.parametrize("now", [10, 12])
+def test_a_run_made_shorter_than_what_is_done_has_nothing_left(now: int) -> None:
+    said = asked(12, 20, now, schedule="constant")
+    assert said is not None and said.endswith("nothing is left to train, 12 steps are done")
+    with pytest.raises(UserError, match=r"optim.reschedule=true to leave it at the steps that are"):
+        asked(12, 20, now, schedule="cosine")
+    said = asked(12, 20, now, schedule="cosine", reschedule=True)
+    assert said is not None and said.endswith("nothing is left to train, 12 steps are done")
+
+
+def test_other_data_and_the_same_config_go_on_with_the_rates_of_the_new_length() -> None:
+    for optim in ({"schedule": "cosine"}, {"schedule": "constant", "warmup": 0.5}):
+        config = Config.model_validate({"optim": optim, "train": {"epochs": 3}})
+        was = [config.train.max_steps, 3]
+        said = another_length(config, 5, 20, 30, was)
+        assert said is not None and "had 20, for data.extend has taken in other data: " in said
+        assert f"{rate(Optim(**optim), 6, 30):.3g} in step 6)" in said
+        with pytest.raises(UserError, match=r"optim.reschedule=true"):  # the epochs were edited
+            another_length(config, 5, 20, 30, [config.train.max_steps, 2])
+        with pytest.raises(UserError, match=r"optim.reschedule=true"):  # nothing is known of them
+            another_length(config, 5, 20, 30, None)
+    config = Config.model_validate({"peft": {"method": "adalora"}, "train": {"epochs": 3}})
+    with pytest.raises(
+        UserError, match=r"^data.extend: this run has 30 .* adalora .* Put the data"
+    ):
+        another_length(config, 5, 20, 30, [config.train.max_steps, 3])
 
 
 def test_nothing_is_said_where_nothing_changes_or_nothing_is_known() -> None:
@@ -139,6 +168,35 @@ def test_more_epochs_are_a_greater_length(tmp_path: Path) -> None:
     train(start(tiny(tmp_path, "cosine", train__epochs=1, **kept), ONE))
     with pytest.raises(UserError, match=rf"has {two.total_steps} steps now, and had {steps}"):
         train(start(tiny(tmp_path, "cosine", train__epochs=2, **kept), ONE))
+
+
+def test_a_cosine_takes_in_new_data_with_the_rates_of_the_greater_length(tmp_path: Path) -> None:
+    kept = {"train__max_steps": None, "train__epochs": 2, **COSINE, "data__extend": True}
+    kept["checkpoint__every"] = 4
+    first = start(tiny(tmp_path, **kept), ONE, stop_after_5)
+    with pytest.raises(Stopped):
+        train(first)
+    before = lines(tmp_path)
+    more = tmp_path / "more.json"
+    more.write_text(
+        json.dumps([{"id": f"n{i}", "input": "[Hu3]" * 5, "output": f"n {i}"} for i in range(40)])
+    )
+    grown = tiny(tmp_path, **kept).model_dump(mode="json")
+    grown["data"]["train"].append({"path": str(more)})
+    config = Config.model_validate(grown)
+    job = start(config, ONE)
+    assert train(job) == job.total_steps > first.total_steps
+    found = lines(tmp_path)
+    assert found[:4] == before[:4]
+    wanted = [config.optim.lr * rate(config.optim, s, job.total_steps) for s in range(5, 8)]
+    assert [line["lr"] for line in found[4:7]] == pytest.approx(wanted)
+    said = [e for e in read_lines(tmp_path / "runs/run/events.jsonl") if e["event"] == "length"]
+    assert [(e["step"], e["total_steps"]) for e in said] == [(4, job.total_steps)]
+    assert "data.extend has taken in other data" in said[0]["reason"]
+    # Epochs edited on top of it are refused as ever.
+    with pytest.raises(UserError, match=r"^train.max_steps, train.epochs: this run has"):
+        grown["train"]["epochs"] = 3
+        train(start(Config.model_validate(grown), ONE))
 
 
 def test_a_checkpoint_that_does_not_know_its_length_is_not_lengthened_unseen(
