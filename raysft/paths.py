@@ -74,13 +74,30 @@ def model(given: str) -> str:
     return place if os.path.exists(place) else given
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder. Raises UserError where the system does not tell: a
+    folder above it may not be entered, a name is too long, links lead in a circle."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        shown = str(path)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+        raise UserError(f"{shown} cannot be looked at: {error.strerror}") from None
+    return True
+
+
 def nearest(path: str | Path) -> str:
     """What there is on the way to a path that does not exist, as the end of a message."""
     path = Path(path)
-    parent = next((folder for folder in path.parents if folder.exists()), None)
-    if parent is None or not parent.is_dir() or not os.access(parent, os.R_OK | os.X_OK):
+    parent = next((folder for folder in path.parents if os.path.exists(folder)), None)
+    if parent is None or not parent.is_dir():
         return ""
-    names = sorted(entry.name for entry in parent.iterdir())
+    try:
+        names = sorted(entry.name for entry in parent.iterdir())
+    except OSError:  # may not be read: there is nothing to tell
+        return ""
     wanted = path.relative_to(parent).parts[0]
     if near := difflib.get_close_matches(wanted, names, 1, 0.75):
         return f"; did you mean {parent / near[0]}?"

@@ -123,7 +123,11 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    try:
+        there = paths.exists(path)
+    except UserError as error:
+        raise UserError(f"CONFIG: {error}") from None
+    if not there:
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         )

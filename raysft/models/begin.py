@@ -6,6 +6,7 @@ an error that names both.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,6 @@ def _value(kind: Any) -> str:
 
 def _resolved(path: str | None) -> str | None:
     """A local folder by its real path, however it is written; a hub id as it is."""
-    if path is not None and Path(path).expanduser().exists():
+    if path is not None and os.path.exists(os.path.expanduser(path)):
         return str(Path(path).expanduser().resolve())
     return path

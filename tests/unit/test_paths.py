@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -231,3 +232,41 @@ def test_places_are_the_same_where_they_moved_or_hold_the_same(here: Path) -> No
     assert not paths.same("models/base", "/any/where/other/base")
     assert not paths.same("owner/base", "other/base")
     assert not paths.same("s3://bucket/a", "s3://bucket/b")
+
+
+def unlooked(key: str, place: Path, config: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        if key == "CONFIG":
+            load_config(place)
+        else:
+            sources.resolve(Source(path=str(place)), "train", key)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["CONFIG", "data.train[0]"])
+def test_a_path_the_system_does_not_tell_of_is_refused_by_key_and_cause(
+    here: Path, config: Path, key: str
+) -> None:
+    name = key if key == "CONFIG" else f"{key}.path"
+    said = unlooked(key, here / ("x" * 300), config)
+    assert said.startswith(f"{name}: ")
+    assert said.endswith("cannot be looked at: File name too long")
+    (here / "a").symlink_to(here / "b")
+    (here / "b").symlink_to(here / "a")
+    said = unlooked(key, here / "a", config)
+    assert said == f"{name}: {here / 'a'} cannot be looked at: Too many levels of symbolic links"
+    closed = here / "closed"
+    (closed / "inner").mkdir(parents=True)
+    closed.chmod(0o600)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may enter everything
+    try:
+        said = unlooked(key, closed / "inner" / "t.jsonl", config)
+        assert paths.nearest(closed / "inner" / "t.jsonl") == ""
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o700)
+    place = closed / "inner" / "t.jsonl"
+    assert said == f"{name}: {place} cannot be looked at: Permission denied"

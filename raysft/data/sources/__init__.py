@@ -60,9 +60,10 @@ def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSou
     key = key or f"data.{split}"
     try:
         path = Path(paths.absolute(source.path))
+        there = paths.exists(path)
     except UserError as error:
         raise UserError(f"{key}.path: {error}") from None
-    if not path.exists():
+    if not there:
         raise UserError(f"{key}.path: {path} does not exist{paths.nearest(path)}")
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{key}.path: {path} is neither a file nor a folder")
