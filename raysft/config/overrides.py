@@ -80,7 +80,7 @@ class Dumper(yaml.SafeDumper):
 
 def read_tree(text: str, where: str) -> dict[str, Any]:
     """Parse YAML text into a mapping; a UserError names file and line where it does not parse."""
-    tree = _load(text, where)
+    tree = _load(text, where, joint=": ")
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -184,11 +184,32 @@ def _comments(typed: str) -> bool:
     return "\n" in bare and re.search(r"(?:^|\s)#", bare) is not None
 
 
-def _load(text: str, where: str) -> Any:
+def _load(text: str, where: str, joint: str = ".") -> Any:
+    """The value of a YAML text; `joint` stands between `where` and the keys inside in messages."""
     try:
-        return yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise _invalid(where, error) from None
+    _check_texts(tree, where, joint)
+    return tree
+
+
+def _check_texts(tree: Any, where: str, joint: str) -> None:
+    r"""Raise UserError where a text inside (written "\ud83d") has no bytes to be saved as."""
+    rest: list[tuple[str, Any]] = [("", tree)]
+    seen: set[int] = set()
+    while rest:
+        place, node = rest.pop()
+        if isinstance(node, str) and not _is_text(node):
+            named = f"{where}{joint if place else ''}{place}"
+            raise UserError(f"{named}: {node!r} holds half a surrogate pair, not text")
+        if not isinstance(node, dict | list) or id(node) in seen:
+            continue
+        seen.add(id(node))  # an anchor may lead back
+        inner = node.items() if isinstance(node, dict) else enumerate(node)
+        rest += [(f"{place}{'.' if place else ''}{key}", item) for key, item in inner]
+        if isinstance(node, dict):  # looked at first: a message is to name them
+            rest += [(place, key) for key in node]
 
 
 def _invalid(where: str, error: Exception) -> UserError:

@@ -148,6 +148,41 @@ def test_what_would_be_cut_or_cannot_be_read_is_refused(
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ('data.train=["\\ud83d"]', "data.train.0"),
+        ('data.train="\\ud83d"', "data.train"),
+        ('data.train={path: "\\udc00"}', "data.train.path"),
+        ('data.prompts={asr: "\\ud83d"}', "data.prompts.asr"),
+        ('data.mix={"\\ud83d": "\\ud83d"}', "data.mix"),
+        ('model.config={a: [b, {c: "x\\ud83d"}]}', "model.config.a.1.c"),
+        ('run.name="\\ud83d"', "run.name"),
+    ],
+)
+def test_half_a_character_is_refused_by_key_wherever_it_stands(
+    path: Path, override: str, place: str
+) -> None:
+    path.write_text("data: {train: [t.jsonl]}\nmodel: {path: base}\n")
+    says = "holds half a surrogate pair, not text"
+    with pytest.raises(UserError, match=says) as caught:
+        load_config(path, [override])
+    assert str(caught.value).startswith(f"{place}: ")
+    str(caught.value).encode()
+    key, _, typed = override.partition("=")
+    keys = key.split(".")
+    text = f"{keys[0]}: {{{keys[1]}: {typed}}}\n"  # the same in a file
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: {place}: ")
+
+
+def test_texts_that_lead_back_into_themselves_are_looked_through_once() -> None:
+    (found,) = read_value("[&a [*a, b]]", "model.config.x")
+    assert found[0] is found
+
+
 def test_an_override_reaches_into_a_single_source(path: Path) -> None:
     path.write_text("data: {train: t.jsonl}\nmodel: {path: base}\n")
     (source,) = load_config(path, ["data.train.0.task=tts"]).data.train
