@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,16 +120,16 @@ class Catalogue:
         return None, []
 
     def prune(
-        self, keep: int, spare: Callable[[list[int]], int | None] = lambda steps: None
+        self, keep: int, spare: Callable[[list[int]], Collection[int]] = lambda steps: ()
     ) -> None:
-        """Delete all but the last `keep` committed ones, and of the steps there are the one that
+        """Delete all but the last `keep` committed ones, and of the steps there are those that
         `spare` names."""
         committed = self.committed()
         if len(committed) <= keep:
             return
         spared = spare([saved.step for saved in committed])
         for saved in committed[:-keep]:
-            if saved.step != spared:
+            if saved.step not in spared:
                 self.storage.withdraw(saved.name, MARKER)
                 self.storage.remove(saved.name)
 

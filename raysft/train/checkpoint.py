@@ -12,7 +12,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -59,7 +59,7 @@ class Saver:
         catalogue: Catalogue,
         world: World,
         keep: int,
-        spare: Callable[[list[int]], int | None] = lambda steps: None,
+        spare: Callable[[list[int]], Collection[int]] = lambda steps: (),
         extras: dict[str, bytes] | None = None,
         owned: Callable[[], str | None] = lambda: None,
         settle: Callable[[], None] = lambda: None,
@@ -67,7 +67,7 @@ class Saver:
     ) -> None:
         """A collective.
 
-        keep: checkpoints that stay. spare: of all steps there are, another that stays (the best),
+        keep: checkpoints that stay. spare: of all steps there are, others that stay (the best),
         asked when older ones go. extras: path in the checkpoint -> content, the same in each.
         owned: why this start no longer owns the run (asked before anything is published), or None.
         settle: brings to the disk what belongs to the checkpoint and is not in it (the ledger).

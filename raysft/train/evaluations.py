@@ -222,14 +222,38 @@ class Evaluations:
         Compared are the figures that measure the same as the newest of the run's series; figures
         that are no number (a loss of NaN) are in no comparison.
         """
-        having = [item for item in self.items if math.isfinite(item.figures.get(metric, math.nan))]
-        series = [item for item in having if not item.final] or having
-        if not series:
-            return None
-        wanted, there = series[-1].measure, set(steps)
+        series = self._series(metric)
+        return self._best(series[-1].measure, metric, mode, steps) if series else None
+
+    def bests(self, metric: str, mode: str, steps: Iterable[int]) -> set[int]:
+        """Those of `steps` that must not go: the best by each measure that the series has had.
+
+        Figures of two measures do not say which of their bests is the better one, so that a change
+        of data.eval or of how texts are compared is no reason to delete a checkpoint.
+        """
+        there = list(steps)
+        measures = {
+            repr(item.measure.of(metric)): item.measure
+            for item in self._series(metric)
+            if item.measure is not None
+        }
+        found = {self._best(measure, metric, mode, there) for measure in measures.values()}
+        return {step for step in (*found, self.best(metric, mode, there)) if step is not None}
+
+    def _having(self, metric: str) -> list[Evaluation]:
+        return [item for item in self.items if math.isfinite(item.figures.get(metric, math.nan))]
+
+    def _series(self, metric: str) -> list[Evaluation]:
+        having = self._having(metric)
+        return [item for item in having if not item.final] or having
+
+    def _best(
+        self, wanted: Measure | None, metric: str, mode: str, steps: Iterable[int]
+    ) -> int | None:
+        there = set(steps)
         same = {
             item.step: item.figures
-            for item in having
+            for item in self._having(metric)
             if item.step in there
             and (
                 item.measure is None

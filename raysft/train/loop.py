@@ -223,16 +223,16 @@ class Keeper:
         self.totals, self.clock = totals, clock
         settings = job.config.checkpoint
 
-        def best(steps: list[int]) -> int | None:
+        def bests(steps: list[int]) -> set[int]:
             if settings.best is None:
-                return None
-            return record.evaluations.best(settings.best, settings.best_mode, steps)
+                return set()
+            return record.evaluations.bests(settings.best, settings.best_mode, steps)
 
         self.saver = Saver(
             job.catalogue,
             job.world,
             settings.keep,
-            best,
+            bests,
             job.extras,
             record.ownership,
             record.settle,

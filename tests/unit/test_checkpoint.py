@@ -159,7 +159,7 @@ def steps(storage: Storage) -> list[int]:
 
 def test_the_last_ones_are_kept_and_the_best_however_old(storage: Storage) -> None:
     values = {1: {"wer/dev": 0.5}, 2: {"wer/dev": 0.2}, 3: {"cer/dev": 0.1}, 4: {"wer/dev": 0.2}}
-    ours = Trained(storage, keep=2, spare=lambda steps: best_step(values, "wer/dev", "min"))
+    ours = Trained(storage, keep=2, spare=lambda steps: {best_step(values, "wer/dev", "min")})
     ours.save(1, 2, 3, 4, 5)
     assert steps(storage) == [2, 4, 5]
     assert sorted(storage.names()) == ["step_2", "step_4", "step_5"], "and nothing of the others"

@@ -192,7 +192,18 @@ def test_other_evaluation_data_begins_a_comparison_of_its_own(tmp_path: Path) ->
     digests = [line["sources"]["dev"]["data"] for line in read_lines(folder / "eval.jsonl")]
     # Step 4 was measured on the old data; the run goes on from it, so it is on the new as well.
     assert len(set(digests)) == 2 and digests[:2] == digests[:1] * 2
-    assert kept(changed) == [4, 10]
+    assert choose(folder, changed.checkpoint, "best", Saved.damage)[0].step == 4
+    assert kept(changed) == [2, 4, 10], "the best by the old data stays"
+
+
+def test_another_number_of_examples_deletes_no_checkpoint_that_was_the_best(tmp_path: Path) -> None:
+    run(config(tmp_path, train__max_steps=4, evaluate__at_end=False))
+    fewer = config(tmp_path, train__max_steps=10, evaluate__at_end=False, evaluate__max_examples=5)
+    folder = run(fewer)
+    sizes = [line["sources"]["dev"]["examples"] for line in read_lines(folder / "eval.jsonl")]
+    assert set(sizes) == {30, 5}
+    newest = choose(folder, fewer.checkpoint, "best", Saved.damage)[0].step
+    assert kept(fewer) == sorted({2, newest, 10}) and newest > 2
 
 
 def test_a_run_from_before_there_was_a_state_goes_by_its_log(tmp_path: Path) -> None:
@@ -313,6 +324,27 @@ def test_the_best_is_looked_for_among_checkpoints_and_comparable_figures() -> No
     assert found.best("wer/dev", "max", [2, 3]) == 2
     assert found.best("wer/dev", "min", []) is None
     assert found.best("cer/dev", "min", [1, 2, 3]) is None
+
+
+def test_the_best_by_each_measure_is_spared_until_another_is_better_by_it() -> None:
+    def item(step: int, wer: float, measure: Measure | None, final: bool = False) -> Evaluation:
+        return Evaluation(step, {"wer/dev": wer}, measure, final)
+
+    old, new = measured("lower", dev="a"), measured("none", dev="a")
+    steps = [1, 2, 3, 4]
+    first = [item(1, 0.1, old), item(2, 0.3, old)]
+    assert Evaluations(first).bests("wer/dev", "min", steps) == {1}
+    changed = [*first, item(2, 0.6, new), item(3, 0.5, new), item(4, 0.4, new)]
+    assert Evaluations(changed).bests("wer/dev", "min", steps) == {1, 4}
+    assert Evaluations(changed).bests("wer/dev", "min", [2, 3, 4]) == {2, 4}
+    assert Evaluations(changed).bests("wer/dev", "max", steps) == {2}, "the best by both"
+    back = [*changed, item(4, 0.05, old)]
+    assert Evaluations(back).bests("wer/dev", "min", steps) == {4}
+    whole = [*first, item(2, 0.01, measured("lower", dev="all"), final=True)]
+    assert Evaluations(whole).bests("wer/dev", "min", steps) == {1}, "no figure of the series"
+    unknown = [item(1, 0.1, None), item(2, 0.3, None), item(3, 0.2, new)]
+    assert Evaluations(unknown).bests("wer/dev", "min", steps) == {1}
+    assert Evaluations().bests("wer/dev", "min", steps) == set()
 
 
 def test_an_evaluation_is_shown_as_a_small_table() -> None:
