@@ -203,7 +203,8 @@ def _check_grown(path: str, samples: int, rate: int, most_seconds: float) -> Non
     if samples > most_seconds * rate:
         raise BadExample(
             f"{path}: longer than indexed: {samples / rate:.2f} s, expected at most "
-            f"{most_seconds:.2f} s: was the file replaced? A new run measures it again"
+            f"{most_seconds:.2f} s: was the file replaced (a new run measures it again), or is it "
+            "several, joined end to end (write the clip anew)?"
         )
 
 

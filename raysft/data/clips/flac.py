@@ -5,7 +5,9 @@ by other programs has a wrong one. Each frame says where it stands, so the last 
 the file is; where the two agree, or the header has 0, that is the length. Else, or where something
 lies behind the last frame, only decoding tells. Costs two reads, of 4 kB and up to 64 kB.
 
-Files joined end to end (`cat a.flac b.flac`) are decoded one after the other.
+Files joined end to end (`cat a.flac b.flac`) are decoded one after the other. Where the last is as
+long as the first, or no header tells a length, they look like one: a file that is small, or large
+for its length, or without one in its header, is gone through for a second beginning.
 RFC 9639, sections 8.2 and 9.1.
 """
 
@@ -22,6 +24,9 @@ from raysft.errors import BadExample
 
 _TAIL = 1 << 16  # bytes in which the last frame is looked for, where the header names no largest
 _MOST_TAIL = 1 << 21
+_WHOLE = 1 << 17  # bytes up to which a file is gone through whatever it says
+_LARGE_SHARE = 0.6  # of the bytes that its samples take uncompressed: few files have more
+_SCAN = 1 << 20  # bytes gone through at once
 # A file's beginning: the marker, and a STREAMINFO of 34 bytes, the last block or not.
 _BEGIN = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22", re.DOTALL)
 _SIZES = {1: 192, **{n: 576 << n - 2 for n in range(2, 6)}}
@@ -69,7 +74,27 @@ def track(file: File, start: int) -> Track:
     width = _tail_of(info, file.size - start)
     end = _last_frame_ends(file.path, info, file.read(file.size - width, width))
     certain = end is not None and info.total in (0, end)
+    if certain and _may_be_joined(file, info, start, end) and _joined(file, start):
+        certain = False
     return Track(info.rate, end if certain else None, partial(_decode, file, info, end))
+
+
+def _may_be_joined(file: File, info: _Info, start: int, samples: int) -> bool:
+    """Whether a file of so many samples by its first header and its last frame could be several."""
+    size = file.size - start
+    frames = samples // info.block + 1
+    return (
+        file.held
+        or size <= _WHOLE
+        or info.total == 0
+        or size > _LARGE_SHARE * samples * info.channels * info.bits / 8
+        or 0 < frames * info.largest_frame < size
+    )
+
+
+def _joined(file: File, start: int) -> bool:
+    """Whether a file begins anew behind its first header."""
+    return any(_BEGIN.search(file.read(at, _SCAN + 6)) for at in range(start + 8, file.size, _SCAN))
 
 
 def _decode(file: File, info: _Info, last: int | None, most: float) -> list[Piece]:

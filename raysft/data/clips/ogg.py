@@ -6,7 +6,8 @@ rate, and are decoded one by one. A recording that began in the middle of a stre
 that count from elsewhere: its length only decoding tells.
 
 Costs one read of files up to 128 kB (25 s at 40 kbit/s); of larger ones the index reads the two
-ends, and goes through all pages only where the last is of another stream than the first.
+ends, and goes through all pages only where the last is of another stream than the first, or where
+the two could be of one number: numbers are drawn at random, but not by all programs.
 RFC 3533, section 6.
 """
 
@@ -33,6 +34,8 @@ from raysft.errors import BadExample
 PAGE = 27 + 255 + 255 * 255  # bytes of the largest
 _WHOLE = 1 << 17  # bytes up to which a file is read as one
 _KNOWN = re.compile(rb"OpusHead|\x01vorbis")
+_DRAWN = 1 << 16  # streams of smaller numbers were counted
+_MORE_SHARE = 1.05  # of the bytes that as many pages take as there are by the last one's number
 _PACKET = 8192  # samples of the longest packet of either codec (Opus: 5760)
 
 
@@ -48,12 +51,13 @@ class _Link:
 
 def track(file: File) -> Track:
     """Raises BadExample where the file is cut off, or no audio that libsndfile knows."""
-    last = _last_serial(file)
+    last = _last_page(file)
     if not _KNOWN.search(file.read(0, PAGE)):
         return pyav.track(file, "an Ogg file that holds neither Vorbis nor Opus")
     complete = file.held or file.size <= _WHOLE
-    links = _links(file.read(0, file.size if complete else PAGE))
-    if not complete and links and (len(links) > 1 or last not in links[0].serials):
+    head = file.read(0, file.size if complete else PAGE)
+    links = _links(head)
+    if not complete and links and _may_be_joined(file, head, links, last):
         complete, links = True, _links(file.read(0, file.size))
     if not links:
         raise BadExample(f"{file.path}: not audio that can be read (an ogg without its first page)")
@@ -88,8 +92,21 @@ def _decode(path: str, link: _Link, opened: Sound, most: float) -> Piece:
     return piece
 
 
-def _last_serial(file: File) -> int | None:
-    """The stream of the last page. Raises BadExample where the file ends inside of it."""
+def _may_be_joined(
+    file: File, head: bytes, links: list[_Link], last: tuple[int, int] | None
+) -> bool:
+    """Whether a file could be several, by its beginning and its last page."""
+    if last is None or len(links) > 1 or last[0] not in links[0].serials or last[0] < _DRAWN:
+        return True
+    places = [page[0] for page in _pages(head)][2:]  # behind the small ones of headers
+    if len(places) < 2:
+        return True
+    page = (places[-1] - places[0]) / (len(places) - 1)
+    return file.size > _MORE_SHARE * page * (last[1] + 1)
+
+
+def _last_page(file: File) -> tuple[int, int] | None:
+    """(stream, number in it) of the last page. Raises BadExample where the file ends inside it."""
     tail = file.read(max(0, file.size - PAGE), PAGE)
     at = len(tail)
     while (at := tail.rfind(b"OggS", 0, at)) >= 0:
@@ -99,7 +116,7 @@ def _last_serial(file: File) -> int | None:
         sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
         if len(page) < 27 or len(page) < 27 + page[26] + sum(sizes):
             raise BadExample(f"{file.path}: cut off: the file ends inside its last page")
-        return int.from_bytes(page[14:18], "little")
+        return int.from_bytes(page[14:18], "little"), int.from_bytes(page[18:22], "little")
     return None
 
 
