@@ -27,16 +27,30 @@ if TYPE_CHECKING:
 # template changes.
 _MARK = "\ufdd0{}\ufdd1"
 _ANSWER = _MARK.format("\ufdd2")
-# Text that a template must hand on as it is, but for white space at its ends.
-_SAMPLE = "Ab  c\n\nd's \u00e9<x>"
 _SPACES = " \t\n\r\v\f"
+# Texts that a template must hand on as they are, but for white space at their ends, of which it
+# takes off all of a kind or nothing.
+_SAMPLES = (
+    "Ab  c\n\nd's \u00e9<x>",
+    "Ab\tc\r\nd \n\n\n\n e\rf\u00a0\u3000g   h\\n",
+    " \n\t Ab \t\n ",
+    "\u00a0Ab\u3000",
+    *(f"{space * 2}Ab{space * 2}" for space in _SPACES),
+)
 _PLAIN = "{#- the plain form: instruction, newline, input, newline, answer -#}\n"
 _NOW = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
 _CLOCK = re.compile(r"strftime_now\s*\(")
+# What nobody writes by the way, unlike words and white space.
+_UNUSUAL = re.compile(r"^[<\[/|{#\u2581\uff5c]+ ?\w.", re.DOTALL)
+_LOOKS = {"startswith", "endswith", "split", "rsplit", "partition", "rpartition", "find", "count"}
+_LOOKS |= {"rfind", "index", "rindex", "replace", "removeprefix", "removesuffix"}
 _MARKER = re.compile(r"<\|.*\|>", re.DOTALL)
 
 Part = dict[str, str]
 """A part of a message: {"type": "text", "text": ...} or {"type": "audio"}."""
+
+Ends = tuple[str | None, str | None]
+"""White space that is taken off the left and the right of a text; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +58,31 @@ class Frame:
     """What stands around the texts of a dialogue of one turn.
 
     pieces: the prompt, cut where its texts go. lead, tail: around the answer, the end token not
-    included. question_ends, answer_ends: white space that is taken off each end of a text (left,
-    right); None: all.
+    included. question_ends (of each text), answer_ends: white space that is taken off each end of a
+    text (left, right); None: all.
     """
 
     pieces: tuple[str, ...]
     lead: str
     tail: str
-    question_ends: tuple[str | None, str | None]
-    answer_ends: tuple[str | None, str | None]
+    question_ends: tuple[Ends, ...]
+    answer_ends: Ends
 
     def prompt(self, texts: Sequence[str]) -> str:
         """What the model is given."""
-        rest = zip((_cut(text, self.question_ends) for text in texts), self.pieces[1:], strict=True)
+        rest = zip(self.question(texts), self.pieces[1:], strict=True)
         return self.pieces[0] + "".join(text + piece for text, piece in rest)
+
+    def question(self, texts: Sequence[str]) -> list[str]:
+        """Its texts, as they are shown."""
+        return [_cut(text, ends) for text, ends in zip(texts, self.question_ends, strict=True)]
 
     def answer(self, text: str) -> str:
         """What it is to write, up to the end token."""
         return f"{self.lead}{_cut(text, self.answer_ends)}{self.tail}"
 
 
-def _cut(text: str, ends: tuple[str | None, str | None]) -> str:
+def _cut(text: str, ends: Ends) -> str:
     return text.lstrip(ends[0]).rstrip(ends[1])
 
 
@@ -128,11 +146,8 @@ class Chat:
         self.parts = audio is not None and self._takes_parts()
         after = self._conversation([_text(_MARK.format(0))]).partition(_ANSWER)[2]
         self.end, self._tail = _end(tokenizer, after)
-        mark = _MARK.format(0)
-        self._question_ends = self._ends(lambda text: self._prompt([_text(text)]), mark)
-        self._answer_ends = self._ends(
-            lambda text: self._conversation([_text(mark)], text), _ANSWER
-        )
+        mark = _text(_MARK.format(0))
+        self._answer_ends = self._ends(lambda text: self._conversation([mark], text), _ANSWER)
 
     def frame(self, kinds: Sequence[str]) -> Frame:
         """The frame of a question of such parts ("text", "audio"), in this order."""
@@ -167,22 +182,64 @@ class Chat:
                 f"own conversations do not show before an answer ({shown[-40:]!r}): the answer is "
                 "trained right behind that prompt"
             )
-        frame = Frame(tuple(pieces), lead, self._tail, self._question_ends, self._answer_ends)
-        self._check(frame, asked, len(texts))
+        ends = tuple(
+            self._ends(lambda text, at=at: self._prompt(_with(asked, {at: text})), mark)
+            for at, mark in enumerate(marks)
+            if mark is not None
+        )
+        frame = Frame(tuple(pieces), lead, self._tail, ends, self._answer_ends)
+        for sample in _SAMPLES:
+            if not self._keeps(frame, asked, whole, sample):
+                raise UserError(
+                    "data.template: the tokenizer's chat template changes the text it is given (a "
+                    f"question or answer {sample!r} comes out otherwise): set data.template to "
+                    "plain"
+                )
         return frame
 
-    def _check(self, frame: Frame, asked: list[Part], texts: int) -> None:
-        """That texts come through as they are."""
-        said = [_text(_SAMPLE) if part["type"] == "text" else part for part in asked]
-        prompt = frame.prompt([_SAMPLE] * texts)
-        whole = self._conversation(said, _SAMPLE)
-        if self._prompt(said) != prompt or frame.answer(_SAMPLE) not in whole:
+    def altering(self) -> set[str]:
+        """Texts that the template looks for in a question or answer, to write something else where
+        it finds them: `</think>`, `/no_think`. No text of an example may contain them. Raises
+        UserError where they are what people write."""
+        asked = [_text(_MARK.format(0))]
+        frame, whole = self.frame(("text",)), self._conversation(asked)
+        literals, sought = _literals(self._source)
+        found = {
+            literal
+            for literal in literals
+            for text in (f"{literal}Ab", f"Ab{literal}", f"Ab{literal}cd{literal}ef", literal)
+            if not self._keeps(frame, asked, whole, text)
+        }
+        pairs = [(first, last) for first in sought - found for last in sought - found - {first}]
+        for first, last in pairs:  # one that begins a text, with one that ends it
+            if not self._keeps(frame, asked, whole, f"{first}Ab{last}"):
+                found |= {first, last}
+        found = {text for text in found if not any(part in text for part in found - {text})}
+        if ordinary := sorted(text for text in found if not _UNUSUAL.search(text.strip())):
             raise UserError(
-                "data.template: the tokenizer's chat template changes the text it is given (a "
-                f"question or answer {_SAMPLE!r} comes out otherwise): set data.template to plain"
+                "data.template: the tokenizer's chat template changes the text it is given where "
+                f"that contains {ordinary[0]!r}: set data.template to plain"
             )
+        return found
 
-    def _ends(self, render: Callable[[str], str], mark: str) -> tuple[str | None, str | None]:
+    def _keeps(self, frame: Frame, asked: list[Part], whole: str, text: str) -> bool:
+        """Whether `text` comes through in every place, and all around it stays.
+        whole: the conversation of marks."""
+        places = [at for at, part in enumerate(asked) if part["type"] == "text"]
+        said = _with(asked, dict.fromkeys(places, text))
+        texts = [text] * len(places)
+        for at, shown in zip(places, frame.question(texts), strict=True):
+            whole = whole.replace(asked[at]["text"], shown)
+        whole = whole.replace(_ANSWER, _cut(text, frame.answer_ends))
+        try:
+            return (
+                self._prompt(said) == frame.prompt(texts)
+                and self._conversation(said, text) == whole
+            )
+        except UserError:  # it does not take such a text
+            return False
+
+    def _ends(self, render: Callable[[str], str], mark: str) -> Ends:
         """White space that the template takes off each end of a text."""
         bare = render(mark)
         left = "".join(space for space in _SPACES if render(space + mark) == bare)
@@ -223,6 +280,36 @@ class Chat:
             raise UserError(
                 f"data.template: the tokenizer's chat template failed ({error}): set it to plain"
             ) from error
+
+
+def _with(parts: list[Part], texts: dict[int, str]) -> list[Part]:
+    """Parts of a message with other texts in some places."""
+    return [_text(texts[at]) if at in texts else part for at, part in enumerate(parts)]
+
+
+def _literals(source: str) -> tuple[set[str], set[str]]:
+    """The strings that a template has between its tags, and those of them that it may look for in a
+    text: operands of `in`, first arguments of methods and filters."""
+    import jinja2
+
+    # Tokens, not a tree: that would need the tags that transformers adds to jinja's own.
+    try:
+        tokens = list(jinja2.Environment().lexer.tokenize(source))  # noqa: S701 - nothing is rendered
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"data.template: the tokenizer's chat template failed ({error}): set it to plain"
+        ) from error
+    found, sought = set(), set()
+    for at, token in enumerate(tokens):
+        if token.type != "string" or not token.value:
+            continue
+        found.add(token.value)
+        before = [(t.type, t.value) for t in tokens[max(0, at - 2) : at]]
+        called = before[-1:] == [("lparen", "(")] and before[0][0] == "name"
+        behind = {t.value for t in tokens[at + 1 : at + 3]}
+        if "in" in behind or (called and before[0][1] in _LOOKS):
+            sought.add(token.value)
+    return found, sought
 
 
 def _text(text: str) -> Part:

@@ -142,6 +142,8 @@ class Template:
         self._control, self._steering = self._guards(
             [own, self.source], {chat.end, *reserved}, units
         )
+        altering = sorted(map(re.escape, chat.altering())) if self.chat else ()
+        self._altering = re.compile("|".join(altering)) if altering else None
         whole = tokenizer.added_tokens_decoder.values()
         self._stop = next((t.content for t in whole if t.special and not t.rstrip), "")
         self._known: dict[str, list[int]] = {}
@@ -192,6 +194,11 @@ class Template:
                 raise UserError(
                     f"data.prompts.{task}: contains {match[0]}, a token that steers the model: the "
                     "chat template writes those; give the instruction alone"
+                )
+            if self._altering and (match := self._altering.search(prompt)):
+                raise UserError(
+                    f"data.prompts.{task}: contains {match[0]!r}, for which the chat template "
+                    "writes something else: give the instruction without it"
                 )
 
     def _unread(self, frame: Frame) -> str:
@@ -251,6 +258,11 @@ class Template:
         for part in (instruction, *example.input, *example.output):
             if isinstance(part, str) and (match := self._control.search(part)):
                 raise BadExample(f"its text contains {match[0]}, a token that steers the model")
+            if isinstance(part, str) and self._altering and (match := self._altering.search(part)):
+                raise BadExample(
+                    f"its text contains {match[0]!r}, for which the chat template writes something "
+                    "else"
+                )
         asked, told = (_others(parts) for parts in (example.input, example.output))
         if (asked or told) and self._hole_id is None:
             return Rendered([*asked], [*told])  # no encoder without a hole takes such a part

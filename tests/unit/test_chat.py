@@ -286,6 +286,105 @@ def test_a_template_that_cannot_be_trained_on_is_refused(source: str, said: str)
         text.Template(tokenizer, Data())
 
 
+def saying(content: str) -> str:
+    """ChatML that writes a text so."""
+    return CHATML.replace("{{ m['content'] }}", content)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{{ m.content.replace('\\t', ' ') }}", "comes out otherwise"),
+        ("{{ m.content.replace('\\r\\n', '\\n') }}", "comes out otherwise"),
+        ("{{ m.content.replace('\\n\\n\\n', '\\n\\n') }}", "comes out otherwise"),
+        ("{{ m.content[1:] if m.content.startswith(' ') else m.content }}", "'  Ab  '"),
+        ("{{ m.content.removesuffix('\\n') }}", "comes out otherwise"),
+        ("{{ m.content | replace('system', '') }}", "contains 'system'"),
+        ("{{ m.content }}{% if 'please' in m.content %}!{% endif %}", "contains 'please'"),
+        (
+            "{% if m.content.endswith('...') %}{% endif %}{{ m.content.rstrip('.') }}",
+            r"contains '\.'",
+        ),
+    ],
+)
+def test_a_template_that_changes_some_texts_is_refused(content: str, said: str) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = saying(content)
+    with pytest.raises(UserError, match=rf"data\.template: .*changes the text .*{said}"):
+        text.Template(tokenizer, Data())
+
+
+THINKING = (
+    "{% set ns = namespace(asked=messages | length) %}{% for m in messages[::-1] %}"
+    "{% if m.role == 'user' and not (m.content.startswith('<reply>') and "
+    "m.content.endswith('</reply>')) %}{% set ns.asked = messages | length - loop.index %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.asked %}<think>\n\n</think>\n\n"
+    "{{ m.content.split('</reason>')[-1].lstrip('\\n') }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "literals"),
+    [
+        (saying("{{ m.content.split('</reason>')[-1] }}"), ["a</reason>b", "</reason>"]),
+        (saying("{{ m.content.replace('<image>', '') | trim }}"), ["a <image>", "<image>b"]),
+        (saying("{{ m.content }}{% if '/no_think' in m.content %}!{% endif %}"), ["a /no_think"]),
+        (
+            saying(
+                "{% if '<tool>' in m.content %}{{ raise_exception('') }}{% endif %}{{m.content}}"
+            ),
+            ["a <tool>"],
+        ),
+        (THINKING, ["<reply>a</reply>", "a</reason>b"]),
+    ],
+)
+def test_texts_that_a_template_looks_for_are_refused_and_all_others_are_as_transformers_writes_them(
+    source: str, literals: list[str]
+) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = source
+    template = text.Template(tokenizer, Data())
+    for literal in literals:
+        for question, answer in ((literal, "one"), ("one", literal)):
+            with pytest.raises(BadExample, match="for which the chat template writes something"):
+                rendered(template, question, answer)
+        with pytest.raises(UserError, match=r"data\.prompts\.asr: contains .* something else"):
+            text.Template(tokenizer, Data(prompts={"asr": f"Write. {literal}"}))
+    for words in ("a reason", "<imag> /no", "  two\t\r\n", "system user </x>", "\n\none\n\n\n"):
+        prompt, learnt = rendered(template, words, words)
+        turns = [{"role": role, "content": words} for role in ("user", "assistant")]
+        assert prompt == theirs(tokenizer, turns[:1], add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert f"{tokenizer.decode(prompt + learnt)}\n" == whole
+
+
+@pytest.mark.parametrize("whole", ["", " | trim"])
+@pytest.mark.parametrize("part", ["", " | trim", ".lstrip('\\n')"])
+def test_white_space_is_taken_off_a_text_as_where_it_stands(part: str, whole: str) -> None:
+    """Off each part of a message, or off the message."""
+    tokenizer = byte_level()
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set shown %}{% for p in m.content %}"
+        "{% if p.type == 'audio' %}<|channel|>{% else %}{{ p.text"
+        f"{part} }}}}{{% endif %}}{{% endfor %}}{{% endset %}}{{{{ (shown | string){whole} }}}}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    made = chat.Chat(tokenizer, source, "<|channel|>")
+    assert made.parts
+    for kinds in (("text",), ("audio", "text"), ("text", "audio"), ("text", "audio", "text")):
+        for words in ("one", "  one ", "\n one\t\n", "\n\none\n"):
+            asked = [{"type": kind} | ({"text": words} if kind == "text" else {}) for kind in kinds]
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": asked}],
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            assert made.frame(kinds).prompt([words] * kinds.count("text")) == prompt
+
+
 def test_a_template_whose_tokens_are_unknown_is_refused() -> None:
     words = ["<unk>", "<end>", "user", "assistant", "one", "\n"]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
