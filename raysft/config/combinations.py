@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config.deepspeed import check as check_deepspeed
+from raysft.config.deepspeed import wrong_stage
 from raysft.config.schema import Config, Optim, Peft, Section
 
 # Which keys of `peft` a method reads; `path` and `method` go with every one.
@@ -122,7 +123,7 @@ def _strategy(config: Config) -> list[str]:
             f"{remedy} ({parallel.offload} goes with {', '.join(OFFLOADS[parallel.offload])})"
         )
     zero = strategy.startswith("zero")
-    if parallel.deepspeed is not None and not zero:
+    if parallel.deepspeed is not None and not zero and not wrong_stage(config):
         found.append(
             f"parallel.deepspeed: does nothing with parallel.strategy: {strategy}; "
             "use zero1, zero2 or zero3, or remove it"

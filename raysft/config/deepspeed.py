@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +98,7 @@ class Rule(NamedTuple):
 # DeepSpeed's schedulers and ours; what each warms up for where nothing is said.
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 WARMUP = 1000
+BETAS = [0.9, 0.999]  # of its Adam and AdamW, where the file names no others
 
 
 def rules(config: Config) -> list[Rule]:
@@ -220,18 +222,32 @@ def stage_of(config: Config) -> int:
 def check(config: Config) -> list[str]:
     """One line for each mistake in `parallel.deepspeed`."""
     path = config.parallel.deepspeed
-    if path is None or not config.parallel.strategy.startswith("zero"):
+    if path is None:
         return []
     try:
         tree = read(path)
     except UserError as error:
         return [str(error)]
-    unknown = _unknown(tree)
+    unknown = _unknown(tree) | _mistyped(tree)
+    zero = config.parallel.strategy.startswith("zero")
+    if not zero:  # perhaps as the file's stage cannot be read: nothing else of it is asked for
+        unknown = {key: unknown[key] for key in _STAGE if key in unknown}
     found = [f"{key}: {hint}" for key, hint in unknown.items()]
-    for key, value, rule in _against(config, tree):
+    for key, value, rule in _against(config, tree) if zero else ():
         if not rule.hint and not any(_below(key, name) for name in unknown):
             found.append(f"{key} is {json.dumps(value)}, but {rule.why}")
     return [f"parallel.deepspeed {path}: {line}" for line in found]
+
+
+def wrong_stage(config: Config) -> bool:
+    """Whether it is for a mistake in the file that it gives parallel.strategy no stage."""
+    if config.parallel.deepspeed is None:
+        return False
+    try:
+        tree = read(config.parallel.deepspeed)
+    except UserError:
+        return False
+    return any(key in _STAGE for key in _unknown(tree) | _mistyped(tree))
 
 
 def unused(config: Config) -> list[str]:
@@ -239,21 +255,30 @@ def unused(config: Config) -> list[str]:
     path = config.parallel.deepspeed
     if path is None:
         return []
-    return [
+    tree = read(path)
+    found = [
         f"parallel.deepspeed {path}: {key} {json.dumps(value)} is not used: "
         f"{rule.why.removesuffix('; remove it')}"
-        for key, value, rule in _against(config, read(path))
+        for key, value, rule in _against(config, tree)
         if rule.hint
     ]
+    theirs, kind = dict(leaves(tree)), "scheduler.params.warmup_type"
+    if theirs.get("scheduler.type") in SCHEDULES and kind not in theirs and config.optim.warmup:
+        found.append(
+            f'parallel.deepspeed {path}: {kind} is not given, which is "log" to DeepSpeed: here '
+            'rates rise linearly; say "linear" if that is meant'
+        )
+    return found
 
 
 def _against(config: Config, tree: dict[str, Any]) -> Iterator[tuple[str, Any, Rule]]:
     """What the file says that is not what happens: key, value, and the rule."""
     ours, precision = rules(config), config.train.precision
     scheduler = tree.get("scheduler")
-    if isinstance(scheduler, dict) and scheduler.get("type") in SCHEDULES:
+    if isinstance(scheduler, dict) and scheduler.get("type") in list(SCHEDULES):
         # What is not said is said too.
-        given = {"warmup_num_steps": WARMUP, **(scheduler.get("params") or {})}
+        params = scheduler.get("params")
+        given = {"warmup_num_steps": WARMUP, **(params if isinstance(params, dict) else {})}
         tree = {**tree, "scheduler": {**scheduler, "params": given}}
     for key, value in leaves(tree):
         section, _, name = key.partition(".")
@@ -269,16 +294,18 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
     """A config's plain tree with the file's values where it has none of its own: the strategy,
     offloading, precision, clipping, AdamW's numbers, the schedule.
 
-    A file that cannot be read changes nothing: `check` says so.
+    A file that cannot be read changes nothing, nor does a value of the wrong kind: `check` says so.
     """
     parallel = tree.get("parallel")
     path = parallel.get("deepspeed") if isinstance(parallel, dict) else None
     if not isinstance(path, str):
         return tree
     try:
-        theirs = dict(leaves(read(paths.absolute(path))))
+        file = read(paths.absolute(path))
     except UserError:
         return tree
+    wrong = _mistyped(file)
+    theirs = {key: value for key, value in leaves(file) if key not in wrong}
     result = dict(tree)
     for key, value in _meant(theirs).items():
         section, _, name = key.partition(".")
@@ -312,6 +339,9 @@ def _meant(theirs: dict[str, Any]) -> dict[str, Any]:
         **{f"optimizer.params.{n}": f"optim.{n}" for n in ("lr", "betas", "eps", "weight_decay")},
     }
     found |= {ours: theirs[key] for key, ours in plain.items() if key in theirs}
+    kind = theirs.get("optimizer.type")
+    if isinstance(kind, str) and kind.lower() in ("adam", "adamw"):
+        found.setdefault("optim.betas", list(BETAS))
     if theirs.get("scheduler.type") in SCHEDULES:
         found["optim.schedule"] = SCHEDULES[theirs["scheduler.type"]]
         found.setdefault("optim.warmup", WARMUP)
@@ -386,6 +416,75 @@ def _unknown(tree: dict[str, Any]) -> dict[str, str]:
             hint = f"; did you mean {near[0]}?" if near else ""
             found[f"{section}.{key}" if section else key] = f"unknown key{hint}"
     return dict(sorted(found.items()))
+
+
+_STAGE = ("zero_optimization", "zero_optimization.stage")
+_Kind = tuple[str, Callable[[Any], bool]]
+_ABOVE: _Kind = ("a number greater than 0", lambda v: _number(v) and v > 0)
+_FROM: _Kind = ("a number of at least 0", lambda v: _number(v) and v >= 0)
+_COUNT: _Kind = ("a whole number greater than 0", lambda v: _number(v) and v > 0 and v == int(v))
+_SWITCH: _Kind = ("true or false", lambda v: isinstance(v, bool))
+_TEXT: _Kind = ("text", lambda v: isinstance(v, str))
+_SECTION: _Kind = ("{...}", lambda v: isinstance(v, dict) or v in (None, False))
+# What is wanted of the values that become the config's, and a test for it.
+_KINDS: dict[str, _Kind] = {
+    "zero_optimization.stage": ("1, 2 or 3", lambda v: type(v) is int and v in (1, 2, 3)),
+    "zero_optimization.cpu_offload": _SWITCH,
+    "zero_optimization.cpu_offload_param": _SWITCH,
+    "fp16.enabled": _SWITCH,
+    "bf16.enabled": _SWITCH,
+    "gradient_clipping": _FROM,
+    "optimizer": _SECTION,
+    "optimizer.type": _TEXT,
+    "optimizer.params": _SECTION,
+    "optimizer.params.lr": _ABOVE,
+    "optimizer.params.betas": (
+        "a list of 2 numbers",
+        lambda v: isinstance(v, list) and len(v) == 2 and all(map(_number, v)),
+    ),
+    "optimizer.params.eps": _ABOVE,
+    "optimizer.params.weight_decay": _FROM,
+    "scheduler": _SECTION,
+    "scheduler.type": _TEXT,
+    "scheduler.params": _SECTION,
+    "scheduler.params.warmup_max_lr": _ABOVE,
+    "scheduler.params.warmup_num_steps": _FROM,
+    "scheduler.params.total_num_steps": _COUNT,
+}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mistyped(tree: dict[str, Any]) -> dict[str, str]:
+    """Keys whose value is not of the kind DeepSpeed has there, and what is wrong with each."""
+    found = {}
+    for key, (wanted, fits) in _KINDS.items():
+        *above, name = key.split(".")
+        node: Any = tree
+        for part in above:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or name not in node:
+            continue
+        value = node[name]
+        if value == AUTO or fits(value):
+            continue
+        hint = ""
+        if key == "zero_optimization.stage" and value == 0 and _number(value):
+            hint = "; without ZeRO, remove parallel.deepspeed"
+        elif isinstance(value, str) and (value in ("true", "false") or _plain(value)):
+            hint = "; write it without quotes"
+        found[key] = f"expected {wanted}, found {json.dumps(value)}{hint}"
+    return found
+
+
+def _plain(text: str) -> bool:
+    """Whether a text is a number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _switched_off(tree: dict[str, Any], key: str, rule: Rule) -> bool:

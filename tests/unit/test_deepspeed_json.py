@@ -223,7 +223,12 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "elasticity": {"enabled": False},
             "amp": {"enabled": "auto", "opt_level": "auto"},
         },
-        {"parallel.strategy": "zero2", "parallel.offload": "optimizer", "optim.clip": 0.5},
+        {
+            "parallel.strategy": "zero2",
+            "parallel.offload": "optimizer",
+            "optim.clip": 0.5,
+            "optim.betas": [0.9, 0.999],  # what it leaves unsaid is DeepSpeed's
+        },
     ),
     "half a file": (
         {
@@ -324,6 +329,89 @@ def test_a_schedule_of_the_file_is_ours_or_refused(tmp_path: Path) -> None:
     tree["scheduler"] = {"type": "WarmupLR", "params": {**WARM, "warmup_type": "log"}}
     with pytest.raises(UserError, match=r'warmup_type is "log", but rates rise linearly from zero'):
         loaded(tmp_path, tree)
+
+
+def test_betas_and_the_rise_that_a_file_leaves_unsaid_are_deepspeeds_or_remarked(
+    tmp_path: Path,
+) -> None:
+    tree: dict[str, Any] = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW"}}
+    assert loaded(tmp_path, tree).optim.betas == [0.9, 0.999]
+    assert loaded(tmp_path, tree, ("optim.betas=[0.8,0.9]",)).optim.betas == [0.8, 0.9]
+    tree["optimizer"]["params"] = {"betas": "auto"}
+    assert loaded(tmp_path, tree).optim.betas == Config().optim.betas
+    del tree["optimizer"]
+    assert loaded(tmp_path, tree).optim.betas == Config().optim.betas
+    tree["scheduler"] = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5}}
+    (line,) = unused(loaded(tmp_path, tree))
+    assert line.startswith(f"parallel.deepspeed {tmp_path / 'ds.json'}: scheduler.params.warmup_ty")
+    assert 'is not given, which is "log" to DeepSpeed: here rates rise linearly' in line
+    tree["scheduler"]["params"]["warmup_num_steps"] = 0
+    assert unused(loaded(tmp_path, tree)) == []
+    tree["scheduler"]["params"] = {"warmup_num_steps": 5, "warmup_type": "linear"}
+    assert unused(loaded(tmp_path, tree)) == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "line"),
+    [
+        (
+            {"zero_optimization": {"stage": "3"}},
+            'zero_optimization.stage: expected 1, 2 or 3, found "3"; write it without quotes',
+        ),
+        ({"zero_optimization": True}, "zero_optimization: expected {...}, found true"),
+        (
+            {"zero_optimization": {"stage": True}},
+            "zero_optimization.stage: expected 1, 2 or 3, found true",
+        ),
+        (
+            {"zero_optimization": {"stage": 3.0}},
+            "zero_optimization.stage: expected 1, 2 or 3, found 3.0",
+        ),
+        (
+            {"zero_optimization": {"stage": 0}},
+            "zero_optimization.stage: expected 1, 2 or 3, found 0; without ZeRO, remove "
+            "parallel.deepspeed",
+        ),
+        (
+            {"gradient_clipping": "1.0"},
+            'gradient_clipping: expected a number of at least 0, found "1.0"; write it without '
+            "quotes",
+        ),
+        ({"gradient_clipping": -1}, "gradient_clipping: expected a number of at least 0, found -1"),
+        (
+            {"bf16": {"enabled": "true"}},
+            'bf16.enabled: expected true or false, found "true"; write it without quotes',
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"betas": 0.9}}},
+            "optimizer.params.betas: expected a list of 2 numbers, found 0.9",
+        ),
+        (
+            {"scheduler": {"type": ["WarmupLR"]}},
+            'scheduler.type: expected text, found ["WarmupLR"]',
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": [1]}},
+            "scheduler.params: expected {...}, found [1]",
+        ),
+        ({"optimizer": "AdamW"}, 'optimizer: expected {...}, found "AdamW"'),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "10"}}},
+            "scheduler.params.warmup_num_steps: expected a number of at least 0, found "
+            '"10"; write it without quotes',
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_mistake_named_by_the_files_key(
+    tree: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    """Where the config says nothing of it: nothing that follows from it is a second mistake."""
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path, {"zero_optimization": {"stage": 2}, **tree})
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'c.yaml'}: parallel.deepspeed {tmp_path / 'ds.json'}: {line}"
+    )
 
 
 def test_known_keys_are_those_of_deepspeed() -> None:
