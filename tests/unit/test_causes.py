@@ -44,7 +44,9 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(
     tmp_path: Path, code: str, form: str
 ) -> None:
     text = said(tmp_path, "t.jsonl", lines(ASR, ASR).decode().encode(code), form)
-    if code != "utf-32-be":  # without a mark it is only seen to be no text
+    if code == "utf-32-be":  # without a mark
+        assert "is UTF-32BE text, expected UTF-8: iconv -f UTF-32BE" in text
+    else:
         assert f"is {code[:6].upper()} text, expected UTF-8: iconv -f {code[:6].upper()}" in text
     assert "expected" in text
 
@@ -69,6 +71,18 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(
         ("a.json", b'[{"instruction": "a", "output": "b",}]', "item 1: .*a comma stands before"),
         ("a.jsonl", b" \n\n ", "nothing but white space"),
         ("a.txt", b"x" * 70_000, "first line is longer than 64 KiB"),
+        ("a.jsonl", lines(ASR).decode().encode("utf-32-le"), "UTF-32LE text, .*-f UTF-32LE"),
+        ("a.json", json.dumps([ASR, ASR]).encode(), r"those of ming_jsonl, .*jq -c '\.\[\]'"),
+        ("a.json", json.dumps([ASR] * 2000, indent=2).encode(), r"jq -c '\.\[\]'"),
+        ("a.jsonl", json.dumps(ASR, indent=1).encode() * 2, r"those of ming_jsonl, .*jq -c '\.'"),
+        ("a.jsonl", lines(ASR, ASR).replace(b"\n", b"\r"), r"end with \\r alone, .*tr '\\r' '\\n'"),
+        ("a.jsonl", lines(ASR).replace(b"hello", b"h\xe9"), "not in UTF-8 .*iconv -f CODE"),
+        ("a.csv", b"path,text\na.wav,h\xe9\n", "not in UTF-8"),
+        ("a.json", json.dumps([{"foo": "y" * 70_000}]).encode(), r"no whole record.*seen: foo\)"),
+        ("a.json", json.dumps({"x": [{"a": "y" * 99}] * 2000}).encode(), "no whole record"),
+        ("a.json", json.dumps([["é", "b"]] * 9000, ensure_ascii=False).encode(), "no whole record"),
+        ("a.json", b'[\n {"a": 1,\n "b" 2}\n]', "begins like JSON, but Expecting ':' delimiter"),
+        ("a.json", b'[{"a" 1}, ' + b'"x", ' * 20_000, "begins like JSON, but Expecting ':'"),
         ("a.yaml", b"data:\n  train: [x]\n", "it is YAML, not data"),
     ],
 )
@@ -77,6 +91,22 @@ def test_what_a_file_is_instead_is_named(
 ) -> None:
     with pytest.raises(UserError, match=says):
         raise UserError(said(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    "content", [json.dumps(MOST, indent=1).encode() * 2, lines(MOST, MOST).replace(b"\n", b"\r")]
+)
+def test_objects_in_a_row_are_told_to_go_one_a_line(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"item 0 .*one list, one object, or an object a line, wit"):
+        list(sources.scan(sources.resolve(Source(path=str(file)), "train"), file))
+
+
+def test_numbers_are_no_text_in_another_encoding(tmp_path: Path) -> None:
+    for kind in ("<i4", ">i4", "<f4", "<i2"):
+        content = np.arange(5000).astype(kind).tobytes()
+        assert "is a binary file" in said(tmp_path, "a.bin", content)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "aiff"])

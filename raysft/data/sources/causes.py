@@ -5,9 +5,11 @@ Looks at a file's head only. `binary` is asked of every data file; `foreign` whe
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,11 @@ def binary(head: bytes) -> str:
     if head[:2] in (b"\xff\xfb", b"\xff\xf3", b"\xff\xf2"):
         return _said("audio")
     if b"\0" in head[:4096]:
+        start = head[: min(len(head), 4096) // 4 * 4]
+        for code in ("UTF-32LE", "UTF-32BE"):  # without a mark
+            text = start.decode(code, "replace")
+            if all(c in "\r\n\t" or (c.isprintable() and c != "\ufffd") for c in text):
+                return _said(f"{code} text")
         even, odd = head[:4096:2].count(0), head[1:4096:2].count(0)
         half = min(len(head), 4096) / 2
         if max(even, odd) > 0.4 * half > 3 * min(even, odd):  # ASCII in two bytes, without a mark
@@ -129,13 +136,28 @@ def foreign(path: Path, head: bytes) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return "it holds nothing but white space"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # it may be cut inside a character
+    except UnicodeDecodeError as error:
+        return (
+            f"its text is not in UTF-8 (byte {error.start}): iconv -f CODE -t UTF-8 FILE > NEW "
+            "converts it, where CODE is its encoding (LATIN1, GB18030, ...)"
+        )
+    if b"\n" not in head and len(head.strip().split(b"\r")) > 1:
+        return "its lines end with \\r alone, expected \\n: tr '\\r' '\\n' < FILE > NEW converts it"
     if len(head) >= HEAD and len(lines) == 1 and not text.lstrip().startswith(("{", "[")):
         return f"its first line is longer than {HEAD >> 10} KiB and is no JSON"
     record = _first_record(text, lines)
+    if record is not None and ("wav_path" in record or "task_type" in record):
+        way = ".[]" if text.lstrip().startswith("[") else "."
+        return (
+            "its records are those of ming_jsonl, but that has each on a line of its own: "
+            f"jq -c '{way}' FILE > NEW writes them so"
+        )
     if record is not None:
         return _of_fields(record)
     if text.lstrip().startswith(("{", "[")):
-        return _broken(lines)
+        return _broken(text, len(head) >= HEAD)
     return _of_table(path, lines)
 
 
@@ -170,16 +192,25 @@ def _of_fields(record: dict[str, Any]) -> str:
     return f"its records have the fields {names}"
 
 
+_KEYS = re.compile(r'"([^"\\\x00-\x1f]{1,40})"\s*:')
 _HANDLED = frozenset(["messages", "conversations", "conversation", "recording", "supervisions"])
 
 
-def _broken(lines: list[str]) -> str:
+def _broken(text: str, cut: bool) -> str:
+    """What is wrong with a text that begins like JSON. cut: more follows it in the file."""
     try:
-        json.loads(lines[0])
+        json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
     except RecursionError:
         return "its JSON is nested too deeply"
     except json.JSONDecodeError as error:
-        return f"it begins like JSON, but {explain(error, lines[0])}"
+        # A literal or an escape that was cut is found wrong at its beginning.
+        if cut and (error.msg.startswith("Unterminated") or error.pos > len(text) - 12):
+            names = list(dict.fromkeys(_KEYS.findall(text)))[:8]
+            return (
+                f"it begins like JSON, and its first {HEAD >> 10} KiB hold no whole record that "
+                f"is known (fields seen: {', '.join(names) or 'none'})"
+            )
+        return f"it begins like JSON, but {explain(error, text)}"
     except ValueError as error:
         return f"it begins like JSON, but {error}"
     return "its JSON holds no records"

@@ -172,7 +172,8 @@ def _document(scanner: _Scanner) -> Iterator[Item]:
         return
     if scanner.peek():
         raise scanner.broken(
-            "follows the end of the list or object (a file holds one list or one object)"
+            "follows the end of the list or object (a file holds one list, one object, or an "
+            "object a line, with \\n at its end)"
         )
 
 
