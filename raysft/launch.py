@@ -347,7 +347,8 @@ class Failures(ray.train.UserCallback):
         self.__dict__.update(state)  # the controller's process unpacks it
         # On a busy machine it warns of an answer that is late, with a traceback, and asks again.
         scaling = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
-        logging.getLogger(scaling).setLevel(logging.ERROR)
+        # A filter: Ray sets the levels of its loggers anew after this.
+        logging.getLogger(scaling).addFilter(lambda record: record.levelno >= logging.ERROR)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train."""

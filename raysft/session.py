@@ -225,15 +225,24 @@ def _embedded(received: list[int]) -> Iterator[Session]:
     before = os.environ.copy()
     os.environ.update(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=own, TMPDIR=str(folder))
     try:
+        _exit_on_sigterm(received)  # Ray puts a handler of its own in its place, and we again
         # address="local" starts a new Ray where None would look for one, also in the file a
         # cluster leaves behind that was killed. The dashboard stays on: Train asks its state API.
-        ray.init(
-            address="local",
-            num_cpus=_affinity(),
-            _temp_dir=str(folder),
-            logging_level=logging.WARNING,
-            include_dashboard=True,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=_affinity(),
+                _temp_dir=str(folder),
+                logging_level=logging.WARNING,
+                include_dashboard=True,
+            )
+        except Exception as error:  # it raises nothing more special
+            keep = True
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"Ray could not be started on this machine ({reason}): where it has much else to "
+                "do, give the command again when it has less"
+            ) from error
         _restore(before, "TMPDIR")
         _exit_on_sigterm(received)
         yield Session(embedded=True, address=own)
