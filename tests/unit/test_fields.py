@@ -73,6 +73,7 @@ PARTS = [
     {"extra": {"cut": {"begin": "1.5"}}},
     {"supervisions": [{"start": 1, "duration": 2}]},
     {"supervisions": [{"start": 0, "duration": 2}]},
+    {"extra": {"段": {"start": 1}, "注": {"x": 1}}},
     {"interval": [1, 2]},
     {"time": [1, 2]},
     {"audio_spans": [[0, 1.5]]},

@@ -218,14 +218,14 @@ def _has_part(name: str, value: Any) -> bool:
         if _has(words, _EXTENTS, _BESIDE) and len(value) == 2 and all(map(_is_figure, value)):
             return True
         return any(_has_part(name, item) for item in value)
-    kinds = {_kind(key): item for key, item in value.items() if item is not None}
-    edges = {plain: item for (plain, kind), item in kinds.items() if kind == "part"}
-    if any(_is_part(plain, item) for plain, item in edges.items() if _is_figure(item)):
+    inside = [(*_kind(key), item) for key, item in value.items() if item is not None]
+    edges = [(plain, item) for plain, kind, item in inside if kind == "part"]
+    if any(_is_part(plain, item) for plain, item in edges if _is_figure(item)):
         return True
-    lengths = [item for (plain, _), item in kinds.items() if _has({plain}, _LENGTHS, _BESIDE)]
+    lengths = [item for plain, _, item in inside if _has({plain}, _LENGTHS, _BESIDE)]
     if edges and any(map(_is_figure, lengths)):
         return True  # from 0 on, so long
-    return any(_has_part(plain, item) for (plain, _), item in kinds.items())
+    return any(_has_part(plain, item) for plain, _, item in inside)
 
 
 def _is_figure(value: Any) -> bool:
