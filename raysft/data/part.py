@@ -45,7 +45,7 @@ VERSION = 1
 """Of an index: raise it when its columns or what they mean change. Runs that go on read the index
 they were planned with, and cannot read one of another version."""
 
-MEASURED = 3
+MEASURED = 4
 """Of what is cached below an index's folder: raise it when lengths may come out otherwise than
 before, or other items count as examples. Everything is then measured anew; where it comes out as
 before, a run goes on."""
