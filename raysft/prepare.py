@@ -227,24 +227,25 @@ def read_train(config: Config, folder: Path, say: Say = _silent) -> tuple[Encode
     encoder = make_encoder(config.model, config.data, folder)
     _keep_template(encoder, folder)
     say("proving that batches are exact for this model")
-    encoder.limit(_prove(config))
+    _prove(config, encoder)
     return encoder, _index(config, "train", encoder, say)
 
 
-def _prove(config: Config) -> int | None:
-    """How many positions an example may take, None where they do not end. Raises UserError where
-    batches of the model are not exact, before anything starts: workers would say the same."""
+def _prove(config: Config, encoder: Encoder) -> None:
+    """Prove what is exact for the model, and tell the encoder: how many positions an example may
+    take, and what workers need not prove again. Raises UserError where batches are not exact."""
     from raysft.models import balance, proof  # torch: only where it is needed
     from raysft.models.loading import skeleton
 
     net = skeleton(config.model, model_family(config.model) == "audio_lm")
     proof.refuse_early(net, config.data.mode)
     balance.coefficient(net)
-    verdict = proof.prove(net)
-    proof.check(verdict, config.data.mode)
-    if verdict.learned is None or config.peft.method not in ("prefix", "prompt"):
-        return verdict.learned
-    return verdict.learned - config.peft.virtual_tokens
+    encoder.verdict = proof.prove(net)
+    proof.check(encoder.verdict, config.data.mode)
+    learned = encoder.verdict.learned
+    if learned is not None and config.peft.method in ("prefix", "prompt"):
+        learned -= config.peft.virtual_tokens
+    encoder.limit(learned)
 
 
 def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, say: Say) -> Index:

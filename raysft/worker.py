@@ -115,7 +115,9 @@ def build_job(
     adapter, adapters = build_model(config, data.encoder, total_steps)
     adapter.tasks[:] = history.tasks(folder)
     sizes = _sizes(adapter)
-    cost = cost_of(adapter.model, adapter.unreached) if formula_holds(adapter.net) else None
+    cost = None
+    if world.is_main and formula_holds(adapter.net):  # it writes the metrics
+        cost = cost_of(adapter.model, adapter.unreached)
     strategy = wrap(config, adapter, world)
     settings, half = config.data, config.train.precision != "fp32"
     assert data.read_train is not None  # what trains reads

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 _forks = multiprocessing.get_context("forkserver")
-_LOADED = ["raysft.worker", "torch._dynamo", "transformers.models.qwen3.modeling_qwen3"]
+_LOADED = [
+    "raysft.worker",
+    "torch._dynamo",
+    "transformers.models.qwen3.modeling_qwen3",
+    "tests.proven",
+]
 
 
 def fork(target: Callable[..., None], *args: Any) -> BaseProcess:

@@ -36,7 +36,7 @@ def build(
     adapter.answer_of = encoder.template.answer_of
     loading.refuse_layer_drop(model, adapter.model.config)
     proof.refuse_early(adapter.net, data.mode)
-    verdict = proof.prove(adapter.net)
+    verdict = encoder.verdict or proof.prove(adapter.net)
     proof.check(verdict, data.mode)
     rope.attach(adapter.net)
     balance.attach(adapter.net)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from raysft.data.encode.verdict import Verdict
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.models import balance, generation, reach, targets
@@ -40,7 +41,6 @@ from raysft.models.loss import (
     in_one_call,
     weighted_sum,
 )
-from raysft.models.proof import Verdict
 
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."

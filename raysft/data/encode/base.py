@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raysft.data.audio import SHORTEST_S, Limits
+from raysft.data.encode.verdict import Verdict
 from raysft.data.example import Audio, Example, Sequence, Units
 from raysft.data.text import Segment, Template
 from raysft.errors import BadExample
@@ -51,6 +52,7 @@ class Encoder(ABC):
     template: Template
     limits: Limits = Limits()
     positions: int | None = None
+    verdict: Verdict | None = None
     new_ids: tuple[int, ...] = ()
     units: str = ""
 
