@@ -28,6 +28,7 @@ _WORDS = {
     "too short": r"too short|\d+ samples at \d+ Hz: shorter|its clip of .* s is (?:too )?short",
     "too long": r"too long|its clip is .* s, the model reads at most",
     "over budget": r"takes \d+ positions, more than data\.tokens_per_batch",
+    "beyond learned positions": r"takes \d+ positions, and the model has learned",
     "longer than indexed": r"takes \d+ positions, (?:but )?\d+|longer than indexed",
     "shorter than indexed": r"shorter than indexed",
     "malformed record": r"not (?:valid|readable|a JSON)|fields? '|task_type is|holds half a surr",

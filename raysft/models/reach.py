@@ -29,7 +29,7 @@ def freeze(model: nn.Module, inputs: Batch) -> list[str]:
 
 def unreached(model: nn.Module, inputs: Batch) -> list[str]:
     """Names of parameters of `model` that train, and on which `model(**inputs)` does not depend."""
-    with torch.enable_grad(), torch.random.fork_rng():
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         logits = model(**inputs, use_cache=False).logits
     reached = _leaves(logits)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
