@@ -59,7 +59,10 @@ EXPERTS = {
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "zero_expert_num"), 1),
     **dict.fromkeys(("n_groups", "mamba_n_groups", "mamba_ngroups"), 1),
 }
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+HEADS = (
+    *("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    *("decoder_attention_heads", "encoder_attention_heads"),
+)
 KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -260,7 +263,7 @@ def _narrow(part: PreTrainedConfig) -> None:
         if own[hidden] % own[heads]:
             each = own.get("head_dim") or 32
         width = count * each
-        for key in (*HEADS, *KEYS, "encoder_attention_heads", "decoder_attention_heads"):
+        for key in (*HEADS, *KEYS):
             if isinstance(own.get(key), int):
                 _set(part, key, groups if key in KEYS else count)
     for key in (*HIDDEN, "attention_hidden_size", "lru_width"):

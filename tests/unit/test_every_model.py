@@ -69,6 +69,8 @@ def verdict_of(kind: str, settings: dict[str, Any]) -> Verdict | str:
         config = CONFIG_MAPPING[kind](**settings)
         found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         made = found[0] if isinstance(found, tuple) else found
+        if made.config_class is not type(config):  # what can see, but is trained on text
+            config = config.get_text_config()
         with torch.device("meta"):
             net = made._from_config(copies.small_config(config))
     except (*FAILURES, StrictDataclassError) as error:

@@ -38,6 +38,7 @@ WITHOUT_A_PATH = {
         "its clip of 0.030 s is shorter than one speech unit",
     ],
     "too long": ["its clip is 31.00 s, the model reads at most 30.00 s"],
+    "beyond learned positions": ["takes 90 positions, and the model has learned 64: shorten it"],
     "over budget": ["takes 9000 positions, more than data.tokens_per_batch=4096"],
     "longer than indexed": [
         "takes 90 positions, but 70 by the lengths its clips' headers give",
