@@ -202,7 +202,7 @@ def read_eval(config: Config, run: Path, folder: Path, say: Say = _silent) -> tu
     require_template(run)
     encoder = make_encoder(config.model, config.data, run)
     encoder.limits = Limits.of(config.data, folder)
-    encoder.limit(_prove(config))
+    _prove(config, encoder)
     return encoder, _index(config, "eval", encoder, say)
 
 
