@@ -64,11 +64,18 @@ class States:
 
 
 def changed(packed: bytes, limits: Limits) -> list[int]:
-    """Lines of the examples whose clips are not as they were, or are gone."""
+    """Lines of the examples whose clips are not as they were, or are gone. Of one whose storage does
+    not answer nothing is known: it counts as it was, and reading it says what it says."""
     states = States.unpack(packed)
     now = at_once(state_of, sorted(set(states.path)), limits)
     before = zip(states.line, states.path, zip(states.size, states.mtime_ns))
-    return sorted({line for line, path, state in before if now[path] != state})
+    return sorted(
+        {
+            line
+            for line, path, state in before
+            if now[path] != state and not isinstance(now[path], BadExample)
+        }
+    )
 
 
 def state_of(path: str) -> tuple[int, int] | None:
