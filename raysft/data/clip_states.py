@@ -64,8 +64,8 @@ class States:
 
 
 def changed(packed: bytes, limits: Limits) -> list[int]:
-    """Lines of the examples whose clips are not as they were, or are gone. Of one whose storage does
-    not answer nothing is known: it counts as it was, and reading it says what it says."""
+    """Lines of the examples whose clips are not as they were, or are gone. A clip whose storage
+    does not answer counts as it was: nothing is known of it, and reading it will tell."""
     states = States.unpack(packed)
     now = at_once(state_of, sorted(set(states.path)), limits)
     before = zip(states.line, states.path, zip(states.size, states.mtime_ns))
