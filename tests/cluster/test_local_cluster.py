@@ -16,7 +16,7 @@ import pytest
 from raysft.train.metrics import read_lines
 from tests.cluster.conftest import PYTHON, ROOT, alive, wait_until, without_ray_settings
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(580)
 SCRIPT = str(ROOT / "cluster" / "local.sh")
 RAY = str(Path(PYTHON).with_name("ray"))
 
@@ -47,7 +47,7 @@ class Cluster:
         }
         self.folder = temp / f"raysft-{os.getuid()}"
 
-    def run(self, *command: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 360) -> subprocess.CompletedProcess[str]:
         """Run `command` with the exports of `start`."""
         return subprocess.run(
             command, env=self.environ, cwd=ROOT, capture_output=True, text=True, timeout=timeout
