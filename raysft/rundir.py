@@ -22,9 +22,10 @@ from typing import Any
 
 import yaml
 
-from raysft import paths
+from raysft import paths, remarks
 from raysft.config import Config, changed_keys, places, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
+from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
 from raysft.run import identity
 from raysft.train.catalogue import Catalogue, Saved
@@ -102,7 +103,7 @@ def open_run(config: Config) -> Path:
             config.model.path,
         )
     if not is_trained(config):  # nothing stands upon its prompts: they are those of this start
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / TEMPLATE).unlink(missing_ok=True)
     write_config(config, folder)
     return folder
 
@@ -218,7 +219,8 @@ _ITS_OWN = (
     "quarantine.jsonl",
     "events.jsonl",
     "plan.json",
-    "chat_template.jinja",
+    remarks.LOG,
+    TEMPLATE,
     "weights.json",
     "report.png",
     "report.html",

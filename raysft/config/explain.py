@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -70,11 +71,9 @@ def _remedy(key: str, annotation: Any, found: Any) -> str:
         return f'; a text that reads as another value needs quotes: "{shown(found)}"'
     numbers = {int, float, bool} & set(options(annotation))
     if numbers and isinstance(found, str):
-        try:
+        with contextlib.suppress(ValueError):
             if math.isfinite(float(found)):
                 return "; write the number without quotes"
-        except ValueError:
-            pass
     return ""
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -68,7 +69,9 @@ def prove(net: PreTrainedModel) -> Verdict:
 
 def refuse_early(net: PreTrainedModel, mode: Literal["packed", "padded"]) -> None:
     """Raises UserError where the config of `net` alone tells that it cannot be trained exactly."""
-    if rates := getattr(net.config.get_text_config(), "compress_rates", None):
+    for rates in (getattr(part, "compress_rates", None) for part in copies.parts(net.config)):
+        if not rates:
+            continue
         most = max(rates.values() if isinstance(rates, dict) else rates)
         raise UserError(
             f"model: type {text_type(net)} has parts that work on {most} tokens at a time: shorter "
@@ -107,19 +110,14 @@ def _better(one: Verdict, other: Verdict) -> Verdict:
     """Of two tries with other weights: a reason counts if both have it."""
     order = ("any", "length", "one")
     until = (one.answers_until or 0, other.answers_until or 0)
-    return Verdict(
-        one.model_type,
-        one.causal and other.causal,
-        one.padded and other.padded,
-        one.packed and other.packed,
-        one.windows or other.windows,
-        min(one.answers, other.answers, key=order.index),
-        max(until) or None,
-        one.positions,
-        one.learned,
-        one.decoder,
-        one.lengths,
-        one.copied,
+    return replace(
+        one,
+        causal=one.causal and other.causal,
+        padded=one.padded and other.padded,
+        packed=one.packed and other.packed,
+        windows=one.windows or other.windows,
+        answers=min(one.answers, other.answers, key=order.index),
+        answers_until=max(until) or None,
     )
 
 
@@ -152,16 +150,14 @@ def _prove(net: PreTrainedModel, seed: int) -> Verdict:
     least = min((length for length, _ in lengths.values()), default=None)
     return Verdict(
         kind,
-        None,
-        padded,
-        packed,
-        windows,
-        answers,
-        least if short else None,
-        positions,
-        lab.learned(net.config),
-        False,
-        lengths,
+        padded=padded,
+        packed=packed,
+        windows=windows,
+        answers=answers,
+        answers_until=least if short else None,
+        positions=positions,
+        learned=lab.learned(net.config),
+        lengths=lengths,
     )
 
 
