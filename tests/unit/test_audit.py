@@ -26,7 +26,7 @@ from raysft.data.plan import Cursor, Plan, PlannedStep
 from raysft.data.verify import Report, check
 from raysft.errors import UserError
 from raysft.train.metrics import Ledger, cut_back_run, read_lines
-from tests.unit.test_index import build, most
+from tests.unit.indexes import build, most
 
 LANES = 3
 QUARANTINED = ("m7", "m20")

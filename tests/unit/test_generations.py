@@ -18,7 +18,7 @@ from raysft.data.generations import Generations, open_index
 from raysft.data.index import Index
 from raysft.data.plan import Cursor
 from raysft.errors import UserError
-from tests.unit.test_index import Encoder, asr, build, clip, jsonl, most
+from tests.unit.indexes import Encoder, asr, build, clip, jsonl, most
 
 
 class Run:

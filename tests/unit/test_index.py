@@ -15,121 +15,34 @@ import pytest
 import soundfile
 
 from raysft.config.schema import Source
-from raysft.data import audio, hope, part, sources, table
+from raysft.data import audio, part, sources, table
 from raysft.data.example import Quarantined
-from raysft.data.index import Index, build_index
+from raysft.data.index import Index
 from raysft.data.sources import json_items, json_lines
-from raysft.errors import BadExample, UserError
-
-RATE = 16000
-
-
-class Encoder:
-    """Positions: a frame of 160 samples each, and a character each."""
-
-    sample_rate = RATE
-    limits = audio.Limits()
-
-    def __init__(self, fingerprint="f"):
-        self.fingerprint = fingerprint
-
-    def measure(self, example, samples):
-        if example.text == "too long":
-            raise BadExample("longer than the model reads")
-        if example.text == "impossible":
-            raise UserError("set model.family")
-        units = [len(p.ids) for p in example.input if hasattr(p, "ids")]
-        return sum(n // 160 for n in samples) + sum(units) + len(example.text or "")
-
-
-def clip(path, seconds=0.5, rate=RATE, channels=1, **kwargs):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(0).normal(0, 0.1, (round(seconds * rate), channels))
-    soundfile.write(path, noise, rate, **kwargs)
-    aged(path)
-    return path
-
-
-def aged(*paths, seconds=100):
-    """As they are, but not written just now."""
-    then = time.time() - seconds
-    for path in paths:
-        os.utime(path, (then, then))
-
-
-def jsonl(path, records):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(
-        (record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records
-    )
-    path.write_text(text)
-    return path
-
-
-def asr(wav="a.wav", text="hello", **more):
-    return {"task_type": "asr", "wav_path": wav, "text": text, **more}
-
-
-def most(path, count, start=0):
-    items = [
-        {"id": f"m{i}", "input": "[Hu1]" * (1 + i % 7), "output": f"text {i}"}
-        for i in range(start, start + count)
-    ]
-    path.write_text(json.dumps(items))
-    return path
-
-
-def build(folder, *paths, encoder=None, split="train", **kwargs):
-    entries = [path if isinstance(path, Source) else Source(path=str(path)) for path in paths]
-    return build_index(entries, split, encoder or Encoder(), folder, **kwargs)
+from raysft.errors import UserError
+from tests.unit.indexes import (
+    RATE,
+    Encoder,
+    asr,
+    build,
+    chunked_small,
+    clip,
+    contents,
+    corpus,
+    jsonl,
+    most,
+    recorded_probes,
+)
 
 
 @pytest.fixture
 def probes(monkeypatch):
-    """Paths whose headers were read."""
-    seen = []
-    real = audio.probe
-
-    def probe(path, limits):
-        seen.append(Path(path).name)
-        return real(path, limits)
-
-    monkeypatch.setattr(audio, "probe", probe)
-    return seen
+    return recorded_probes(monkeypatch)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of some lines or items, so that small files have many."""
-    monkeypatch.setattr(json_lines.survey, "__defaults__", (300,))
-    monkeypatch.setattr(json_items.survey, "__defaults__", (300, 4))
-
-
-def corpus(folder, count=40):
-    """Ming lines over a few clips, of either task, some of them unusable."""
-    for i in range(5):
-        clip(folder / f"{i}.wav", 0.1 * (i + 1))
-    records = []
-    for i in range(count):
-        record = asr(f"{i % 5}.wav", "x" * (i % 9 + 1))
-        if i % 3 == 0:
-            record["task_type"] = "tts"
-        if i % 7 == 5:
-            record["wav_path"] = "missing.wav"
-        records.append("{broken" if i % 11 == 4 else record)
-    return jsonl(folder / "corpus.jsonl", records)
-
-
-def contents(index):
-    columns = (index.tokens, index.seconds, index.task, index.source)
-    return (
-        [column.tolist() for column in columns],
-        index.tasks,
-        index.sources,
-        index.examples(np.arange(len(index))),
-        index.rejected,
-        index.hash,
-    )
+    chunked_small(monkeypatch)
 
 
 def test_lengths_come_from_headers_of_any_format_rate_and_channel_count(tmp_path):
@@ -468,88 +381,3 @@ def test_progress_counts_bytes_up_to_all_of_them(tmp_path, small_chunks):
     assert seen[-1] == (size, size)
     assert len(seen) > 3
     assert seen == sorted(seen)
-
-
-def test_clips_replaced_in_place_are_measured_again_and_no_others(tmp_path, probes, caplog):
-    clips = [clip(tmp_path / f"{i}.wav", 0.5) for i in range(6)]
-    file = jsonl(tmp_path / "t.jsonl", [asr(f"{i}.wav", id=str(i)) for i in range(6)])
-    first = build(tmp_path / "i", file)
-    probes.clear()
-    assert build(tmp_path / "i", file).hash == first.hash
-    assert probes == []
-    clip(clips[2], 0.9)
-    clips[4].unlink()
-    aged(clips[3], seconds=50)  # touched, or copied: looked at, and found to be as it was
-    second = build(tmp_path / "i", file)
-    assert sorted(probes) == ["2.wav", "3.wav", "4.wav"]
-    assert "clips of 3 examples were replaced" in caplog.text
-    assert second.ids(np.arange(5)) == ["0", "1", "2", "3", "5"]
-    assert second.seconds.tolist() == pytest.approx([0.5, 0.5, 0.9, 0.5, 0.5])
-    assert [item.id for item in second.rejected] == ["4"]
-    shutil.rmtree(tmp_path / "i")
-    assert contents(build(tmp_path / "i", file)) == contents(second)
-
-
-def test_a_clip_written_just_now_is_looked_at_once_more(tmp_path, probes):
-    made = clip(tmp_path / "a.wav")
-    os.utime(made)
-    file = jsonl(tmp_path / "t.jsonl", [asr()])
-    build(tmp_path / "i", file)
-    before = made.stat()
-    clip(tmp_path / "a.wav", 0.25, 32000)  # as many bytes, within the clock's grain
-    os.utime(made, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert made.stat().st_size == before.st_size
-    assert build(tmp_path / "i", file).seconds[0] == 0.25
-    aged(made)
-    build(tmp_path / "i", file)
-    probes.clear()
-    build(tmp_path / "i", file)
-    assert probes == []
-
-
-def test_an_example_of_many_clips_or_a_clip_of_many_examples_is_measured_again(tmp_path, probes):
-    clips = [clip(tmp_path / f"{i}.wav", 0.5) for i in range(2)]
-    records = [asr(f"{i % 2}.wav", "x" * (i + 1), id=str(i)) for i in range(40)]
-    file = jsonl(tmp_path / "t.jsonl", records)
-    build(tmp_path / "i", file)
-    clip(clips[1], 0.7)
-    probes.clear()
-    second = build(tmp_path / "i", file)
-    assert probes == ["1.wav"]
-    assert second.seconds.tolist() == pytest.approx([0.5, 0.7] * 20)
-    assert second.ids(np.arange(40)) == [str(i) for i in range(40)]
-
-
-def test_a_wrong_root_is_said_after_a_few_thousand_clips(tmp_path, probes):
-    clip(tmp_path / "there.wav")
-    records = [asr(f"moved/clips/{i:06}.wav") for i in range(60_000)]
-    file = jsonl(tmp_path / "train.jsonl", [*records, asr("there.wav")])
-    with pytest.raises(UserError) as caught:
-        build(tmp_path / "i", file, most=0.05, workers=1)
-    line = str(caught.value)
-    assert line.startswith("data.train[0]: none of the first ")
-    assert f"{tmp_path}/moved/clips/000000.wav (there is no folder {tmp_path}/moved)" in line
-    assert f"begin at the folder of their file, {tmp_path}" in line
-    assert "\n" not in line
-    assert len(line) < 700
-    assert 4096 <= len(probes) < 20_000
-    assert sum(path.stat().st_size for path in (tmp_path / "i").rglob("*") if path.is_file()) < 9000
-
-
-def test_a_missing_stretch_of_a_corpus_is_no_wrong_root(tmp_path):
-    clip(tmp_path / "there.wav")
-    records = [asr(f"moved/{i}.wav") for i in range(5000)]
-    file = jsonl(tmp_path / "train.jsonl", [asr("there.wav"), *records])
-    assert len(build(tmp_path / "i", file, most=0.05, workers=1).rejected) == 5000
-
-
-def test_far_too_many_unusable_examples_end_it_before_all_their_reasons_are_held(
-    tmp_path, small_chunks, monkeypatch
-):
-    monkeypatch.setattr(hope, "MANY", 50)
-    clip(tmp_path / "there.wav")
-    names = ["there.wav" if i % 4 else "gone.wav" for i in range(2000)]
-    file = jsonl(tmp_path / "train.jsonl", map(asr, names))
-    with pytest.raises(UserError, match=r"of the first 2\d\d examples of data.train 5\d are"):
-        build(tmp_path / "i", file, most=0.05, workers=1)
-    assert len(build(tmp_path / "i", file, most=0.2, workers=1).rejected) == 500
