@@ -31,10 +31,13 @@ def main(argv: Sequence[str]) -> None:
     step = str(arguments.flags.get("step", "last"))
     config = reopen(run, [*overrides, "checkpoint.resume=auto"])
 
-    from raysft import launch, prepare
-    from raysft.session import ray_session
+    from raysft import prepare
 
     prepare.check_evaluation(config, run, step)
+
+    from raysft import launch  # imports Ray and torch, 10 s: not before a mistake is said
+    from raysft.session import ray_session
+
     with ray_session():
         outcome = launch.evaluate(config, run.absolute(), ProgressLine(), step)
     print(outcome.describe())

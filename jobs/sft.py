@@ -22,10 +22,13 @@ def main(argv: Sequence[str]) -> None:
     show = ProgressLine()
     show.say(f"{arguments.positional[0]}: checking config, sources and model")
 
-    from raysft import launch, prepare
-    from raysft.session import destination, ray_session
+    from raysft import prepare
 
     prepare.check(config)
+
+    from raysft import launch  # imports Ray and torch, 10 s: not before a mistake is said
+    from raysft.session import destination, ray_session
+
     show.say(destination())
     with ray_session():
         if "dry-run" in arguments.flags:

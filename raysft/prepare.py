@@ -375,8 +375,8 @@ def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
     adapter, _ = worker.build_model(config, encoder, total_steps)
     parameters = list(adapter.model.parameters())
     stored = sum(p.numel() * p.element_size() for p in parameters)
-    weights = sum(p.numel() * (1 if p.is_floating_point() else 2) for p in parameters)  # 4 bits
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    sizes = worker.sizes_of(adapter)
+    trained = sizes["trained"]
     workers = config.parallel.min_workers // config.parallel.replicate
     sharded = SHARDED.get(config.parallel.strategy, ())
     held = {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained}
@@ -388,7 +388,7 @@ def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
     kept = row * width * text.num_hidden_layers + layer
     activations = kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers
     return [
-        f"parameters      {weights:,} ({trained:,} trained)",
+        f"parameters      {sizes['parameters']:,} ({trained:,} trained)",
         f"memory          {state / 2**20:,.0f} MiB of state and about "
         f"{activations / 2**20:,.0f} MiB of activations a worker (estimate)",
     ]

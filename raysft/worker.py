@@ -114,7 +114,7 @@ def build_job(
     check_base(config, folder)
     adapter, adapters = build_model(config, data.encoder, total_steps)
     adapter.tasks[:] = history.tasks(folder)
-    sizes = _sizes(adapter)
+    sizes = sizes_of(adapter)
     cost = None
     if world.is_main and formula_holds(adapter.net):  # it writes the metrics
         cost = cost_of(adapter.model, adapter.unreached)
@@ -157,7 +157,7 @@ def build_job(
     )
 
 
-def _sizes(adapter: Adapter) -> dict[str, int]:
+def sizes_of(adapter: Adapter) -> dict[str, int]:
     """Parameters, and those of them that train; two of 4 bits lie in each byte."""
     parameters = list(adapter.model.parameters())
     return {
