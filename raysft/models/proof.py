@@ -69,14 +69,8 @@ def prove(net: PreTrainedModel) -> Verdict:
 
 def refuse_early(net: PreTrainedModel, mode: Literal["packed", "padded"]) -> None:
     """Raises UserError where the config of `net` alone tells that it cannot be trained exactly."""
-    for rates in (getattr(part, "compress_rates", None) for part in copies.parts(net.config)):
-        if not rates:
-            continue
-        most = max(rates.values() if isinstance(rates, dict) else rates)
-        raise UserError(
-            f"model: type {text_type(net)} has parts that work on {most} tokens at a time: shorter "
-            "rows do not reach them, and would leave them untrained; use another model"
-        )
+    if (reason := _out_of_reach(net.config)) is not None:
+        raise _refused(text_type(net), reason)
     if mode == "packed" and (reason := refusal(net)) is not None:
         raise inexact(text_type(net), reason)
 
@@ -100,10 +94,25 @@ def check(verdict: Verdict, mode: Literal["packed", "padded"]) -> None:
     if mode == "packed" and verdict.packed is not None and verdict.padded is None:
         raise inexact(kind, verdict.packed)
     if verdict.padded is not None:
-        raise UserError(
-            f"model: batches are not exact for model type {kind}, packed or padded: "
-            f"{verdict.padded}; use another model"
-        )
+        raise _refused(kind, verdict.padded)
+
+
+def _refused(kind: str, reason: str) -> UserError:
+    return UserError(
+        f"model: batches are not exact for model type {kind}, packed or padded: {reason}; use "
+        "another model"
+    )
+
+
+def _out_of_reach(config: PreTrainedConfig) -> str | None:
+    """Why what trains would depend on how long rows are."""
+    for rates in (getattr(part, "compress_rates", None) for part in copies.parts(config)):
+        if rates:
+            most = max(rates.values() if isinstance(rates, dict) else rates)
+            return (
+                f"parts of it work on {most} tokens at a time, and shorter rows do not reach them"
+            )
+    return None
 
 
 def _better(one: Verdict, other: Verdict) -> Verdict:
@@ -145,6 +154,7 @@ def _prove(net: PreTrainedModel, seed: int) -> Verdict:
     positions, padded = True, lab.batches(lab.padded)
     if padded is not None and lab.batches(lab.unnumbered) is None:
         positions, padded = False, None
+    padded = _out_of_reach(net.config) or padded
     packed, windows = lab.packed_or_windows()
     answers, short = lab.answers(positions)
     least = min((length for length, _ in lengths.values()), default=None)
