@@ -13,7 +13,6 @@ examples from their data files (20 to 200 us each); of the ledger it holds a few
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from raysft.config.schema import Checkpoint
 from raysft.data.generations import open_index
 from raysft.data.verify import Line, Report, check
 from raysft.errors import UserError
+from raysft.run.lines import parse as parse_line
 from raysft.train.catalogue import Catalogue
 
 _BLOCK = 1 << 14  # bytes of a ledger file in memory: there may be a thousand files
@@ -88,13 +88,9 @@ def _lines(path: Path, kinds: dict[str, type], report: Report) -> Iterator[Line]
         for raw in whole:
             number += 1
             try:
-                line = json.loads(raw)
-                if not all(isinstance(line[key], kind) for key, kind in kinds.items()):
-                    raise TypeError("other fields than expected")
-            except (ValueError, KeyError, TypeError):
-                report.add(f"{path.name} line {number}: cannot be read: {raw[:60]!r}")
-                continue
-            yield line
+                yield parse_line(raw, kinds)
+            except ValueError as error:
+                report.add(f"{path.name} line {number}: cannot be read ({error}): {raw[:60]!r}")
 
 
 def main(argv: Sequence[str]) -> None:

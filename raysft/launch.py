@@ -400,7 +400,7 @@ def _draining() -> set[str]:
 def _record_rejected(folder: Path, rejected: list[Quarantined]) -> None:
     """Name examples found unusable before training, once."""
     path = folder / "quarantine.jsonl"
-    known = {line["id"] for line in read_lines(path)}
+    known = {line["id"] for line in read_lines(path, {"id": str})}
     lines = Lines(path)
     for found in rejected:
         if found.id not in known:

@@ -26,16 +26,17 @@ def draw(folder: Path, target: Path | None = None) -> Path:
 
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no run is here (no config.yaml); name a run's folder")
-    metrics = read_lines(folder / "metrics.jsonl")
+    metrics = read_lines(folder / "metrics.jsonl", {"step": int, "loss": float})
     if not metrics:
         raise UserError(f"{folder}: nothing to draw, metrics.jsonl is missing or empty")
-    evaluations = read_lines(folder / "eval.jsonl")
+    evaluations = read_lines(folder / "eval.jsonl", {"step": int})
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
     figure.suptitle(folder.name)
     _losses(axes[0], metrics, evaluations)
     _rates(axes[1], evaluations)
     _speed(axes[2], metrics)
-    again = [line for line in read_lines(folder / "events.jsonl") if line["event"] == "continued"]
+    events = read_lines(folder / "events.jsonl", {"event": str})
+    again = [line for line in events if line["event"] == "continued" and "step" in line]
     for axis in axes:
         for line in again:
             axis.axvline(line["step"], color="0.6", linewidth=0.8, linestyle=":")

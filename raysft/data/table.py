@@ -131,8 +131,15 @@ class Index:
     @property
     def rejected(self) -> list[Quarantined]:
         """Items that could not be indexed, by source, file and line."""
-        with open(self.folder / "rejected.jsonl", "rb") as stream:
-            return [Quarantined(**json.loads(line)) for line in stream]
+        path = self.folder / "rejected.jsonl"
+        try:
+            with open(path, "rb") as stream:
+                return [Quarantined(**json.loads(line)) for line in stream]
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"data.index_path: {path} is damaged ({error}); delete its folder, and it is made "
+                "again"
+            ) from error
 
     def source_name(self, row: int) -> str:
         """Name of the source an example is from."""

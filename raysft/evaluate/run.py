@@ -7,7 +7,6 @@ generates from the sequence up to its first supervised token.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +25,7 @@ from raysft.evaluate.answers import keeps_tab, limit_for, transcript
 from raysft.evaluate.score import error_rates
 from raysft.models.base import Adapter
 from raysft.parallel import World
+from raysft.run.lines import encoded
 from raysft.train.evaluations import TRANSCRIBED
 from raysft.train.step import to_device
 
@@ -212,10 +212,10 @@ def _score(
             tell(text)
     if predictions is not None and world.is_main and everything:
         predictions.parent.mkdir(parents=True, exist_ok=True)
-        with open(predictions, "w", encoding="utf-8") as out:
+        with open(predictions, "wb") as out:
             for result in everything:
                 line = {key: result[key] for key in ("id", "source", "reference", "hypothesis")}
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                out.write(encoded(line))
     return values
 
 

@@ -190,7 +190,7 @@ class Evaluations:
                 ) from error
         known = {item.step for item in found.items}
         old = {}
-        for line in read_lines(run / "eval.jsonl"):
+        for line in read_lines(run / "eval.jsonl", {"step": int}):
             said = Evaluation.from_line(line)
             if said.step not in known:
                 # Of older lines the first of a step is the run's own: jobs/evaluate.py wrote later.

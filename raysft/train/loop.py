@@ -351,15 +351,17 @@ def _restore(
         clock.load(meta["clock"])
     elif job.weights is not None:
         load_weights(job.weights, job.strategy)
-    last, seen = 0, None
+    last, seen, lost = 0, None, []
     if job.world.is_main:
         last, seen = last_recorded(job.folder), last_sign_of_life(job.folder)
         job.catalogue.clear(step)
-        cut_back_run(job.folder, step)
+        lost = cut_back_run(job.folder, step)
     job.world.barrier()
     record.open(step)
     for reason in skipped:
         record.event("skipped", reason=reason)
+    for reason in lost:
+        record.event("warning", step=step, reason=reason)
     if length is not None:
         record.event("length", step=step, total_steps=job.total_steps, reason=length)
     idle = max(0.0, job.submitted - seen) if job.submitted and seen else 0.0

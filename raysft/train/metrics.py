@@ -7,94 +7,41 @@ events.jsonl, which tells of starts, failures and saves themselves, is never cut
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from raysft.data.example import Quarantined
+from raysft.run.lines import Lines, cut_back, read_lines, stream_lines
+
+__all__ = [
+    "Ledger",
+    "Lines",
+    "cut_back_run",
+    "last_recorded",
+    "last_sign_of_life",
+    "ledger_files",
+    "quarantine_line",
+    "read_lines",
+    "stream_lines",
+]
 
 
-class Lines:
-    """An append-only file of JSON lines."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_half_a_line(path)
-        self.path = path
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held open
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one line; it is with the operating system when this returns."""
-        self._file.write(json.dumps(values, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """What was written is on the disk when this returns."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _drop_half_a_line(path: Path) -> None:
-    """A kill or a full disk cut it off; what is appended must not become its end."""
-    if not path.exists():
-        return
-    with open(path, "r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        if size and file.read() != b"\n":
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
-
-
-def stream_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file, one after the other, without one that a kill cut off."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All of `stream_lines`; [] if there is no file."""
-    return list(stream_lines(path))
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Keep the lines up to `step`. The file is always replaced by another of its name: a worker
-    of an earlier start that should still be alive goes on writing into the one that is gone."""
-    if not path.exists():
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as out:
-        for line in stream_lines(path):
-            if line.get("step", 0) <= step:
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
-
-
-def cut_back_run(folder: Path, step: int) -> None:
+def cut_back_run(folder: Path, step: int) -> list[str]:
     """Forget everything a run recorded after `step`; one worker does this before others write.
 
-    Costs reading what was recorded since the start before this one.
+    Returns what was lost with damaged lines, in words. Costs reading what was recorded since the
+    start before this one.
     """
-    for name in ("metrics.jsonl", "eval.jsonl", "quarantine.jsonl"):
-        cut_back(folder / name, step)
+    names = ("metrics.jsonl", "eval.jsonl", "quarantine.jsonl")
+    lost = [cut_back(folder / name, step) for name in names]
     for files in ledger_files(folder).values():
         while files and files[-1][0] > step + 1:
             files.pop()[1].unlink()
         if files:  # no other can hold later steps: each ends where the next begins
-            cut_back(files[-1][1], step)
+            lost.append(cut_back(files[-1][1], step))
+    return [text for text in lost if text is not None]
 
 
 _LEDGER = re.compile(r"lane_(\d+)_from_(\d+)\.jsonl")
@@ -114,7 +61,7 @@ def last_recorded(folder: Path) -> int:
     """The last step that some lane has in the ledger; 0 without any."""
     last = 0
     for files in ledger_files(folder).values():
-        for line in stream_lines(files[-1][1]):
+        for line in stream_lines(files[-1][1], {"step": int}):
             last = max(last, line["step"])
     return last
 

@@ -199,8 +199,12 @@ class Record:
         """Open the files, cut back to `step` already, to append."""
         self._ledger = Ledger(self.folder, self.world.lanes(self.config.data.lanes), step + 1)
         self.files = [self._ledger]
-        lines = read_lines(self.folder / "quarantine.jsonl")
-        self.known = self.world.gather({line["id"]: line["reason"] for line in lines})[0]
+        known = {}
+        if self.world.is_main:
+            kinds = {"id": str, "reason": str}
+            lines = read_lines(self.folder / "quarantine.jsonl", kinds)
+            known = {line["id"]: line["reason"] for line in lines}
+        self.known = self.world.gather(known)[0]
         if self.world.is_main:
             self.evaluations = Evaluations.load(self.folder).until(step)
             self.evaluations.save(self.folder)
@@ -213,7 +217,7 @@ class Record:
             self._eval = Lines(self.folder / "eval.jsonl")
             self._events = Lines(self.folder / "events.jsonl")
             self.files += [self._metrics, self._quarantine, self._eval, self._events]
-            for line in read_lines(self.folder / "events.jsonl"):
+            for line in read_lines(self.folder / "events.jsonl", {"event": str}):
                 self._count(line)
             if self.config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -277,8 +281,8 @@ class Record:
     def _count(self, line: dict[str, Any]) -> None:
         if line["event"] == "continued":
             self._lost["restarts"] += 1
-            self._lost["steps_again"] += line["steps_again"]
-            self._lost["lost_s"] = round(self._lost["lost_s"] + (line["lost_s"] or 0.0), 1)
+            self._lost["steps_again"] += line.get("steps_again") or 0
+            self._lost["lost_s"] = round(self._lost["lost_s"] + (line.get("lost_s") or 0.0), 1)
 
     def settle(self) -> None:
         """What has been recorded is on the disk when this returns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -154,6 +155,23 @@ def test_half_a_line_at_the_end_of_events_does_not_spoil_the_next(home: Path) ->
         "continued",
         "finished",
     ]
+
+
+def test_whatever_a_crash_leaves_at_the_end_of_its_files_a_run_goes_on(home: Path) -> None:
+    name = "torn"
+    run = interrupted(home, name, at=3)
+    files = [*(run / "ledger").iterdir(), *run.glob("*.jsonl")]
+    assert len(files) >= 5
+    cut_off = '{"epoch": 0, "step": 4, "lane": 0, "ids": ["訓'.encode()[:-1]
+    for path, torn in zip(files, itertools.cycle([cut_off, b"\0" * 512, b"\xff\n"])):
+        with open(path, "ab") as out:
+            out.write(torn)
+    train(start(tiny(home, name), ONE))
+    assert losses(run) == losses(home / "runs" / "whole")
+    assert audit(run).clean
+    said = [e["reason"] for e in read_lines(run / "events.jsonl") if e["event"] == "warning"]
+    assert len(said) == len(files) - 1  # all but events.jsonl, which is not cut back
+    assert all("damaged, and left out: line" in text for text in said)
 
 
 @pytest.mark.parametrize("asked_for", [True, False])

@@ -1,0 +1,190 @@
+"""Files of JSON lines, as a run keeps them: metrics, ledger, quarantine, evaluations, events.
+
+A line is the bytes up to a newline. What ends a process in the middle of one (a kill, a full disk,
+a power cut that leaves zeros) spoils that line, wherever it lies and whatever character it cuts;
+readers leave it out, say so, and go on with the lines behind it. Only the last line of a file is
+not spoken of: it may be one that is just being written. Whoever appends next takes it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+Line = dict[str, Any]
+Kinds = Mapping[str, type]
+"""Fields that a line must have, and of which type."""
+
+_NAMED = 3  # damaged lines that a message names before it only counts
+_told: set[str] = set()
+
+
+class Lines:
+    """An append-only file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _mend_end(path)
+        self.path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - held open
+
+    def write(self, values: Line) -> None:
+        """Append one line; it is with the operating system when this returns.
+
+        Raises OSError where it cannot be written; of the line nothing is there then, so that it
+        may be written again.
+        """
+        content = encoded(values)
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # what cannot be taken back, the next start mends
+                os.ftruncate(self._file.fileno(), before)
+            raise
+
+    def sync(self) -> None:
+        """What was written is on the disk when this returns."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def encoded(values: Line) -> bytes:
+    """A line, newline included: in UTF-8, or, where a text is none (a file's name may be any
+    bytes), with such characters escaped."""
+    try:
+        return (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8")
+    except UnicodeEncodeError:
+        return (json.dumps(values) + "\n").encode("ascii")
+
+
+def parse(raw: bytes, kinds: Kinds | None = None) -> Line:
+    """The object in the bytes of a line. Raises ValueError saying what is wrong with it."""
+    try:
+        line = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(line, dict):
+        raise ValueError("no JSON object")
+    for key, kind in (kinds or {}).items():
+        value = line.get(key)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"no {key}")
+    return line
+
+
+def stream_lines(path: Path, kinds: Kinds | None = None) -> Iterator[Line]:
+    """The sound lines of a file, one after the other; those that are damaged, or lack a field of
+    `kinds`, are left out, and a warning names them, once a process. No file: no line."""
+    if not path.exists():
+        return
+    damaged = _Damaged(path)
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = parse(raw, kinds)
+            except ValueError as error:
+                if raw.endswith(b"\n"):
+                    damaged.add(number, str(error))
+                continue
+            yield line
+    damaged.warn()
+
+
+def read_lines(path: Path, kinds: Kinds | None = None) -> list[Line]:
+    """All of `stream_lines`; [] if there is no file."""
+    return list(stream_lines(path, kinds))
+
+
+def cut_back(path: Path, step: int) -> str | None:
+    """Keep the lines up to `step`, byte for byte; returns what was lost with damaged lines, in
+    words, or None. The file is always replaced by another of its name: a worker of an earlier start
+    that should still be alive goes on writing into the one that is gone."""
+    if not path.exists():
+        return None
+    temporary = path.with_name(f".{path.name}.tmp")
+    damaged = _Damaged(path)
+    try:
+        with open(path, "rb") as file, open(temporary, "wb") as out:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    at = parse(raw).get("step", 0)
+                    if not isinstance(at, int) or isinstance(at, bool):
+                        raise ValueError("no step")
+                except ValueError as error:
+                    damaged.add(number, str(error) if raw.endswith(b"\n") else "cut off")
+                    continue
+                if at <= step:
+                    out.write(raw if raw.endswith(b"\n") else raw + b"\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return damaged.said()
+
+
+def _mend_end(path: Path) -> None:
+    """A kill or a full disk cut the last line off; what is appended must not become its end."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if not size or file.read() == b"\n":
+            return
+        content = path.read_bytes()
+        start = content.rfind(b"\n") + 1
+        try:
+            parse(content[start:])
+        except ValueError:
+            file.truncate(start)
+            damaged = _Damaged(path)
+            damaged.add(content.count(b"\n") + 1, "cut off")
+            damaged.warn()
+        else:  # only its newline is missing
+            file.seek(size)
+            file.write(b"\n")
+
+
+class _Damaged:
+    """Lines of a file that cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._named: list[str] = []
+        self._count = 0
+
+    def add(self, number: int, what: str) -> None:
+        """Line `number`, counted from 1."""
+        self._count += 1
+        if self._count <= _NAMED:
+            self._named.append(f"line {number} ({what})")
+
+    def said(self) -> str | None:
+        """One line for people; None where all was sound."""
+        if not self._count:
+            return None
+        more = f" and {self._count - _NAMED:,} more" if self._count > _NAMED else ""
+        return f"{self._path}: damaged, and left out: {', '.join(self._named)}{more}"
+
+    def warn(self) -> None:
+        """Say it, once."""
+        said = self.said()
+        if said is not None and said not in _told:
+            _told.add(said)
+            log.warning("%s", said)
