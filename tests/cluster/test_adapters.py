@@ -1,5 +1,5 @@
-"""As a user does it: adapters on a base, under fsdp and then ZeRO, with a token budget found by
-itself; evaluated, and exported as an adapter and as a merged model."""
+"""As a user does it: adapters on a base, with a token budget found by itself; evaluated, and
+exported as an adapter and as a merged model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -51,35 +52,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_lora_with_a_budget_found_by_itself_under_fsdp_then_zero(
+def test_lora_with_a_budget_found_by_itself_is_exported_as_plain_peft_takes_it(
     folder: Path, tmp_path: Path
 ) -> None:
-    words = [folder / "lora.yaml", "run.name=lora", LORA, "data.tokens_per_batch=auto"]
     fsdp = "parallel={strategy: fsdp, workers: 2, memory_gb: 3}"
-    done = jobs.call("sft", *words, fsdp, "train.max_steps=3", "evaluate.at_end=false")
-    assert done.returncode == 0, done.stderr
-    run = folder / "runs" / "lora"
+    run = trained(folder, "lora", fsdp, steps=4)
     budget = read_config(run).data.tokens_per_batch
     assert isinstance(budget, int) and budget % 64 == 0
     lines = read_lines(run / "metrics.jsonl")
     assert lines[-1]["world_size"] == 2 and lines[-1]["peak_memory_gb"] < 3
-    zero = "parallel={strategy: zero2, workers: 1, memory_gb: 3}"
-    done = jobs.call("sft", *words, zero, "train.max_steps=6")
-    assert done.returncode == 0, done.stderr
-    lines = read_lines(run / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert "wer/heard" in read_lines(run / "eval.jsonl")[-1]
-    assert read_config(run).data.tokens_per_batch == budget, "auto again: what the run has"
     assert audit(run).clean
-    for name, more in (("adapter", []), ("merged", ["--merge"])):
-        done = jobs.call("export", run, tmp_path / name, *more)
-        assert done.returncode == 0, done.stderr
+    done = jobs.call("export", run, tmp_path / "adapter")
+    assert done.returncode == 0, done.stderr
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     joined = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    merged = merge(run, tmp_path)
     assert merged.keys() == joined.keys()
     assert all(merged[name].allclose(joined[name], atol=1e-6) for name in merged)
+
+
+@pytest.mark.slow
+def test_a_budget_that_was_found_stays_when_another_strategy_goes_on(folder: Path) -> None:
+    fsdp = "parallel={strategy: fsdp, workers: 2, memory_gb: 3}"
+    run = trained(folder, "then_zero", fsdp, "evaluate.at_end=false", steps=3)
+    budget = read_config(run).data.tokens_per_batch
+    trained(folder, "then_zero", "parallel={strategy: zero2, workers: 1, memory_gb: 3}", steps=6)
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert read_config(run).data.tokens_per_batch == budget, "auto again: what the run has"
+    assert audit(run).clean
+
+
+def trained(folder: Path, name: str, *words: str, steps: int) -> Path:
+    """The run of that name, trained to `steps`."""
+    auto = (f"run.name={name}", LORA, "data.tokens_per_batch=auto", f"train.max_steps={steps}")
+    done = jobs.call("sft", folder / "lora.yaml", *auto, *words)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / name
+
+
+def merge(run: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """The run's weights, exported as a model without adapters."""
+    done = jobs.call("export", run, tmp_path / "merged", "--merge")
+    assert done.returncode == 0, done.stderr
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
 
 
 def test_targets_that_match_nothing_are_told_before_ray_starts(folder: Path) -> None:

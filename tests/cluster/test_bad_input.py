@@ -104,7 +104,7 @@ def test_an_empty_source(write: Callable[..., Path], tmp_path: Path, content: st
     assert "data.train[0]" in line and "empty.jsonl" in line
 
 
-def test_unusable_examples_are_named_each_once_and_the_run_goes_on(
+def test_unusable_examples_are_named_once_and_a_finished_run_takes_no_other_config(
     write: Callable[..., Path], corpus: Path, tmp_path: Path
 ) -> None:
     data = broken_copy(corpus, tmp_path / "data", 1, Path.unlink)
@@ -125,6 +125,19 @@ def test_unusable_examples_are_named_each_once_and_the_run_goes_on(
     assert "train.jsonl line 5" in found["train.jsonl"]["reason"]
     trained = {id_ for ids in ledger(tmp_path / "runs" / "run").values() for id_ in ids}
     assert len(trained) == 37  # an epoch and more, all but the three clips
+    before = (tmp_path / "runs" / "run" / "config.yaml").read_bytes()
+    line = fails(config, "data.lanes=4", "optim.lr=1e-3")
+    assert "data.lanes (was 2, now 4); optim.lr (was 1e-05, now 0.001)" in line
+    assert "run.name" in line
+    assert (tmp_path / "runs" / "run" / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_that_is_not_a_runs_is_left_alone(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    (tmp_path / "runs" / "other" / "notes.txt").write_text("mine")
+    assert "not the folder of a run" in fails(write(), "run.name=other")
 
 
 def quarantine(folder: Path) -> list[dict[str, Any]]:
@@ -168,21 +181,6 @@ def test_what_a_restart_cannot_mend_is_said_once_with_its_cause_and_its_place(
     assert line.startswith("error: TypeError: 'int' object is not subscriptable (raysft/train/")
     assert "the same command" not in done.stdout + done.stderr
     assert "in a worker:" in done.stderr, "--debug shows the traceback"
-
-
-def test_a_run_folder_of_another_config_names_the_keys(
-    write: Callable[..., Path], tmp_path: Path
-) -> None:
-    config = write()
-    assert jobs.call("sft", config).returncode == 0
-    before = (tmp_path / "runs" / "run" / "config.yaml").read_bytes()
-    line = fails(config, "data.lanes=4", "optim.lr=1e-3")
-    assert "data.lanes (was 2, now 4); optim.lr (was 1e-05, now 0.001)" in line
-    assert "run.name" in line
-    assert (tmp_path / "runs" / "run" / "config.yaml").read_bytes() == before
-    (tmp_path / "runs" / "other").mkdir()
-    (tmp_path / "runs" / "other" / "notes.txt").write_text("mine")
-    assert "not the folder of a run" in fails(config, "run.name=other")
 
 
 @pytest.mark.slow  # test_kill_while_saving does it without Ray

@@ -74,7 +74,9 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "one"
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "size", [2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))]
+)
 def test_ledger_and_losses_are_the_same_for_every_world_size_and_strategy(
     size: int, corpus: Path, reference: Path, tmp_path: Path
 ) -> None:

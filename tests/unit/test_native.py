@@ -38,6 +38,9 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], float]] = {
 }
 
 
+LONGER = ("two copies of two shards", "fp16", "bf16")
+
+
 def write(folder: Path, name: str, workers: int, **changes: Any) -> Path:
     peft = changes.pop("peft", {})
     changes |= {f"peft__{key}": value for key, value in peft.items()}
@@ -47,7 +50,10 @@ def write(folder: Path, name: str, workers: int, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow) if case in LONGER else case for case in CASES],
+)
 def test_fsdp_with_everything_trains_as_one_process_and_resumes_exactly(
     case: str, tmp_path: Path
 ) -> None:
