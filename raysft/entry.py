@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 
-from raysft import failures, remarks
+from raysft import failures, patience, remarks
 from raysft.config import Config
 from raysft.data.generations import open_index
 from raysft.data.index import Index
@@ -71,6 +71,7 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
 
     remarks.quiet(Path(settings["folder"]) if is_main else None)
     config = Config.model_validate(settings["config"])
+    patience.allow(config.patience_s)
     world = World.current(worker.device_of(config))
     if world.device.type == "cpu":
         torch.set_num_threads(settings["threads"])
@@ -160,5 +161,5 @@ def _reader(
     places = settings.get(split)
     if places is None:
         return None
-    spec = ReaderSpec(places, settings["encoder"], budget, seed)
+    spec = ReaderSpec(places, settings["encoder"], budget, seed, patience.allowed())
     return RayReader(spec, open_index(places).seconds, cpus).read

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from raysft import history, hub, paths
+from raysft import history, hub, paths, patience
 from raysft.config import Config, places
 from raysft.data import sources, speech_tokens
 from raysft.data.audio import Limits, load
@@ -85,6 +85,7 @@ def _silent(text: str) -> None:
 def check(config: Config) -> None:
     """Look for mistakes that show without reading data or weights: run folder, sources, layers
     that are to have adapters. Raises UserError."""
+    patience.allow(config.patience_s)
     check_kept(
         run__storage_path=config.run.storage_path,
         data__index_path=config.data.index_path,
@@ -122,6 +123,7 @@ def _check_weights(config: Config) -> None:
 
 def check_evaluation(config: Config, run: Path, step: str) -> None:
     """As `check`, of an evaluation of `step` of a run: its training data may be gone."""
+    patience.allow(config.patience_s)
     check_kept(RUN=run)
     check_run(config)
     choose(run, config.checkpoint, step, unreadable)
@@ -159,6 +161,7 @@ def prepare(
 
     cursor: of the checkpoint that the run in `folder` goes on from; None: it starts.
     """
+    patience.allow(config.patience_s)
     if cursor is not None:
         require_template(folder)
     encoder, index = read_train(config, folder, say)
@@ -199,6 +202,7 @@ def _check_best(config: Config, evaluation: Index | None) -> None:
 def read_eval(config: Config, run: Path, folder: Path, say: Say = _silent) -> tuple[Encoder, Index]:
     """Encoder and index of data.eval, to evaluate the run in `run`. Writes the index cache, and
     into `folder` what there is to remember; of the run neither data nor plan are looked at."""
+    patience.allow(config.patience_s)
     require_template(run)
     encoder = make_encoder(config.model, config.data, run)
     encoder.limits = Limits.of(config.data, folder)
@@ -218,6 +222,7 @@ def _check_task_weights(config: Config, tasks: list[str]) -> None:
 
 def read_train(config: Config, folder: Path, say: Say = _silent) -> tuple[Encoder, Index]:
     """Encoder and index of the training data; writes the index cache, and a speech tokenizer."""
+    patience.allow(config.patience_s)
     units = config.data.speech_tokens
     if units is not None:
         if not speech_tokens.location(units, folder).exists():
@@ -274,7 +279,8 @@ def _keep_template(encoder: Encoder, folder: Path) -> None:
     if encoder.template.remark:
         log.warning("data.template: %s", encoder.template.remark)
     try:
-        write_whole(path, encoder.template.source.encode())
+        content = encoder.template.source.encode()
+        patience.patiently(lambda: write_whole(path, content), path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -67,6 +67,7 @@ FREE = (
     "data.index_path",
     "data.max_quarantined",
     "data.read_timeout_s",
+    "data.retry_s",
     "run.storage_path",
     # Held against the base that the run began with: see `run.identity`.
     "model.revision",

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from raysft import patience
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -19,6 +21,12 @@ def tone(seconds: float, rate: int, pitch: float, channels: int = 1) -> np.ndarr
     noise = np.random.default_rng(int(pitch)).normal(0, 0.01, len(time))
     wave = (0.4 * np.sin(2 * np.pi * pitch * time) * np.exp(-time) + noise).astype(np.float32)
     return wave if channels == 1 else np.stack([wave * (0.5 + c / 4) for c in range(channels)], 1)
+
+
+@pytest.fixture(autouse=True)
+def little_patience() -> None:
+    """Storage is waited for a moment only, unless a config says otherwise."""
+    patience.allow(0.2)
 
 
 @pytest.fixture(scope="session")

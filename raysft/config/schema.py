@@ -132,6 +132,12 @@ class Data(Section):
     read_timeout_s: PositiveFloat = Field(
         60.0, description="seconds after which a clip that cannot be read to its end is given up"
     )
+    retry_s: NonNegativeFloat = Field(
+        30.0,
+        description="seconds for which a file is tried again that is there and cannot be read or "
+        "written just now, or a clip that has gone since it was indexed; then the run ends, and "
+        "goes on when started again; 0: tried once. At most half of parallel.timeout_s counts",
+    )
     index_path: Annotated[str | None, PathKey()] = Field(
         None, description="folder of cached indexes; default: run.storage_path/index"
     )
@@ -478,3 +484,9 @@ class Config(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     log: Log = Field(default_factory=Log)
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds to wait for a file. A worker that waits makes no progress: it must not count as
+        hung, nor must those that wait for it."""
+        return min(self.data.retry_s, self.parallel.timeout_s / 2)

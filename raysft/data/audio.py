@@ -25,7 +25,8 @@ from __future__ import annotations
 import math
 import os
 import stat
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import soxr
 
+from raysft import patience
 from raysft.config.schema import Data
 from raysft.data.clips import open_track
 from raysft.data.clips.file import File, Piece, Track, decoding, resampled_length
@@ -79,10 +81,10 @@ def probe(path: str, limits: Limits = Limits()) -> Probed:
     """Length (samples a channel) and rate (Hz) of a clip, decoded only where that alone tells.
 
     Raises BadExample where the file is missing, no regular file, empty, no audio, cut off, or
-    shorter or longer than `limits` allow.
+    shorter or longer than `limits` allow; OSError where its storage does not let it be read.
     """
     status = _status(path)
-    with closing(File(path)) as file, closing(_track(file, limits)) as track:
+    with _opened(path) as file, closing(_track(file, limits)) as track:
         samples = track.samples
         if samples is None:
             samples = _counted(file, track, limits.max_seconds)
@@ -91,18 +93,23 @@ def probe(path: str, limits: Limits = Limits()) -> Probed:
 
 
 def load(
-    path: str, rate: int, limits: Limits = Limits(), most_seconds: float = math.inf
+    path: str,
+    rate: int,
+    limits: Limits = Limits(),
+    most_seconds: float = math.inf,
+    indexed: bool = False,
 ) -> np.ndarray:
     """Decode a clip: float32 [resampled_length(samples, its rate, rate)], mono at `rate` Hz.
 
     Channels are averaged; where they cancel each other, the loudest is taken. most_seconds: more
     than that is refused, by its header undecoded, so that a clip which grew since it was indexed
-    cannot take all memory. Raises BadExample as `probe` does, and where the clip cannot be
-    decoded, has NaN or infinite samples, is silent (its peak below limits.silence_db), or ends
-    more than 5% before its header says.
+    cannot take all memory. indexed: the clip was there when the index was made; that it is missing
+    is an OSError then, its storage's. Raises what `probe` does, and BadExample where the clip
+    cannot be decoded, has NaN or infinite samples, is silent (its peak below limits.silence_db),
+    or ends more than 5% before its header says.
     """
-    _status(path)
-    with closing(File(path, hold=True)) as file, closing(_track(file, limits)) as track:
+    _status(path, indexed)
+    with _opened(path, hold=True) as file, closing(_track(file, limits)) as track:
         own_rate = track.rate
         _check_grown(path, track.samples or 0, own_rate, most_seconds)
         pieces = _decoded(file, track, most_seconds)
@@ -151,15 +158,32 @@ def resample(clip: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     return clip[:wanted] if len(clip) >= wanted else np.pad(clip, (0, wanted - len(clip)))
 
 
-def _status(path: str) -> os.stat_result:
+@contextmanager
+def _opened(path: str, hold: bool = False) -> Iterator[File]:
+    """A file to decode. Raises OSError where a read of it failed, whatever was made of that."""
+    with closing(File(path, hold)) as file:
+        try:
+            yield file
+        except Exception as error:
+            if file.error is not None:
+                raise file.error from error
+            raise
+        if file.error is not None:
+            raise file.error
+
+
+def _status(path: str, indexed: bool = False) -> os.stat_result:
     """The file's state. Raises BadExample where opening it makes no sense."""
     try:
         status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadExample(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        detail = getattr(error, "strerror", None) or error
-        raise BadExample(f"{path}: cannot be read ({detail})") from None
+    except ValueError as error:  # a NUL in the path
+        raise BadExample(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        if not patience.momentary(error):
+            raise BadExample(f"{path}: cannot be read ({error.strerror or error})") from None
+        if not indexed and patience.missing(error):
+            raise BadExample(f"{path}: no such file") from None
+        raise
     if stat.S_ISDIR(status.st_mode):
         raise BadExample(f"{path}: a folder, not a file")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever

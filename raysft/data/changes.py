@@ -10,11 +10,13 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from raysft import patience
 from raysft.data.plan import Plan
 from raysft.data.table import Index, IndexedFile
 from raysft.errors import UserError
@@ -100,17 +102,29 @@ def overwritten(old: dict[str, Any], index: Index) -> list[str]:
     before = _index(old)
     lost = []
     for number, file in enumerate(_files(old)):
-        if not Path(file.path).exists():
+        path = Path(file.path)
+        try:
+            patience.patiently(path.stat, path, patience.momentary)
+        except FileNotFoundError:
             lost.append(f"{file.path} (gone)")
-        elif file.path in now and now[file.path][1].digest != file.digest and before is not None:
+            continue
+        except OSError as error:
+            raise patience.away(path, error) from error
+        if file.path in now and now[file.path][1].digest != file.digest and before is not None:
             left = _left(before.records(number), index.records(now[file.path][0]))
-            with open(file.path, "rb") as stream:
-                for offset, size, crc in left.tolist():
-                    stream.seek(offset)
-                    if zlib.crc32(stream.read(size)) != crc:
-                        lost.append(f"{file.path} (changed in place)")
-                        break
+            if not patience.known(partial(_hold, path, left), path):
+                lost.append(f"{file.path} (changed in place)")
     return lost
+
+
+def _hold(path: Path, records: np.ndarray) -> bool:
+    """Whether a file still has these records at their places."""
+    with open(path, "rb") as stream:
+        for offset, size, crc in records.tolist():
+            stream.seek(offset)
+            if zlib.crc32(stream.read(size)) != crc:
+                return False
+    return True
 
 
 def _left(old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -229,6 +243,9 @@ def _files(side: dict[str, Any]) -> list[IndexedFile]:
 
 def _index(side: dict[str, Any]) -> Index | None:
     """The index of `facts`, where it is still there: a message can then say more."""
+    meta = Path(side["index"], "meta.json")
+    if not patience.known(meta.exists, meta):
+        return None
     try:
         return Index.load(side["index"])
     except UserError:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from raysft import patience
 from raysft.data.audio import Limits
 from raysft.data.stalled import IN_A_ROW, ClipReader
 from raysft.errors import BadExample
@@ -79,10 +80,15 @@ def changed(packed: bytes, limits: Limits) -> list[int]:
 
 
 def state_of(path: str) -> tuple[int, int] | None:
-    """Size and time of change (ns); None where there is no such file."""
+    """Size and time of change (ns); None where there is no such file. Raises OSError where its
+    storage does not say."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError):
+    except ValueError:
+        return None
+    except OSError as error:
+        if patience.failing(error):
+            raise
         return None
     return found.st_size, found.st_mtime_ns
 

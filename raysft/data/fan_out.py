@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
+from raysft import patience
 from raysft.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -74,7 +75,8 @@ def _by_processes(
     function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int
 ) -> Iterator[_Result]:
     context = multiprocessing.get_context("spawn")  # threads and fork do not go together
-    with ProcessPoolExecutor(workers, context, _begin, (function, shared)) as pool:
+    given = (function, shared, patience.allowed())
+    with ProcessPoolExecutor(workers, context, _begin, given) as pool:
         try:
             yield from pool.map(_one, jobs)
         finally:
@@ -84,7 +86,8 @@ def _by_processes(
 _process: dict[str, Any] = {}
 
 
-def _begin(function: Callable[[Any, Any], Any], shared: Any) -> None:
+def _begin(function: Callable[[Any, Any], Any], shared: Any, seconds: float) -> None:
+    patience.allow(seconds)
     _process.update(function=function, shared=shared)
 
 
@@ -97,7 +100,13 @@ def _by_ray(
 ) -> Iterator[_Result]:
     import ray
 
-    task = ray.remote(function).options(num_cpus=1, scheduling_strategy="SPREAD")
+    seconds = patience.allowed()
+
+    def patient(job: Any, given: Any) -> _Result:
+        patience.allow(seconds)
+        return function(job, given)
+
+    task = ray.remote(patient).options(num_cpus=1, scheduling_strategy="SPREAD")
     reference = ray.put(shared)
     running: list[Any] = []
     try:

@@ -15,6 +15,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from raysft import patience
 from raysft.config.schema import Source
 from raysft.data import part as parts
 from raysft.data import sources as formats
@@ -58,7 +59,7 @@ def build_index(
     folder = Path(folder).absolute()
     resolved = formats.resolve_all(sources, split)
     files = [(source, file) for source in resolved for file in source.files]
-    sizes = [file.stat().st_size for _, file in files]
+    sizes = [patience.known(file.stat, file).st_size for _, file in files]
     surveyed = fan_out(_survey, [(*entry, folder) for entry in files], sizes, None, workers)
     surveys = [survey for survey, _ in surveyed]
     cached = [

@@ -17,6 +17,7 @@ the clip's header on a local disk; 60 bytes an example.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from raysft import patience
 from raysft.data import audio, sources
 from raysft.data.clip_states import States, at_once, changed
 from raysft.data.encode import Encoder
@@ -162,6 +164,10 @@ def survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Surve
 
     Raises UserError naming the source where the file's structure is broken.
     """
+    return patience.known(lambda: _survey_file(source, file, folder), file)
+
+
+def _survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Survey, list[int]]:
     cached = folder / "files" / f"{_digest(str(file), source.format)}.json"
     before = _state(file)
     if cached.exists():
@@ -175,6 +181,8 @@ def survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Surve
     except UserError as error:
         raise UserError(f"{source.key}: {error}") from error
     check_unchanged(source, file, before)
+    if survey.size != before[0]:
+        raise OSError(errno.EIO, f"{survey.size:,} of {before[0]:,} bytes read", str(file))
     # A file written just now can change once more within the clock's grain: not remembered.
     if time.time_ns() - before[1] > _RACY_NS:
         content = {"version": MEASURED, "file": str(file), "state": before, **asdict(survey)}
@@ -185,7 +193,7 @@ def survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Surve
 
 def check_unchanged(source: ResolvedSource, file: Path, state: list[int]) -> None:
     """Raises UserError if the file is no longer as it was at `state`."""
-    if _state(file)[:2] != state[:2]:
+    if patience.known(lambda: _state(file), file)[:2] != state[:2]:
         raise UserError(f"{source.key}: {file} changed while it was indexed; start again")
 
 
@@ -198,10 +206,11 @@ def _state(file: Path) -> list[int]:
 def measure(job: Job, encoder: Encoder) -> Part:
     """Parse, probe and measure a job's items. Raises UserError where no example of a kind fits."""
     form = sources.get(job.source.format)
-    if job.chunk is not None:
-        items: Iterable[Item] = form.items(job.file, job.chunk)
-    else:
-        items = _read_again(job)
+
+    def read() -> list[Item]:
+        return list(form.items(job.file, job.chunk) if job.chunk is not None else _read_again(job))
+
+    items = patience.known(read, job.file)
     kept: list[tuple[Item, Example]] = []
     rejected: list[Rejected] = []
     for item in items:
@@ -298,6 +307,10 @@ def part_path(
 
 def load_part(path: Path) -> Part | None:
     """The cached part, or None."""
+    return patience.known(lambda: _load_part(path), path)
+
+
+def _load_part(path: Path) -> Part | None:
     if not path.exists():
         return None
     with _stored(path), np.load(path, allow_pickle=False) as stored:
@@ -323,8 +336,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
     Raises UserError where the folder cannot be written or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with writing(path.parent):
+
+    def put() -> None:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as stream:
@@ -334,6 +348,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    with writing(path.parent):
+        patience.patiently(put, path)
 
 
 @contextlib.contextmanager

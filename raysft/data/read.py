@@ -41,7 +41,8 @@ class Work:
 class Reader:
     """Reads works with an index and an encoder; the same works give the same micro-batches.
 
-    Raises UserError where data files have changed, or their storage answers no more.
+    Raises UserError where data files have changed, or where the storage of a file that the index
+    knows, clips included, answers no more.
 
     budget: positions a micro-batch may take, where examples turn out longer than planned.
     seed: of augmentation in training, drawn by (seed, epoch, step, lane, slot); None in evaluation.
@@ -120,7 +121,7 @@ class Reader:
         rate, limits = self.encoder.sample_rate, self.encoder.limits
         assert rate is not None  # an encoder that takes audio names its rate
         most = GROWN * float(self.index.seconds[row]) + 1.0
-        decode = partial(load, rate=rate, limits=limits, most_seconds=most)
+        decode = partial(load, rate=rate, limits=limits, most_seconds=most, indexed=True)
         clips = [self._clips.call(decode, clip.path) for clip in audio]
         seconds, planned = sum(map(len, clips)) / rate, float(self.index.seconds[row])
         if seconds < planned * (1 - MISSING_SHARE):

@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from raysft import patience
 from raysft.config.schema import SpeechTokens
 from raysft.data.features import Fbank, FrontEnd, LogMel, mean_normalised
 from raysft.errors import UserError
@@ -160,10 +161,13 @@ def fit_or_load(
 def load(config: SpeechTokens, folder: Path) -> SpeechTokenizer:
     """The tokenizer at `location(config, folder)`. Raises UserError: none there, or another one."""
     path = location(config, folder)
-    try:
+
+    def read() -> tuple[dict[str, str], np.ndarray]:
         with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            centroids = file.get_tensor("centroids")
+            return file.metadata() or {}, file.get_tensor("centroids")
+
+    try:
+        metadata, centroids = patience.patiently(read, path)
     except FileNotFoundError:
         raise UserError(
             f"data.speech_tokens: no fitted speech tokenizer at {path}: training fits one on the "

@@ -8,6 +8,9 @@ restart and on every node:
 
     stalled/<hash of the path>.json   {"path": ..., "reason": ...}; deleted, the clip is read again
 
+Reads that fail at once (OSError) say nothing of the clip either: they are tried again, here and not
+in the thread, so that no pause counts as a stall (see `patience`); then they end the run.
+
 Costs 20 to 35 us a call for the way into the thread and back, whatever the number of clips in it,
 and a listing of the folder a chunk of works. A thread keeps up to 32 MB for its next clip.
 """
@@ -27,6 +30,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from raysft import patience
 from raysft.data.audio import Limits
 from raysft.errors import BadExample, UserError
 
@@ -40,6 +44,11 @@ IN_A_ROW = 4
 # paused machine) finds one slice gone when it wakes, not all the time its read had.
 _SLICES = 8
 _KEPT = 16 << 20  # bytes
+
+LOST = (
+    ". Where a clip is lost for good, put an empty file in its place: its example is then left "
+    "out, and named in quarantine.jsonl"
+)
 
 _Result = TypeVar("_Result")
 _idle: list[_Helper] = []
@@ -70,14 +79,18 @@ class ClipReader:
     def refresh(self) -> None:
         """Look which clips others (or this process before a restart) have found to stall."""
         if self._folder is not None:
+            folder = self._folder
             try:
-                self._known = frozenset(os.listdir(self._folder))
+                self._known = frozenset(patience.patiently(lambda: os.listdir(folder), folder))
             except FileNotFoundError:
                 self._known = frozenset()
+            except OSError as error:
+                raise patience.away(folder, error) from error
 
     def call(self, function: Callable[[str], _Result], path: str) -> _Result:
         """function(path). Raises what it raises, BadExample where it does not return in time, and
-        UserError where that happens to one clip after the other."""
+        UserError where that happens to one clip after the other, or where its storage goes on
+        failing (OSError)."""
         found = self.each(function, [path])[0]
         if isinstance(found, BadExample):
             raise found
@@ -100,10 +113,28 @@ class ClipReader:
                 self._row = 0
             if stalled:
                 found.append(self._remember(paths[len(found)]))
-        for result in found:
-            if isinstance(result, Exception) and not isinstance(result, BadExample):
+        for place, result in enumerate(found):
+            if isinstance(result, OSError):
+                found[place] = self._again(read, paths[place], result)
+            elif isinstance(result, Exception) and not isinstance(result, BadExample):
                 raise result
         return found
+
+    def _again(self, read: Callable[[str], Any], path: str, error: OSError) -> Any:
+        """A read that failed, tried again: its result or its BadExample."""
+        first = [error]
+
+        def once() -> Any:
+            if first:
+                raise first.pop()
+            done, stalled = _run(read, [path], self._seconds)
+            if stalled:
+                return self._remember(path)
+            if isinstance(done[0], Exception) and not isinstance(done[0], BadExample):
+                raise done[0]
+            return done[0]
+
+        return patience.known(once, path, LOST)
 
     def _refuse_known(self, path: str) -> None:
         if self._folder is not None and _name(path) in self._known:
@@ -192,10 +223,14 @@ def _name(path: str) -> str:
 def _write(mark: Path, content: dict[str, str]) -> None:
     """Whole or not at all. Raises UserError where the folder cannot be written."""
     temporary = mark.with_name(f".{mark.name}.{uuid.uuid4().hex}")
-    try:
+
+    def put() -> None:
         mark.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content))
         os.replace(temporary, mark)
+
+    try:
+        patience.patiently(put, mark)
     except OSError as error:
         raise UserError(
             f"run.storage_path: cannot remember in {mark.parent} that {content['path']} did not "

@@ -29,7 +29,7 @@ import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from raysft import failures
+from raysft import failures, patience
 from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.generations import Places, open_index
 from raysft.data.read import CHUNK, Reader, Work, chunks
@@ -43,15 +43,20 @@ LARGE = 4 * CHUNK  # of this size: between two tasks a process waits 10 to 100 m
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """What a data task needs to make its `Reader`; made once a process, then reused."""
+    """What a data task needs to make its `Reader`; made once a process, then reused.
+
+    patience_s: seconds to wait for a file that its storage does not give.
+    """
 
     index: Places
     encoder: Any  # ObjectRef of the encoder
     budget: int
     seed: int | None
+    patience_s: float = patience.SECONDS
 
     def reader(self) -> Reader:
         """The reader of this process."""
+        patience.allow(self.patience_s)
         key = (self.index, self.encoder, self.budget, self.seed)
         if key not in _READERS:
             if len(_READERS) > 1:  # a run has one to train and one to evaluate

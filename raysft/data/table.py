@@ -11,6 +11,7 @@ example of Ming-UniAudio, 0.2 ms one of 500 units in MoST JSON (parsing them).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,12 +21,14 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from raysft import patience
 from raysft.data import part as parts
 from raysft.data import sources as formats
 from raysft.data.encode import Encoder
@@ -108,7 +111,8 @@ class Index:
         """Open the index in `folder`. Raises UserError if there is none of this version."""
         folder = Path(folder)
         try:
-            version = json.loads((folder / "meta.json").read_bytes())["version"]
+            meta = patience.patiently((folder / "meta.json").read_bytes, folder, patience.momentary)
+            version = json.loads(meta)["version"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"data.index_path: {folder} holds no index ({error})") from error
         if version != parts.VERSION:
@@ -116,7 +120,7 @@ class Index:
                 f"data.index_path: {folder} was written by another version of raysft (index "
                 f"version {version}, expected {parts.VERSION}); start the job again to rebuild it"
             )
-        return cls(folder)
+        return patience.known(lambda: cls(folder), folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Index.load, (str(self.folder),)
@@ -132,9 +136,9 @@ class Index:
     def rejected(self) -> list[Quarantined]:
         """Items that could not be indexed, by source, file and line."""
         path = self.folder / "rejected.jsonl"
+        lines = patience.known(path.read_bytes, path).splitlines()
         try:
-            with open(path, "rb") as stream:
-                return [Quarantined(**json.loads(line)) for line in stream]
+            return [Quarantined(**json.loads(line)) for line in lines]
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"data.index_path: {path} is damaged ({error}); delete its folder, and it is made "
@@ -164,7 +168,7 @@ class Index:
     def examples(self, rows: np.ndarray) -> list[Example]:
         """The examples of `rows`, in their order; records are read in the order of the files.
 
-        Raises UserError if a file is gone or has changed since it was indexed.
+        Raises UserError if a file has changed since it was indexed, or goes on being away.
         """
         rows = np.asarray(rows, np.int64)
         picked = {
@@ -207,24 +211,30 @@ class Index:
                 stop = max(stop, offsets[order[last]] + sizes[order[last]])
                 last += 1
             with self._reading:
-                data = os.pread(self._handle(file), stop - start, start)
+                read = partial(self._read, file, start, stop - start)
+                data = patience.known(read, self._files[file][0])
             for place in order[first:last]:
                 at = offsets[place] - start
                 yield place, data[at : at + sizes[place]]
             first = last
 
+    def _read(self, file: int, start: int, count: int) -> bytes:
+        """Fewer bytes only where the file has become shorter. Raises OSError."""
+        handle = self._handle(file)
+        try:
+            data = os.pread(handle, count, start)
+            if len(data) < count and os.fstat(handle).st_size >= start + count:
+                raise OSError(errno.EIO, f"{len(data)} of {count} bytes read")
+        except OSError:
+            os.close(self._handles.pop(file))  # a stale one stays so: open the file anew
+            raise
+        return data
+
     def _handle(self, file: int) -> int:
         if file not in self._handles:
             if len(self._handles) >= _HANDLES:
                 os.close(self._handles.pop(next(iter(self._handles))))
-            path = self._files[file][0]
-            try:
-                self._handles[file] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(
-                    f"{path}: cannot read this data file any more: {error.strerror}; it must be "
-                    "on storage that every node sees"
-                ) from error
+            self._handles[file] = os.open(self._files[file][0], os.O_RDONLY)
         return self._handles[file]
 
 
@@ -270,7 +280,7 @@ def join(
     ).encode()
     text = json.dumps(meta, indent=1).encode()
     target = folder / hashlib.sha256(text + rejected).hexdigest()[:32]
-    if not (target / "meta.json").exists():
+    if not patience.known((target / "meta.json").exists, target):
         _write(target, text, rejected, tasks, owners, found)
     return Index.load(target)
 
@@ -296,8 +306,8 @@ def _write(
             return numbers[number][part.rows["task"]]
         return part.rows[name]
 
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    with parts.writing(target.parent):
+    def write() -> None:
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         temporary.mkdir(parents=True)
         try:
             for name, dtype in _COLUMNS.items():
@@ -323,3 +333,6 @@ def _write(
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    with parts.writing(target.parent):
+        patience.patiently(write, target)

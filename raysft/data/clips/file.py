@@ -2,12 +2,15 @@
 
 Stands under `audio.probe` and `audio.load`. A container module says how long a file is and decodes
 it; this one reads bytes, and is the only one that calls libsndfile. Whatever goes wrong in a
-decoder is about the file it was given: every exception of it becomes a BadExample.
+decoder is about the file it was given: every exception of it becomes a BadExample. Whatever goes
+wrong in reading bytes is about the storage: an OSError, which decoders would take for a file's end;
+so `File` remembers it, and whoever opened the file raises it in place of what they made of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -29,19 +32,24 @@ Piece = tuple[np.ndarray, int]
 
 
 class File:
-    """A regular file, read at any place. Raises BadExample where the system refuses."""
+    """A regular file, read at any place. Raises OSError where the system refuses.
+
+    error: of the first read that failed, or that ended before the file does.
+    """
 
     def __init__(self, path: str, hold: bool = False) -> None:
         """hold: read it once, as it will be needed whole, unless it is very large."""
         self.path = path
+        self.error: OSError | None = None
         self._content: bytes | None = None
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.size = os.fstat(self._handle).st_size
-        except OSError as error:
-            raise self._refused(error) from None
-        if hold and self.size <= _HELD:
-            self._content = self.read(0, self.size)
+            if hold and self.size <= _HELD:
+                self._content = self.read(0, self.size)
+        except OSError:
+            self.close()
+            raise
 
     @property
     def held(self) -> bool:
@@ -57,8 +65,12 @@ class File:
             while count > 0 and (part := os.pread(self._handle, count, offset)):
                 parts.append(part)
                 offset, count = offset + len(part), count - len(part)
+            if count > 0 and offset < self.size:
+                told = f"ends at byte {offset:,} of {self.size:,}"
+                raise OSError(errno.EIO, told, self.path)
         except OSError as error:
-            raise self._refused(error) from None
+            self.error = self.error or error
+            raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def view(
@@ -79,9 +91,6 @@ class File:
         """Give the handle back."""
         os.close(self._handle)
 
-    def _refused(self, error: OSError) -> BadExample:
-        return BadExample(f"{self.path}: cannot be read ({error.strerror or error})")
-
 
 def _patched(data: bytes, first: int, patches: dict[int, bytes]) -> bytes:
     """data: the bytes of a file from `first` on; patches: {offset in the file: bytes}."""
@@ -96,17 +105,13 @@ def _patched(data: bytes, first: int, patches: dict[int, bytes]) -> bytes:
 
 class View(io.RawIOBase):
     """Bytes of a file that is not held in memory; read ahead a little, for headers are read in
-    small pieces.
-
-    error: the BadExample of a read that failed, which libsndfile takes for the end of the file.
-    """
+    small pieces. A read that fails looks like the end of the file: see `File.error`."""
 
     def __init__(self, file: File, start: int, stop: int, patches: dict[int, bytes]) -> None:
         self._file, self._start, self._size = file, start, stop - start
         self._patches = patches
         self._at = 0
         self._ahead, self._ahead_at = b"", 0
-        self.error: BadExample | None = None
 
     def readable(self) -> bool:
         """Always."""
@@ -135,8 +140,7 @@ class View(io.RawIOBase):
             first = self._start + self._at
             try:
                 self._ahead = _patched(self._file.read(first, wanted), first, self._patches)
-            except BadExample as error:
-                self.error = error
+            except OSError:
                 return 0
             self._ahead_at, place = self._at, 0
         data = self._ahead[place : place + count]
@@ -178,7 +182,7 @@ class Track:
 
 
 @contextlib.contextmanager
-def decoding(path: str, view: io.RawIOBase | io.BytesIO | None = None) -> Iterator[None]:
+def decoding(path: str) -> Iterator[None]:
     """Names the file that a decoder fails on, whatever it raises."""
     try:
         yield
@@ -187,15 +191,11 @@ def decoding(path: str, view: io.RawIOBase | io.BytesIO | None = None) -> Iterat
     except MemoryError:
         raise BadExample(f"{path}: its samples do not fit into memory") from None
     except Exception as error:  # noqa: BLE001 - of whatever kind, it is about this file
-        if isinstance(view, View) and view.error is not None:
-            raise view.error from None
         if isinstance(error, soundfile.LibsndfileError):
             detail = error.error_string or f"libsndfile error {error.code}"
         else:
             detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise BadExample(f"{path}: damaged or cut off: decoding failed ({detail})") from None
-    if isinstance(view, View) and view.error is not None:
-        raise view.error
 
 
 def sound(path: str, view: io.RawIOBase | io.BytesIO) -> Sound:
@@ -203,8 +203,6 @@ def sound(path: str, view: io.RawIOBase | io.BytesIO) -> Sound:
     try:
         opened = Sound(view)
     except Exception:  # noqa: BLE001 - of whatever kind, it is about this file
-        if isinstance(view, View) and view.error is not None:
-            raise view.error from None
         # Not libsndfile's own words: they may be those about a file another thread opens now.
         view.seek(0)
         head = view.read(16)
@@ -221,7 +219,7 @@ def read_all(path: str, view: io.RawIOBase | io.BytesIO, most: float) -> Piece:
 
 def read(path: str, file: Sound, most: float, exact: int | None = None) -> Piece:
     """As `read_all`, of a file just opened. exact: samples that are there, where that is known."""
-    with decoding(path, file.view):
+    with decoding(path):
         if exact is not None and exact <= most:
             return file.read(frames=exact, dtype="float32", always_2d=True), file.samplerate
         block = max(1, _BLOCK // file.channels)

@@ -106,7 +106,7 @@ def _blocks(av: Any, file: File, kind: str, most: float) -> Iterator[np.ndarray]
     Raises BadExample where they end long before the header says.
     """
     view, count, end = file.view(), 0, 0.0
-    with decoding(file.path, view), av.open(_buffered(view)) as container:
+    with decoding(file.path), av.open(_buffered(view)) as container:
         stream = _stream(container, file.path, kind)
         # Planar float, whatever the codec gives.
         resampler = av.AudioResampler("fltp", stream.layout, stream.rate)

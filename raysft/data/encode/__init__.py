@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from raysft import patience
 from raysft.config.schema import Data, Model
 from raysft.data import speech_tokens
 from raysft.data.audio import Limits
@@ -56,8 +57,12 @@ def _encoder(model: Model, data: Data, run_folder: Path) -> Encoder:
 def kept_template(run_folder: Path) -> str | None:
     """The chat template of the run in `run_folder`; None where none is kept there."""
     path = run_folder / TEMPLATE
-    try:
+
+    def read() -> str | None:
         return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    try:
+        return patience.patiently(read, path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
