@@ -1,11 +1,16 @@
 """python -m raysft.audit RUN: was every example trained on as planned, none lost, none repeated?
 
 Makes the plan again from plan.json and its indexes and reads the ledger beside it: of every step,
-each lane once, with the ids planned for it, in their order; only those that quarantine.jsonl names
-may be missing. Every epoch's rows are counted too (without data.mix): as often as the weights say.
+each lane once, with the ids planned for it, in their order. What could not be used is named in the
+line of its (step, lane), and in quarantine.jsonl with the reason. Every line has to follow the one
+before it (`run.ledger`), and to lead to where each checkpoint that is kept was saved. Every epoch's
+rows are counted too (without data.mix): as often as the weights say.
 The ledger has to reach the newest checkpoint; what lies beyond may end anywhere, so a run that was
 interrupted, or still goes on, is judged by what it has recorded so far.
 
+--deep also reads some batches again from the data (`reread`).
+
+Runs from before lines were chained and named what was quarantined are judged by what they have.
 Exit code 0: clean; 1: findings, the first of which are printed, or an error. Reads the ids of all
 examples from their data files (20 to 200 us each); of the ledger it holds a few lines a file.
 """
@@ -13,6 +18,7 @@ examples from their data files (20 to 200 us each); of the ledger it holds a few
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,26 +29,46 @@ from raysft.config.schema import Checkpoint
 from raysft.data.generations import open_index
 from raysft.data.verify import Line, Report, check
 from raysft.errors import UserError
+from raysft.reread import Sample, reread
+from raysft.run.ledger import Chains, Heads, files
 from raysft.run.lines import parse as parse_line
 from raysft.train.catalogue import Catalogue
 
+USAGE = """usage: python -m raysft.audit RUN [--deep [--sample N]]
+
+--deep reads N batches (32) again from the data and compares them with what was trained on."""
+SAMPLE = 32
 _BLOCK = 1 << 14  # bytes of a ledger file in memory: there may be a thousand files
 
 
-def audit(run: Path) -> Report:
-    """Audit the run in folder `run`. Raises UserError where the folder is not a run's, or where
-    what it trained on (an index, a data file) cannot be read any more."""
+def audit(run: Path, sample: int = 0) -> Report:
+    """Audit the run in folder `run`; sample: batches to be read again. Raises UserError where the
+    folder is not a run's, or where what it trained on (an index, a data file) cannot be read any
+    more."""
     generations = history.load(run)
-    # First the checkpoint, then the ledger: a run that goes on writes them the other way round.
-    committed = _committed(run)
     report = Report(generations.parts[0].plan.settings["lanes"])
+    # First the checkpoints, then the ledger: a run that goes on writes them the other way round.
+    committed, heads = _saved(run, report)
+    chains = Chains(history.identity(run), heads, history.chained(run))
     index = open_index(history.places(run))
     quarantined = _Quarantine(run / "quarantine.jsonl", report)
-    files = sorted((run / "ledger").glob("*.jsonl"))
-    kinds = {"epoch": int, "step": int, "lane": int, "ids": list}
-    kept = [_lines(file, kinds, report) for file in files]
-    recorded = heapq.merge(*kept, key=lambda line: line["step"])
-    check(generations, index.ids, recorded, quarantined, committed, report)
+    some = Sample(sample)
+    check(
+        generations,
+        index.ids,
+        _recorded(run, report),
+        quarantined,
+        committed,
+        report,
+        follow=chains.follow,
+        seen=some.add if sample else lambda *_: None,
+    )
+    if sample:
+        if some.without:
+            report.notes.append(
+                f"{some.without:,} lines of the ledger are from before there were digests"
+            )
+        reread(run, some, report)
     return report
 
 
@@ -62,14 +88,57 @@ class _Quarantine:
         return name in self._ids
 
 
-def _committed(run: Path) -> int:
-    """The step of the newest committed checkpoint; 0 where there is none."""
+def _saved(run: Path, report: Report) -> tuple[int, dict[int, Heads]]:
+    """The step of the newest committed checkpoint (0: there is none); and, by step, where the
+    ledger's chains stood at those that say so."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run}: no run is here (no config.yaml); name a run's folder")
     tree = read_tree(path.read_text(encoding="utf-8"), str(path))
-    found = Catalogue.of(Checkpoint.model_validate(tree.get("checkpoint", {})), run).committed()
-    return found[-1].step if found else 0
+    catalogue = Catalogue.of(Checkpoint.model_validate(tree.get("checkpoint", {})), run)
+    found = catalogue.committed()
+    heads: dict[int, Heads] = {}
+    for saved in found:
+        try:
+            chain = saved.meta().get("chain")
+        except UserError as error:
+            if saved.step in {left.step for left in catalogue.committed()}:  # not pruned meanwhile
+                report.add(f"what the ledger was at step {saved.step} is not known: {error}")
+            continue
+        if chain is not None:
+            heads[saved.step] = {int(lane): head for lane, head in chain.items()}
+    return (found[-1].step if found else 0), heads
+
+
+_FIELDS = {"epoch": int, "step": int, "lane": int, "ids": list}
+
+
+def _recorded(run: Path, report: Report) -> Iterator[Line]:
+    """All lines of the ledger, by step. Notes those that lie in a file they do not belong into:
+    each file holds one lane, from its first step to that of the lane's next file."""
+    known = files(run)
+    parts: list[Iterator[Line]] = []
+    for lane, own in known.items():
+        ends = [first for first, _ in own[1:]] + [sys.maxsize]
+        for (first, path), end in zip(own, ends):
+            parts.append(_of_file(path, lane, range(first, end), report))
+    ours = {path for own in known.values() for _, path in own}
+    for path in sorted((run / "ledger").glob("*.jsonl")):
+        if path not in ours:
+            report.add(f"{path.name}: is no file of the ledger")
+            parts.append(_lines(path, _FIELDS, report))
+    return heapq.merge(*parts, key=lambda line: line["step"])
+
+
+def _of_file(path: Path, lane: int, steps: range, report: Report) -> Iterator[Line]:
+    for line in _lines(path, _FIELDS, report):
+        if line["lane"] == lane and line["step"] in steps:
+            yield line
+        else:
+            report.add(
+                f"step {line['step']}, lane {line['lane']}: lies in {path.name}, where it does not "
+                "belong"
+            )
 
 
 def _lines(path: Path, kinds: dict[str, type], report: Report) -> Iterator[Line]:
@@ -88,15 +157,36 @@ def _lines(path: Path, kinds: dict[str, type], report: Report) -> Iterator[Line]
         for raw in whole:
             number += 1
             try:
-                yield parse_line(raw, kinds)
+                line = parse_line(raw, kinds)
+                _check_texts(line)
             except ValueError as error:
                 report.add(f"{path.name} line {number}: cannot be read ({error}): {raw[:60]!r}")
+                continue
+            yield line
+
+
+def _check_texts(line: Line) -> None:
+    """Raises ValueError where ids, or digests, are no texts."""
+    for name in ("ids", "quarantined"):
+        names = line.get(name, [])
+        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+            raise ValueError(f"{name} are no texts")
+    if not all(isinstance(line.get(name, ""), str) for name in ("chain", "tensors")):
+        raise ValueError("its digests are no texts")
 
 
 def main(argv: Sequence[str]) -> None:
     """Print the first findings and a summary; exit code 1 if there are any."""
-    arguments = parse(argv, "usage: python -m raysft.audit RUN", 1, keys=False)
-    report = audit(paths.argument(arguments.positional[0], "RUN"))
+    arguments = parse(argv, USAGE, 1, ["deep", "sample="], keys=False)
+    deep, given = "deep" in arguments.flags, arguments.flags.get("sample", str(SAMPLE))
+    if not str(given).isdecimal() or not int(given):
+        raise UserError(f"--sample {given}: expected a number of batches, at least 1")
+    if "sample" in arguments.flags and not deep:
+        raise UserError("--sample: goes with --deep")
+    run = paths.argument(arguments.positional[0], "RUN")
+    report = audit(run, int(given) if deep else 0)
+    for text in report.notes:
+        print(f"note: {text}")
     for text in report.findings:
         print(text)
     if report.count > len(report.findings):

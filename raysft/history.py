@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raysft.config.load import read_tree
 from raysft.config.schema import Data
 from raysft.data.changes import changed_data, changed_settings, facts, overwritten
 from raysft.data.generations import Generation, Generations
@@ -29,6 +30,19 @@ NAME = "plan.json"
 def load(run: Path) -> Generations:
     """The plan of the run in folder `run`. Raises UserError where it holds none."""
     return _generations(run, _read(run))
+
+
+def identity(run: Path) -> str:
+    """What tells this run from any other: the id in its config.yaml; of one from before runs had
+    ids, the hash of its first plan."""
+    path = run / "config.yaml"
+    tree = read_tree(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    return str(tree["id"]) if "id" in tree else _read(run)[0]["plan_hash"]
+
+
+def chained(run: Path) -> bool:
+    """Whether the run's ledger was chained from its first line on."""
+    return "names" in _read(run)[0]
 
 
 def places(run: Path) -> list[tuple[str, int]]:

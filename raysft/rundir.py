@@ -134,7 +134,7 @@ def new_evaluation(run: Path, step: int, config: Config) -> Path:
 
 def write_config(config: Config, folder: Path) -> None:
     """The run's config.yaml, with the versions of the packages it runs with, and its base."""
-    beside: dict[str, Any] = {"versions": _versions()}
+    beside: dict[str, Any] = {"versions": versions()}
     if (base := identity.of(config.model)) is not None:
         beside["base"] = base
     _write(folder / "config.yaml", to_yaml(config) + yaml.safe_dump(beside, sort_keys=False))
@@ -431,7 +431,15 @@ def _length_may_change(config: Config, committed: Sequence[Saved]) -> bool:
         return False
 
 
-def _versions() -> dict[str, str]:
+def versions_of(folder: Path) -> dict[str, str]:
+    """The packages that the run in `folder` was last started with, as its config.yaml has them."""
+    written = folder / "config.yaml"
+    found = read_tree(written.read_text(encoding="utf-8"), str(written)).get("versions")
+    return found if isinstance(found, dict) else {}
+
+
+def versions() -> dict[str, str]:
+    """The packages here, by name: PACKAGES."""
     found = {}
     for package in PACKAGES:
         try:

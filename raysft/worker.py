@@ -145,6 +145,7 @@ def build_job(
         else None,
         progress=progress if world.is_main else None,
         weights=initial_weights(folder),
+        identity=history.identity(folder),
         adapters=adapters,
         cost=cost,
         start={

@@ -88,6 +88,7 @@ class MicroBatch:
     features: float32 [sum(feature_lengths), mels]; feature_lengths: int32 [clips].
     slots: for each sequence its place among the planned examples; quarantined ones leave gaps.
     langs: of each sequence the language that its asr answer begins with; None: with none.
+    tensors: digest of the arrays (`data.digest`), where it is to be recorded.
     An empty micro-batch (n == 0) is legal: its examples were quarantined, or the epoch ended.
     The arrays are not to be written to: those from a stream lie in Ray's shared memory.
     """
@@ -106,6 +107,7 @@ class MicroBatch:
     slots: list[int] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
     langs: list[str | None] = field(default_factory=list)
+    tensors: str = ""
 
     @classmethod
     def join(

@@ -14,6 +14,7 @@ from itertools import repeat
 
 import numpy as np
 
+from raysft.data import digest
 from raysft.data.audio import load
 from raysft.data.clips.file import MISSING_SHARE
 from raysft.data.encode import Encoder
@@ -29,12 +30,14 @@ GROWN = 2.0  # times its length in the index above which a clip is not even deco
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One micro-batch to be read: the index rows of a (step, lane)."""
+    """One micro-batch to be read: the index rows of a (step, lane), but for those at the places
+    `skip`."""
 
     epoch: int
     step: int
     lane: int
     rows: np.ndarray
+    skip: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -78,6 +81,8 @@ class Reader:
         planned = self.index.tokens[work.rows].tolist()
         spare = max(0, self.budget - sum(planned))
         for slot, example in enumerate(examples):
+            if slot in work.skip:
+                continue
             try:
                 clips = self._load(example, work.rows[slot])
                 rng = self._rng(work, slot)
@@ -95,7 +100,7 @@ class Reader:
             sequences.append(sequence)
             slots.append(slot)
             langs.append(example.lang if example.task == "asr" else None)
-        return MicroBatch.join(
+        batch = MicroBatch.join(
             work.epoch,
             work.step,
             work.lane,
@@ -104,6 +109,9 @@ class Reader:
             slots=slots,
             langs=langs,
         )
+        if self.seed is not None:  # to be trained on, and recorded
+            batch.tensors = digest.tensors(batch)
+        return batch
 
     def _rng(self, work: Work, slot: int) -> np.random.Generator | None:
         """Of each example its own, so that a quarantined one changes no other."""

@@ -110,7 +110,7 @@ def _read(spec: ReaderSpec, chunk: list[Work]) -> Callable[[], Iterable[pa.Table
 
 _MISTAKE = "mistake"
 _ARRAYS = ("lengths", "input_ids", "labels", "features", "feature_lengths")
-_FACTS = ("epoch", "step", "lane", "ids", "tasks", "seconds", "slots", "langs")
+_FACTS = ("epoch", "step", "lane", "ids", "tasks", "seconds", "slots", "langs", "tensors")
 
 
 def to_table(batch: MicroBatch) -> pa.Table:

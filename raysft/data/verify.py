@@ -20,12 +20,15 @@ from raysft.data.plan import PlannedStep
 SHOWN = 10  # findings
 
 Line = dict[str, Any]
-"""A line of the ledger: epoch, step, lane, ids."""
+"""A line of the ledger: epoch, step, lane, ids; of newer runs also quarantined, tensors, chain."""
 
 
 @dataclass
 class Report:
-    """What an audit found. steps: the last that all lanes have done; findings: the first few."""
+    """What an audit found. steps: the last that all lanes have done; findings: the first few.
+
+    reread: batches that were read again; None: none were to be. notes: what is no fault of a run.
+    """
 
     lanes: int
     steps: int = 0
@@ -36,6 +39,8 @@ class Report:
     repeated: int = 0
     count: int = 0
     findings: list[str] = field(default_factory=list)
+    reread: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
@@ -56,6 +61,7 @@ class Report:
             f"audit: {state}: {self.steps:,} steps x {self.lanes} lanes, {self.epochs} epochs, "
             f"{self.examples:,} examples, {len(self.quarantined):,} quarantined, "
             f"{self.lost:,} lost, {self.repeated:,} repeated"
+            + ("" if self.reread is None else f", {self.reread:,} batches read again")
         )
 
 
@@ -67,13 +73,18 @@ def check(
     committed: int,
     report: Report,
     chunk: int = 4096,
+    follow: Callable[[Line], str | None] = lambda line: None,
+    seen: Callable[[PlannedStep, int, list[str], Line], None] = lambda *_: None,
 ) -> None:
     """Hold ledger lines, in the order of their steps, against the plan; adds to `report`.
 
-    ids_of: ids of planned rows. committed: the step that the ledger has to reach at least.
-    chunk: examples whose ids are read together.
+    ids_of: ids of planned rows. quarantined: those that quarantine.jsonl names.
+    committed: the step that the ledger has to reach at least.
+    chunk: examples whose ids are read together. follow: told of every line in turn, says why it
+    is not the one that was written after its lane's line before (`run.ledger.Chains`). seen: given
+    every planned (step, lane) that is recorded, the ids planned and the line.
     """
-    ledger = _Ledger(iter(recorded), report)
+    ledger = _Ledger(iter(recorded), report, follow)
     counts = _Counts(generations, report, ids_of)
     # lane -> the step from which it has no lines any more, and the examples planned since
     missing: dict[int, tuple[int, int]] = {}
@@ -98,10 +109,13 @@ def check(
                 report.add(f"step {first}, lane {lane}: is not in the ledger, step {step.step} is")
             if line["epoch"] != step.epoch:
                 report.add(f"{where}: recorded in epoch {line['epoch']}, planned in {step.epoch}")
-            _compare(where, ids, line["ids"], quarantined, report)
+            _compare(where, ids, line, quarantined, report)
+            seen(step, lane, ids, line)
         for lane, line in lines.items():
             report.repeated += len(line["ids"])
             report.add(f"step {step.step}, lane {lane}: there is no such lane", line["ids"])
+        while ledger.broken:  # after what is wrong with the ids themselves
+            report.add(ledger.broken.pop(min(ledger.broken)))
         counts.add(step)
         if not missing:
             report.steps = step.step
@@ -109,29 +123,40 @@ def check(
 
 
 def _compare(
-    where: str, planned: list[str], trained: list[str], quarantined: Container[str], report: Report
+    where: str, planned: list[str], line: Line, quarantined: Container[str], report: Report
 ) -> None:
+    trained: list[str] = line["ids"]
     report.examples += len(trained)
-    if trained == planned:
+    if trained == planned and not line.get("quarantined"):
         return
     left_out = list((Counter(planned) - Counter(trained)).elements())
-    report.quarantined.update(name for name in left_out if name in quarantined)
-    if lost := [name for name in left_out if name not in quarantined]:
+    # Lines from before they said so themselves: whatever quarantine.jsonl names may be missing.
+    own = line.get("quarantined", [name for name in left_out if name in quarantined])
+    report.quarantined.update(own)
+    if unnamed := [name for name in own if name not in quarantined]:
+        report.add(f"{where}: quarantined, and quarantine.jsonl does not say why", unnamed)
+    if lost := list((Counter(left_out) - Counter(own)).elements()):
         report.lost += len(lost)
         report.add(f"{where}: planned, not trained on, not quarantined", lost)
+    if foreign := list((Counter(own) - Counter(left_out)).elements()):
+        report.add(f"{where}: quarantined, not planned here or trained on", foreign)
     if extra := list((Counter(trained) - Counter(planned)).elements()):
         report.repeated += len(extra)
         report.add(f"{where}: trained on, not planned here", extra)
-    rest = iter(planned)
-    if not lost and not extra and not all(name in rest for name in trained):
-        report.add(f"{where}: in another order than planned", trained)
+    for names in (trained, own) if not lost and not extra else ():
+        rest = iter(planned)
+        if not all(name in rest for name in names):
+            report.add(f"{where}: in another order than planned", names)
 
 
 class _Ledger:
     """Lines by step."""
 
-    def __init__(self, lines: Iterator[Line], report: Report) -> None:
-        self._lines, self._report = lines, report
+    def __init__(
+        self, lines: Iterator[Line], report: Report, follow: Callable[[Line], str | None]
+    ) -> None:
+        self._lines, self._report, self._follow = lines, report, follow
+        self.broken: dict[int, str] = {}  # lanes of the lines taken that `follow` objects to
         self._next = next(lines, None)
 
     @property
@@ -144,6 +169,8 @@ class _Ledger:
         found: dict[int, Line] = {}
         while self._next is not None and self._next["step"] <= step:
             line, self._next = self._next, next(self._lines, None)
+            if broken := self._follow(line):
+                self.broken[line["lane"]] = f"step {line['step']}, lane {line['lane']}: {broken}"
             if line["step"] < step or line["lane"] in found:
                 self._report.repeated += len(line["ids"])
                 where = f"step {line['step']}, lane {line['lane']}"

@@ -99,6 +99,7 @@ class Job:
         process; None: never ends it. adapters: what `peft.method` trains, None for all weights.
     cost: FLOPs of what is counted, for the metrics; None: not known. submitted: when this start was
         asked for (time.time()), where it is the first of a submission: until then the run was idle.
+    identity: what tells this run from others: where the ledger's chains begin.
     """
 
     config: Config
@@ -119,6 +120,7 @@ class Job:
     extras: dict[str, bytes] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     submitted: float | None = None
+    identity: str = ""
     hung: Callable[[str], None] | None = None
 
     def after_step(self, step: int) -> None:
@@ -260,6 +262,7 @@ class Keeper:
                 "asked": asked(self.job.config),
                 "strategy": self.job.strategy.facts(),
                 "time": time.time(),
+                "chain": self.record.heads(),
             }
             more: dict[str, torch.Tensor] = {}
             if self.job.adapters is not None:
@@ -357,7 +360,7 @@ def _restore(
         job.catalogue.clear(step)
         lost = cut_back_run(job.folder, step)
     job.world.barrier()
-    record.open(step)
+    record.open(step, job.identity, meta.get("chain"))
     for reason in skipped:
         record.event("skipped", reason=reason)
     for reason in lost:

@@ -7,12 +7,12 @@ events.jsonl, which tells of starts, failures and saves themselves, is never cut
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from raysft.data.example import Quarantined
+from raysft.run.ledger import Ledger
+from raysft.run.ledger import files as ledger_files
 from raysft.run.lines import Lines, cut_back, read_lines, stream_lines
 
 __all__ = [
@@ -44,19 +44,6 @@ def cut_back_run(folder: Path, step: int) -> list[str]:
     return [text for text in lost if text is not None]
 
 
-_LEDGER = re.compile(r"lane_(\d+)_from_(\d+)\.jsonl")
-
-
-def ledger_files(folder: Path) -> dict[int, list[tuple[int, Path]]]:
-    """Of each lane: (first step it may hold, file), in the order of steps."""
-    found: dict[int, list[tuple[int, Path]]] = {}
-    for path in (folder / "ledger").glob("*.jsonl"):
-        match = _LEDGER.fullmatch(path.name)
-        if match:
-            found.setdefault(int(match[1]), []).append((int(match[2]), path))
-    return {lane: sorted(files) for lane, files in sorted(found.items())}
-
-
 def last_recorded(folder: Path) -> int:
     """The last step that some lane has in the ledger; 0 without any."""
     last = 0
@@ -72,32 +59,6 @@ def last_sign_of_life(folder: Path) -> float | None:
     files = [files[-1][1] for files in ledger_files(folder).values()]
     files += [folder / name for name in ("metrics.jsonl", "eval.jsonl", "events.jsonl")]
     return max((path.stat().st_mtime for path in files if path.exists()), default=None)
-
-
-class Ledger:
-    """ledger/lane_L_from_N.jsonl: the ids each (step, lane) trained on, from step N on.
-
-    A lane has one writer, and every start of a run its own files.
-    """
-
-    def __init__(self, folder: Path, lanes: Iterable[int], first: int) -> None:
-        self._files = {
-            lane: Lines(folder / "ledger" / f"lane_{lane}_from_{first}.jsonl") for lane in lanes
-        }
-
-    def write(self, epoch: int, step: int, lane: int, ids: list[str]) -> None:
-        """Record one micro-batch, after its step is done."""
-        self._files[lane].write({"epoch": epoch, "step": step, "lane": lane, "ids": ids})
-
-    def sync(self) -> None:
-        """What was written is on the disk when this returns."""
-        for file in self._files.values():
-            file.sync()
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
 
 
 def quarantine_line(found: Quarantined, step: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from raysft.data.quarantine import summary
 from raysft.errors import UserError
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
+from raysft.run.ledger import genesis
 from raysft.train.checkpoint import Save
 from raysft.train.evaluations import Evaluation, Evaluations
 from raysft.train.flops import Cost, peak_flops
@@ -195,9 +196,13 @@ class Record:
             return None
         return f"{self.folder}: another job has taken over this run; this one ends"
 
-    def open(self, step: int) -> None:
-        """Open the files, cut back to `step` already, to append."""
-        self._ledger = Ledger(self.folder, self.world.lanes(self.config.data.lanes), step + 1)
+    def open(self, step: int, identity: str, heads: dict[str, str] | None = None) -> None:
+        """Open the files, cut back to `step` already, to append. identity: of the run; heads: where
+        the ledger's chains stood at `step`, as `heads` gave them; None: they begin here."""
+        lanes = self.world.lanes(self.config.data.lanes)
+        begun = {lane: genesis(identity, lane) for lane in lanes}
+        at = begun if heads is None else {lane: heads[str(lane)] for lane in lanes}
+        self._ledger = Ledger(self.folder, lanes, step + 1, at)
         self.files = [self._ledger]
         known = {}
         if self.world.is_main:
@@ -291,9 +296,15 @@ class Record:
                 file.sync()
 
     def ledger(self, batch: StepBatch) -> None:
-        """Record the ids of a step that is done."""
+        """Record what a step that is done was trained on, and what could not be used."""
         for mb in batch.micro_batches:
-            self._ledger.write(mb.epoch, mb.step, mb.lane, mb.ids)
+            refused = [found.id for found in mb.quarantined]
+            self._ledger.write(mb.epoch, mb.step, mb.lane, mb.ids, refused, mb.tensors)
+
+    def heads(self) -> dict[str, str]:
+        """Where the ledger's chains stand, by lane, for the checkpoint. A collective."""
+        found = self.world.gather(self._ledger.heads)
+        return {str(lane): head for part in found for lane, head in part.items()}
 
     def quarantine(self, batch: StepBatch, counts: dict[str, float]) -> None:
         """Name each newly quarantined example once; fail when there are too many of them."""

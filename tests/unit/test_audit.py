@@ -5,6 +5,7 @@ The runs are real folders with real indexes; only the training in between is lef
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import subprocess
@@ -25,6 +26,7 @@ from raysft.data.generations import Generation, Generations, open_index
 from raysft.data.plan import Cursor, Plan, PlannedStep
 from raysft.data.verify import Report, check
 from raysft.errors import UserError
+from raysft.run.ledger import genesis
 from raysft.train.metrics import Ledger, cut_back_run, read_lines
 from tests.unit.indexes import build, most
 
@@ -41,6 +43,7 @@ class Run:
         self.folder.mkdir(parents=True)
         (self.folder / "config.yaml").write_text(to_yaml(Config()))
         self.cursor: Cursor | None = None
+        self.heads: dict[int, str] = {}
 
     def train(self, steps: int, *corpora: Path, save: bool = True) -> None:
         """Some steps in one more start of the run."""
@@ -51,7 +54,8 @@ class Run:
         cursor = self.cursor or generations.start()
         cut_back_run(self.folder, cursor.step)
         known = {line["id"] for line in read_lines(self.folder / "quarantine.jsonl")}
-        ledger = Ledger(self.folder, range(LANES), cursor.step + 1)
+        begun = {lane: genesis(history.identity(self.folder), lane) for lane in range(LANES)}
+        ledger = Ledger(self.folder, range(LANES), cursor.step + 1, self.heads or begun)
         for step in itertools.islice(generations.steps(cursor), steps):
             for lane, planned in enumerate(step.lanes):
                 ids = rows.ids(planned)
@@ -60,11 +64,12 @@ class Run:
                         known.add(name)
                         self.append("quarantine.jsonl", {"id": name, "step": step.step})
                 trained = [name for name in ids if name not in QUARANTINED]
-                ledger.write(step.epoch, step.step, lane, trained)
+                refused = [name for name in ids if name in QUARANTINED]
+                ledger.write(step.epoch, step.step, lane, trained, refused)
             cursor = step.after
         ledger.close()
         if save:
-            self.cursor = cursor
+            self.cursor, self.heads = cursor, dict(ledger.heads)
             self.commit(cursor.step)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
@@ -72,10 +77,12 @@ class Run:
             out.write(json.dumps(line) + "\n")
 
     def commit(self, step: int) -> None:
-        """As far as anyone who only looks at names and markers is concerned."""
+        """As far as anyone who does not look at the state is concerned."""
         folder = self.folder / "checkpoints" / f"step_{step}"
         folder.mkdir(parents=True)
-        (folder / "COMMITTED").write_text("")
+        meta = json.dumps({"step": step, "chain": self.heads}).encode()
+        (folder / "meta.json").write_bytes(meta)
+        (folder / "COMMITTED").write_text(hashlib.sha256(meta).hexdigest())
 
     def edit(self, name: str, change: Callable[[list[dict]], list[dict]]) -> None:
         path = self.folder / name
@@ -210,24 +217,60 @@ def test_lost_repeated_and_foreign_ids_are_found_and_named(run: Run, corpus: Pat
     said = findings(run)
     lost, repeated = before[1]["ids"][0], before[3]["ids"][0]
     assert said[0] == f"step 2, lane 0: planned, not trained on, not quarantined: {lost}"
-    assert said[1] == "step 3, lane 0: trained on, not planned here: m999"
-    assert said[2] == f"step 4, lane 0: trained on, not planned here: {repeated}"
-    assert said[3].startswith("step 5, lane 0: in another order than planned: ")
-    assert said[4].startswith("step 6, lane 0: recorded in epoch ")
+    assert said[2] == "step 3, lane 0: trained on, not planned here: m999"
+    assert said[4] == f"step 4, lane 0: trained on, not planned here: {repeated}"
+    assert said[6].startswith("step 5, lane 0: in another order than planned: ")
+    assert said[8].startswith("step 6, lane 0: recorded in epoch ")
+    unlike = "is not the line that was written after the one before it (chain differs)"
+    assert said[1::2] == [f"step {step}, lane 0: {unlike}" for step in range(2, 7)]
     report = audit(run.folder)
-    assert (report.count, report.lost, report.repeated) == (5, 1, 2)
+    assert (report.count, report.lost, report.repeated) == (10, 1, 2)
     assert report.quarantined == set(QUARANTINED)
 
 
-def test_an_example_left_out_that_no_line_of_the_quarantine_names_is_lost(
+def test_a_quarantined_example_has_to_be_named_in_its_line_and_in_quarantine_jsonl(
     run: Run, corpus: Path
 ) -> None:
     run.train(8, corpus)
     assert audit(run.folder).quarantined == set(QUARANTINED)
+    kept = (run.folder / "quarantine.jsonl").read_bytes()
     run.edit("quarantine.jsonl", lambda lines: [line for line in lines if line["id"] != "m7"])
     said = findings(run)
     assert said
-    assert all(text.endswith("not quarantined: m7") for text in said)
+    assert all(
+        text.endswith("quarantined, and quarantine.jsonl does not say why: m7") for text in said
+    )
+    (run.folder / "quarantine.jsonl").write_bytes(kept)
+    # What quarantine.jsonl names is no excuse where the line itself says nothing.
+    run.edit(lane(0), lambda lines: [{**line, "quarantined": []} for line in lines])
+    assert any("planned, not trained on, not quarantined: m" in text for text in findings(run))
+
+
+def test_a_ledger_from_before_lines_were_chained_is_judged_by_what_it_has(
+    run: Run, corpus: Path
+) -> None:
+    run.train(8, corpus)
+    fields = ("epoch", "step", "lane", "ids")
+    for number in range(LANES):
+        run.edit(lane(number), lambda lines: [{k: line[k] for k in fields} for line in lines])
+    run.heads = {}
+    plan = json.loads((run.folder / "plan.json").read_bytes())
+    del plan[0]["names"]
+    (run.folder / "plan.json").write_text(json.dumps(plan))
+    meta = json.dumps({"step": 8}).encode()
+    (run.folder / "checkpoints/step_8/meta.json").write_bytes(meta)
+    marker = run.folder / "checkpoints/step_8/COMMITTED"
+    marker.write_text(hashlib.sha256(meta).hexdigest())
+    assert audit(run.folder).clean
+    assert audit(run.folder).quarantined == set(QUARANTINED)
+    run.train(8, corpus)  # chained from here on
+    assert audit(run.folder).clean
+    run.edit(lane(1, 9), lambda lines: [{**line, "tensors": "x"} for line in lines])
+    assert audit(run.folder).count == 8
+    run.edit("quarantine.jsonl", lambda lines: [line for line in lines if line["id"] != "m7"])
+    assert any(
+        text.endswith("planned, not trained on, not quarantined: m7") for text in findings(run)
+    )
 
 
 def test_unreadable_lines_and_lanes_that_do_not_exist_are_found(run: Run, corpus: Path) -> None:

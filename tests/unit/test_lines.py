@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from raysft.run import lines as module
+from raysft.run.ledger import genesis
 from raysft.run.lines import Lines, cut_back, read_lines
 from raysft.train.metrics import Ledger, cut_back_run, last_recorded
 
@@ -35,7 +36,7 @@ def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ledger(folder: Path, steps: int) -> Path:
     """One lane's file, of ids that are not ASCII."""
-    found = Ledger(folder, [0], 1)
+    found = Ledger(folder, [0], 1, {0: genesis("a", 0)})
     for step in range(1, steps + 1):
         found.write(0, step, 0, [f"訓練:{step}", f"données/é{step}"])
     found.close()
