@@ -1,4 +1,4 @@
-"""audit --deep: batches read again are those that were trained on, and what was changed is named."""
+"""audit --deep: batches read again are those trained on, and what was changed is named."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def clips_of(corpus: Path) -> list[Path]:
     return [corpus.parent / json.loads(line)["wav_path"] for line in corpus.open()]
 
 
+def states(run: Path) -> dict[Path, tuple[int, int]]:
+    found = {path: path.stat() for path in run.rglob("*")}
+    return {path: (state.st_size, state.st_mtime_ns) for path, state in found.items()}
+
+
 @pytest.fixture
 def spoken(tmp_path: Path, make_clips: Callable[..., Path]) -> tuple[Path, list[Path]]:
     """A run of 6 steps on clips, one of which is NaN and quarantined; and the clips."""
@@ -36,7 +41,7 @@ def spoken(tmp_path: Path, make_clips: Callable[..., Path]) -> tuple[Path, list[
     soundfile.write(clips[3], samples * np.nan, rate, subtype="FLOAT")
     tree: dict[str, Any] = {
         "run": {"name": "spoken", "storage_path": str(tmp_path / "runs"), "seed": 1},
-        "data": {"train": [str(corpus)], "lanes": 2, "tokens_per_batch": 400},
+        "data": {"train": [{"path": str(corpus)}], "lanes": 2, "tokens_per_batch": 400},
         "model": AUDIO,
         "train": {"max_steps": 6},
         "log": {"tensorboard": False},
@@ -51,15 +56,16 @@ def test_every_batch_comes_out_as_it_was_with_what_was_drawn_and_what_was_quaran
     spoken: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
     run, _ = spoken
-    before = {path: path.stat() for path in run.rglob("*")}
+    before = states(run)
     report = audit(run, sample=ALL)
     assert (report.findings, report.notes) == ([], [])
     lines = [line for path in (run / "ledger").iterdir() for line in read_lines(path)]
-    assert report.reread == len(lines) == 12
+    assert len(lines) == 12
+    assert report.reread == sum(bool(line["ids"] + line["quarantined"]) for line in lines)
     assert len(report.quarantined) == 1
-    assert report.summary().endswith("0 repeated, 12 batches read again")
-    assert {path: path.stat() for path in run.rglob("*")} == before  # nothing was written
-    noisy = start(tiny(tmp_path, "noisy", data__unit_noise=0.3), ONE)
+    assert report.summary().endswith(f"0 repeated, {report.reread} batches read again")
+    assert states(run) == before  # nothing was written
+    noisy = start(tiny(tmp_path, "noisy", data__unit_noise=0.3, checkpoint__every=0), ONE)
     train(noisy)
     assert audit(noisy.folder, sample=ALL).findings == []
     assert audit(noisy.folder, sample=3).reread == 3
@@ -101,10 +107,10 @@ def test_features_of_another_version_of_what_decodes_are_no_fault_and_said(
 
 
 def test_token_ids_that_are_not_those_trained_on_are_found(tmp_path: Path) -> None:
-    job = start(tiny(tmp_path), ONE)
+    job = start(tiny(tmp_path, checkpoint__every=0), ONE)
     train(job)
     template = job.folder / "chat_template.jinja"
-    template.write_text(template.read_text().replace("{{", "{{ 'x' + ", 1))
+    template.write_text("x" + template.read_text())
     said = audit(job.folder, sample=2).findings
     assert len(said) == 2
     assert all(text.endswith("its token ids or labels are not those trained on") for text in said)
