@@ -326,7 +326,7 @@ def test_the_command_says_so_in_one_line_and_by_its_exit_code(
 def test_data_files_that_are_gone_are_an_error_not_a_finding(run: Run, corpus: Path) -> None:
     run.train(4, corpus)
     corpus.unlink()
-    with pytest.raises(UserError, match="a.json: its storage does not give it"):
+    with pytest.raises(UserError, match=r"a\.json: its storage does not give it"):
         audit(run.folder)
 
 
