@@ -2,7 +2,8 @@
 
 In a run's folder, beside config.yaml: a list of `changes.facts`, oldest first. At a start the data
 there is now is held against the newest of them. Equal: the run goes on. Changed: it is refused
-with what changed and what the choices are, or, with data.extend, used from the next epoch on.
+with what changed and what the choices are, or, with data.extend, used from the next epoch on. A run
+keeps the version of planning it began with, for new data too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from raysft.config.load import read_tree
 from raysft.config.schema import Data
 from raysft.data.changes import changed_data, changed_settings, facts, overwritten
 from raysft.data.generations import Generation, Generations
-from raysft.data.plan import Cursor, Plan
+from raysft.data.plan import ALGORITHMS, Cursor, Plan
 from raysft.data.table import Index
 from raysft.errors import UserError
 from raysft.train.storage import write_whole
@@ -62,7 +63,7 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
     plan depends on, is not what the run trained on: always for a setting; for data unless
     data.extend. Starting again with the same data, with or without data.extend, changes nothing.
     """
-    plan = Plan.of(index, data, seed)
+    plan = _current(run, index, data, seed, cursor)
     now = facts(0, index, plan)
     if cursor is None or not (run / NAME).exists():
         if cursor is not None:
@@ -91,6 +92,29 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
     found = _generations(run, known, plan)
     found.steps(cursor)  # refuses a cursor of neither
     return found
+
+
+def _current(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None) -> Plan:
+    """The plan of the data there is now, by the planning that the run keeps."""
+    if cursor is None:
+        return Plan.of(index, data, seed)
+    if (run / NAME).exists():
+        return Plan.of(index, data, seed, _known(run, _read(run)[-1]))
+    # A run from before there was a plan.json: its cursor tells.
+    plans = [Plan.of(index, data, seed, number) for number in sorted(ALGORITHMS, reverse=True)]
+    return next((plan for plan in plans if plan.owns(cursor)), plans[0])
+
+
+def _known(run: Path, item: dict[str, Any]) -> int:
+    """The planning of a generation."""
+    number = item["settings"]["algorithm"]
+    if number not in ALGORITHMS:
+        raise UserError(
+            f"{run / NAME}: this run is planned by version {number} of raysft's planning, and this "
+            f"raysft knows {' and '.join(map(str, ALGORITHMS))}; continue it with the raysft it "
+            f"began with, or {_ANEW}"
+        )
+    return number
 
 
 def _same_files(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -177,13 +201,11 @@ def _plan(run: Path, item: dict[str, Any], made: Plan | None) -> Plan:
             f"{item['index']}, which cannot be read any more ({error}); restore that folder, or "
             f"{_ANEW}"
         ) from error
-    plan = Plan.of(index, Data(**settings), item["settings"]["seed"])
+    plan = Plan.of(index, Data(**settings), item["settings"]["seed"], _known(run, item))
     if plan.hash != item["plan_hash"]:
         raise UserError(
             f"{run / NAME}: the plan from epoch {item['from_epoch']} on comes out another now: its "
-            f"index in {item['index']} was altered, or raysft plans otherwise (version "
-            f"{plan.settings['algorithm']}, was {item['settings']['algorithm']}); restore the one "
-            f"or the other, or {_ANEW}"
+            f"index in {item['index']} was altered; restore it, or {_ANEW}"
         )
     return plan
 

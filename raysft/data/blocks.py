@@ -1,13 +1,14 @@
-"""The index cut into blocks, the order of blocks in a cycle, and the windows cut from that order.
+"""The index cut into blocks, and the order of blocks in a cycle: what every shuffle begins with.
 
-sources -> index -> plan (here: what is shuffled and read together) -> stream -> step -> ...
-A block is a run of up to 64 consecutive examples of one source (more for a very large index): the
-unit of sequential reading. A cycle is a group's pass over its blocks in an order drawn from (seed,
-group, cycle); a window is a run of blocks of that order. For every block this keeps where it
-starts and, by group, how many examples and positions it holds; nothing is kept by example.
+sources -> index -> plan (here: what is drawn together) -> stream -> step -> ...
+A block is a run of consecutive examples of one source, the unit of which tables are kept: a single
+example where an epoch has up to a million of them, more above that (`single`); or, where blocks
+shall keep neighbours together, up to 64 (`together`: order sequential, and runs of algorithm 1). A
+cycle is a group's pass over its blocks in an order drawn from (seed, group, cycle). For every block
+this keeps where it starts and, by group, how many examples it holds; nothing is kept by example.
 
-Cost: one reading of the columns (about 100 million examples a second), then 12 + 16 bytes a group
-for each of at most a million blocks. A cycle sorts its blocks: 0.1 s for a million of them.
+Cost: one reading of the columns (about 100 million examples a second), then 10 + 4 bytes a group
+for each of at most a million blocks. A cycle sorts its blocks: 0.15 s for a million of them.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from raysft.errors import UserError
 
-BLOCK = 64  # examples
+TOGETHER = 64  # examples
 MAX_BLOCKS = 1 << 20
 MAX_VISITS = 1 << 24  # of blocks in a cycle: its order takes 8 bytes each, and 32 while it is made
+MAX_SEEN = 1 << 30  # examples of an epoch; more only where that is `MAX_PASSES` or less
+MAX_PASSES = 16
 _CHUNK = 1 << 20  # examples of a column in memory while it is read
 
 
@@ -37,28 +39,20 @@ def permutation(n: int, *key: int | str) -> np.ndarray:
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Cycle:
-    """One pass over a group. Window j holds `order[bounds[j]:bounds[j + 1]]`.
-
-    order: int64, numbers of blocks. bounds: int64 [windows + 1].
-    totals: int64 [windows + 1], positions in the windows before the j-th.
-    """
-
-    order: np.ndarray
-    bounds: np.ndarray
-    totals: np.ndarray
-
-    @property
-    def windows(self) -> int:
-        return len(self.bounds) - 1
+def noise(n: int, *key: int | str) -> np.ndarray:
+    """n random numbers from 0 to 65,535, int64 [n], that depend on `key` alone."""
+    return np.frombuffer(hashlib.shake_256(repr(key).encode()).digest(2 * n), "<u2").astype(
+        np.int64
+    )
 
 
 class Blocks:
-    """Blocks, cycles and windows of the examples that fit `budget`.
+    """Blocks of the examples that fit `budget`, and their orders.
 
-    examples: int64 [groups], examples of each group that fit. oversize: int64, rows of the index
-    that do not. present: int64 [tasks], examples of each task, fitting or not. shortest: positions.
+    tokens: int [N], positions of each example. starts: int64 [blocks + 1], rows of the index.
+    counts: int32 [groups, blocks], examples that fit. examples: int64 [groups], the same in all.
+    oversize: int64, rows of the index that do not fit. present: int64 [tasks], examples of each
+    task, fitting or not. shortest: positions.
     """
 
     def __init__(
@@ -68,59 +62,35 @@ class Blocks:
         group_of_task: Sequence[int],
         source: np.ndarray,
         weights: Sequence[float],
+        starts: np.ndarray,
         *,
         budget: int,
-        window: int,
         seed: int,
         shuffled: bool,
     ) -> None:
         """tokens, task, source: int [N], may be memory-mapped; task and source are numbers into
-        `group_of_task` and `weights`. budget: positions; window: examples."""
+        `group_of_task` and `weights`. starts: from `single` or `together`. budget: positions."""
         # Plain views: indexing an np.memmap object itself is several times slower.
         self.tokens = np.asarray(tokens)
+        self.starts = starts
         self._task = np.asarray(task)
         self._group_of_task = np.asarray(group_of_task, np.int64)
         self._groups = int(self._group_of_task.max()) + 1
         self._weights = weights
-        self._budget, self._window = budget, window
+        self._budget = budget
         self._seed, self._shuffled = seed, shuffled
-        source = np.asarray(source)
-        self._starts = _cut(source, window)
-        self._source = source[self._starts[:-1]]
-        self._refuse_weights(source)
+        self._source = np.asarray(source)[starts[:-1]]
         self._scan()
-
-    def _refuse_weights(self, source: np.ndarray) -> None:
-        """Weights that are counts or hours would have every pass of an epoch written out."""
-        weights = np.asarray(self._weights, np.float64)
-        visits = float(weights[self._source].sum())
-        if visits <= MAX_VISITS:
-            return
-        examples = np.bincount(source, minlength=len(weights))
-        used = examples > 0
-        heaviest = int(np.argmax(np.where(used, weights, 0)))
-        shares = weights[used] / examples[used]
-        meant = ", ".join(f"{share:.3g}" for share in shares / shares.max())
-        raise UserError(
-            f"data.train.{heaviest}.weight: {weights[heaviest]:g}: each of its "
-            f"{examples[heaviest]:,} examples would be seen {weights[heaviest]:,.0f} times an "
-            f"epoch, {float((weights * examples).sum()):,.0f} examples with the other sources. A "
-            "weight is how often a source is seen in an epoch, no number of clips or hours. Leave "
-            "weights out to see every example once; as shares of what is seen yours would be "
-            f"weight {meant}"
-        )
 
     def _scan(self) -> None:
         """One pass over the columns, a few blocks at a time."""
-        blocks, groups = len(self._starts) - 1, self._groups
-        self._counts = np.zeros((groups, blocks), np.int64)
-        self._sums = np.zeros((groups, blocks), np.int64)
+        blocks, groups = len(self.starts) - 1, self._groups
+        self.counts = np.zeros((groups, blocks), np.int32)
         self.present = np.zeros(len(self._group_of_task), np.int64)
         self.shortest = np.iinfo(np.int64).max
         oversize = []
-        stride = max(1, _CHUNK // int(np.diff(self._starts).max()))
-        for first in range(0, blocks, stride):
-            starts = self._starts[first : first + stride + 1]
+        for first, last in self._strides():
+            starts = self.starts[first : last + 1]
             tokens = self.tokens[starts[0] : starts[-1]]
             task = self._task[starts[0] : starts[-1]]
             shortest = int(tokens.min())
@@ -129,53 +99,45 @@ class Blocks:
                 raise ValueError(f"row {row} of the index takes {shortest} positions")
             self.shortest = min(self.shortest, shortest)
             self.present += np.bincount(task, minlength=len(self.present))
-            fits = tokens <= self._budget
-            oversize.append(np.flatnonzero(~fits) + starts[0])
-            there = slice(first, first + len(starts) - 1)
-            at = starts[:-1] - starts[0]
+            oversize.append(np.flatnonzero(tokens > self._budget) + starts[0])
             for group in range(groups):
-                mine = fits & (self._group_of_task[task] == group) if groups > 1 else fits
-                self._counts[group, there] = np.add.reduceat(mine, at, dtype=np.int64)
-                self._sums[group, there] = np.add.reduceat(
-                    np.where(mine, tokens, 0), at, dtype=np.int64
-                )
+                mine = self._fits(tokens, task, group)
+                at = starts[:-1] - starts[0]
+                self.counts[group, first:last] = np.add.reduceat(mine, at, dtype=np.int32)
         self.oversize = np.concatenate(oversize).astype(np.int64)
-        self.examples = self._counts.sum(axis=1)
+        self.examples = self.counts.sum(axis=1, dtype=np.int64)
 
-    def cycle(self, group: int, number: int) -> Cycle:
-        """The `number`-th pass over `group`. It is empty (no windows) where a group is so small
-        and its sources' weights so low that it is not its turn."""
-        order = self._order(group, number)
-        counts = np.cumsum(self._counts[group][order])
-        total = int(counts[-1]) if len(counts) else 0
-        windows = max(1, round(total / self._window))
-        edges = np.arange(1, windows, dtype=np.int64) * total // windows
-        bounds = np.unique(
-            np.concatenate([[0], np.searchsorted(counts, edges) + 1, [len(order)]])
-        ).astype(np.int64)
-        sums = np.concatenate([[0], np.cumsum(self._sums[group][order])])
-        return Cycle(order, bounds, sums[bounds])
+    def positions(self, group: int) -> np.ndarray:
+        """Positions in each block of the examples that fit, int64 [blocks]: reads the columns."""
+        found = np.zeros(len(self.starts) - 1, np.int64)
+        for first, last in self._strides():
+            starts = self.starts[first : last + 1]
+            tokens = self.tokens[starts[0] : starts[-1]]
+            mine = self._fits(tokens, self._task[starts[0] : starts[-1]], group)
+            found[first:last] = np.add.reduceat(
+                np.where(mine, tokens, 0), starts[:-1] - starts[0], dtype=np.int64
+            )
+        return found
 
-    def rows(self, group: int, cycle: Cycle, window: int) -> np.ndarray:
-        """Rows of the index in a window, int64, block by block in the cycle's order."""
-        blocks = cycle.order[cycle.bounds[window] : cycle.bounds[window + 1]]
-        starts = self._starts[blocks]
-        sizes = self._starts[blocks + 1] - starts
-        before = np.cumsum(sizes) - sizes
-        rows = np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
-        fits = self.tokens[rows] <= self._budget
-        if self._groups > 1:
-            fits &= self._group_of_task[self._task[rows]] == group
-        return rows[fits]
+    def rows(self, group: int, blocks: np.ndarray) -> np.ndarray:
+        """Rows of the index in these blocks, int64, block by block: those of the group that fit."""
+        starts = self.starts[blocks]
+        sizes = self.starts[blocks + 1] - starts
+        rows = starts
+        if int(sizes.sum()) > len(sizes):  # not of single examples
+            before = np.cumsum(sizes) - sizes
+            rows = np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
+        return rows[self._fits(self.tokens[rows], self._task[rows], group)]
 
-    def _order(self, group: int, number: int) -> np.ndarray:
-        """The blocks of a cycle in its order, each as often as its source's weight says.
+    def order(self, group: int, number: int) -> np.ndarray:
+        """The blocks of cycle `number` in its order, int64, each as often as its source's weight
+        says. None (empty) where a group is so small and its weights so low that it is not its turn.
 
         A weight of 2.3 gives every block twice and three tenths of them once more. Those tenths
         walk through a fixed random order of the source's blocks, so that over the cycles every
         block gets its share: two cycles at 0.5 are one pass.
         """
-        blocks = np.flatnonzero(self._counts[group])
+        blocks = np.flatnonzero(self.counts[group])
         source = self._source[blocks]
         weights = np.asarray(self._weights)[source]
         passes = [blocks[weights >= copy] for copy in range(1, math.floor(weights.max()) + 1)]
@@ -196,12 +158,50 @@ class Blocks:
             order = order[permutation(len(order), self._seed, "blocks", group, number)]
         return order
 
+    def _fits(self, tokens: np.ndarray, task: np.ndarray, group: int) -> np.ndarray:
+        fits = tokens <= self._budget
+        return fits & (self._group_of_task[task] == group) if self._groups > 1 else fits
 
-def _cut(source: np.ndarray, window: int) -> np.ndarray:
-    """Where blocks start, int64 [blocks + 1]; no block spans two sources.
+    def _strides(self) -> list[tuple[int, int]]:
+        """Runs of blocks, first and last + 1, that hold about `_CHUNK` examples."""
+        blocks = len(self.starts) - 1
+        stride = max(1, _CHUNK // int(np.diff(self.starts).max()))
+        return [(first, min(blocks, first + stride)) for first in range(0, blocks, stride)]
 
-    Small sources and small windows have smaller blocks, so that they too are shuffled well.
+
+def together(source: np.ndarray, window: int, weights: Sequence[float]) -> np.ndarray:
+    """Where blocks start that keep neighbours together, int64 [blocks + 1]; none spans two sources.
+
+    Small sources and small windows have smaller blocks. Raises UserError where the weights would
+    have a cycle of more than `MAX_VISITS` blocks written out.
     """
+    edges = _edges(source)
+    most = min(TOGETHER, max(1, window // 8))
+    least = -(-len(source) // MAX_BLOCKS)
+    sizes = [max(least, min(most, max(1, n // 256))) for n in np.diff(edges).tolist()]
+    starts = _cut(edges, sizes)
+    if float(np.asarray(weights, np.float64)[source[starts[:-1]]].sum()) > MAX_VISITS:
+        raise _too_heavy(source, edges, weights)
+    return starts
+
+
+def single(source: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Where blocks start, int64 [blocks + 1]: of one example, where an epoch has up to `MAX_BLOCKS`
+    of them, else of as few as make that many. None spans two sources.
+
+    Raises UserError where the weights would make an epoch of more examples than was ever meant.
+    """
+    edges = _edges(source)
+    examples = np.diff(edges)
+    seen = float((np.asarray(weights, np.float64)[source[edges[:-1]]] * examples).sum())
+    if seen > max(MAX_SEEN, MAX_PASSES * len(source)):
+        raise _too_heavy(source, edges, weights)
+    size = math.ceil(max(seen, len(source)) / MAX_BLOCKS)
+    return _cut(edges, [size] * len(examples))
+
+
+def _edges(source: np.ndarray) -> np.ndarray:
+    """Where sources begin, and where the last ends, int64."""
     n = len(source)
     changes = [
         np.flatnonzero(np.diff(source[at : at + _CHUNK + 1])) + at + 1 for at in range(0, n, _CHUNK)
@@ -211,10 +211,31 @@ def _cut(source: np.ndarray, window: int) -> np.ndarray:
         raise UserError(
             f"the index changes its source {len(edges) - 1} times: sources must follow one another"
         )
-    least = -(-n // MAX_BLOCKS)
-    most = min(BLOCK, max(1, window // 8))
+    return edges
+
+
+def _cut(edges: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Each stretch between two edges in blocks of its size, int64 [blocks + 1]."""
     pieces = [
-        np.arange(start, stop, max(least, min(most, max(1, (stop - start) // 256))))
-        for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        np.arange(start, stop, size)
+        for start, stop, size in zip(edges[:-1].tolist(), edges[1:].tolist(), sizes, strict=True)
     ]
-    return np.concatenate([*pieces, [n]]).astype(np.int64)
+    return np.concatenate([*pieces, edges[-1:]]).astype(np.int64)
+
+
+def _too_heavy(source: np.ndarray, edges: np.ndarray, weights: Sequence[float]) -> UserError:
+    """Weights that are counts or hours would have every pass of an epoch written out."""
+    factors = np.asarray(weights, np.float64)
+    examples = np.bincount(source[edges[:-1]], np.diff(edges), len(factors)).astype(np.int64)
+    used = examples > 0
+    heaviest = int(np.argmax(np.where(used, factors, 0)))
+    shares = factors[used] / examples[used]
+    meant = ", ".join(f"{share:.3g}" for share in shares / shares.max())
+    return UserError(
+        f"data.train.{heaviest}.weight: {factors[heaviest]:g}: each of its "
+        f"{examples[heaviest]:,} examples would be seen {factors[heaviest]:,.0f} times an "
+        f"epoch, {float((factors * examples).sum()):,.0f} examples with the other sources. A "
+        "weight is how often a source is seen in an epoch, no number of clips or hours. Leave "
+        "weights out to see every example once; as shares of what is seen yours would be "
+        f"weight {meant}"
+    )

@@ -50,7 +50,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], fixed: bool = Fal
 
     fixed: only those that data.extend cannot change.
     """
-    names = {"seed": "run.seed", "algorithm": "the version of raysft's planning"}
+    names = {"seed": "run.seed"}
     found = []
     for key in sorted({*old["settings"], *new["settings"]}):
         now, before = (side["settings"].get(key) for side in (new, old))

@@ -5,14 +5,14 @@ Reads only the index's columns (lengths, tasks, sources), never audio or text, a
 workers: worker r of W takes lanes r, r+W, ... of each step, whatever W is.
 
     group       all examples; with `data.mix`, the examples of a task
-    cycle       one pass over a group, its blocks of consecutive examples in random order (`blocks`)
-    window      a run of blocks with about `data.window` examples: shuffled, filled into
+    cycle       one pass over a group, in random order (`blocks`)
+    window      `data.window` examples, one after the other in that order (`windows`): filled into
                 micro-batches (`pack`), and these shuffled; or, sequential, filled as they come
     step        `data.lanes` micro-batches: the next ones of each group, as many as its share
 
 Window j of cycle c depends on (seed, group, c, j) alone. So a `Cursor` of a few integers is the
-whole state of the data side, and going on from any of them costs one order of the blocks and one
-window, at 1% of an epoch as at 99%.
+whole state of the data side, and going on from any of them costs one order of the blocks, at most a
+million examples of it, and one window, at 1% of an epoch as at 99%.
 
 Without mix an epoch is a cycle; the lanes that its last step cannot fill are empty. With mix every
 step is full: a group that ends its cycle begins the next one at once, and epoch e ends with the
@@ -33,16 +33,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysft.config.schema import Data
-from raysft.data import pack
-from raysft.data.blocks import Blocks, Cycle, permutation
+from raysft.data import plan_v1
+from raysft.data.blocks import Blocks, permutation, single, together
+from raysft.data.windows import InOrder, Shuffled, Windows
 from raysft.errors import UserError
 
 if TYPE_CHECKING:
     from raysft.data.index import Index
 
-ALGORITHM = 1  # part of the hash: raise it with any change that moves an example
-# Windows aim to fill packed rows to this share: the rest lets the last examples find a place.
-_FILL = 0.998
+ALGORITHM = 2
+"""Part of the hash: raise it with any change that moves an example. Runs keep theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +139,11 @@ class Plan:
         index_hash: str,
         data: Data,
         seed: int,
+        algorithm: int = ALGORITHM,
     ) -> None:
         """tokens: int [N], positions of each example, at least 1. task, source: int [N], numbers
-        into `tasks` and `weights`; the columns may be memory-mapped. Reads them once.
+        into `tasks` and `weights`; the columns may be memory-mapped. Reads them once. algorithm:
+        of planning; a run that goes on keeps the one it began with.
         Raises UserError where this data cannot be planned as the config says."""
         if len(tokens) == 0:
             raise UserError("data.train has no usable example: nothing to train on")
@@ -149,33 +151,26 @@ class Plan:
         self._task, self.source = np.asarray(task), np.asarray(source)
         self._groups = sorted(data.mix)
         number = {name: i for i, name in enumerate(self._groups)}
-        self._blocks = Blocks(
-            tokens,
-            task,
-            # A task outside the mix is refused below, once it is known to occur.
-            [number.get(name, 0) for name in tasks],
-            source,
-            weights,
-            budget=data.tokens_per_batch,
-            window=data.window,
-            seed=seed,
-            shuffled=data.order == "shuffled",
+        # A task outside the mix is refused below, once it is known to occur.
+        groups = [number.get(name, 0) for name in tasks]
+        self._windows = _windows(
+            (tokens, task, groups, self.source, weights), data, seed, algorithm
         )
+        self._blocks = self._windows.blocks
         self._check()
         self._shares = _Shares([data.mix[name] for name in self._groups] or [1.0], data.lanes)
         self.oversize = self._blocks.oversize
-        self.settings = _settings(data, weights, seed)
+        self.settings = _settings(data, weights, seed, algorithm)
         self.hash = _hash(index_hash, self.settings)
         self._summaries: list[Summary] = []
         self._epoch_starts = [self.start()]
 
     @classmethod
-    def of(cls, index: Index, data: Data, seed: int) -> Plan:
+    def of(cls, index: Index, data: Data, seed: int, algorithm: int = ALGORITHM) -> Plan:
         """The plan of a whole index."""
         weights = [source.weight for source in index.sources]
-        return cls(
-            index.tokens, index.task, index.tasks, index.source, weights, index.hash, data, seed
-        )
+        columns = index.tokens, index.task, index.tasks, index.source
+        return cls(*columns, weights, index.hash, data, seed, algorithm)
 
     def start(self, epoch: int = 0, step: int = 0) -> Cursor:
         """The cursor before the first step of `epoch`, when `step` steps have been done before it:
@@ -299,45 +294,6 @@ class Plan:
             )
             yield PlannedStep(epoch, step, taken, after)
 
-    def _micro_batches(
-        self, group: int, number: int, cycle: Cycle, window: int
-    ) -> list[np.ndarray]:
-        """A window's micro-batches in order: rows of the index, int64 each. Without any where the
-        window's examples all moved on to the next."""
-        data, tokens = self._data, self._blocks.tokens
-        pad = data.mode == "padded"
-        if data.order == "sequential":
-            rows = self._blocks.rows(group, cycle, window)
-            parts = pack.in_order(tokens[rows], data.tokens_per_batch, pad)
-            return [rows[part] for part in parts]
-        rows, moved = self._shuffled(group, number, cycle, window)
-        if pad:
-            parts = pack.padded(tokens[rows], data.tokens_per_batch)
-        else:
-            rows = rows[~moved]
-            if window > 0:
-                before, moved = self._shuffled(group, number, cycle, window - 1)
-                rows = np.concatenate([before[moved], rows])
-            parts = pack.packed(tokens[rows], data.tokens_per_batch)
-        order = permutation(len(parts), self._seed, "micro-batches", group, number, window)
-        return [rows[parts[i]] for i in order]
-
-    def _shuffled(
-        self, group: int, number: int, cycle: Cycle, window: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A window's own rows, shuffled, and which of them move on to the next window (bool).
-
-        In mode packed as many move on as would only begin a row: what is left over from filling
-        all positions up to here into full rows. This depends on no other window's packing, and
-        spares each window (but the last) its half-empty row.
-        """
-        rows = self._blocks.rows(group, cycle, window)
-        rows = rows[permutation(len(rows), self._seed, "window", group, number, window)]
-        if self._data.mode == "padded" or window == cycle.windows - 1:
-            return rows, np.zeros(len(rows), bool)
-        excess = int(cycle.totals[window + 1]) % max(1, int(self._data.tokens_per_batch * _FILL))
-        return rows, pack.choose(self._blocks.tokens[rows], excess)
-
 
 class _Stream:
     """A group's micro-batches, window after window, cycle after cycle. Always stands before one."""
@@ -345,10 +301,10 @@ class _Stream:
     def __init__(self, plan: Plan, group: int, at: tuple[int, int, int]) -> None:
         self._plan, self._group = plan, group
         self.cycle, self.window, self.place = at
-        self._cycle = plan._blocks.cycle(group, self.cycle)
+        self._cycle = plan._windows.cycle(group, self.cycle)
         self._batches: list[np.ndarray] = []
         if 0 <= self.window < self._cycle.windows:
-            self._batches = plan._micro_batches(group, self.cycle, self._cycle, self.window)
+            self._batches = self._cycle.micro_batches(self.window)
         if at != (self.cycle, 0, 0) and not 0 <= self.place < len(self._batches):
             raise UserError(
                 f"the checkpoint's cursor points at cycle, window, micro-batch {at}, which this "
@@ -376,12 +332,9 @@ class _Stream:
             self.window, self.place = self.window + 1, 0
             if self.window >= self._cycle.windows:
                 self.cycle, self.window = self.cycle + 1, 0
-                self._cycle = self._plan._blocks.cycle(self._group, self.cycle)
-            self._batches = (
-                self._plan._micro_batches(self._group, self.cycle, self._cycle, self.window)
-                if self._cycle.windows
-                else []
-            )
+                self._cycle = self._plan._windows.cycle(self._group, self.cycle)
+            windows = self._cycle.windows
+            self._batches = self._cycle.micro_batches(self.window) if windows else []
 
 
 class _Shares:
@@ -429,10 +382,28 @@ def _mixed(wanted: list[str], present: list[str]) -> str:
     return ", and ".join(said)
 
 
-def _settings(data: Data, weights: Sequence[float], seed: int) -> dict[str, Any]:
+_SHUFFLED = {plan_v1.ALGORITHM: plan_v1.Shuffled, ALGORITHM: Shuffled}
+"""By algorithm; order sequential is the same in all."""
+
+ALGORITHMS = tuple(_SHUFFLED)
+
+
+def _windows(columns: tuple[Any, ...], data: Data, seed: int, algorithm: int) -> Windows:
+    """The windows of an index; columns: the first five arguments of `Blocks`."""
+    shuffled, source, weights = data.order == "shuffled", columns[3], columns[4]
+    if shuffled and algorithm != plan_v1.ALGORITHM:
+        starts = single(source, weights)
+    else:
+        starts = together(source, data.window, weights)
+    budget = data.tokens_per_batch
+    blocks = Blocks(*columns, starts, budget=budget, seed=seed, shuffled=shuffled)
+    return _SHUFFLED[algorithm](blocks, data, seed) if shuffled else InOrder(blocks, data)
+
+
+def _settings(data: Data, weights: Sequence[float], seed: int, algorithm: int) -> dict[str, Any]:
     """What the plan depends on beside the index."""
     return {
-        "algorithm": ALGORITHM,
+        "algorithm": algorithm,
         "weights": [float(weight) for weight in weights],
         "seed": seed,
         "lanes": data.lanes,

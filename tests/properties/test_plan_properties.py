@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysft.config.schema import Data
-from raysft.data.plan import Cursor, Plan, PlannedStep
+from raysft.data.plan import ALGORITHM, Cursor, Plan, PlannedStep
 
 BUDGETS = st.integers(4, 60)
 MANY = settings(max_examples=120, deadline=None)
@@ -31,6 +31,7 @@ class World:
     weights: list[float]
     data: Data
     seed: int
+    algorithm: int = ALGORITHM
 
     def plan(self) -> Plan:
         tasks = ["asr", "tts", "edit"]
@@ -43,6 +44,7 @@ class World:
             "index",
             self.data,
             self.seed,
+            self.algorithm,
         )
 
     def run(self, count: int) -> list[PlannedStep]:
@@ -83,6 +85,7 @@ def worlds(
             mix=mix,
         ),
         seed=draw(st.integers(0, 2**40)),
+        algorithm=draw(st.sampled_from([ALGORITHM, ALGORITHM, 1])),
     )
 
 

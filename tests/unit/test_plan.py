@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from raysft.config.schema import Data
+from raysft.data import blocks, windows
 from raysft.data.plan import Cursor, Plan, PlannedStep
 from raysft.errors import UserError
 
@@ -121,7 +122,7 @@ def test_plan_is_the_same_in_another_process_and_as_ever() -> None:
     assert done.stdout.strip() == EXPECTED
 
 
-EXPECTED = "fa669919fc0f406b [[32, 29, 38, 15], [10, 27, 16, 4, 23]]"
+EXPECTED = "e733f4d8d2f6bf0a [[10, 29, 38, 4], [32, 28, 27, 37, 33]]"
 
 
 def test_epochs_and_seeds_are_shuffled_differently() -> None:
@@ -138,6 +139,113 @@ def test_shuffling_reaches_over_the_whole_epoch() -> None:
     assert early.min() < 500
     assert early.max() > 4500
     assert abs(np.corrcoef(np.arange(5000), order)[0, 1]) < 0.2
+
+
+def speakers(n: int) -> np.ndarray:
+    """A property of each example that its speaker has: runs of 64, as corpora are sorted."""
+    draws = np.random.default_rng(5).standard_normal(n // 64 + 1)
+    return np.repeat(draws, 64)[:n]
+
+
+def variance_over_true_permutation(steps: list[PlannedStep], values: np.ndarray) -> float:
+    """Of a step's mean value, for steps as large as these."""
+    taken = [np.concatenate(step.lanes) for step in steps[:-1]]
+    found = np.var([values[rows].mean() for rows in taken])
+    rng = np.random.default_rng(0)
+    true = []
+    for _ in range(10):
+        order, at = rng.permutation(len(values)), 0
+        for rows in taken:
+            true.append(values[order[at : at + len(rows)]].mean())
+            at += len(rows)
+    return float(found / np.var(true))
+
+
+def test_steps_of_a_sorted_corpus_are_as_mixed_as_under_a_true_permutation() -> None:
+    n = 200_000  # 260 steps of 750 examples; neighbours kept together would make it 18
+    steps = epoch(plan(lengths(n), lanes=16, tokens_per_batch=2900, window=4096))
+    assert 250 < len(steps) < 300
+    assert variance_over_true_permutation(steps, speakers(n)) < 1.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lanes", "budget"), [(16, 8192), (64, 16384)])
+def test_steps_of_a_sorted_million_are_as_mixed_as_under_a_true_permutation(
+    lanes: int, budget: int
+) -> None:
+    n = 10**6
+    factors = [
+        variance_over_true_permutation(
+            epoch(plan(seconds(n), lanes=lanes, tokens_per_batch=budget, window=4096, seed=seed)),
+            speakers(n),
+        )
+        for seed in range(3)
+    ]
+    assert np.mean(factors) < 1.2
+
+
+def seconds(n: int) -> np.ndarray:
+    """Positions of speech at 25 a second behind a prompt of 20."""
+    draws = np.random.default_rng(0).lognormal(np.log(5), 0.7, n)
+    return ((np.clip(draws, 0.5, 30) * 25).astype(int) + 20).astype(np.int32)
+
+
+@pytest.mark.parametrize("n", [500, 4096, 20_000])
+def test_pairs_of_a_row_meet_again_in_the_next_epoch_hardly_more_often_than_by_chance(
+    n: int,
+) -> None:
+    again = chance = 0.0
+    for seed in range(8 if n == 500 else 1):
+        a_plan = plan(seconds(n), lanes=8, tokens_per_batch=2000, window=4096, seed=seed)
+        row_of = np.zeros((2, n), np.int64)
+        for number in range(2):
+            lanes = [lane for step in epoch(a_plan, number) for lane in step.lanes]
+            for row, lane in enumerate(lanes):
+                row_of[number, lane] = row
+        pairs = [np.bincount(rows) for rows in (*row_of, row_of[0] * n + row_of[1])]
+        first, second, both = ((counts * (counts - 1) / 2).sum() for counts in pairs)
+        again += both
+        chance += first * second / (n * (n - 1) / 2)
+    assert again < 2 * chance
+
+
+@pytest.fixture
+def many_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes more than a million examples, with thousands: blocks of several, many pools."""
+    monkeypatch.setattr(blocks, "MAX_BLOCKS", 1000)
+    monkeypatch.setattr(windows, "POOL", 2048)
+
+
+@pytest.mark.usefixtures("many_pools")
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_more_examples_than_a_pool_holds_are_planned_once_each_and_go_on_from_anywhere(
+    mode: str,
+) -> None:
+    task = two_tasks(9000, 0.3)
+    mixed = plan(lengths(9000), task, ("a", "b"), mix={"a": 1.0, "b": 1.0}, mode=mode)
+    assert set(rows(epoch(mixed))) == set(range(9000))
+    source = np.repeat([0, 1], 4500)
+    a_plan = plan(lengths(9000), source=source, weights=(1.0, 1.5), mode=mode, window=300)
+    first = epoch(a_plan)
+    seen = np.bincount(rows(first), minlength=9000)
+    assert set(seen[:4500]) == {1} and set(seen[4500:]) == {1, 2}
+    assert abs(seen[4500:].sum() - 6750) < 20
+    for at in (0, 3, 17, len(first) // 2, len(first) - 2):
+        rest = itertools.islice(a_plan.steps(first[at].after), 3)
+        assert shown(list(rest))[: len(first) - at - 1] == shown(first[at + 1 : at + 4])
+
+
+@pytest.mark.usefixtures("many_pools")
+def test_windows_of_many_pools_leave_no_half_empty_rows_and_are_mixed() -> None:
+    n = 40_000  # blocks of 40: a speaker's examples lie in one or two of them
+    a_plan = plan(lengths(n), tokens_per_batch=2000, window=512)
+    # of two neighbours in a block each is in a place of its own within the pool
+    assert a_plan.summary().unfilled < 0.03
+    where = np.zeros(n, int)
+    for step in epoch(a_plan):
+        where[np.concatenate(step.lanes)] = step.step
+    together = (where[:-1] == where[1:]).mean()
+    assert together < 3 * 0.97 * np.mean(np.bincount(where)) / 2048
 
 
 def test_sequential_order_is_the_order_of_the_index_in_every_epoch() -> None:
@@ -352,7 +460,7 @@ def test_what_a_plan_depends_on_can_be_written_down() -> None:
     settings = plan(lengths(100), mix={"asr": 1.0}, weights=(2.0,), seed=5).settings
     assert json.loads(json.dumps(settings)) == settings
     assert settings == {
-        "algorithm": 1,
+        "algorithm": 2,
         "weights": [2.0],
         "seed": 5,
         "lanes": 4,
