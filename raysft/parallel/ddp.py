@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raysft.config.schema import Config
 from raysft.parallel.native import Native
+from raysft.parallel.strategy import trainable
 from raysft.parallel.world import World
 
 
@@ -24,6 +26,7 @@ class Ddp(Native):
             module = DistributedDataParallel(
                 module, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+            _settle_buckets(module)
         super().__init__(config, module, world)
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -35,3 +38,25 @@ class Ddp(Native):
     def whole(self) -> AbstractContextManager[Any]:
         """Parameters are whole already."""
         return nullcontext()
+
+
+def _settle_buckets(module: DistributedDataParallel) -> None:
+    """Let DDP deal gradients to buckets for good, in the order of its parameters.
+
+    It does so after its first synchronised backward, by the order in which gradients came: the
+    first step after every start would be added up in another order than the same step of a run
+    that was not interrupted, and with three workers or more in other bits. So that backward is one
+    of zeros, through no layer. Costs an all-reduce; overlap with the backward pass stays.
+    """
+    wrapped, parameters = module.module, trainable(module)
+
+    def touch() -> torch.Tensor:
+        # Of a chain of sums the last term gets its gradient first.
+        return sum((p.sum() * 0 for p in parameters), torch.zeros((), device=parameters[0].device))
+
+    wrapped.forward = touch  # of this module, before that of its class
+    try:
+        module().backward()
+    finally:
+        del wrapped.forward
+    module.zero_grad(set_to_none=True)
