@@ -120,7 +120,8 @@ def start(
 def run(size: int, *configs: Path, kill_at: int = 0, module: str = "tests.worlds") -> int:
     """Run each config with `size` processes, one after the other; returns rank 0's exit code.
 
-    kill_at: a step after whose metrics line rank 0 kills itself with SIGKILL (0: never).
+    kill_at: a step of the last config after whose metrics line rank 0 kills itself with SIGKILL
+        (0: never).
     module: whose `main` the processes call, with the arguments of this one's.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -162,12 +163,12 @@ def main(size: int, kill_at: int, paths: list[Path]) -> None:
         world_size=size,
     )
 
-    def progress(line: dict[str, Any]) -> None:
+    def die(line: dict[str, Any]) -> None:
         if kill_at and "loss" in line and line["step"] >= kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     for path in paths:
         config = load_config(path, [f"parallel.workers={size}"])
-        train(start(config, World.current(), progress))
+        train(start(config, World.current(), die if path == paths[-1] else None))
     dist.barrier()
     dist.destroy_process_group()

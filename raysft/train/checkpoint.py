@@ -21,9 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
@@ -31,6 +30,7 @@ from torch.futures import Future
 
 from raysft.errors import UserError
 from raysft.parallel import Strategy, World
+from raysft.train import shards
 from raysft.train.catalogue import MARKER, Catalogue, Saved
 from raysft.train.storage import Folder, Storage, digest
 
@@ -217,19 +217,18 @@ def read_weights(saved: Saved) -> dict[str, torch.Tensor]:
 
 
 def _weights(storage: Storage, root: str) -> dict[str, torch.Tensor]:
-    reader = _reader(storage, root)
     found = {
         name.removeprefix(_MODEL): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+        for name, entry in shards.tensors(storage, root).items()
+        if name.startswith(_MODEL)
     }
-    dcp.load({"model": found}, storage_reader=reader, no_dist=True)
+    shards.fill(storage, root, {"model": found}, alone=True)
     return found
 
 
 def _fill(saved: Saved, state: dict[str, Any]) -> None:
-    reader = _reader(saved.storage, f"{saved.name}/state")
-    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    root = f"{saved.name}/state"
+    shards.fill(saved.storage, root, state, alone=not dist.is_initialized())
 
 
 def newest_sound(catalogue: Catalogue, world: World) -> tuple[Saved | None, list[str]]:
@@ -283,11 +282,6 @@ def _writer(storage: Storage, root: str, token: str) -> dcp.StorageWriter:
         writer = _StoreWriter(storage.where(root), sync_files=False)
     writer.storage, writer.root, writer.token = storage, root, token
     return writer
-
-
-def _reader(storage: Storage, root: str) -> dcp.StorageReader:
-    where = storage.where(root)
-    return dcp.FileSystemReader(where) if isinstance(storage, Folder) else FsspecReader(where)
 
 
 def _cause(error: BaseException) -> str:
