@@ -13,7 +13,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -58,21 +58,53 @@ class States:
         """What was packed."""
         return cls(**json.loads(zlib.decompress(data)))
 
-    def without(self, lines: Collection[int]) -> States:
-        """Those of other examples."""
-        kept = [place for place, line in enumerate(self.line) if line not in lines]
-        return States(*([values[place] for place in kept] for values in self.__dict__.values()))
+    def where(self, kept: Callable[[int], bool]) -> States:
+        """Those of the examples whose line is to be kept."""
+        places = [place for place, line in enumerate(self.line) if kept(line)]
+        return States(*([values[place] for place in places] for values in self.__dict__.values()))
 
 
-def changed(packed: bytes, limits: Limits) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Clips of some lines of a data file, packed.
+
+    data: of States. shift: how many lines further down they are by now. low, high: their first and
+    last line, as they are now.
+    """
+
+    data: bytes
+    low: int
+    high: int
+    shift: int = 0
+
+    @classmethod
+    def of(cls, states: States, shift: int = 0) -> tuple[Piece, ...]:
+        """One piece; none where there are no clips."""
+        if not states.line:
+            return ()
+        low, high = min(states.line) + shift, max(states.line) + shift
+        return (cls(states.pack(), low, high, shift),)
+
+    def where(self, kept: Callable[[int], bool]) -> tuple[Piece, ...]:
+        """The piece of those lines that are to be kept."""
+        states = States.unpack(self.data).where(lambda line: kept(line + self.shift))
+        return Piece.of(states, self.shift)
+
+    def moved(self, lines: int) -> Piece:
+        """The same, as many lines further down."""
+        low, high, shift = self.low + lines, self.high + lines, self.shift + lines
+        return Piece(self.data, low, high, shift)
+
+
+def changed(piece: Piece, limits: Limits) -> list[int]:
     """Lines of the examples whose clips are not as they were, or are gone. A clip whose storage
     does not answer counts as it was: nothing is known of it, and reading it will tell."""
-    states = States.unpack(packed)
+    states = States.unpack(piece.data)
     now = at_once(state_of, sorted(set(states.path)), limits)
     before = zip(states.line, states.path, zip(states.size, states.mtime_ns))
     return sorted(
         {
-            line
+            line + piece.shift
             for line, path, state in before
             if now[path] != state and not isinstance(now[path], BadExample)
         }

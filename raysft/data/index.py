@@ -12,6 +12,7 @@ example while it joins.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from raysft import patience
 from raysft.config.schema import Source
 from raysft.data import part as parts
 from raysft.data import sources as formats
+from raysft.data.chunks import fit
 from raysft.data.encode import Encoder
 from raysft.data.fan_out import Progress, fan_out
 from raysft.data.hope import Hope
 from raysft.data.part import Job, Part, Place
 from raysft.data.sources import ResolvedSource
-from raysft.data.sources.base import Split, Survey
+from raysft.data.sources.base import Chunk, Split, Survey
 from raysft.data.table import Index, IndexedSource, join
 from raysft.errors import UserError
 
@@ -60,18 +62,29 @@ def build_index(
     resolved = formats.resolve_all(sources, split)
     files = [(source, file) for source in resolved for file in source.files]
     sizes = [patience.known(file.stat, file).st_size for _, file in files]
+    if old := [file for source, file in files if parts.of_before(source, file, folder)]:
+        log.warning(
+            "data.%s: %s was measured by an earlier version of raysft%s: measured again, once",
+            split,
+            old[0],
+            f" (and {len(old) - 1:,} more files)" if len(old) > 1 else "",
+        )
     surveyed = fan_out(_survey, [(*entry, folder) for entry in files], sizes, None, workers)
     surveys = [survey for survey, _ in surveyed]
-    cached = [
-        parts.load_part(parts.part_path(source, file, survey, encoder, folder))
-        for (source, file), survey in zip(files, surveys)
-    ]
+    places = [parts.part_path(source, file, encoder, folder) for source, file in files]
+    stored = [parts.load_part(path) for path in places]
+    cached: list[Part | None] = []
+    fresh: list[Sequence[Chunk]] = []
+    for part, survey in zip(stored, surveys):
+        kept, new = (None, survey.chunks) if part is None else fit(part, survey.chunks)
+        cached.append(kept)
+        fresh.append(new)
     replaced = _replaced(cached, encoder, workers)
     jobs: list[tuple[int, Job]] = []
-    for number, ((source, file), survey) in enumerate(zip(files, surveys)):
+    for number, (source, file) in enumerate(files):
+        jobs += [(number, Job(source, file, chunk)) for chunk in fresh[number]]
         part = cached[number]
         if part is None:
-            jobs += [(number, Job(source, file, chunk)) for chunk in survey.chunks]
             continue
         again = [Place(item.line, item.offset, item.size) for item in part.rejected if item.audio]
         again = sorted([*again, *part.items(replaced[number])], key=lambda place: place.line)
@@ -89,11 +102,13 @@ def build_index(
     for (number, _), result in zip(jobs, results):
         measured.setdefault(number, []).append(result)
     whole: list[Part] = []
-    for number, ((source, file), survey) in enumerate(zip(files, surveys)):
+    for number, (source, file) in enumerate(files):
         parts.check_unchanged(source, file, surveyed[number][1])
-        path = parts.part_path(source, file, survey, encoder, folder)
         new = measured.get(number, [])
-        whole.append(_renewed(cached[number], replaced[number], new, path))
+        part = _renewed(stored[number], cached[number], replaced[number], new)
+        if part is not stored[number]:
+            parts.save_part(places[number], part)
+        whole.append(part)
     _check_usable(resolved, files, whole)
     return join(resolved, files, [survey.digest for survey in surveys], whole, encoder, folder)
 
@@ -107,27 +122,26 @@ def _replaced(
     owners = [(number, piece) for number, part in enumerate(cached) if part for piece in part.clips]
     pieces = [piece for _, piece in owners]
     # A piece is that of a chunk of a data file, about ten times its size.
-    lines = fan_out(parts.replaced, pieces, [10 * len(piece) for piece in pieces], encoder, workers)
+    lines = fan_out(
+        parts.replaced, pieces, [10 * len(piece.data) for piece in pieces], encoder, workers
+    )
     found: list[set[int]] = [set() for _ in cached]
     for (number, _), some in zip(owners, lines):
         found[number].update(some)
     return list(map(frozenset, found))
 
 
-def _renewed(cached: Part | None, replaced: frozenset[int], new: list[Part], path: Path) -> Part:
-    """The part of a file: as cached, with what was measured now in its place."""
-    if cached is not None and not new:
-        return cached
+def _renewed(
+    stored: Part | None, cached: Part | None, replaced: frozenset[int], new: list[Part]
+) -> Part:
+    """The part of a file: what is cached, with what was measured now in its place; `stored` itself
+    where that is the same."""
     if cached is None:
-        renewed = Part.join(new)
-    else:
-        steady = [item for item in cached.rejected if not item.audio]
-        kept = replace(cached.without(replaced), rejected=steady)
-        renewed = Part.join([kept, *new])
-        if renewed.rejected == cached.rejected and not replaced:
-            return cached
-    parts.save_part(path, renewed)
-    return renewed
+        return Part.join(new)
+    steady = [item for item in cached.rejected if not item.audio]
+    renewed = Part.join([replace(cached.without(replaced), rejected=steady), *new])
+    same = cached is stored and renewed.rejected == cached.rejected and not replaced
+    return cached if same else renewed
 
 
 def _check_usable(

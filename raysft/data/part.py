@@ -6,12 +6,13 @@ Two things are cached below the index's folder:
 
     files/<path's hash>.json  what `survey` found, valid while size and times stay as they are
     parts/<key>.npz           lengths and places of a file's examples, and what their clips were
-                              like; the key is made of the file's content hash and place, format,
-                              task, encoder, limits of length and MEASURED
+                              like, with the digests of its chunks; the key is made of the file's
+                              place, format, task, encoder, limits of length and MEASURED
 
-Of a cached part those clips are measured again that could not be used, so that a repaired file
-comes back, and those that were replaced (clip_states.py). Costs: 0.3 ms an item and core, 0.2 of it
-the clip's header on a local disk; 60 bytes an example.
+Of a file that has changed only those chunks are measured that are new (chunks.py). Of the others
+those clips are measured again that could not be used, so that a repaired file comes back, and those
+that were replaced (clip_states.py). Costs: 0.3 ms an item and core, 0.2 of it the clip's header on
+a local disk; 60 bytes an example.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +36,7 @@ import numpy as np
 
 from raysft import patience
 from raysft.data import audio, sources
-from raysft.data.clip_states import States, at_once, changed
+from raysft.data.clip_states import Piece, States, at_once, changed
 from raysft.data.encode import Encoder
 from raysft.data.example import Example
 from raysft.data.sources import ResolvedSource
@@ -47,7 +48,7 @@ VERSION = 1
 """Of an index: raise it when its columns or what they mean change. Runs that go on read the index
 they were planned with, and cannot read one of another version."""
 
-MEASURED = 4
+MEASURED = 5
 """Of what is cached below an index's folder: raise it when lengths may come out otherwise than
 before, or other items count as examples. Everything is then measured anew; where it comes out as
 before, a run goes on."""
@@ -71,7 +72,10 @@ _RACY_NS = 2_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An item without an example. `audio`: because of a clip, so it is looked at again later."""
+    """An item without an example. `audio`: because of a clip, so it is looked at again later.
+
+    id, reason: tell its line.
+    """
 
     line: int
     offset: int
@@ -95,13 +99,15 @@ class Place:
 class Part:
     """What a file's items came to. rows: ROW [examples], by line; `task` counts in `tasks`.
 
-    clips: what their clips were like, packed (clip_states.States), in one or more pieces.
+    clips: what their clips were like, in one or more pieces.
+    chunks: of which chunks of the file this is, and the tasks of each; none: of single items.
     """
 
     rows: np.ndarray
     tasks: list[str]
     rejected: list[Rejected]
-    clips: tuple[bytes, ...] = ()
+    clips: tuple[Piece, ...] = ()
+    chunks: tuple[tuple[Chunk, tuple[str, ...]], ...] = ()
 
     @classmethod
     def join(cls, parts: Iterable[Part]) -> Part:
@@ -116,13 +122,17 @@ class Part:
         rows = np.concatenate(blocks)
         rows = rows[np.argsort(rows["line"], kind="stable")]
         rejected = sorted((r for part in parts for r in part.rejected), key=lambda r: r.line)
-        return cls(rows, tasks, rejected, tuple(clip for part in parts for clip in part.clips))
+        clips = tuple(piece for part in parts for piece in part.clips)
+        chunks = sorted((c for part in parts for c in part.chunks), key=lambda c: c[0].first)
+        return cls(rows, tasks, rejected, clips, tuple(chunks))
 
     def without(self, lines: Collection[int]) -> Part:
         """The examples of other lines."""
+        if not lines:
+            return self
         rows = self.rows[~np.isin(self.rows["line"], list(lines))]
-        clips = (States.unpack(piece).without(lines).pack() for piece in self.clips)
-        return Part(rows, self.tasks, self.rejected, tuple(clips) if lines else self.clips)
+        pieces = (piece.where(lambda line: line not in lines) for piece in self.clips)
+        return replace(self, rows=rows, clips=tuple(one for some in pieces for one in some))
 
     def items(self, lines: Collection[int]) -> list[Place]:
         """Where the items of these examples lie."""
@@ -138,8 +148,9 @@ class Part:
 
 
 def renumber(own: list[str], common: list[str]) -> np.ndarray:
-    """int16 [tasks]: where each of `own` stands in `common`."""
-    return np.array([common.index(task) for task in own] or [0], np.int16)
+    """int16 [tasks]: where each of `own` stands in `common`; -1 for one that is not there."""
+    places = [common.index(task) if task in common else -1 for task in own]
+    return np.array(places or [0], np.int16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +179,7 @@ def survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Surve
 
 
 def _survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Survey, list[int]]:
-    cached = folder / "files" / f"{_digest(str(file), source.format)}.json"
+    cached = _surveyed(source, file, folder)
     before = _state(file)
     if cached.exists():
         with _stored(cached):
@@ -189,6 +200,10 @@ def _survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Surv
         content["chunks"] = [astuple(chunk) for chunk in survey.chunks]
         write_whole(cached, lambda stream: stream.write(json.dumps(content).encode()))
     return survey, before
+
+
+def _surveyed(source: ResolvedSource, file: Path, folder: Path) -> Path:
+    return folder / "files" / f"{_digest(str(file), source.format)}.json"
 
 
 def check_unchanged(source: ResolvedSource, file: Path, state: list[int]) -> None:
@@ -249,11 +264,11 @@ def measure(job: Job, encoder: Encoder) -> Part:
         rows.append((tokens, seconds, tasks.index(example.task), *place_of))
         for clip in clips:
             states.add(item.line, clip.path, clip.size, clip.mtime_ns)
-    packed = (states.pack(),) if states.line else ()
-    return Part(np.array(rows, ROW), tasks, rejected, packed)
+    chunks = ((job.chunk, tuple(tasks)),) if job.chunk is not None else ()
+    return Part(np.array(rows, ROW), tasks, rejected, Piece.of(states), chunks)
 
 
-def replaced(piece: bytes, encoder: Encoder) -> list[int]:
+def replaced(piece: Piece, encoder: Encoder) -> list[int]:
     """Lines of a part's examples whose clips are not as they were; piece: one of `Part.clips`."""
     return changed(piece, encoder.limits)
 
@@ -296,13 +311,21 @@ def _probe_all(paths: set[str], encoder: Encoder) -> dict[str, _Clip]:
     }
 
 
-def part_path(
-    source: ResolvedSource, file: Path, survey: Survey, encoder: Encoder, folder: Path
-) -> Path:
+def part_path(source: ResolvedSource, file: Path, encoder: Encoder, folder: Path) -> Path:
     """Where the part of a file is cached. The place counts: clips may be relative to it."""
     lengths = (encoder.limits.min_seconds, encoder.limits.max_seconds)
-    facts = (survey.digest, str(file), source.format, source.task, encoder.fingerprint, lengths)
+    facts = (str(file), source.format, source.task, encoder.fingerprint, lengths)
     return folder / "parts" / f"{_digest(MEASURED, encoder.sample_rate, *facts)}.npz"
+
+
+def of_before(source: ResolvedSource, file: Path, folder: Path) -> bool:
+    """Whether an earlier version of raysft has looked at the file, for the index in `folder`."""
+    cached = _surveyed(source, file, folder)
+    if not patience.known(cached.exists, cached):
+        return False
+    with _stored(cached):
+        content = patience.known(cached.read_bytes, cached)
+        return json.loads(content)["version"] != MEASURED
 
 
 def load_part(path: Path) -> Part | None:
@@ -317,17 +340,26 @@ def _load_part(path: Path) -> Part | None:
         meta = json.loads(stored["meta"].tobytes())
         rejected = [Rejected(**item) for item in meta["rejected"]]
         clips = stored["clips"].tobytes()
-        ends = accumulate(meta["clips"], initial=0)
-        pieces = tuple(clips[start:end] for start, end in pairwise(ends))
-        return Part(stored["rows"], meta["tasks"], rejected, pieces)
+        ends = accumulate((size for size, *_ in meta["clips"]), initial=0)
+        pieces = tuple(
+            Piece(clips[start:end], *lines)
+            for (start, end), (_, *lines) in zip(pairwise(ends), meta["clips"])
+        )
+        chunks = tuple((Chunk(*chunk), tuple(tasks)) for chunk, tasks in meta["chunks"])
+        return Part(stored["rows"], meta["tasks"], rejected, pieces, chunks)
 
 
 def save_part(path: Path, part: Part) -> None:
     """Cache a part (all of it or nothing)."""
     rejected = [asdict(item) for item in part.rejected]
-    meta = {"tasks": part.tasks, "rejected": rejected, "clips": [*map(len, part.clips)]}
+    meta = {
+        "tasks": part.tasks,
+        "rejected": rejected,
+        "clips": [(len(one.data), one.low, one.high, one.shift) for one in part.clips],
+        "chunks": [(astuple(chunk), tasks) for chunk, tasks in part.chunks],
+    }
     content = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    clips = np.frombuffer(b"".join(part.clips), np.uint8)
+    clips = np.frombuffer(b"".join(piece.data for piece in part.clips), np.uint8)
     write_whole(path, lambda stream: np.savez(stream, rows=part.rows, meta=content, clips=clips))
 
 

@@ -8,9 +8,11 @@ once to hash it and to cut it into chunks of about `CHUNK_BYTES` that are then r
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,7 +23,8 @@ from raysft.errors import BadExample
 Split = Literal["train", "eval"]
 
 CHUNK_BYTES = 1 << 20
-"""Size of the byte ranges a file is cut into: some thousand items, about a second of work."""
+"""Size of the byte ranges a file is cut into: some thousand items, about a second of work. They are
+a little larger, and twice that at most: see `ends_chunk`."""
 
 MAX_ITEM_BYTES = 64 << 20
 """Longest item: more is a file that is not what it seems, and would fill the memory."""
@@ -31,11 +34,28 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole items in bytes [start, stop) of a file; `first` is the line or ordinal of the first."""
+    """Whole items in bytes [start, stop) of a file; `first` is the line or ordinal of the first.
+    digest: of its bytes, from which what was measured of it is known again."""
 
     start: int
     stop: int
     first: int
+    digest: str = field(default="", compare=False)
+
+
+def chunk_digest(start: int) -> hashlib.blake2b:
+    """What the digest of a chunk that begins at byte `start` begins with: the first chunk of a file
+    may hold a byte order mark, and is none of the others."""
+    return hashlib.blake2b(b"" if start else b"first", digest_size=16)
+
+
+def ends_chunk(item: bytes) -> bool:
+    """Whether a chunk that is large enough ends with this item (or line): one in eight does, by its
+    last bytes. So cuts lie where they lay when something before them came or went."""
+    return zlib.crc32(item[-ITEM_TAIL:]) % 8 == 0
+
+
+ITEM_TAIL = 4096  # bytes of an item that `ends_chunk` looks at
 
 
 @dataclass(frozen=True, slots=True)

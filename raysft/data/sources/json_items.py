@@ -16,7 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from raysft.data.sources.base import BOM, CHUNK_BYTES, MAX_ITEM_BYTES, Chunk, Item, Survey
+from raysft.data.sources.base import (
+    BOM,
+    CHUNK_BYTES,
+    MAX_ITEM_BYTES,
+    Chunk,
+    Item,
+    Survey,
+    chunk_digest,
+    ends_chunk,
+)
 from raysft.errors import UserError
 
 CHUNK_ITEMS = 4096
@@ -195,23 +204,27 @@ def _one_object(scanner: _Scanner, start: int) -> Item:
 
 
 def survey(file: Path, chunk_bytes: int = CHUNK_BYTES, chunk_items: int = CHUNK_ITEMS) -> Survey:
-    """Hash `file` and cut it between items. Raises UserError where its brackets do not close."""
+    """Hash `file` and cut it between items: where a chunk has `chunk_bytes` or `chunk_items`, after
+    the first that `ends_chunk`, or at twice as many. Raises UserError where brackets do not close.
+    """
     chunks: list[Chunk] = []
-    start = stop = first = last = 0
+    own, start, stop, first = chunk_digest(0), 0, 0, 0
     with open(file, "rb") as stream:
         scanner = _Scanner(file, stream)
         for item in _document(scanner):
-            if first and (
-                item.offset + item.size - start > chunk_bytes or item.line - first >= chunk_items
-            ):
-                chunks.append(Chunk(start, stop, first))
-                first = 0
+            assert item.raw is not None
             if not first:
                 start, first = item.offset, item.line
-            stop, last = item.offset + item.size, item.line
+                own = chunk_digest(start)
+            own.update(b"%d %d " % (item.offset - start, item.size) + item.raw)
+            stop = item.offset + item.size
+            full = max((stop - start) / chunk_bytes, (item.line + 1 - first) / chunk_items)
+            if full >= 2 or (full >= 1 and ends_chunk(item.raw)):
+                chunks.append(Chunk(start, stop, first, own.hexdigest()))
+                first = 0
         size = scanner.drain()
-    if last:
-        chunks.append(Chunk(start, stop, first))
+    if first:
+        chunks.append(Chunk(start, stop, first, own.hexdigest()))
     return Survey(scanner.digest.hexdigest(), size, tuple(chunks))
 
 
