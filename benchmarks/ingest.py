@@ -121,9 +121,7 @@ def ours(corpus: Path, reads: int, processes: int) -> dict[str, Any]:
             ray.get(ray.util.placement_group([{"CPU": taken}]).ready(), timeout=60)
         left = ray.available_resources().get("CPU", 0)
         assert left == processes, f"{left:g} CPUs for data tasks instead of {processes}"
-        spec = ReaderSpec(
-            ((str(index.folder), len(index)),), ray.put(encoder), data.tokens_per_batch, 0
-        )
+        spec = ReaderSpec((index.place,), ray.put(encoder), data.tokens_per_batch, 0)
         cold = measured(lambda: start(2))
         return {"cold_first_s": cold["first_s"], **measured(lambda: start(reads // BATCH))}
 

@@ -164,11 +164,13 @@ def make_index(folder: Path, n: int) -> None:
     for name, dtype in (("file", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("line", "<i8")):
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (n,))
     np.lib.format.open_memmap(folder / "crc.npy", "w+", "<u4", (n,))
+    np.lib.format.open_memmap(folder / "again.npy", "w+", "|u1", (n,))
     source = {"weight": 1.0, "format": "ming_jsonl", "task": None}
     meta = {
         "version": part.VERSION,
         "hash": "0" * 64,
         "examples": n,
+        "names": 1,
         "tasks": ["asr", "tts"],
         "sources": [{"name": f"source{number}", **source} for number in range(SOURCES)],
         "encoder": "none",

@@ -16,8 +16,10 @@ from typing import Any
 
 from raysft.config.load import read_tree
 from raysft.config.schema import Data
+from raysft.data import names
 from raysft.data.changes import changed_data, changed_settings, facts, overwritten
 from raysft.data.generations import Generation, Generations
+from raysft.data.names import Naming
 from raysft.data.plan import ALGORITHMS, Cursor, Plan
 from raysft.data.table import Index
 from raysft.errors import UserError
@@ -46,9 +48,18 @@ def chained(run: Path) -> bool:
     return "names" in _read(run)[0]
 
 
-def places(run: Path) -> list[tuple[str, int]]:
-    """Folder and examples of each generation's index: what `generations.open_index` takes."""
-    return [(item["index"], item["examples"]) for item in _read(run)]
+def places(run: Path) -> list[tuple[str, int, Naming | None]]:
+    """Of each generation's index folder, examples, and what they are called: what
+    `generations.open_index` takes."""
+    return [(item["index"], item["examples"], _naming(item)) for item in _read(run)]
+
+
+def _naming(item: dict[str, Any]) -> Naming | None:
+    """What a generation calls its examples; None: by their ids, as runs did that began before
+    these were made unique."""
+    if "names" not in item:
+        return None
+    return tuple((int(number), label) for number, label in item["names"].items())
 
 
 def tasks(run: Path) -> list[str]:
@@ -68,6 +79,7 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
     if cursor is None or not (run / NAME).exists():
         if cursor is not None:
             plan.steps(cursor)  # a run from before there was a plan.json: refuses other data
+            now.pop("names", None)  # what it has recorded are ids as they are
         _write(run, [now])
         return _generations(run, [now], plan)
     known = _read(run)
@@ -165,9 +177,23 @@ def _extended(
             f"without it. Or {_ANEW}"
         )
     if not begun or begun[-1]["plan_hash"] != now["plan_hash"]:
-        begun.append({**now, "from_epoch": epoch})
+        labels = names.labels(index.entries, _labels(begun))
+        named = dict(names.naming(index.entries, labels))
+        begun.append({**now, "from_epoch": epoch, "names": named})
     log.warning("data.extend: from epoch %d on the data is new: %s", epoch, "; ".join(changed))
     return begun
+
+
+def _labels(known: list[dict[str, Any]]) -> dict[names.Entry, str]:
+    """What the files of these generations are called."""
+    found: dict[names.Entry, str] = {}
+    for item in known:
+        naming = _naming(item)
+        if naming is not None:
+            labels = names.named([file["path"] for file in item["files"]], naming)
+            for file, label in zip(item["files"], labels):
+                found[file["path"], item["sources"][file["source"]]["name"]] = label
+    return found
 
 
 _ANEW = (

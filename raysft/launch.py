@@ -102,7 +102,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
         encoder, index = prepare.read_eval(config, run, folder, say)
         _record_rejected(folder, index.rejected)
         settings = {
-            "eval": ((str(index.folder), len(index)),),
+            "eval": (index.place,),
             "encoder": ray.put(encoder),
             "evaluated": {"run": str(run), "step": saved.step},
         }
@@ -185,7 +185,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
             say(f"{folder} is trained to its last step, {saved.step}; its evaluation is left")
     settings = {
         "train": tuple(history.places(folder)),
-        "eval": ((str(prepared.eval.folder), len(prepared.eval)),) if prepared.eval else None,
+        "eval": (prepared.eval.place,) if prepared.eval else None,
         "encoder": ray.put(prepared.encoder),
         "total_steps": prepared.total_steps,
         "examples": len(prepared.train) + len(prepared.train.rejected),

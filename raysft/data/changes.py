@@ -41,7 +41,7 @@ def facts(from_epoch: int, index: Index, plan: Plan) -> dict[str, Any]:
         "tasks": index.tasks,
         "sources": [dict(source) for source in index.described],
         "files": [file._asdict() for file in index.files],
-        "names": {},
+        **({"names": dict(index.naming)} if index.naming is not None else {}),
     }
 
 

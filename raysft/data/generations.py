@@ -27,6 +27,7 @@ from itertools import accumulate
 import numpy as np
 
 from raysft.data.example import Example
+from raysft.data.names import Naming
 from raysft.data.plan import Cursor, Plan, PlannedStep, Summary
 from raysft.data.table import Index
 from raysft.errors import UserError
@@ -144,13 +145,16 @@ class Generations:
         return number, cursor
 
 
-Places = Sequence[tuple[str, int]]
-"""(folder, examples) of each generation's index, oldest first."""
+Places = Sequence[tuple[str, int, Naming | None]]
+"""Of each generation's index, oldest first: folder, examples, and what they are called."""
 
 
 def open_index(places: Places) -> Index | JoinedIndex:
     """What reads the rows that generations with these indexes plan."""
-    return Index.load(places[0][0]) if len(places) == 1 else JoinedIndex(places)
+    if len(places) > 1:
+        return JoinedIndex(places)
+    folder, _, naming = places[0]
+    return Index.load(folder).called(naming)
 
 
 class JoinedIndex:
@@ -160,8 +164,8 @@ class JoinedIndex:
     """
 
     def __init__(self, places: Places) -> None:
-        self.places = [(str(folder), int(examples)) for folder, examples in places]
-        self._bases = np.array(list(accumulate((n for _, n in self.places), initial=0)))
+        self.places = [(str(folder), int(examples), naming) for folder, examples, naming in places]
+        self._bases = np.array(list(accumulate((n for _, n, _ in self.places), initial=0)))
         self._opened: dict[int, Index] = {}
         self.tokens = _Column(self, "tokens")
         self.seconds = _Column(self, "seconds")
@@ -199,8 +203,8 @@ class JoinedIndex:
 
     def _index(self, number: int) -> Index:
         if number not in self._opened:
-            folder, examples = self.places[number]
-            index = Index.load(folder)
+            folder, examples, naming = self.places[number]
+            index = Index.load(folder).called(naming)
             if len(index) != examples:
                 raise UserError(
                     f"data.index_path: {folder} holds {len(index)} examples, expected {examples}: "

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from raysft import patience
 from raysft.config.schema import Source
 from raysft.data import part as parts
@@ -110,7 +112,31 @@ def build_index(
             parts.save_part(places[number], part)
         whole.append(part)
     _check_usable(resolved, files, whole)
-    return join(resolved, files, [survey.digest for survey in surveys], whole, encoder, folder)
+    digests = [survey.digest for survey in surveys]
+    index = join(resolved, files, digests, whole, encoder, folder)
+    _say_repeated(index, split)
+    return index
+
+
+def _say_repeated(index: Index, split: Split) -> None:
+    """Name an id that records share: people mean ids to be unique."""
+    if index.repeats is None:
+        return
+    rows = np.array(index.repeats.rows)
+    ids = [example.id for example in index.examples(rows, named=False)]
+    if ids[0] != ids[1]:  # their hashes alone are the same, by chance
+        return
+    places = [index.where(row) for row in index.repeats.rows]
+    names = [example.id for example in index.examples(rows)]
+    log.warning(
+        "data.%s: %s examples have an id that others have too: %r is that of %s and of %s. They "
+        "are told apart by their place: these two are %s and %s",
+        split,
+        f"{index.repeats.count:,}",
+        ids[0],
+        *places,
+        *names,
+    )
 
 
 def _replaced(

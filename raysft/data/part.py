@@ -35,12 +35,12 @@ from typing import IO, Any
 import numpy as np
 
 from raysft import patience
-from raysft.data import audio, sources
+from raysft.data import audio, names, sources
 from raysft.data.clip_states import Piece, States, at_once, changed
 from raysft.data.encode import Encoder
 from raysft.data.example import Example
 from raysft.data.sources import ResolvedSource
-from raysft.data.sources.base import Chunk, Item, Survey
+from raysft.data.sources.base import Chunk, Item, Survey, default_id
 from raysft.data.sources.fields import check_duration
 from raysft.errors import BadExample, UserError
 
@@ -48,7 +48,7 @@ VERSION = 1
 """Of an index: raise it when its columns or what they mean change. Runs that go on read the index
 they were planned with, and cannot read one of another version."""
 
-MEASURED = 5
+MEASURED = 6
 """Of what is cached below an index's folder: raise it when lengths may come out otherwise than
 before, or other items count as examples. Everything is then measured anew; where it comes out as
 before, a run goes on."""
@@ -62,10 +62,12 @@ ROW = np.dtype(
         ("size", "<i4"),
         ("line", "<i8"),
         ("crc", "<u4"),
+        ("name", "<u8"),
     ]
 )
 """An example: its positions in the model, its seconds of audio, its task, and where its record
-lies (byte offset, bytes, line; crc32 of the bytes, by which a later change is noticed)."""
+lies (byte offset, bytes, line; crc32 of the bytes, by which a later change is noticed), and its
+id's hash (`names.hashed`; 0: it has none of its own)."""
 
 _RACY_NS = 2_000_000_000
 
@@ -260,7 +262,8 @@ def measure(job: Job, encoder: Encoder) -> Part:
             raise UserError(f"{job.source.key}: {example.id} ({place}): {error}") from error
         assert item.raw is not None
         seconds = sum(clip.seconds for clip in clips)
-        place_of = (item.offset, item.size, item.line, zlib.crc32(item.raw))
+        own = names.hashed(example.id) if example.id != default_id(job.file, item.line) else 0
+        place_of = (item.offset, item.size, item.line, zlib.crc32(item.raw), own)
         rows.append((tokens, seconds, tasks.index(example.task), *place_of))
         for clip in clips:
             states.add(item.line, clip.path, clip.size, clip.mtime_ns)

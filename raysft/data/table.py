@@ -2,10 +2,10 @@
 
 Made by index.py, read by the plan (its columns) and the stream (`Index.examples`). A folder:
 
-    <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc}.npy
+    <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc,again}.npy
                         rejected.jsonl   meta.json
 
-Costs 40 bytes an example on disk, no memory but the pages in use; `examples` takes 20 to 30 us an
+Costs 41 bytes an example on disk, no memory but the pages in use; `examples` takes 20 to 30 us an
 example of Ming-UniAudio, 0.2 ms one of 500 units in MoST JSON (parsing them).
 """
 
@@ -20,7 +20,7 @@ import threading
 import uuid
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -29,13 +29,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raysft import patience
+from raysft.data import names
 from raysft.data import part as parts
 from raysft.data import sources as formats
 from raysft.data.encode import Encoder
 from raysft.data.example import Example, Quarantined
+from raysft.data.names import Naming
 from raysft.data.part import Part
 from raysft.data.sources import ResolvedSource
-from raysft.data.sources.base import Item
+from raysft.data.sources.base import Item, default_id
 from raysft.errors import UserError
 
 _COLUMNS = {
@@ -48,6 +50,7 @@ _COLUMNS = {
     "size": "<i4",
     "line": "<i8",
     "crc": "<u4",
+    "again": "|u1",
 }
 _GAP = 1 << 16  # bytes between two records below which one read fetches both
 _SPAN = 8 << 20  # bytes of one read
@@ -75,6 +78,13 @@ class IndexedFile(NamedTuple):
     examples: int
 
 
+class Repeats(NamedTuple):
+    """Records whose id another record has too: how many, and the first two that share one."""
+
+    count: int
+    rows: tuple[int, int]
+
+
 class Index:
     """A built index. Its columns have one entry an example, sources one after the other.
 
@@ -84,6 +94,10 @@ class Index:
         sources and the place of the data do not change it.
     described: of each source name, weight, format and task. files: in the order of their examples.
     encoder: fingerprint of what measured the lengths.
+
+    repeats: of an index that was just built, ids that are there more than once.
+
+    Examples are called as `names` says; by `called`, as a run calls them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,12 +113,19 @@ class Index:
         self._starts = list(accumulate((file.examples for file in self.files), initial=0))
         self._handles: dict[int, int] = {}
         self._reading = threading.Lock()
-        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+        columns = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r")
+            for name in _COLUMNS
+            if name != "again" or meta.get("names")
+        }
         self.tokens: np.ndarray = columns["tokens"]
         self.seconds: np.ndarray = columns["seconds"]
         self.task: np.ndarray = columns["task"]
         self.source: np.ndarray = columns["source"]
         self._columns = columns
+        self._naming = self.naming
+        self._labels: tuple[list[str], frozenset[str]] | None = None
+        self.repeats: Repeats | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Index:
@@ -123,7 +144,36 @@ class Index:
         return patience.known(lambda: cls(folder), folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Index.load, (str(self.folder),)
+        return _opened, (str(self.folder), self._naming)
+
+    def called(self, naming: Naming | None) -> Index:
+        """This index, its examples called by these labels of its files; None: by their ids, as
+        runs called them that began before they were made unique."""
+        if naming is not None and "again" not in self._columns:
+            raise UserError(
+                f"data.index_path: {self.folder} was written by an earlier version of raysft and "
+                "does not know which ids are there twice; start the job again to rebuild it"
+            )
+        self._naming, self._labels = naming, None
+        return self
+
+    @property
+    def place(self) -> tuple[str, int, Naming | None]:
+        """What `generations.open_index` takes: its folder, examples, and what they are called."""
+        return str(self.folder), len(self), self._naming
+
+    @property
+    def entries(self) -> list[names.Entry]:
+        """Path and source of each file."""
+        return [(file.path, self.sources[file.source].name) for file in self.files]
+
+    @property
+    def naming(self) -> Naming | None:
+        """The labels of its files, for one that stands alone; None: it was written by an earlier
+        version, and does not know which ids are there twice."""
+        if "again" not in self._columns:
+            return None
+        return names.naming(self.entries, names.labels(self.entries))
 
     def __del__(self) -> None:
         for handle in getattr(self, "_handles", {}).values():
@@ -165,15 +215,21 @@ class Index:
         """Ids of examples, in the order of `rows` (reads their records)."""
         return [example.id for example in self.examples(rows)]
 
-    def examples(self, rows: np.ndarray) -> list[Example]:
+    def where(self, row: int) -> str:
+        """Data file and line (or number of the item) of an example."""
+        return f"{self._files[self._columns['file'][row]][0]}:{self._columns['line'][row]}"
+
+    def examples(self, rows: np.ndarray, named: bool = True) -> list[Example]:
         """The examples of `rows`, in their order; records are read in the order of the files.
 
+        named: under the names they have in this index; else under the ids in their records.
         Raises UserError if a file has changed since it was indexed, or goes on being away.
         """
         rows = np.asarray(rows, np.int64)
         picked = {
             name: self._columns[name][rows].tolist()
-            for name in ("file", "offset", "size", "line", "crc")
+            for name in ("file", "offset", "size", "line", "crc", "again")
+            if name in self._columns
         }
         order = np.lexsort((picked["offset"], picked["file"])).tolist() if len(rows) else []
         found: list[Example | None] = [None] * len(rows)
@@ -190,7 +246,24 @@ class Index:
             located = formats.read(form, item, file, self.described[source]["task"])
             assert located.example is not None, located.error  # these bytes were parsed before
             found[place] = located.example
+            if named:
+                found[place] = self._called(located.example, file, picked, place)
         return [example for example in found if example is not None]
+
+    def _called(
+        self, example: Example, file: Path, picked: dict[str, list[int]], place: int
+    ) -> Example:
+        """The example under its name."""
+        if self._naming is None:
+            return example
+        if self._labels is None:
+            found = names.named([path.path for path in self.files], self._naming)
+            self._labels = found, frozenset(found)
+        labels, known = self._labels
+        line, again = picked["line"][place], bool(picked["again"][place])
+        where = f"{labels[picked['file'][place]]}:{line}"
+        name = names.name_of(example.id, default_id(file, line), where, again, known)
+        return example if name == example.id else replace(example, id=name)
 
     def _records(
         self, picked: dict[str, list[int]], order: list[int]
@@ -238,6 +311,10 @@ class Index:
         return self._handles[file]
 
 
+def _opened(folder: str, naming: Naming | None) -> Index:
+    return Index.load(folder).called(naming)
+
+
 def join(
     resolved: list[ResolvedSource],
     files: list[tuple[ResolvedSource, Path]],
@@ -262,6 +339,7 @@ def join(
         "version": parts.VERSION,
         "hash": content.hexdigest(),
         "examples": sum(len(part.rows) for part in found),
+        "names": 1,
         "tasks": tasks,
         "sources": [
             {"name": s.name, "weight": s.weight, "format": s.format, "task": s.task}
@@ -273,16 +351,69 @@ def join(
             for owner, digest, (_, file), kept, part in zip(owners, digests, files, hashes, found)
         ],
     }
+    again, refused, repeats = _names(files, found)
+    called = iter(refused)
     rejected = "".join(
-        json.dumps(asdict(Quarantined(item.id, source.name, item.path, item.reason))) + "\n"
+        json.dumps(asdict(Quarantined(next(called), source.name, item.path, item.reason))) + "\n"
         for (source, _), part in zip(files, found)
         for item in part.rejected
     ).encode()
     text = json.dumps(meta, indent=1).encode()
     target = folder / hashlib.sha256(text + rejected).hexdigest()[:32]
     if not patience.known((target / "meta.json").exists, target):
-        _write(target, text, rejected, tasks, owners, found)
-    return Index.load(target)
+        _write(target, text, rejected, tasks, owners, found, again)
+    index = Index.load(target)
+    index.repeats = repeats
+    return index
+
+
+def _names(
+    files: list[tuple[ResolvedSource, Path]], found: list[Part]
+) -> tuple[np.ndarray, list[str], Repeats | None]:
+    """Which examples, of all parts, have ids that others have too (bool); what the rejected items
+    are called; and records that share ids."""
+    labels = names.labels([(str(file), source.name) for source, file in files])
+    known = frozenset(labels)
+    items = [
+        (item, default_id(file, item.line), f"{label}:{item.line}")
+        for (_, file), label, part in zip(files, labels, found)
+        for item in part.rejected
+    ]
+    own = [names.hashed(item.id) if item.id != default else 0 for item, default, _ in items]
+    hashes = [part.rows["name"] for part in found]
+    again = names.repeated(np.concatenate([*hashes, np.array(own, np.uint64)]))
+    rows = len(again) - len(items)
+    refused = [
+        names.name_of(item.id, default, place, bool(twice), known)
+        for (item, default, place), twice in zip(items, again[rows:])
+    ]
+    return again[:rows], refused, _repeats(files, found, again[:rows])
+
+
+def _repeats(
+    files: list[tuple[ResolvedSource, Path]], found: list[Part], again: np.ndarray
+) -> Repeats | None:
+    """A record that two sources read is one record: no fault of the data."""
+    rows = np.flatnonzero(again)
+    if not len(rows):
+        return None
+    first = {file: number for number, (_, file) in reversed(list(enumerate(files)))}
+    owner = np.repeat([first[file] for _, file in files], [len(part.rows) for part in found])[rows]
+    hashes, offsets = (
+        np.concatenate([part.rows[name] for part in found])[rows] for name in ("name", "offset")
+    )
+    order = np.lexsort((rows, offsets, owner, hashes))
+    same = (np.diff(hashes[order]) == 0) & (np.diff(owner[order]) == 0)
+    same &= np.diff(offsets[order]) == 0
+    order = order[np.append(True, ~same)]  # a row of each record
+    alike = np.diff(hashes[order]) == 0
+    shared = np.append(alike, False) | np.append(False, alike)
+    if not shared.any():
+        return None
+    mine = order[shared]
+    one = mine[rows[mine].argmin()]
+    both = np.sort(rows[mine][hashes[mine] == hashes[one]])[:2].tolist()
+    return Repeats(int(shared.sum()), (both[0], both[1]))
 
 
 def _write(
@@ -292,10 +423,12 @@ def _write(
     tasks: list[str],
     owners: list[int],
     found: list[Part],
+    again: np.ndarray,
 ) -> None:
     """Write beside, then rename: readers see a whole index or none."""
     count = sum(len(part.rows) for part in found)
     numbers = [parts.renumber(part.tasks, tasks) for part in found]
+    starts = list(accumulate((len(part.rows) for part in found), initial=0))
 
     def column(name: str, number: int, part: Part) -> np.ndarray:
         if name == "source":
@@ -304,6 +437,8 @@ def _write(
             return np.full(len(part.rows), number, np.int32)
         if name == "task":
             return numbers[number][part.rows["task"]]
+        if name == "again":
+            return again[starts[number] : starts[number + 1]]
         return part.rows[name]
 
     def write() -> None:

@@ -78,7 +78,7 @@ class Corpus:
         from raysft.data.stream import RayReader, ReaderSpec
 
         encoder = ray.put(Slow(self.encoder, delay))
-        spec = ReaderSpec(((str(self.index.folder), len(self.index)),), encoder, BUDGET, 0)
+        spec = ReaderSpec((self.index.place,), encoder, BUDGET, 0)
         return RayReader(spec, self.index.seconds, 2).read(iter(works))
 
 

@@ -394,7 +394,8 @@ def test_a_run_of_the_first_planning_goes_on_under_it(run: Run, corpus: Path) ->
     )
     (run.folder / "plan.json").unlink()  # as before there was one
     assert run.start(corpus).newest.hash == old.hash
-    assert run.written() == before
+    (unnamed,) = run.written()  # what such a run has recorded are ids as they are
+    assert unnamed == {key: value for key, value in before[0].items() if key != "names"}
 
 
 def test_a_run_of_the_first_planning_keeps_it_for_data_that_joins(
@@ -497,7 +498,7 @@ def test_rows_of_all_generations_are_read_as_one_index(
 ) -> None:
     more = most(tmp_path / "b.json", 20, start=40)
     first, second = run.index(corpus), run.index(corpus, more)
-    places = [(str(first.folder), 40), (str(second.folder), 60)]
+    places = [first.place, second.place]
     joined = pickle.loads(pickle.dumps(open_index(places)))
     rows = np.array([99, 3, 40, 39, 0])
     assert joined.ids(rows) == ["m59", "m3", "m0", "m39", "m0"]
