@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raysft import patience
 from raysft.config.load import read_tree
 from raysft.config.schema import Data
 from raysft.data import names
@@ -76,7 +77,7 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
     """
     plan = _current(run, index, data, seed, cursor)
     now = facts(0, index, plan)
-    if cursor is None or not (run / NAME).exists():
+    if cursor is None or not patience.patiently((run / NAME).exists, run / NAME):
         if cursor is not None:
             plan.steps(cursor)  # a run from before there was a plan.json: refuses other data
             now.pop("names", None)  # what it has recorded are ids as they are
@@ -98,7 +99,7 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
         beside = index.folder.with_name(Path(item["index"]).name)
         if item["plan_hash"] == now["plan_hash"]:  # the same data, perhaps in another place
             item.update({key: now[key] for key in ("index", "sources", "files")})
-        elif not Path(item["index"]).exists() and beside.exists():  # moved with the others
+        elif not _there(item["index"]) and _there(beside):  # moved with the others
             item["index"] = str(beside)
     _write(run, known)
     found = _generations(run, known, plan)
@@ -236,10 +237,14 @@ def _plan(run: Path, item: dict[str, Any], made: Plan | None) -> Plan:
     return plan
 
 
+def _there(index: str | Path) -> bool:
+    return patience.known(Path(index).exists, index)
+
+
 def _read(run: Path) -> list[dict[str, Any]]:
     path = run / NAME
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(patience.patiently(path.read_bytes, path))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror or error}; a run writes it at its start: "
@@ -255,8 +260,12 @@ def _read(run: Path) -> list[dict[str, Any]]:
 def _write(run: Path, known: list[dict[str, Any]]) -> None:
     path = run / NAME
     content = json.dumps(known, indent=1).encode()
-    try:
+
+    def put() -> None:
         if not path.exists() or path.read_bytes() != content:
             write_whole(path, content)
+
+    try:
+        patience.patiently(put, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -22,7 +22,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from raysft.errors import UserError
 
@@ -35,6 +36,7 @@ _FIRST, _LONGEST = 0.05, 2.0  # seconds between two tries: doubled each time
 _OF_THE_PATH = frozenset({errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _SPENT = "raysft_waited"  # on an error for which it was waited already
 
+_Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 _allowed = SECONDS
 _lock = threading.Lock()
@@ -98,6 +100,17 @@ def known(call: Callable[[], _Result], place: str | os.PathLike[str], lost: str 
         raise away(place, error, lost) from error
 
 
+def patient(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """`function`, safe to be done twice, done as `patiently` does: what it is waiting for is the
+    file that its error names."""
+
+    @wraps(function)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        return patiently(lambda: function(*args, **kwargs), "")
+
+    return call
+
+
 def away(place: str | os.PathLike[str], error: OSError, lost: str = "") -> UserError:
     """That something which is there, or was, cannot be read, in a line."""
     tried = f", tried for {_allowed:g} s (data.retry_s)" if _allowed else " (data.retry_s=0)"
@@ -130,7 +143,8 @@ class _Waiting:
     """Says that it waits, and for what, where nobody in this process waits yet."""
 
     def __init__(self, place: str | os.PathLike[str], error: OSError) -> None:
-        self._what = f"{os.fspath(place)} ({error.strerror or error}) on {socket.gethostname()}"
+        what = os.fspath(place) or error.filename or "the run's folder"
+        self._what = f"{what} ({error.strerror or error}) on {socket.gethostname()}"
 
     def __enter__(self) -> None:
         global _waiting

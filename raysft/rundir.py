@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from raysft.config import Config, changed_keys, places, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
+from raysft.patience import patient, patiently
 from raysft.run import identity
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.storage import open_storage, write_whole
@@ -79,6 +81,7 @@ def run_folder(config: Config) -> Path:
     return Path(paths.absolute(config.run.storage_path)) / config.run.name
 
 
+@patient
 def open_run(config: Config) -> Path:
     """Create the run's folder, or check that the one there is of this config. Returns it.
 
@@ -88,7 +91,7 @@ def open_run(config: Config) -> Path:
     check_run(config)
     folder = run_folder(config)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        patiently(partial(folder.mkdir, parents=True, exist_ok=True), folder)
     except OSError as error:
         raise UserError(
             f"run.storage_path: {folder} cannot be made: {error.strerror or error}"
@@ -109,6 +112,7 @@ def open_run(config: Config) -> Path:
     return folder
 
 
+@patient
 def is_trained(config: Config) -> bool:
     """Whether the run of this config has a checkpoint, from which it goes on."""
     return bool(Catalogue.of(config.checkpoint, run_folder(config)).committed())
@@ -140,6 +144,7 @@ def write_config(config: Config, folder: Path) -> None:
     _write(folder / "config.yaml", to_yaml(config) + yaml.safe_dump(beside, sort_keys=False))
 
 
+@patient
 def settled(config: Config) -> Config:
     """`config` with what only its run or the hub knows: the number that data.tokens_per_batch: auto
     means in this run, and the commit that a hub id in model.path means: the one that the run began
@@ -173,6 +178,7 @@ def with_budget(config: Config, budget: int) -> Config:
     )
 
 
+@patient
 def with_budget_of_run(config: Config) -> Config:
     """`config` as it continues the run in its folder: there, data.tokens_per_batch: auto means the
     number that the run has. Without such a run, or where it has none yet: as it is."""
@@ -283,6 +289,7 @@ def _set_aside(config: Config, folder: Path) -> None:
     os.replace(folder / "config.yaml", aside / "config.yaml")
 
 
+@patient
 def initial_weights(folder: Path) -> Saved | None:
     """The checkpoint whose weights the run in `folder` begins with; None: as model.* says."""
     written = folder / "weights.json"
@@ -294,6 +301,7 @@ def initial_weights(folder: Path) -> Saved | None:
     return Saved(facts["step"], storage)
 
 
+@patient
 def check_run(config: Config) -> None:
     """Raises UserError if the run's folder is there and this config may not continue it."""
     config = settled(config)
@@ -329,6 +337,7 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Config:
     return validate(tree, str(folder / "config.yaml"))
 
 
+@patient
 def read_config(folder: Path) -> Config:
     """The config a run was last started with. Raises UserError where `folder` is not a run's."""
     written = folder / "config.yaml"
@@ -344,6 +353,7 @@ def _read_tree(written: Path) -> dict[str, Any]:
     return tree
 
 
+@patient
 def base_of(folder: Path) -> dict[str, str] | None:
     """The base of the run in `folder`, as its config.yaml has it; None where it says nothing."""
     written = folder / "config.yaml"

@@ -30,6 +30,7 @@ from raysft.models.base import Adapter
 from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, make_strategy
 from raysft.parallel.fsdp import blocks
+from raysft.patience import patient
 from raysft.rundir import check_base, initial_weights
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import load_weights, newest_sound
@@ -187,6 +188,7 @@ def wrap(config: Config, adapter: Adapter, world: World) -> Strategy:
     return make_strategy(config, adapter.supervised, world)
 
 
+@patient
 def _extras(adapter: Adapter, folder: Path) -> dict[str, bytes]:
     """What goes into each checkpoint beside the state: config, tokenizer, feature extractor."""
     found = {}

@@ -100,13 +100,14 @@ def start(
     """The job of one process, made as a Ray Train worker's is, with an in-process reader."""
     import torch
 
-    from raysft import remarks, worker
+    from raysft import patience, remarks, worker
     from raysft.data.plan import Cursor
     from raysft.prepare import prepare
     from raysft.rundir import open_run, run_folder
     from raysft.train.catalogue import Catalogue
 
     torch.set_num_threads(1)
+    patience.allow(config.patience_s)
     remarks.quiet()
     folder = open_run(config) if world.is_main else run_folder(config)
     world.barrier()

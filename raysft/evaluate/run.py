@@ -25,6 +25,7 @@ from raysft.evaluate.answers import keeps_tab, limit_for, transcript
 from raysft.evaluate.score import error_rates
 from raysft.models.base import Adapter
 from raysft.parallel import World
+from raysft.patience import patient
 from raysft.run.lines import encoded
 from raysft.train.evaluations import TRANSCRIBED
 from raysft.train.step import to_device
@@ -211,12 +212,17 @@ def _score(
         for text in _remarks(everything, [q for *_, part in parts for q in part]):
             tell(text)
     if predictions is not None and world.is_main and everything:
-        predictions.parent.mkdir(parents=True, exist_ok=True)
-        with open(predictions, "wb") as out:
-            for result in everything:
-                line = {key: result[key] for key in ("id", "source", "reference", "hypothesis")}
-                out.write(encoded(line))
+        _write(predictions, everything)
     return values
+
+
+@patient
+def _write(predictions: Path, results: list[dict[str, Any]]) -> None:
+    predictions.parent.mkdir(parents=True, exist_ok=True)
+    with open(predictions, "wb") as out:
+        for result in results:
+            line = {key: result[key] for key in ("id", "source", "reference", "hypothesis")}
+            out.write(encoded(line))
 
 
 def _remarks(results: list[dict[str, Any]], unusable: list[Quarantined]) -> Iterator[str]:

@@ -13,8 +13,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from raysft import patience
 
 log = logging.getLogger(__name__)
 
@@ -30,29 +34,42 @@ class Lines:
     """An append-only file of JSON lines."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _mend_end(path)
         self.path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - held open
+        self._torn: int | None = None  # where half a line begins that is still to be taken away
+        self._file = patience.patiently(self._open, path)
+
+    def _open(self) -> FileIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _mend_end(self.path)
+        return open(self.path, "ab", buffering=0)
 
     def write(self, values: Line) -> None:
         """Append one line; it is with the operating system when this returns.
 
-        Raises OSError where it cannot be written; of the line nothing is there then, so that it
-        may be written again.
+        Raises OSError where it cannot be written, for as long as `patience` lasts; of the line
+        nothing is there then. Never into another file of its name: see `cut_back`.
         """
         content = encoded(values)
-        before = os.fstat(self._file.fileno()).st_size
+        patience.patiently(lambda: self._append(content), self.path)
+
+    def _append(self, content: bytes) -> None:
+        handle = self._file.fileno()
+        if self._torn is not None:
+            os.ftruncate(handle, self._torn)
+            self._torn = None
+        before = os.fstat(handle).st_size
         try:
             while content:
                 content = content[self._file.write(content) :]
         except OSError:
-            with contextlib.suppress(OSError):  # what cannot be taken back, the next start mends
-                os.ftruncate(self._file.fileno(), before)
+            self._torn = before
+            with contextlib.suppress(OSError):  # then before the next line; or the next start does
+                os.ftruncate(handle, before)
+                self._torn = None
             raise
 
     def sync(self) -> None:
-        """What was written is on the disk when this returns."""
+        """What was written is on the disk when this returns. Not tried again: see `patience`."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -89,10 +106,10 @@ def parse(raw: bytes, kinds: Kinds | None = None) -> Line:
 def stream_lines(path: Path, kinds: Kinds | None = None) -> Iterator[Line]:
     """The sound lines of a file, one after the other; those that are damaged, or lack a field of
     `kinds`, are left out, and a warning names them, once a process. No file: no line."""
-    if not path.exists():
+    if not patience.patiently(path.exists, path):
         return
     damaged = _Damaged(path)
-    with open(path, "rb") as file:
+    with patience.patiently(partial(open, path, "rb"), path) as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = parse(raw, kinds)
@@ -106,13 +123,17 @@ def stream_lines(path: Path, kinds: Kinds | None = None) -> Iterator[Line]:
 
 def read_lines(path: Path, kinds: Kinds | None = None) -> list[Line]:
     """All of `stream_lines`; [] if there is no file."""
-    return list(stream_lines(path, kinds))
+    return patience.patiently(lambda: list(stream_lines(path, kinds)), path)
 
 
 def cut_back(path: Path, step: int) -> str | None:
     """Keep the lines up to `step`, byte for byte; returns what was lost with damaged lines, in
     words, or None. The file is always replaced by another of its name: a worker of an earlier start
     that should still be alive goes on writing into the one that is gone."""
+    return patience.patiently(lambda: _cut_back(path, step), path)
+
+
+def _cut_back(path: Path, step: int) -> str | None:
     if not path.exists():
         return None
     temporary = path.with_name(f".{path.name}.tmp")

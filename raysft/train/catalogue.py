@@ -18,9 +18,11 @@ import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raysft import patience
 from raysft.config.schema import Checkpoint
 from raysft.errors import UserError
 from raysft.train.storage import Storage, digest, open_storage
@@ -63,9 +65,8 @@ class Saved:
         try:
             files = self.meta()["files"]
             for name in sorted(files)[part::parts]:
-                with self.storage.open(f"{self.name}/{name}") as stream:
-                    if list(digest(stream)) != files[name]:
-                        return f"{name} is not as it was written (checksum differs)"
+                if patience.patiently(partial(self._digest, name), self.where) != files[name]:
+                    return f"{name} is not as it was written (checksum differs)"
         except UserError as error:
             return str(error)
         except OSError as error:
@@ -74,8 +75,17 @@ class Saved:
 
     def read(self, name: str) -> bytes:
         """Content of one of its files."""
+
+        def read() -> bytes:
+            with self.storage.open(f"{self.name}/{name}") as stream:
+                return stream.read()
+
+        return patience.patiently(read, self.where)
+
+    def _digest(self, name: str) -> list[Any]:
+        """sha256 and length of one of its files."""
         with self.storage.open(f"{self.name}/{name}") as stream:
-            return stream.read()
+            return list(digest(stream))
 
 
 class Catalogue:

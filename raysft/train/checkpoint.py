@@ -16,18 +16,20 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from raysft import patience
 from raysft.errors import UserError
 from raysft.parallel import Strategy, World
 from raysft.train import shards
@@ -176,10 +178,9 @@ class Saver:
         for path in self._storage.files(draft):
             # In a store, those of an earlier save of this step may still lie there.
             if path.endswith(f".{self._token}{_SUMS}"):
-                with self._storage.open(f"{draft}/{path}") as stream:
-                    files.update({f"state/{n}": [d, size] for n, d, size in json.load(stream)})
-        with self._storage.open(f"{draft}/state/.metadata") as stream:
-            files["state/.metadata"] = list(digest(stream))
+                found = self._read(f"{draft}/{path}", json.load)
+                files.update({f"state/{n}": [d, size] for n, d, size in found})
+        files["state/.metadata"] = list(self._read(f"{draft}/state/.metadata", digest))
         extras = dict(self._extras)
         if self._derive is not None:
             extras.update(self._derive(_weights(self._storage, f"{draft}/state")))
@@ -193,6 +194,13 @@ class Saver:
             raise UserError(taken)
         self._storage.publish(draft, name, MARKER, f"{sha256(content).hexdigest()}\n".encode())
         return sum(size for _, size in files.values())
+
+    def _read(self, path: str, read: Callable[[IO[bytes]], Any]) -> Any:
+        def opened() -> Any:
+            with self._storage.open(path) as stream:
+                return read(stream)
+
+        return patience.patiently(opened, self._storage.where(path))
 
 
 def load(
@@ -254,17 +262,36 @@ class _Sums:
     root: str
     token: str
 
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As torch's, which makes the folder."""
+        prepare = super().prepare_local_plan  # type: ignore[misc]
+        return patience.patiently(lambda: prepare(plan), self.storage.where(self.root))
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """As torch's; then the checksums, in a file beside the shards."""
-        written = super().write_data(plan, planner)  # type: ignore[misc]
-        sums = []
-        for name in sorted({result.storage_data.relative_path for result in written.wait()}):
-            with self.storage.open(f"{self.root}/{name}") as stream:
-                sums.append([name, *digest(stream)])
+        """As torch's, which writes the same files again where it failed; then the checksums, in a
+        file beside the shards."""
+
+        def write() -> tuple[Future[list[WriteResult]], list[list[Any]]]:
+            try:
+                written = super(_Sums, self).write_data(plan, planner)  # type: ignore[misc]
+            except RuntimeError as error:  # torch's zip writer says so of any error below it
+                raise _system_error(error) or error from None
+            sums = []
+            for name in sorted({result.storage_data.relative_path for result in written.wait()}):
+                with self.storage.open(f"{self.root}/{name}") as stream:
+                    sums.append([name, *digest(stream)])
+            return written, sums
+
+        written, sums = patience.patiently(write, self.storage.where(self.root))
         if sums:
             path = f"{self.root}/{sums[0][0]}.{self.token}{_SUMS}"
             self.storage.write(path, json.dumps(sums).encode())
         return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """As torch's, which writes the file of metadata: beside, then renamed."""
+        finish = super().finish  # type: ignore[misc]
+        patience.patiently(lambda: finish(metadata, results), self.storage.where(self.root))
 
 
 class _FolderWriter(_Sums, dcp.FileSystemWriter):
@@ -282,6 +309,14 @@ def _writer(storage: Storage, root: str, token: str) -> dcp.StorageWriter:
         writer = _StoreWriter(storage.where(root), sync_files=False)
     writer.storage, writer.root, writer.token = storage, root, token
     return writer
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The operating system's error below another, if it was one."""
+    below: BaseException | None = error
+    while below is not None and not isinstance(below, OSError):
+        below = below.__cause__ or below.__context__
+    return below
 
 
 def _cause(error: BaseException) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 from raysft.config.schema import Checkpoint, Evaluate
 from raysft.data.table import Index
 from raysft.errors import UserError
+from raysft.patience import patiently
 from raysft.train.catalogue import Catalogue, Saved, best_step
 from raysft.train.metrics import read_lines
 from raysft.train.storage import write_whole
@@ -178,9 +179,9 @@ class Evaluations:
         """Of the run in folder `run`. Raises UserError where the file is damaged."""
         path = run / NAME
         found = cls()
-        if path.exists():
+        if patiently(path.exists, path):
             try:
-                for item in json.loads(path.read_bytes()):
+                for item in json.loads(patiently(path.read_bytes, path)):
                     measure = item["measure"] and Measure(**item["measure"])
                     found.items.append(Evaluation(**{**item, "measure": measure}))
             except (OSError, ValueError, TypeError, KeyError) as error:

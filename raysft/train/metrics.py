@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.data.example import Quarantined
+from raysft.patience import patient
 from raysft.run.ledger import Ledger
 from raysft.run.ledger import files as ledger_files
 from raysft.run.lines import Lines, cut_back, read_lines, stream_lines
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 
+@patient
 def cut_back_run(folder: Path, step: int) -> list[str]:
     """Forget everything a run recorded after `step`; one worker does this before others write.
 
@@ -44,6 +46,7 @@ def cut_back_run(folder: Path, step: int) -> list[str]:
     return [text for text in lost if text is not None]
 
 
+@patient
 def last_recorded(folder: Path) -> int:
     """The last step that some lane has in the ledger; 0 without any."""
     last = 0
@@ -53,6 +56,7 @@ def last_recorded(folder: Path) -> int:
     return last
 
 
+@patient
 def last_sign_of_life(folder: Path) -> float | None:
     """When the run last recorded anything (time.time()); None: it never did. To be asked before
     its files are cut back."""

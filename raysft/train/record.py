@@ -12,11 +12,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raysft import patience
 from raysft.config.schema import Config
 from raysft.data.quarantine import summary
 from raysft.errors import UserError
@@ -227,9 +229,10 @@ class Record:
             if self.config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.tensorboard = SummaryWriter(
-                    str(self.folder / "tensorboard"), purge_step=step + 1 if step else None
-                )
+                place = self.folder / "tensorboard"
+                purge = step + 1 if step else None
+                begin = partial(SummaryWriter, str(place), purge_step=purge)
+                self.tensorboard = patience.patiently(begin, place)
                 self.files.append(self.tensorboard)
 
     def begun(

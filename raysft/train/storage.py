@@ -9,15 +9,17 @@ prepared where no reader looks and then published in one act.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
-from raysft import paths
+from raysft import paths, patience
 from raysft.errors import UserError
 
 _BLOCK = 1 << 20
@@ -91,7 +93,11 @@ class Folder:
 
     def names(self) -> list[str]:
         """Of all checkpoints, whole or not; hidden ones are drafts."""
-        return [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+
+        def names() -> list[str]:
+            return [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+
+        return patience.patiently(names, self.root)
 
     def where(self, name: str) -> str:
         """The folder of a checkpoint."""
@@ -107,13 +113,13 @@ class Folder:
         for folder in self._folders(self.root / draft):
             _sync(folder)
         target = self.root / name
-        if target.exists():
+        if patience.patiently(target.exists, target):
             aside = self.root / f".{name}.{uuid.uuid4().hex}"
-            os.replace(target, aside)
-            os.replace(self.root / draft, target)
-            shutil.rmtree(aside)
+            _move(target, aside)
+            _move(self.root / draft, target)
+            shutil.rmtree(aside, ignore_errors=True)  # hidden: the next start clears it away
         else:
-            os.replace(self.root / draft, target)
+            _move(self.root / draft, target)
         _sync(self.root)
 
     def _folders(self, top: Path) -> Iterator[Path]:
@@ -122,7 +128,8 @@ class Folder:
 
     def withdraw(self, name: str, marker: str) -> None:
         """Unlink the marker."""
-        (self.root / name / marker).unlink(missing_ok=True)
+        path = self.root / name / marker
+        patience.patiently(partial(path.unlink, missing_ok=True), path)
 
     def remove(self, name: str) -> None:
         """Delete the folder."""
@@ -131,16 +138,20 @@ class Folder:
     def files(self, name: str) -> list[str]:
         """All below the folder."""
         top = self.root / name
-        return sorted(str(path.relative_to(top)) for path in top.rglob("*") if path.is_file())
+
+        def files() -> list[str]:
+            return sorted(str(path.relative_to(top)) for path in top.rglob("*") if path.is_file())
+
+        return patience.patiently(files, top)
 
     def open(self, path: str) -> IO[bytes]:
         """For reading."""
-        return open(self.root / path, "rb")
+        return patience.patiently(partial(open, self.root / path, "rb"), self.root / path)
 
     def write(self, path: str, content: bytes) -> None:
         """Write beside, flush, sync, rename."""
         target = self.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        patience.patiently(partial(target.parent.mkdir, parents=True, exist_ok=True), target)
         write_whole(target, content)
 
 
@@ -203,17 +214,27 @@ class Store:
 
     def open(self, path: str) -> IO[bytes]:
         """For reading."""
-        return self._fs.open(f"{self._path}/{path}", "rb")
+        place = f"{self._path}/{path}"
+        return patience.patiently(lambda: self._fs.open(place, "rb"), place)
 
     def write(self, path: str, content: bytes) -> None:
         """One put: a store shows an object when it is whole and durable."""
         target = f"{self._path}/{path}"
-        self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        self._fs.pipe_file(target, content)
+
+        def put() -> None:
+            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.pipe_file(target, content)
+
+        patience.patiently(put, target)
 
 
 def write_whole(target: Path, content: bytes) -> None:
-    """Write a file so that it is whole on disk or not there: write, flush, sync, rename."""
+    """Write a file so that it is whole on disk or not there: write, flush, sync, rename. Tried
+    again while `patience` lasts, all of it: a sync that failed may have lost any part."""
+    patience.patiently(lambda: _write_whole(target, content), target)
+
+
+def _write_whole(target: Path, content: bytes) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as out:
@@ -223,14 +244,23 @@ def write_whole(target: Path, content: bytes) -> None:
         os.replace(temporary, target)
         _sync(target.parent)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def _move(source: Path, target: Path) -> None:
+    patience.patiently(partial(os.replace, source, target), target)
 
 
 def _sync(folder: Path) -> None:
     """Make names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+
+    def sync() -> None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    patience.patiently(sync, folder)

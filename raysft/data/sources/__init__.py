@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from raysft import paths
+from raysft import paths, patience
 from raysft.config.schema import Source
 from raysft.data.sources import causes, json_lines
 from raysft.data.sources.base import (
@@ -59,6 +59,14 @@ def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSou
     """
     key = key or f"data.{split}"
     try:
+        return patience.patiently(lambda: _resolve(source, split, key), source.path)
+    except OSError as error:
+        where = error.filename or source.path
+        raise UserError(f"{key}: cannot read {where}: {error.strerror}") from error
+
+
+def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
+    try:
         path = Path(paths.absolute(source.path))
         there = paths.exists(path)
     except UserError as error:
@@ -77,8 +85,6 @@ def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSou
                 raise UserError(f"{file} is {what}")
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{key}: cannot read {error.filename or path}: {error.strerror}") from error
     return ResolvedSource(
         key=key,
         name=source.name or path.stem,
