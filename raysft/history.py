@@ -36,6 +36,7 @@ def load(run: Path) -> Generations:
     return _generations(run, _read(run))
 
 
+@patience.patient
 def identity(run: Path) -> str:
     """What tells this run from any other: the id in its config.yaml; of one from before runs had
     ids, the hash of its first plan."""
@@ -107,6 +108,7 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
     return found
 
 
+@patience.patient
 def _current(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None) -> Plan:
     """The plan of the data there is now, by the planning that the run keeps."""
     if cursor is None:

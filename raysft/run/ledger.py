@@ -17,11 +17,13 @@ follows the one before it, or leads elsewhere than to where the checkpoint was. 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
+from raysft.patience import patient
 from raysft.run.lines import Line, Lines
 
 Heads = dict[int, str]
@@ -83,13 +85,18 @@ class Ledger:
 _NAME = re.compile(r"lane_(\d+)_from_(\d+)\.jsonl")
 
 
+@patient
 def files(folder: Path) -> dict[int, list[tuple[int, Path]]]:
     """Of each lane: (first step it may hold, file), in the order of steps."""
     found: dict[int, list[tuple[int, Path]]] = {}
-    for path in (folder / "ledger").glob("*.jsonl"):
-        match = _NAME.fullmatch(path.name)
+    try:
+        names = os.listdir(folder / "ledger")  # Path.glob takes a folder it may not read for empty
+    except FileNotFoundError:
+        names = []
+    for name in names:
+        match = _NAME.fullmatch(name)
         if match:
-            found.setdefault(int(match[1]), []).append((int(match[2]), path))
+            found.setdefault(int(match[1]), []).append((int(match[2]), folder / "ledger" / name))
     return {lane: sorted(files) for lane, files in sorted(found.items())}
 
 

@@ -14,7 +14,6 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
@@ -110,7 +109,7 @@ class Folder:
     def publish(self, draft: str, name: str, marker: str, content: bytes) -> None:
         """Marker into the draft, everything to the disk, one rename."""
         self.write(f"{draft}/{marker}", content)
-        for folder in self._folders(self.root / draft):
+        for folder in patience.patiently(lambda: _folders(self.root / draft), self.root / draft):
             _sync(folder)
         target = self.root / name
         if patience.patiently(target.exists, target):
@@ -121,10 +120,6 @@ class Folder:
         else:
             _move(self.root / draft, target)
         _sync(self.root)
-
-    def _folders(self, top: Path) -> Iterator[Path]:
-        for folder, _, _ in os.walk(top):
-            yield Path(folder)
 
     def withdraw(self, name: str, marker: str) -> None:
         """Unlink the marker."""
@@ -140,7 +135,8 @@ class Folder:
         top = self.root / name
 
         def files() -> list[str]:
-            return sorted(str(path.relative_to(top)) for path in top.rglob("*") if path.is_file())
+            found = [path for folder in _folders(top) for path in folder.iterdir()]
+            return sorted(str(path.relative_to(top)) for path in found if path.is_file())
 
         return patience.patiently(files, top)
 
@@ -247,6 +243,16 @@ def _write_whole(target: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _folders(top: Path) -> list[Path]:
+    """`top` and all folders below it; none where it is not there. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        if not patience.missing(error):
+            raise error
+
+    return [Path(folder) for folder, _, _ in os.walk(top, onerror=fail)]
 
 
 def _move(source: Path, target: Path) -> None:
