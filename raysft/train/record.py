@@ -12,13 +12,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raysft import patience
 from raysft.config.schema import Config
 from raysft.data.quarantine import summary
 from raysft.errors import UserError
@@ -227,12 +225,9 @@ class Record:
             for line in read_lines(self.folder / "events.jsonl", {"event": str}):
                 self._count(line)
             if self.config.log.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+                from raysft.train.curves import curves
 
-                place = self.folder / "tensorboard"
-                purge = step + 1 if step else None
-                begin = partial(SummaryWriter, str(place), purge_step=purge)
-                self.tensorboard = patience.patiently(begin, place)
+                self.tensorboard = curves(self.folder / "tensorboard", step)
                 self.files.append(self.tensorboard)
 
     def begun(
