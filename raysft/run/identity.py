@@ -21,13 +21,14 @@ import json
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from raysft import hub
 from raysft.config.schema import Model
 from raysft.errors import UserError
+from raysft.patience import momentary, patiently
 
 WHOLE, PIECES, PIECE = 4 * 2**20, 64, 64 * 2**10
 # Keys of a config.json that say how it was written, not what is computed.
@@ -115,11 +116,15 @@ def _of_folder(
     folder: Path, files: tuple[Path, ...], _seen: tuple[Any, ...]
 ) -> tuple[tuple[str, str], ...]:
     """Read once a process, while size, time and inode of the files stay."""
-    try:
+
+    def read() -> tuple[list[bytes], Any]:
         tensors = sorted((t for path in files for t in _tensors(path)), key=lambda t: t.name)
         with ThreadPoolExecutor(_THREADS) as pool:
             digests = list(pool.map(_digest, tensors))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return digests, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+    try:
+        digests, config = patiently(read, folder, momentary)
     except OSError as error:
         raise UserError(f"model.path {folder}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # of struct and JSON too
@@ -136,7 +141,8 @@ def _weights(folder: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        content = patiently(partial(index.read_text, encoding="utf-8"), index)
+        names = set(json.loads(content)["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"model.path: {index} cannot be read: {error}") from None
     missing = sorted(name for name in names if not (folder / name).is_file())

@@ -24,9 +24,10 @@ FOR_EVER = 1 << 40
 
 # Of every stage a run goes through, and every function: what fails by default.
 SAMPLE = (
-    ("stat data/clip3.mp3", errno.ENOENT),
+    ("stat data/clip3.mp3", errno.EIO),
     ("open data/clip1.flac", errno.ESTALE),
     ("read data/clip2.ogg", errno.EIO),
+    ("fstat data/clip0.wav", errno.ENOENT),
     ("read data/train.jsonl", errno.EIO),
     ("open index/#/offset.npy", errno.ENOENT),
     ("write index/.#.#/meta.json", errno.ENOSPC),
