@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +129,19 @@ class Lab:
         rank: int = 0,
         log: Path | None = None,
         retry_s: float = 2.0,
+        kill_at: int = 0,
     ) -> Life:
         """One life of the run in the folder `name`; its data are made where they are not there.
 
-        rank: the worker in which the call fails. log: where all calls are listed instead.
+        rank: the worker in which the call fails. log: where all calls are listed. kill_at: the step
+        after whose line of metrics rank 0 kills itself (0: never).
         """
         folder = self.folder / name
         if not folder.exists():
             write_data(folder / "data")
         case = {"faults": [*map(vars, faults)], "workers": workers, "rank": rank}
-        found = self.ask(name, **case, log=log and str(log), retry_s=retry_s)
+        case |= {"log": log and str(log), "retry_s": retry_s, "kill_at": kill_at}
+        found = self.ask(name, **case)
         return Life(found["code"], found["said"], tuple(found["failed"]))
 
     def result(self, name: str) -> Result:
@@ -161,12 +165,17 @@ class Lab:
             found["audit"],
         )
 
-    def sites(self, workers: int = 1, rank: int = 0) -> Counter[str]:
-        """Every site of an undisturbed run, and how many calls there are at it."""
-        name = f"counted{workers}{rank}"
+    def sites(self, workers: int = 1, rank: int = 0, kill_at: int = 0) -> Counter[str]:
+        """Every site of an undisturbed run, and how many calls there are at it; with kill_at, of
+        the start after the one that was killed there."""
+        name = f"counted{workers}{rank}{kill_at}"
         log = self.folder / f"{name}.log"
-        life = self.live(name, workers=workers, rank=rank, log=log)
-        assert life.code == DONE, life.said
+        if not log.exists():
+            if kill_at:
+                life = self.live(name, workers=workers, kill_at=kill_at)
+                assert life.code == -signal.SIGKILL, life.said
+            life = self.live(name, workers=workers, rank=rank, log=log)
+            assert life.code == DONE, life.said
         return Counter(log.read_text().splitlines())
 
 
@@ -228,7 +237,7 @@ def _worker(case: dict[str, Any], rank: int, store: str) -> int:
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
         if rank == case["rank"]:
             _arm(case)
-        train(start(config, World.current()))
+        train(start(config, World.current(), partial(_kill, case["kill_at"])))
         if case["workers"] > 1:
             dist.barrier()
     except UserError as error:
@@ -241,6 +250,11 @@ def _worker(case: dict[str, Any], rank: int, store: str) -> int:
         traceback.print_exc()
         return DEFECT
     return DONE
+
+
+def _kill(at: int, line: dict[str, Any]) -> None:
+    if at and "loss" in line and line["step"] >= at:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _arm(case: dict[str, Any]) -> None:

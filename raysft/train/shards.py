@@ -28,9 +28,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from raysft.errors import UserError
+from raysft.patience import patiently
 from raysft.train.storage import Folder, Storage
 
 LIST = ".metadata"
@@ -194,9 +196,18 @@ class _Reads:
         """As torch's, and never `pickle.load`."""
         if self.found is None:
             path = self._get_metadata_path()  # type: ignore[attr-defined]
-            with self.fs.create_stream(path, "rb") as stream:  # type: ignore[attr-defined]
-                self.found = read_list(stream, str(path))
+
+            def read() -> Metadata:
+                with self.fs.create_stream(path, "rb") as stream:  # type: ignore[attr-defined]
+                    return read_list(stream, str(path))
+
+            self.found = patiently(read, path)
         return self.found
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """As torch's, which fills the same tensors again where it failed."""
+        read = super().read_data  # type: ignore[misc]
+        return patiently(lambda: read(plan, planner), self.path)  # type: ignore[attr-defined]
 
 
 class _FolderReader(_Reads, dcp.FileSystemReader):
