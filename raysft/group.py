@@ -17,11 +17,15 @@ from raysft.errors import UserError
 
 @dataclass(frozen=True)
 class Shares:
-    """Who gets which part of the cluster: training workers, and Ray Data tasks."""
+    """Who gets which part of the cluster: training workers, and Ray Data tasks.
+
+    threads: of a worker on CPUs. room: cores that a worker may use.
+    """
 
     gpu: bool
     per_worker: dict[str, float]
     threads: int
+    room: int
     data_cpus: float
 
     @classmethod
@@ -49,8 +53,8 @@ class Shares:
             whole = gpu or config.parallel.elastic  # Ray counts elastic workers in whole CPUs
             each = 1.0 if whole else max(0.01, min(1.0, (cpus - data_cpus) / workers))
         per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
-        threads = config.parallel.threads or max(1, int((cpus - data_cpus) / workers))
-        return cls(gpu, per_worker, threads, data_cpus)
+        room = max(1, int((cpus - data_cpus) / workers))
+        return cls(gpu, per_worker, config.parallel.threads or room, room, data_cpus)
 
 
 def thread_settings(shares: Shares) -> dict[str, str]:

@@ -34,6 +34,7 @@ from raysft.data.plan import Cursor
 from raysft.errors import UserError
 from raysft.group import Shares, died, interruptible, reason_of, thread_settings
 from raysft.prepare import Prepared
+from raysft.run.threads import tight, with_threads
 from raysft.rundir import new_evaluation, open_run, settled, with_budget, write_config
 from raysft.train.catalogue import Catalogue, Saved, unreadable
 from raysft.train.evaluations import Evaluations, Measure, choose, table
@@ -159,7 +160,10 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
     def say(text: str) -> None:
         progress({"doing": text})
 
-    Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
+    shares = Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
+    if not shares.gpu and config.parallel.threads is None:
+        config = with_threads(config, shares.threads)
+        write_config(config, folder)
     if config.data.tokens_per_batch == "auto":
         encoder, index = prepare.read_train(config, folder, say)
         say("trying budgets for data.tokens_per_batch: auto, with real steps")
@@ -268,6 +272,8 @@ def _raise_mistake(monitor: Any) -> None:
 
 def _fit(config: Config, folder: Path, settings: dict[str, Any], monitor: Any) -> None:
     shares = Shares.of(config)
+    if not shares.gpu and (line := tight(shares.threads, shares.room)) is not None:
+        log.warning("%s", line)
     # Ray's own watch over workers sees one that is frozen; `Watchdog` one whose thread is.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.parallel.timeout_s))
     # How long to wait for room for all workers. An elastic run asks for as many as there seems to

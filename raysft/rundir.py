@@ -29,7 +29,7 @@ from raysft.config.load import apply_override, read_tree, validate
 from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
 from raysft.patience import patient, patiently
-from raysft.run import identity
+from raysft.run import identity, threads
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.storage import open_storage, write_whole
 
@@ -106,6 +106,9 @@ def open_run(config: Config) -> Path:
             folder,
             config.model.path,
         )
+    before = _before(config)
+    if before is not None and (other := threads.difference(config, before)) is not None:
+        log.warning("%s", other)
     if not is_trained(config):  # nothing stands upon its prompts: they are those of this start
         (folder / TEMPLATE).unlink(missing_ok=True)
     write_config(config, folder)
@@ -147,9 +150,20 @@ def write_config(config: Config, folder: Path) -> None:
 @patient
 def settled(config: Config) -> Config:
     """`config` with what only its run or the hub knows: the number that data.tokens_per_batch: auto
-    means in this run, and the commit that a hub id in model.path means: the one that the run began
-    with, else the newest. Raises UserError where the hub has no such model."""
-    return _with_revision(with_budget_of_run(config))
+    means in this run, the threads it began with, and the commit that a hub id in model.path means:
+    the one that the run began with, else the newest. Raises UserError where the hub has no such
+    model."""
+    config = _with_revision(with_budget_of_run(config))
+    before = _before(config)
+    return config if before is None else threads.as_begun(config, before)
+
+
+def _before(config: Config) -> Config | None:
+    """What the run that `config` continues was last started with; None: there is none."""
+    folder = run_folder(config)
+    if not (folder / "config.yaml").is_file() or _begins_anew(config, folder):
+        return None
+    return read_config(folder)
 
 
 def _with_revision(config: Config) -> Config:

@@ -13,12 +13,10 @@ import logging
 import os
 import secrets
 import shlex
-import shutil
 import signal
 import socket
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from types import FrameType
 
 import raysft
 from raysft.errors import UserError
+from raysft.ray_folder import RayFolder
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +51,6 @@ _EMBEDDED_DEFAULTS = {
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the driver of a submitted job
 _PACKAGES = "working_dir_files"  # Ray unpacks working directories in folders of this name
-
-# Ray puts sockets under its folder, and a socket's path has at most 107 bytes: what is left for
-# the parent folder after "/raysft-XXXXXXXX/session_<time>_<pid>/sockets/plasma_store".
-_LONGEST_TEMP_PARENT = 26
 
 
 @dataclass(frozen=True)
@@ -216,14 +211,14 @@ def _embedded(received: list[int]) -> Iterator[Session]:
         os.environ.setdefault(key, value)
     _set_token()
     _offer_source_to_workers()
-    folder = Path(tempfile.mkdtemp(prefix="raysft-", dir=_temp_parent()))
+    folder = RayFolder()
     keep = False
     # Ray's actors look for "the" cluster of the machine, and give up where there are two: they
     # inherit the address from here. Their temporary files go where they are removed.
     port = _free_port()
     own = f"{ray.util.get_node_ip_address()}:{port}"
     before = os.environ.copy()
-    os.environ.update(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=own, TMPDIR=str(folder))
+    os.environ.update(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=own, TMPDIR=str(folder.path))
     try:
         _exit_on_sigterm(received)  # Ray puts a handler of its own in its place, and we again
         # address="local" starts a new Ray where None would look for one, also in the file a
@@ -232,7 +227,7 @@ def _embedded(received: list[int]) -> Iterator[Session]:
             ray.init(
                 address="local",
                 num_cpus=_affinity(),
-                _temp_dir=str(folder),
+                _temp_dir=str(folder.ray),
                 logging_level=logging.WARNING,
                 include_dashboard=True,
             )
@@ -255,10 +250,10 @@ def _embedded(received: list[int]) -> Iterator[Session]:
         ray.shutdown()
         _restore(before, "RAY_GCS_SERVER_PORT", "RAY_ADDRESS", "TMPDIR")
         if keep:
-            log.warning("Ray's own logs of this run are kept in %s", folder)
+            folder.keep()
+            log.warning("Ray's own logs of this run are kept in %s", folder.path)
         else:
-            # A process of Ray's may write its last line while this runs.
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
 
 
 def _joined(address: str, received: list[int]) -> Iterator[Session]:
@@ -337,11 +332,6 @@ def _offer_source_to_workers() -> None:
         root = str(_package().parent)
         if root not in known:
             os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])
-
-
-def _temp_parent() -> str:
-    parent = tempfile.gettempdir()
-    return parent if len(os.fsencode(parent)) <= _LONGEST_TEMP_PARENT else "/tmp"  # noqa: S108
 
 
 def _restore(before: dict[str, str], *keys: str) -> None:

@@ -258,7 +258,8 @@ class Parallel(Section):
     )
     threads: PositiveInt | None = Field(
         None,
-        description="torch threads of a worker on CPU; default: its node's cores / its workers",
+        description="torch threads of a worker on CPU, which decide the last bits of its sums; "
+        "default: as the run began (with as many workers), else the cluster's cores / its workers",
     )
     max_failures: int = Field(
         3,

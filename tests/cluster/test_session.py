@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,7 @@ from tests.cluster.conftest import alive, wait_until
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
 SHOW = """
+from pathlib import Path
 import ray
 from raysft.session import ray_session
 
@@ -27,6 +28,8 @@ def imports():
 
 with ray_session() as session:
     print(session.embedded, session.cluster_cpus(), len(session.nodes()), ray.get(imports.remote()))
+    folder = Path(ray._private.worker._global_node.get_temp_dir_path())
+    print(oct(folder.parent.stat().st_mode & 0o777))
 """
 
 BUSY = """
@@ -63,17 +66,24 @@ except UserError as error:
 """
 
 
+@pytest.fixture
+def temp() -> Iterator[Path]:
+    """A folder for temporary files, with a path short enough to be used."""
+    found = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))
+    yield found
+    shutil.rmtree(found)
+
+
 def test_an_embedded_session_runs_tasks_that_import_raysft_and_leaves_no_folder(
-    spawn: Spawn,
+    spawn: Spawn, temp: Path
 ) -> None:
-    temp = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # short enough to be used
+    """Ray opens all it makes to every user: its folder lies in one that is its user's alone."""
     process = spawn(SHOW, TMPDIR=str(temp))
     out, err = process.communicate(timeout=120)
-    left = list(temp.glob("raysft-*"))
-    shutil.rmtree(temp)
-    assert left == []
+    assert list(temp.glob("raysft-*")) == []
     assert process.returncode == 0, err
-    embedded, cpus, nodes, module = out.split()
+    embedded, cpus, nodes, module, mode = out.split()
+    assert mode == "0o700"
     assert (embedded, nodes) == ("True", "1")
     assert float(cpus) >= 1
     assert module.endswith("raysft/__init__.py")
@@ -100,10 +110,10 @@ def test_a_stale_address_file_and_a_long_temporary_folder_do_no_harm(
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],
 )
-def test_a_session_that_is_killed_leaves_no_process(
-    spawn: Spawn, number: signal.Signals, code: int | None
+def test_a_session_that_is_killed_leaves_no_process_and_no_folder(
+    spawn: Spawn, temp: Path, number: signal.Signals, code: int | None
 ) -> None:
-    process = spawn(BUSY)
+    process = spawn(BUSY, TMPDIR=str(temp))
     assert process.stdout is not None
     assert process.stdout.readline() == "busy\n", process.communicate()[1]
     family = psutil.Process(process.pid).children(recursive=True)
@@ -115,6 +125,7 @@ def test_a_session_that_is_killed_leaves_no_process(
     # Nobody ends the agents of a raylet that was killed: they find out themselves.
     patience = 120 if number == signal.SIGKILL else 10
     assert wait_until(lambda: not alive(family), patience), alive(family)
+    assert list(temp.glob("raysft-*")) == []
 
 
 def test_a_defect_keeps_its_traceback_and_names_the_kept_logs(spawn: Spawn) -> None:
