@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 bench: setup
-	for name in padding plan ingest overhead resume chaos strategies; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in padding plan shuffle ingest overhead resume chaos strategies; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info

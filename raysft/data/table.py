@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ _COLUMNS = {
     "crc": "<u4",
     "again": "|u1",
 }
-_GAP = 1 << 16  # bytes between two records below which one read fetches both
+_GAP = 1 << 14  # bytes between two records below which one read fetches both
 _SPAN = 8 << 20  # bytes of one read
 _HANDLES = 64  # files kept open
 
@@ -268,33 +268,33 @@ class Index:
     def _records(
         self, picked: dict[str, list[int]], order: list[int]
     ) -> Iterator[tuple[int, bytes]]:
-        """(place, bytes) in `order`; records near each other in one read."""
-        files, offsets, sizes = picked["file"], picked["offset"], picked["size"]
-        first = 0
-        while first < len(order):
-            file, start = files[order[first]], offsets[order[first]]
-            stop = start + sizes[order[first]]
-            last = first + 1
-            while (
-                last < len(order)
-                and files[order[last]] == file
-                and offsets[order[last]] - stop < _GAP
-                and offsets[order[last]] + sizes[order[last]] - start <= _SPAN
-            ):
-                stop = max(stop, offsets[order[last]] + sizes[order[last]])
-                last += 1
+        """(place, bytes) in `order`; records near each other in one read.
+
+        Shuffled, records lie anywhere in a file: the system is told of all its reads before the
+        first, so that slow storage fetches them at once and not one after the other.
+        """
+        offsets, sizes = picked["offset"], picked["size"]
+        told = -1
+        spans = _spans(picked["file"], offsets, sizes, order)
+        for number, (file, start, stop, places) in enumerate(spans):
+            ahead: list[tuple[int, int]] = []
+            if file != told:
+                same = takewhile(lambda span, own=file: span[0] == own, spans[number + 1 :])
+                ahead, told = [(begin, end - begin) for _, begin, end, _ in same], file
             with self._reading:
-                read = partial(self._read, file, start, stop - start)
+                read = partial(self._read, file, start, stop - start, ahead)
                 data = patience.known(read, self._files[file][0])
-            for place in order[first:last]:
+            for place in places:
                 at = offsets[place] - start
                 yield place, data[at : at + sizes[place]]
-            first = last
 
-    def _read(self, file: int, start: int, count: int) -> bytes:
-        """Fewer bytes only where the file has become shorter. Raises OSError."""
+    def _read(self, file: int, start: int, count: int, ahead: list[tuple[int, int]]) -> bytes:
+        """Fewer bytes only where the file has become shorter. ahead: (offset, bytes) of the reads
+        to come. Raises OSError."""
         handle = self._handle(file)
         try:
+            for offset, size in ahead:
+                os.posix_fadvise(handle, offset, size, os.POSIX_FADV_WILLNEED)
             data = os.pread(handle, count, start)
             if len(data) < count and os.fstat(handle).st_size >= start + count:
                 raise OSError(errno.EIO, f"{len(data)} of {count} bytes read")
@@ -313,6 +313,29 @@ class Index:
 
 def _opened(folder: str, naming: Naming | None) -> Index:
     return Index.load(folder).called(naming)
+
+
+def _spans(
+    files: list[int], offsets: list[int], sizes: list[int], order: list[int]
+) -> list[tuple[int, int, int, list[int]]]:
+    """Reads of the records in `order`: file, first byte, last + 1, and the places they are for."""
+    spans: list[tuple[int, int, int, list[int]]] = []
+    first = 0
+    while first < len(order):
+        file, start = files[order[first]], offsets[order[first]]
+        stop = start + sizes[order[first]]
+        last = first + 1
+        while (
+            last < len(order)
+            and files[order[last]] == file
+            and offsets[order[last]] - stop < _GAP
+            and offsets[order[last]] + sizes[order[last]] - start <= _SPAN
+        ):
+            stop = max(stop, offsets[order[last]] + sizes[order[last]])
+            last += 1
+        spans.append((file, start, stop, order[first:last]))
+        first = last
+    return spans
 
 
 def join(
