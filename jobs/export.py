@@ -24,15 +24,22 @@ from raysft.cli import guarded, parse
 def main(argv: Sequence[str]) -> None:
     """Needs neither Ray nor the training data."""
     arguments = parse(argv, __doc__ or "", positional=2, flags=["merge", "step="], keys=False)
-
-    from raysft.export import export_run
-    from raysft.session import check_kept
-
     run, out = map(paths.argument, arguments.positional, ("RUN", "OUT"))
-    check_kept(OUT=out)
     wanted = str(arguments.flags.get("step", "last"))
+
+    from raysft import prepare, remarks
+
+    prepare.check_export(run, out, wanted)
+
+    from raysft.export import export_run, prompts  # imports torch: not before a mistake is said
+
+    remarks.quiet()
     step = export_run(run, out, merge="merge" in arguments.flags, step=wanted)
     print(f"exported step {step} to {out}")
+    for task, text in prompts(run).items():
+        print(
+            f"{task} examples without an instruction of their own were asked: {text or 'nothing'}"
+        )
 
 
 if __name__ == "__main__":

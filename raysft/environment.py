@@ -82,3 +82,4 @@ def _private_folder() -> Path | None:
 
 
 REMARK = settle()
+remarks.before_imports()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from raysft import models
+from raysft import history, models
 from raysft.config import Config
 from raysft.data.encode import make_encoder, require_template
 from raysft.errors import UserError
@@ -27,6 +27,7 @@ from raysft.models.base import Adapter
 from raysft.models.peft import FOLDER as ADAPTER
 from raysft.models.peft import VIRTUAL, merge_adapters
 from raysft.parallel.native import HALF
+from raysft.paths import check_new_folder
 from raysft.run import identity
 from raysft.rundir import base_in, base_of, read_config
 from raysft.train.catalogue import Saved
@@ -50,11 +51,7 @@ def export(
 
 def _write(folder: Path, fill: Callable[[Path], None]) -> Path:
     target = folder.absolute()
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise UserError(f"export: {target} is not empty; give a new folder")
-    elif target.exists():
-        raise UserError(f"export: {target} is a file; give a new folder")
+    check_new_folder("export", target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -103,6 +100,12 @@ def export_run(run: Path, folder: Path, merge: bool = False, step: str = "last")
             adapter.net.to(HALF[config.train.precision])
     export(adapter, folder, weights)
     return found.step
+
+
+def prompts(run: Path) -> dict[str, str]:
+    """What examples without an instruction of their own were asked, by task."""
+    known = read_config(run).data.prompts
+    return {task: known[task] for task in history.tasks(run) if task in known}
 
 
 def _check_base(config: Config, found: Saved, run: Path) -> None:

@@ -186,6 +186,17 @@ def same(old: str, new: str) -> bool:
     return os.path.samefile(old, new) or _contents(old) == _contents(new)
 
 
+def check_new_folder(what: str, target: Path) -> None:
+    """Raises UserError where `target` is anything but an empty folder, or nothing yet.
+
+    what: is to be written there, for the message."""
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise UserError(f"{what}: {target} is not empty; give a new folder")
+    elif target.exists():
+        raise UserError(f"{what}: {target} is a file; give a new folder")
+
+
 def _contents(top: str) -> list[tuple[str, int, bytes]]:
     """(name, bytes, sha256 of the first and last MiB) of a file, or of every file in a folder."""
     place = Path(top)

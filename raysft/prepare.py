@@ -38,9 +38,10 @@ from raysft.data.index import Index, build_index
 from raysft.data.plan import Cursor, Plan, Summary
 from raysft.data.quarantine import summary as quarantined
 from raysft.data.stalled import ClipReader
+from raysft.data.unknown import unknown_text
 from raysft.errors import BadExample, UserError
 from raysft.evaluate.normalize import read_spelling
-from raysft.rundir import check_run, is_trained, run_folder, settled, with_budget
+from raysft.rundir import check_run, is_trained, read_config, run_folder, settled, with_budget
 from raysft.session import check_kept
 from raysft.train.catalogue import unreadable
 from raysft.train.evaluations import choose, metrics_of
@@ -130,6 +131,13 @@ def check_evaluation(config: Config, run: Path, step: str) -> None:
     if not config.data.eval:
         raise UserError("data.eval: empty; name a source, e.g. --data test.jsonl")
     _check_evaluation_data(config)
+
+
+def check_export(run: Path, out: Path, step: str) -> None:
+    """As `check`, of an export: no run, no such checkpoint, no room where it is to go."""
+    check_kept(OUT=out)
+    paths.check_new_folder("export", out)
+    choose(run, read_config(run).checkpoint, step, unreadable)
 
 
 def _check_evaluation_data(config: Config) -> None:
@@ -267,7 +275,10 @@ def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, sa
             say(f"indexing data.{split}: {done / total:.0%} of {total / 2**20:,.0f} MiB")
 
     most = config.data.max_quarantined
-    return build_index(given, split, encoder, _cache(config), progress=progress, most=most)
+    index = build_index(given, split, encoder, _cache(config), progress=progress, most=most)
+    for line in unknown_text(encoder, index):
+        log.warning("data.%s: %s", split, line)
+    return index
 
 
 def _keep_template(encoder: Encoder, folder: Path) -> None:
@@ -318,7 +329,7 @@ def dry_run(config: Config, say: Say = _silent) -> str:
             + (
                 f": {quarantined(q.reason for q in prepared.rejected)}" if prepared.rejected else ""
             ),
-            f"audio           {float(np.sum(index.seconds, dtype=np.float64)) / 3600:,.2f} hours",
+            f"audio           {_duration(index)}",
             *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
             f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
@@ -345,7 +356,7 @@ def summary(prepared: Prepared, folder: Path) -> list[str]:
     unused = []
     if prepared.rejected:
         reasons = quarantined(item.reason for item in prepared.rejected)
-        unused = [f"unused  {len(prepared.rejected):,} examples: {reasons}"]
+        unused = [f"unused  {_examples(len(prepared.rejected))}: {reasons}"]
     lines = [
         f"train   {_amount(prepared.train)}",
         *([f"eval    {_amount(prepared.eval)}"] if prepared.eval is not None else []),
@@ -361,10 +372,20 @@ def summary(prepared: Prepared, folder: Path) -> list[str]:
 
 
 def _amount(index: Index) -> str:
-    """Examples, and hours where there is audio."""
-    hours = float(np.sum(index.seconds, dtype=np.float64)) / 3600
-    said = f"{len(index):,} examples"
-    return f"{said}, {hours:,.2f} hours of audio" if hours else said
+    """Examples, and how long they are where there is audio."""
+    said = _examples(len(index))
+    return f"{said}, {_duration(index)} of audio" if np.any(index.seconds) else said
+
+
+def _examples(count: int) -> str:
+    return f"{count:,} example" + ("" if count == 1 else "s")
+
+
+def _duration(index: Index) -> str:
+    seconds = float(np.sum(index.seconds, dtype=np.float64))
+    if seconds < 360:
+        return f"{seconds:,.0f} seconds"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
 def _by_task(epoch: Summary) -> str:

@@ -42,12 +42,23 @@ ENVIRONMENT = {
 }
 
 
+def before_imports() -> None:
+    """Keep off the terminal what a library says while it is imported, before `quiet` can act."""
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
+
+
 def quiet(folder: Path | None = None) -> None:
     """Send libraries' warnings of this process to the log of the run in `folder`; None: nowhere.
 
     To be called once the libraries are imported: they bring handlers of their own.
     """
     logging.captureWarnings(True)
+    if "transformers" in sys.modules:  # bars of loading and writing weights
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is a no-op.*")
     warnings.filterwarnings("ignore", message="Position ids are not supported")

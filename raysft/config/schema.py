@@ -352,7 +352,9 @@ class Train(Section):
     max_steps: PositiveInt | None = Field(
         None, description="optimizer steps (default: train.epochs)"
     )
-    epochs: PositiveInt | None = Field(None, description="passes over the data (default 1)")
+    epochs: PositiveInt | None = Field(
+        None, description="passes over the data (default 1); beside max_steps: what ends first"
+    )
     task_weights: dict[str, PositiveFloat] = Field(
         default_factory=dict,
         description="weight of a task's tokens in the loss, e.g. {asr: 1.0, tts: 0.5}; default 1",

@@ -46,7 +46,7 @@ def load_tokenizer(model: Model, units: int) -> PreTrainedTokenizerFast:
                 name, **model.model_copy(update={"revision": revision}).hub
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
                 f"{key}: no tokenizer could be loaded from {name!r}: {reason}"
             ) from None

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,13 +175,18 @@ def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Pa
     done = jobs.call("export", finished, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "exported step 12" in done.stdout
+    asked = "asr examples without an instruction of their own were asked: Transcribe the following"
+    assert asked in done.stdout
+    assert not done.stderr, "nothing of libraries"
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
     net = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert net.config.text_config.hidden_size == 32
     AutoProcessor.from_pretrained(tmp_path / "out")
-    again = jobs.call("export", finished, tmp_path / "out")
+    words = [sys.executable, "-X", "importtime", jobs.ROOT / "jobs" / "export.py", finished]
+    again = subprocess.run([*words, tmp_path / "out"], capture_output=True, text=True)
     assert again.returncode == 1 and "is not empty" in again.stderr
+    assert not re.search(r"\| +torch$", again.stderr, re.M), "said before torch is imported"
 
 
 def test_most_json_trains_in_all_three_shapes(tmp_path: Path) -> None:

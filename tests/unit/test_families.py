@@ -59,6 +59,23 @@ def test_near_names_are_offered(kind: str, near: str) -> None:
         model_family(Model(config={"model_type": kind}))
 
 
+def test_another_model_of_its_kin_is_not_offered_in_its_place() -> None:
+    settings = {"model_type": "qwen3_asr", "audio_config": {}}
+    with pytest.raises(UserError) as raised:
+        model_family(Model(config=settings))
+    assert "did you mean" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [("model.safetensors", "a folder that save_pretrained wrote"), ("adapter_config.json", "peft")],
+)
+def test_a_folder_without_a_config_is_said_at_once(inside: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / inside).write_text("{}")
+    with pytest.raises(UserError, match=rf"model\.path: .* holds no config\.json: .*{said}"):
+        model_family(Model(path=str(tmp_path)))
+
+
 def test_near_names_are_offered_for_models_that_hear() -> None:
     settings = {"model_type": "qwen2_audoi", "audio_config": {}}
     with pytest.raises(UserError, match=r"qwen2_audoi.*did you mean qwen2_audio"):

@@ -105,7 +105,7 @@ def test_the_summary_counts_clips_hours_and_what_is_unused_by_reason(
     doing: list[str] = []
     prepared = prepare.prepare(config, tmp_path / "run", say=doing.append)
     assert prepare.summary(prepared, tmp_path / "run") == [
-        f"train   17 examples, {seconds / 3600:.2f} hours of audio",
+        f"train   17 examples, {seconds:.0f} seconds of audio",
         "unused  3 examples: 2 missing, 1 empty",
         "steps   7, of 2 micro-batches of up to 400 tokens",
         f"run     {tmp_path / 'run'}",

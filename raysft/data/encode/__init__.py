@@ -104,6 +104,16 @@ def _settings(model: Model) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise UserError(f"model.path: {local} is no config of a model (a JSON object)")
         return found
+    if local.parent.is_dir():
+        adapter = local.with_name("adapter_config.json").is_file()
+        raise UserError(
+            f"model.path: {local.parent} holds no config.json: "
+            + (
+                "it is an adapter; give it as peft.path, and its base as model.path"
+                if adapter
+                else "expected a folder that save_pretrained wrote, or a hub id"
+            )
+        )
     from transformers import PreTrainedConfig
 
     try:

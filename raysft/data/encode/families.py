@@ -14,6 +14,7 @@ from raysft.errors import UserError
 Family = Literal["causal_lm", "audio_lm"]
 
 AUDIO_LM = ("qwen2_audio",)
+TYPO = 0.85  # likeness from which a name is offered: another model of its kin is no typing error
 
 # Lists of transformers (model type -> class) whose models hear or speak.
 _HEARING = (
@@ -43,7 +44,7 @@ def family_of(given: str, settings: dict[str, Any], where: str) -> Family:
         f"audio_lm knows {', '.join(AUDIO_LM)}; causal_lm the text models of "
         "AutoModelForCausalLM, with audio as units (data.speech_tokens)"
     )
-    near = [] if kind in causal else get_close_matches(kind, [*AUDIO_LM, *causal], n=3)
+    near = [] if kind in causal else get_close_matches(kind, [*AUDIO_LM, *causal], 3, TYPO)
     meant = f" (did you mean {' or '.join(near)}?)" if near else ""
     if given == "audio_lm" or (hears and kind not in causal):
         if kind in causal:
