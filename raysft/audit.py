@@ -17,6 +17,7 @@ examples from their data files (20 to 200 us each); of the ledger it holds a few
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import sys
 from collections.abc import Iterator, Sequence
@@ -157,12 +158,19 @@ def _lines(path: Path, kinds: dict[str, type], report: Report) -> Iterator[Line]
         for raw in whole:
             number += 1
             try:
-                line = parse_line(raw, kinds)
-                _check_texts(line)
+                line = _parsed(raw, kinds)
             except ValueError as error:
                 report.add(f"{path.name} line {number}: cannot be read ({error}): {raw[:60]!r}")
                 continue
             yield line
+    with contextlib.suppress(ValueError):
+        yield _parsed(rest, kinds)
+
+
+def _parsed(raw: bytes, kinds: dict[str, type]) -> Line:
+    line = parse_line(raw, kinds)
+    _check_texts(line)
+    return line
 
 
 def _check_texts(line: Line) -> None:

@@ -38,7 +38,7 @@ from raysft.run.threads import tight, with_threads
 from raysft.rundir import new_evaluation, open_run, settled, with_budget, write_config
 from raysft.train.catalogue import Catalogue, Saved, unreadable
 from raysft.train.evaluations import Evaluations, Measure, choose, table
-from raysft.train.metrics import Lines, quarantine_line, read_lines
+from raysft.train.metrics import Lines, quarantine_key, quarantine_line, read_lines
 from raysft.train.monitor import LEAVE, SAVE, Monitor
 
 log = logging.getLogger(__name__)
@@ -406,9 +406,11 @@ def _draining() -> set[str]:
 def _record_rejected(folder: Path, rejected: list[Quarantined]) -> None:
     """Name examples found unusable before training, once."""
     path = folder / "quarantine.jsonl"
-    known = {line["id"] for line in read_lines(path, {"id": str})}
+    known = {quarantine_key(line) for line in read_lines(path, {"id": str})}
     lines = Lines(path)
     for found in rejected:
-        if found.id not in known:
-            lines.write(quarantine_line(found, 0))
+        line = quarantine_line(found, 0)
+        if quarantine_key(line) not in known:
+            known.add(quarantine_key(line))
+            lines.write(line)
     lines.close()

@@ -221,12 +221,15 @@ class _Counts:
 def _with_ids(
     generations: Generations, ids_of: Callable[[np.ndarray], list[str]], size: int
 ) -> Iterator[tuple[PlannedStep, list[list[str]]]]:
-    """All planned steps with the ids of each lane, read some thousand at a time."""
+    """All planned steps with the ids of each lane, read `size` examples at a time; fewer at first,
+    for a ledger may be short."""
     steps = generations.steps(generations.start())
+    at_once = min(size, 128)
     while True:
         chunk: list[PlannedStep] = []
         rows: list[np.ndarray] = []
-        while sum(map(len, rows)) < size:
+        at_once, now = min(size, 2 * at_once), at_once
+        while sum(map(len, rows)) < now:
             chunk.append(next(steps))
             rows.append(np.concatenate(chunk[-1].lanes))
         names = iter(ids_of(np.concatenate(rows)))

@@ -23,6 +23,7 @@ __all__ = [
     "last_recorded",
     "last_sign_of_life",
     "ledger_files",
+    "quarantine_key",
     "quarantine_line",
     "read_lines",
     "stream_lines",
@@ -74,3 +75,8 @@ def quarantine_line(found: Quarantined, step: int) -> dict[str, Any]:
         "reason": found.reason,
         "step": step,
     }
+
+
+def quarantine_key(line: dict[str, Any]) -> tuple[str, ...]:
+    """Which example a line of quarantine.jsonl is about: data.eval may call one as data.train."""
+    return tuple(str(line.get(name)) for name in ("source", "path", "id"))

@@ -27,7 +27,7 @@ from raysft.train.checkpoint import Save
 from raysft.train.evaluations import Evaluation, Evaluations
 from raysft.train.flops import Cost, peak_flops
 from raysft.train.memory import peak_memory
-from raysft.train.metrics import Ledger, Lines, quarantine_line, read_lines
+from raysft.train.metrics import Ledger, Lines, quarantine_key, quarantine_line, read_lines
 from raysft.train.step import StepBatch
 from raysft.train.storage import write_whole
 
@@ -174,7 +174,7 @@ class Record:
         self.progress = progress
         self.cost = cost
         self._peak = peak_flops(world.device, config.train.precision)
-        self.known: dict[str, str] = {}  # quarantined: id -> reason
+        self.known: dict[tuple[str, ...], str] = {}  # quarantined: source, path and id -> reason
         self.evaluations = Evaluations()
         self.files: list[Any] = []
         self._token = ""
@@ -208,7 +208,7 @@ class Record:
         if self.world.is_main:
             kinds = {"id": str, "reason": str}
             lines = read_lines(self.folder / "quarantine.jsonl", kinds)
-            known = {line["id"]: line["reason"] for line in lines}
+            known = {quarantine_key(line): line["reason"] for line in lines}
         self.known = self.world.gather(known)[0]
         if self.world.is_main:
             self.evaluations = Evaluations.load(self.folder).until(step)
@@ -314,11 +314,12 @@ class Record:
             key=lambda item: (item[0], item[1].id),
         )
         for _, example in found:
-            if example.id in self.known:
+            line = quarantine_line(example, batch.step)
+            if quarantine_key(line) in self.known:
                 continue
-            self.known[example.id] = example.reason
+            self.known[quarantine_key(line)] = example.reason
             if self.world.is_main:
-                self._quarantine.write(quarantine_line(example, batch.step))
+                self._quarantine.write(line)
         limit = self.config.data.max_quarantined
         if len(self.known) > limit * self.examples:
             path = self.folder / "quarantine.jsonl"
