@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import time
@@ -339,7 +340,8 @@ def load_part(path: Path) -> Part | None:
 def _load_part(path: Path) -> Part | None:
     if not path.exists():
         return None
-    with _stored(path), np.load(path, allow_pickle=False) as stored:
+    content = io.BytesIO(path.read_bytes())  # zipfile takes an error of the storage for damage
+    with _stored(path), np.load(content, allow_pickle=False) as stored:
         meta = json.loads(stored["meta"].tobytes())
         rejected = [Rejected(**item) for item in meta["rejected"]]
         clips = stored["clips"].tobytes()
