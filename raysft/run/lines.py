@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft import patience
+from raysft.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,17 @@ class Lines:
             raise
 
     def sync(self) -> None:
-        """What was written is on the disk when this returns. Not tried again: see `patience`."""
-        os.fsync(self._file.fileno())
+        """What was written is on the disk when this returns. Not tried again: see `patience`.
+
+        Raises UserError where the system cannot say so.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: its last lines may not be on the disk: {error.strerror or error}; "
+                "see to its storage, then start again: the run goes on from its last checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
