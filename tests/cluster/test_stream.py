@@ -71,14 +71,16 @@ class Corpus:
         """Read in this process."""
         return list(Reader(self.index, self.encoder, BUDGET, 0).read(iter(works)))
 
-    def stream(self, works: list[Work], delay: float = 0.0) -> Iterator[MicroBatch]:
+    def stream(
+        self, works: list[Work], delay: float = 0.0, patience_s: float = 30.0
+    ) -> Iterator[MicroBatch]:
         """Read through Ray on 2 CPUs."""
         import ray
 
         from raysft.data.stream import RayReader, ReaderSpec
 
         encoder = ray.put(Slow(self.encoder, delay))
-        spec = ReaderSpec((self.index.place,), encoder, BUDGET, 0)
+        spec = ReaderSpec((self.index.place,), encoder, BUDGET, 0, patience_s)
         return RayReader(spec, self.index.seconds, 2).read(iter(works))
 
 
@@ -130,6 +132,31 @@ def reading() -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def test_data_that_is_away_for_a_moment_is_waited_for_and_else_ends_the_stream_in_a_line(
+    corpus: Corpus, session: None, short_spans: None
+) -> None:
+    works = corpus.works(6)
+    expected = corpus.expected(works)
+    folder = Path(corpus.index.files[0].path).parent
+    away = folder.with_name("away")
+    stream = corpus.stream(works, delay=0.05)
+    found = [next(stream)]
+    folder.rename(away)
+    back = threading.Timer(2.0, away.rename, (folder,))
+    back.start()
+    found += stream
+    assert_same(found, expected)
+    back.join()
+    stream = corpus.stream(works, delay=0.05, patience_s=0.5)
+    next(stream)
+    folder.rename(away)
+    try:
+        with pytest.raises(UserError, match=r"its storage does not give it on .*\(data\.retry_s\)"):
+            list(stream)
+    finally:
+        away.rename(folder)
 
 
 def test_a_table_carries_a_micro_batch_unchanged(corpus: Corpus) -> None:
