@@ -237,7 +237,7 @@ def _worker(case: dict[str, Any], rank: int, store: str) -> int:
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
         if rank == case["rank"]:
             _arm(case)
-        train(start(config, World.current(), partial(_kill, case["kill_at"])))
+        train(start(config, World.current(), partial(_kill, case)))
         if case["workers"] > 1:
             dist.barrier()
     except UserError as error:
@@ -252,9 +252,16 @@ def _worker(case: dict[str, Any], rank: int, store: str) -> int:
     return DONE
 
 
-def _kill(at: int, line: dict[str, Any]) -> None:
-    if at and "loss" in line and line["step"] >= at:
-        os.kill(os.getpid(), signal.SIGKILL)
+def _kill(case: dict[str, Any], line: dict[str, Any]) -> None:
+    """After a step of that number, and once the checkpoint before it is published."""
+    at, every = case["kill_at"], _tree(case)["checkpoint"]["every"]
+    if not at or "loss" not in line or line["step"] < at:
+        return
+    saved = Path(case["folder"], "runs/run/checkpoints", f"step_{(at - 1) // every * every}")
+    until = time.monotonic() + TIMEOUT_S
+    while not (saved / "COMMITTED").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _arm(case: dict[str, Any]) -> None:

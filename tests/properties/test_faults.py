@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,23 @@ SAMPLE = (
     ("fsync runs/run/checkpoints/.step_6.#/state/__0_0.distcp", errno.EIO),
     ("rename runs/run/checkpoints/step_8", errno.EIO),
     ("unlink runs/run/checkpoints/step_4/COMMITTED", errno.EIO),
+)
+
+
+# Of a start that goes on from the checkpoint of step 4.
+RESUMED = (
+    ("open runs/run/config.yaml", errno.ESTALE),
+    ("open runs/run/checkpoints/step_4/COMMITTED", errno.EIO),
+    ("read runs/run/checkpoints/step_4/meta.json", errno.EIO),
+    ("read runs/run/checkpoints/step_4/state/__0_0.distcp", errno.ESTALE),
+    ("open runs/run/checkpoints/step_4/state/.metadata", errno.ESTALE),
+    ("listdir runs/run/checkpoints", errno.EACCES),
+    ("listdir runs/run/ledger", errno.EACCES),
+    ("read index/parts/#.npz", errno.EIO),
+    ("stat data/clip5.flac", errno.ESTALE),
+    ("create runs/run/ledger/.lane_0_from_1.jsonl.tmp", errno.ENOSPC),
+    ("rename runs/run/metrics.jsonl", errno.EIO),
+    ("fsync runs/run/ledger/lane_1_from_5.jsonl", errno.EIO),
 )
 
 
@@ -77,11 +95,21 @@ def undisturbed(lab: Lab, workers: int = 1) -> Result:
 
 
 def problems(
-    lab: Lab, name: str, *faults: Fault, workers: int = 1, rank: int = 0, starts: int = 1
+    lab: Lab,
+    name: str,
+    *faults: Fault,
+    workers: int = 1,
+    rank: int = 0,
+    starts: int = 1,
+    kill_at: int = 0,
 ) -> list[str]:
     """What is wrong with a run some of whose calls fail; starts: in how many of its starts they
-    may. The last start is without faults."""
+    may. The last start is without faults. kill_at: the step at which a start before these, without
+    faults, was killed."""
     found, failed = [], []
+    if kill_at:
+        life = lab.live(name, workers=workers, kill_at=kill_at)
+        assert life.code == -signal.SIGKILL, life.said
     for number in range(starts + 1):
         left = [fault for fault in faults if fault.site not in failed] if number < starts else []
         life = lab.live(name, *left, workers=workers, rank=rank)
@@ -116,6 +144,11 @@ def test_a_run_in_which_calls_fail_ends_as_if_none_had(lab: Lab, workers: int) -
     assert problems(lab, name, *faults, workers=workers, rank=rank, starts=3) == []
 
 
+def test_a_start_in_which_calls_fail_goes_on_as_if_none_had(lab: Lab) -> None:
+    faults = [Fault(site, error=number) for site, number in RESUMED]
+    assert problems(lab, "resumed", *faults, starts=3, kill_at=5) == []
+
+
 @pytest.mark.parametrize(
     ("site", "number"),
     [
@@ -147,23 +180,28 @@ def error_of(site: str) -> int:
     return errno.ESTALE if function in ("open", "stat", "fstat") else errno.EIO
 
 
-def classes(lab: Lab) -> dict[str, tuple[str, int]]:
+def classes(lab: Lab, kill_at: int) -> dict[str, tuple[str, int]]:
     """{site with its numbers as N: (one of those, the middle one of its calls)}."""
     found: dict[str, tuple[str, int]] = {}
-    for site, calls in lab.sites().items():
+    for site, calls in lab.sites(kill_at=kill_at).items():
         found.setdefault(re.sub(r"\d+", "N", site), (site, (calls + 1) // 2))
     return found
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kill_at", [0, 35])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_whichever_call_fails_a_run_ends_as_if_none_had(long_lab: Lab, function: str) -> None:
+def test_whichever_call_fails_a_run_ends_as_if_none_had(
+    long_lab: Lab, function: str, kill_at: int
+) -> None:
+    """In its first start, or in one that goes on after a kill."""
     found = {}
-    for place, (site, nth) in enumerate(classes(long_lab).values()):
+    for place, (site, nth) in enumerate(classes(long_lab, kill_at).values()):
         if site.split(" ")[0] != function:
             continue
-        name = f"{function}{place}"
-        wrong = problems(long_lab, name, Fault(site, nth, error=error_of(site)))
+        name = f"{function}{kill_at}_{place}"
+        fault = Fault(site, nth, error=error_of(site))
+        wrong = problems(long_lab, name, fault, kill_at=kill_at)
         if wrong:
             found[site, nth] = wrong
     assert found == {}
