@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from raysft.data.index import Index
 from raysft.data.stream import RayReader, ReaderSpec
 from raysft.train.evaluations import Evaluation, progress_of
 from raysft.train.storage import write_whole
+from raysft.train.watchdog import Orphaned
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -62,7 +64,7 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     # First of all, so that whatever ends this group from here on counts as its failure.
     context = ray.train.get_context()
     is_main, size = context.get_world_rank() == 0, context.get_world_size()
-    begun = ray.get(monitor.begin.remote(size)) if is_main else {}
+    group, begun = ray.get(monitor.enter.remote(size)) if is_main else (0, {})
     import torch  # here, not above: the driver has no use for it
 
     from raysft import worker
@@ -75,7 +77,7 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     world = World.current(worker.device_of(config))
     if world.device.type == "cpu":
         torch.set_num_threads(settings["threads"])
-    begun = world.gather(begun)[0]
+    group, begun = world.gather((group, begun))[0]
     if "end" in begun:
         return  # failed too often; the driver says so
     time.sleep(begun.get("pause_s", 0.0))
@@ -114,11 +116,18 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     say("waiting for the first batch")
     job.submitted = None if begun else settings["submitted"]
     job.start = {**job.start, "nodes": nodes, **begun}
-    job.hung = lambda reason: ray.get(
-        monitor.failed.remote(f"worker {world.rank}: {reason}", first=True)
-    )
+
+    def told(reason: str) -> None:
+        ray.get(monitor.failed.remote(f"worker {world.rank}: {reason}", first=True))
+
+    job.hung = told
     job.signal = Signal(monitor) if world.is_main else job.signal
-    train(job)
+    job.lease = replace(settings["lease"], group=group)
+    orphaned = Orphaned(job.lease, settings["driver"], told)
+    try:
+        train(job)
+    finally:
+        orphaned.close()
 
 
 def _evaluate(

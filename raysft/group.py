@@ -13,6 +13,7 @@ import ray
 
 from raysft.config import Config
 from raysft.errors import UserError
+from raysft.run.ownership import ANYONE, Permit
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,15 @@ def thread_settings(shares: Shares) -> dict[str, str]:
 
 
 def interruptible(
-    fit: Callable[[], Any], leave: Callable[[], Any] = lambda: None, grace_s: float = 0.0
+    fit: Callable[[], Any],
+    leave: Callable[[], Any] = lambda: None,
+    grace_s: float = 0.0,
+    permit: Permit = ANYONE,
 ) -> None:
     """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0.
 
     On Ctrl-C or SIGTERM calls `leave`, after which the workers have `grace_s` to save and leave; a
-    second one leaves at once.
+    second one leaves at once. permit: asked all the while; its UserError ends the wait.
     """
     failed: list[BaseException] = []
     done = threading.Event()
@@ -90,7 +94,7 @@ def interruptible(
     try:
         # Not Thread.join: interrupted, Python takes the thread for ended (bpo-45274).
         while not done.wait(0.2):
-            pass
+            permit.require()
     except (KeyboardInterrupt, SystemExit):
         if grace_s:
             print(f"\nsaving, for up to {grace_s:g} s; once more: leave now", flush=True)

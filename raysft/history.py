@@ -24,6 +24,7 @@ from raysft.data.names import Naming
 from raysft.data.plan import ALGORITHMS, Cursor, Plan
 from raysft.data.table import Index
 from raysft.errors import UserError
+from raysft.run.ownership import ANYONE, Permit
 from raysft.train.storage import write_whole
 
 log = logging.getLogger(__name__)
@@ -69,12 +70,20 @@ def tasks(run: Path) -> list[str]:
     return list(dict.fromkeys(task for item in _read(run) for task in item["tasks"]))
 
 
-def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None) -> Generations:
+def follow(
+    run: Path,
+    index: Index,
+    data: Data,
+    seed: int,
+    cursor: Cursor | None,
+    permit: Permit = ANYONE,
+) -> Generations:
     """The plan with which the run goes on from `cursor` (None: it starts), given the data now.
 
     Writes plan.json where that changes it. Raises UserError where the data, or a setting that the
     plan depends on, is not what the run trained on: always for a setting; for data unless
     data.extend. Starting again with the same data, with or without data.extend, changes nothing.
+    permit: asked before it is written.
     """
     plan = _current(run, index, data, seed, cursor)
     now = facts(0, index, plan)
@@ -82,9 +91,10 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
         if cursor is not None:
             plan.steps(cursor)  # a run from before there was a plan.json: refuses other data
             now.pop("names", None)  # what it has recorded are ids as they are
+        permit.require()
         _write(run, [now])
         return _generations(run, [now], plan)
-    known = _read(run)
+    known = _redated(run, _read(run), cursor, plan)
     if known[-1]["plan_hash"] != now["plan_hash"]:
         if not data.extend and _same_files(known[-1], now):
             log.warning(
@@ -102,6 +112,7 @@ def follow(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | None
             item.update({key: now[key] for key in ("index", "sources", "files")})
         elif not _there(item["index"]) and _there(beside):  # moved with the others
             item["index"] = str(beside)
+    permit.require()
     _write(run, known)
     found = _generations(run, known, plan)
     found.steps(cursor)  # refuses a cursor of neither
@@ -130,6 +141,29 @@ def _known(run: Path, item: dict[str, Any]) -> int:
             f"began with, or {_ANEW}"
         )
     return number
+
+
+def _redated(
+    run: Path, known: list[dict[str, Any]], cursor: Cursor, plan: Plan
+) -> list[dict[str, Any]]:
+    """The generations, where the run has gone beyond the epoch that one of them was to begin with
+    on the plan before it: that one begins where the run stands. Two drivers at once did that, in
+    versions that let them."""
+    made = [n for n, item in enumerate(known) if item["plan_hash"] == cursor.plan_hash]
+    owner = max((n for n in made if known[n]["from_epoch"] <= cursor.epoch), default=len(known))
+    if not any(item["from_epoch"] <= cursor.epoch for item in known[owner + 1 :]):
+        return known
+    first = _generations(run, known, plan).next_epoch(cursor)
+    late = [item for item in known[owner + 1 :] if item["from_epoch"] < first]
+    if not late:
+        return known
+    log.warning(
+        "%s: its data was to be new from epoch %d on, but was used as it was up to epoch %d: it is "
+        "new from epoch %d on",
+        *(run / NAME, late[0]["from_epoch"], first - 1, first),
+    )
+    after = [item for item in known[owner + 1 :] if item["from_epoch"] > first]
+    return [*known[: owner + 1], {**late[-1], "from_epoch": first}, *after]
 
 
 def _same_files(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -34,8 +34,17 @@ from raysft.data.plan import Cursor
 from raysft.errors import UserError
 from raysft.group import Shares, died, interruptible, reason_of, thread_settings
 from raysft.prepare import Prepared
+from raysft.run.ownership import ANYONE, Ownership, Permit, Process
 from raysft.run.threads import tight, with_threads
-from raysft.rundir import new_evaluation, open_run, settled, with_budget, write_config
+from raysft.rundir import (
+    check_run,
+    new_evaluation,
+    open_run,
+    run_folder,
+    settled,
+    with_budget,
+    write_config,
+)
 from raysft.train.catalogue import Catalogue, Saved, unreadable
 from raysft.train.evaluations import Evaluations, Measure, choose, table
 from raysft.train.metrics import Lines, quarantine_key, quarantine_line, read_lines
@@ -67,19 +76,26 @@ class Outcome:
 
 
 def run(config: Config, progress: Progress) -> Outcome:
-    """Train (or continue) the run.
+    """Train (or continue) the run, which this process owns meanwhile: see `run.ownership`.
 
-    Ctrl-C and SIGTERM: saves, then raises KeyboardInterrupt or SystemExit.
+    Raises UserError where another start holds it. Ctrl-C and SIGTERM: saves, then raises
+    KeyboardInterrupt or SystemExit.
     """
-    config = settled(config)
-    start = Start(open_run(config))
-    try:
-        return _run(config, start, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(start.left(config)) from None
-    except SystemExit:
-        print(start.left(config), file=sys.stderr, flush=True)
-        raise
+    check_run(config)  # nothing is left in a folder that is not for this run
+
+    def say(text: str) -> None:
+        progress({"doing": text})
+
+    with Ownership.take(run_folder(config), say) as owner:
+        config = settled(config)
+        start = Start(open_run(config, owner), owner)
+        try:
+            return _run(config, start, progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(start.left(config)) from None
+        except SystemExit:
+            print(start.left(config), file=sys.stderr, flush=True)
+            raise
 
 
 def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") -> Outcome:
@@ -129,6 +145,7 @@ class Start:
     """One submission: since when, of what; and where it leaves the run when it is interrupted."""
 
     folder: Path
+    owner: Ownership | None = None
     at: float = field(default_factory=time.time)
     total_steps: int | None = None  # once there is a plan
 
@@ -154,7 +171,8 @@ class Start:
 
 
 def _run(config: Config, start: Start, progress: Progress) -> Outcome:
-    folder = start.folder
+    folder, owner = start.folder, start.owner
+    assert owner is not None
     catalogue = Catalogue.of(config.checkpoint, folder)
 
     def say(text: str) -> None:
@@ -163,16 +181,19 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
     shares = Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
     if not shares.gpu and config.parallel.threads is None:
         config = with_threads(config, shares.threads)
+        owner.require()
         write_config(config, folder)
     if config.data.tokens_per_batch == "auto":
-        encoder, index = prepare.read_train(config, folder, say)
+        encoder, index = prepare.read_train(config, folder, say, owner)
         say("trying budgets for data.tokens_per_batch: auto, with real steps")
         config = with_budget(config, budget.find(config, folder, encoder, index))
+        owner.require()
         write_config(config, folder)
     saved, _ = catalogue.newest()
     cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
-    prepared = prepare.prepare(config, folder, cursor, say)
+    prepared = prepare.prepare(config, folder, cursor, say, owner)
     start.total_steps = prepared.total_steps
+    owner.require()
     _record_rejected(folder, prepared.rejected)
     if saved is not None:
         before = saved.meta()
@@ -195,11 +216,15 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         "examples": len(prepared.train) + len(prepared.train.rejected),
         "submitted": start.at,
         "summary": prepare.summary(prepared, folder),
+        "lease": owner.lease,
+        "driver": Process.this(),
     }
     try:
-        _workers(config, folder, settings, saved.step if saved else -1, progress)
+        _workers(config, folder, settings, saved.step if saved else -1, progress, owner)
     except UserError as error:
-        with contextlib.suppress(OSError):  # a full disk is what it may be about
+        # A full disk is what it may be about, or that the run is another's now.
+        with contextlib.suppress(OSError, UserError):
+            owner.require()
             events = Lines(folder / "events.jsonl")
             events.write({"time": round(time.time(), 3), "event": "failed", "reason": str(error)})
             events.close()
@@ -208,11 +233,17 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
 
 
 def _workers(
-    config: Config, folder: Path, settings: dict[str, Any], step: int, progress: Progress
+    config: Config,
+    folder: Path,
+    settings: dict[str, Any],
+    step: int,
+    progress: Progress,
+    permit: Permit = ANYONE,
 ) -> None:
     """Start workers, and start them again, until they have done what `settings` say.
 
-    step: of the checkpoint they begin with, -1 for none. Raises UserError where it cannot be done.
+    permit: asked meanwhile. step: of the checkpoint they begin with, -1 for none. Raises UserError
+    where it cannot be done.
     """
     # On this node: while the driver lives, so does the monitor, whatever other nodes are lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -227,7 +258,7 @@ def _workers(
     watch = Watch(monitor, progress)
     progress({"doing": f"starting workers ({config.parallel.strategy})"})
     try:
-        _fit(config, folder, settings, monitor)
+        _fit(config, folder, settings, monitor, permit)
         _raise_mistake(monitor)
     finally:
         watch.close()
@@ -270,7 +301,9 @@ def _raise_mistake(monitor: Any) -> None:
         raise UserError(message)
 
 
-def _fit(config: Config, folder: Path, settings: dict[str, Any], monitor: Any) -> None:
+def _fit(
+    config: Config, folder: Path, settings: dict[str, Any], monitor: Any, permit: Permit
+) -> None:
     shares = Shares.of(config)
     if not shares.gpu and (line := tight(shares.threads, shares.room)) is not None:
         log.warning("%s", line)
@@ -317,7 +350,7 @@ def _fit(config: Config, folder: Path, settings: dict[str, Any], monitor: Any) -
     )
     try:
         grace_s = 0.0 if "evaluated" in settings else config.checkpoint.grace_s
-        interruptible(trainer.fit, lambda: monitor.tell.remote(LEAVE), grace_s)
+        interruptible(trainer.fit, lambda: monitor.tell.remote(LEAVE), grace_s, permit)
     except ray.train.TrainingFailedError as error:
         _raise_mistake(monitor)
         raise UserError(f"training cannot go on: {reason_of(error)}") from error

@@ -41,6 +41,8 @@ from raysft.data.stalled import ClipReader
 from raysft.data.unknown import unknown_text
 from raysft.errors import BadExample, UserError
 from raysft.evaluate.normalize import read_spelling
+from raysft.run import ownership
+from raysft.run.ownership import ANYONE, Permit
 from raysft.rundir import check_run, is_trained, read_config, run_folder, settled, with_budget
 from raysft.session import check_kept
 from raysft.train.catalogue import unreadable
@@ -92,6 +94,7 @@ def check(config: Config) -> None:
         data__index_path=config.data.index_path,
     )
     check_run(config)
+    ownership.refuse_held(run_folder(config))
     _check_weights(config)
     if config.model.tokenizer not in (None, places.BYTES):
         hub.check(config.model.tokenizer, "model.tokenizer")
@@ -163,16 +166,21 @@ def _check_names(config: Config, encoder: Encoder | None = None, total_steps: in
 
 
 def prepare(
-    config: Config, folder: Path, cursor: Cursor | None = None, say: Say = _silent
+    config: Config,
+    folder: Path,
+    cursor: Cursor | None = None,
+    say: Say = _silent,
+    permit: Permit = ANYONE,
 ) -> Prepared:
     """Encoder, indexes and plan; writes the index cache, plan.json, and a speech tokenizer.
 
-    cursor: of the checkpoint that the run in `folder` goes on from; None: it starts.
+    cursor: of the checkpoint that the run in `folder` goes on from; None: it starts. permit: asked
+    before anything is written into `folder`.
     """
     patience.allow(config.patience_s)
     if cursor is not None:
         require_template(folder)
-    encoder, index = read_train(config, folder, say)
+    encoder, index = read_train(config, folder, say, permit)
     evaluation = None
     if config.data.eval:
         evaluation = _index(config, "eval", encoder, say)
@@ -185,7 +193,7 @@ def prepare(
     say("planning batches")
     newest = Plan.of(index, config.data, config.run.seed)
     _check_usable(config, index, newest)
-    plan = history.follow(folder, index, config.data, config.run.seed, cursor)
+    plan = history.follow(folder, index, config.data, config.run.seed, cursor, permit)
     _check_task_weights(config, history.tasks(folder))
     rejected = [*index.rejected, *_oversize(newest, index, config)]
     rejected += evaluation.rejected if evaluation is not None else []
@@ -228,16 +236,20 @@ def _check_task_weights(config: Config, tasks: list[str]) -> None:
             )
 
 
-def read_train(config: Config, folder: Path, say: Say = _silent) -> tuple[Encoder, Index]:
+def read_train(
+    config: Config, folder: Path, say: Say = _silent, permit: Permit = ANYONE
+) -> tuple[Encoder, Index]:
     """Encoder and index of the training data; writes the index cache, and a speech tokenizer."""
     patience.allow(config.patience_s)
     units = config.data.speech_tokens
     if units is not None:
         if not speech_tokens.location(units, folder).exists():
+            permit.require()
             say(f"fitting {units.clusters} speech units on up to {units.fit_clips:,} clips")
         speech_tokens.fit_or_load(units, folder, _clips(config), config.run.seed)
     say("loading the tokenizer")
     encoder = make_encoder(config.model, config.data, folder)
+    permit.require()
     _keep_template(encoder, folder)
     say("proving that batches are exact for this model")
     _prove(config, encoder)

@@ -1,7 +1,8 @@
 """A run's folder: what it is created with, and whether a config may continue it.
 
-config.yaml   the config as resolved, the versions of the packages it ran with, and which base it
-              stands upon (see `run.identity`)
+config.yaml   the config as resolved, the versions of the packages it ran with, the run's id, and
+              which base it stands upon (see `run.identity`)
+owner.json, owner/   who may write here: see `run.ownership`
 chat_template.jinja   the template of its prompts, as it was when the run began
 evaluations/  folders of jobs/evaluate.py, each with its own config.yaml
 weights.json  which checkpoint a run with checkpoint.resume=weights_only begins with
@@ -29,7 +30,8 @@ from raysft.config.load import apply_override, read_tree, validate
 from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
 from raysft.patience import patient, patiently
-from raysft.run import identity, threads
+from raysft.run import identity, ownership, place, threads
+from raysft.run.ownership import ANYONE, Permit
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.storage import open_storage, write_whole
 
@@ -82,10 +84,11 @@ def run_folder(config: Config) -> Path:
 
 
 @patient
-def open_run(config: Config) -> Path:
+def open_run(config: Config, permit: Permit = ANYONE) -> Path:
     """Create the run's folder, or check that the one there is of this config. Returns it.
 
-    Raises UserError where the folder holds another run, is not a run's, or cannot be written.
+    permit: asked before anything is written. Raises UserError where the folder holds another run,
+    is not a run's, or cannot be written.
     """
     config = settled(config)
     check_run(config)
@@ -96,9 +99,10 @@ def open_run(config: Config) -> Path:
         raise UserError(
             f"run.storage_path: {folder} cannot be made: {error.strerror or error}"
         ) from None
+    permit.require()
     known = (folder / "config.yaml").is_file()
     if _begins_anew(config, folder):
-        _set_aside(config, folder)
+        _set_aside(config, folder, permit)
     elif known and base_of(folder) is None and identity.of(config.model) is not None:
         log.warning(
             "%s: this run has not recorded which base it began with: from now on it is what "
@@ -111,7 +115,8 @@ def open_run(config: Config) -> Path:
         log.warning("%s", other)
     if not is_trained(config):  # nothing stands upon its prompts: they are those of this start
         (folder / TEMPLATE).unlink(missing_ok=True)
-    write_config(config, folder)
+    permit.require()
+    write_config(config, folder, run_id(folder) or place.new_id())
     return folder
 
 
@@ -139,9 +144,12 @@ def new_evaluation(run: Path, step: int, config: Config) -> Path:
         return folder
 
 
-def write_config(config: Config, folder: Path) -> None:
-    """The run's config.yaml, with the versions of the packages it runs with, and its base."""
+def write_config(config: Config, folder: Path, run: str | None = None) -> None:
+    """config.yaml, with the versions of the packages it runs with, the run's id (None: what it has;
+    an evaluation has none), and its base."""
     beside: dict[str, Any] = {"versions": versions()}
+    if (kept := run or run_id(folder)) is not None:
+        beside["id"] = kept
     if (base := identity.of(config.model)) is not None:
         beside["base"] = base
     _write(folder / "config.yaml", to_yaml(config) + yaml.safe_dump(beside, sort_keys=False))
@@ -261,7 +269,7 @@ _WHAT_TRAINS = (
 )
 
 
-def _set_aside(config: Config, folder: Path) -> None:
+def _set_aside(config: Config, folder: Path, permit: Permit) -> None:
     """Move the run so far to earlier_N, and write down which weights the new one begins with.
     Done again from any point at which it was interrupted."""
     if not (folder / "config.yaml").is_file():
@@ -294,6 +302,7 @@ def _set_aside(config: Config, folder: Path) -> None:
         raise UserError(
             f"checkpoint.resume: weights_only, but {folder} has no checkpoint to take them from"
         )
+    permit.require()  # reading the checkpoint may have taken a while
     aside.mkdir(exist_ok=True)
     for name in _ITS_OWN:
         if (folder / name).exists() and not (aside / name).exists():
@@ -320,14 +329,32 @@ def check_run(config: Config) -> None:
     """Raises UserError if the run's folder is there and this config may not continue it."""
     config = settled(config)
     folder = run_folder(config)
-    if (folder / "config.yaml").is_file():
+    known = (folder / "config.yaml").is_file()
+    if _begins_anew(config, folder):
+        if not known or read_config(folder).checkpoint.path != config.checkpoint.path:
+            place.refuse_other(config.checkpoint, folder, None, began=False)
+    else:
+        place.refuse_other(config.checkpoint, folder, run_id(folder), began=known)
+    if known:
         _check_whole(config, folder)
         _check_same(config, folder)
-    elif folder.is_dir() and any(folder.iterdir()) and not _was_set_aside(folder):
+    elif folder.is_dir() and _holds_other(folder) and not _was_set_aside(folder):
         raise UserError(
             f"{folder}: is there and holds no config.yaml, so it is not the folder of a run; "
             "choose another run.name or run.storage_path"
         )
+
+
+def _holds_other(folder: Path) -> bool:
+    """Whether there is more in it than what a start leaves that ended before its config.yaml, and
+    no config.yaml: another start may be about to write it."""
+    ours = (ownership.POINTER, ownership.FOLDER)
+    names = [path.name for path in folder.iterdir()]
+    other = [name for name in names if name not in ours and not name.startswith(_UNFINISHED)]
+    return bool(other) and not (folder / "config.yaml").is_file()
+
+
+_UNFINISHED = (f".{ownership.POINTER}.", ".config.yaml.")  # see `write_whole`
 
 
 def _check_whole(config: Config, folder: Path) -> None:
@@ -362,9 +389,19 @@ def read_config(folder: Path) -> Config:
 
 def _read_tree(written: Path) -> dict[str, Any]:
     tree = read_tree(written.read_text(encoding="utf-8"), str(written))
-    for key in ("versions", "base"):
+    for key in ("versions", "id", "base"):
         tree.pop(key, None)
     return tree
+
+
+@patient
+def run_id(folder: Path) -> str | None:
+    """The id of the run in `folder`; None where there is none, or one from before runs had ids."""
+    written = folder / "config.yaml"
+    if not written.is_file():
+        return None
+    found = read_tree(written.read_text(encoding="utf-8"), str(written)).get("id")
+    return found if isinstance(found, str) else None
 
 
 @patient
@@ -417,8 +454,8 @@ def _check_same(config: Config, folder: Path) -> None:
     new["run"]["name"] = old["run"]["name"]  # a folder that was moved is still the same run
     free = FREE
     moved = old["checkpoint"]["path"] == config.checkpoint.path
-    place = config.checkpoint if moved else before.checkpoint
-    committed = Catalogue.of(place, folder).committed()
+    where = config.checkpoint if moved else before.checkpoint
+    committed = Catalogue.of(where, folder).committed()
     if _length_may_change(config, committed):
         free = (*FREE, "train.max_steps", "train.epochs")
     if recorded is not None and recorded == identity.of(config.model):

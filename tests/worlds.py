@@ -14,6 +14,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from tests.models import CAUSAL
 if TYPE_CHECKING:
     from raysft.config import Config
     from raysft.parallel import World
+    from raysft.run.ownership import Permit
     from raysft.train.loop import Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,27 +97,74 @@ def tiny(folder: Path, name: str = "run", **changes: Any) -> Config:
 
 
 def start(
-    config: Config, world: World, progress: Callable[[dict[str, Any]], None] | None = None
+    config: Config,
+    world: World,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    permit: Permit | None = None,
 ) -> Job:
-    """The job of one process, made as a Ray Train worker's is, with an in-process reader."""
+    """The job of one process, made as a Ray Train worker's is, with an in-process reader.
+
+    permit: of the driver that owns the run; None: nobody owns it before it trains."""
+    from raysft.run.ownership import ANYONE
+    from raysft.rundir import open_run
+
+    if world.is_main:
+        open_run(config, permit or ANYONE)
+    world.barrier()
+    return join(config, world, progress, permit)
+
+
+def join(
+    config: Config,
+    world: World,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    permit: Permit | None = None,
+) -> Job:
+    """`start`, of a run that is open already."""
     import torch
 
     from raysft import patience, remarks, worker
     from raysft.data.plan import Cursor
     from raysft.prepare import prepare
-    from raysft.rundir import open_run, run_folder
+    from raysft.run.ownership import ANYONE
+    from raysft.rundir import run_folder
     from raysft.train.catalogue import Catalogue
 
     torch.set_num_threads(1)
     patience.allow(config.patience_s)
     remarks.quiet()
-    folder = open_run(config) if world.is_main else run_folder(config)
-    world.barrier()
+    folder = run_folder(config)
     saved, _ = Catalogue.of(config.checkpoint, folder).newest()
     cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
-    found = prepare(config, folder, cursor)
+    found = prepare(config, folder, cursor, permit=permit or ANYONE)
     data = worker.Data.in_process(config, found.encoder, folder, found.train, found.eval)
     return worker.build_job(config, folder, world, data, found.total_steps, progress)
+
+
+def drive(
+    config: Config,
+    said: Path | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    lease_s: float = 30.0,
+) -> None:
+    """Driver and worker in one process, in the order in which `launch.run` does things: own the
+    run, open it, plan, train. Exit code 5 where it is another's; `said` then has the words."""
+    from raysft.errors import UserError
+    from raysft.parallel import World
+    from raysft.run.ownership import Ownership
+    from raysft.rundir import check_run, run_folder
+    from raysft.train.loop import train
+
+    try:
+        check_run(config)
+        with Ownership.take(run_folder(config), lease_s=lease_s) as owner:
+            job = start(config, World.current(), progress, owner)
+            job.lease = replace(owner.lease, group=1)
+            train(job)
+    except UserError as error:
+        if said is not None:
+            said.write_text(str(error))
+        os._exit(5)
 
 
 def run(size: int, *configs: Path, kill_at: int = 0, module: str = "tests.worlds") -> int:

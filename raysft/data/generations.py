@@ -84,6 +84,13 @@ class Generations:
         """
         owner, number = self._owner(cursor), self.number(cursor.epoch)
         if owner < number and self.parts[owner].plan.begins(cursor):
+            begins = self.parts[owner + 1].from_epoch
+            if cursor.epoch > begins:
+                raise UserError(
+                    f"this checkpoint was made in epoch {cursor.epoch - 1} on data that was to be "
+                    f"trained on up to epoch {begins - 1}: from there on epochs would come again; "
+                    "start the run again by its command, which decides anew where new data begins"
+                )
             number, cursor = self._enter(owner + 1, cursor.step)
         return self._steps(number, self.parts[number].plan.steps(cursor))
 

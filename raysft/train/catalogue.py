@@ -7,6 +7,9 @@
     step_N/meta.json    step, cursor, running sums of metrics, world size; sha256 of files above
     step_N/COMMITTED    sha256 of meta.json; without it the checkpoint does not exist for readers
 
+In a store these lie in step_N/save_TOKEN/, of which a step may have several where a save was
+interrupted; the newest with its marker is the checkpoint.
+
 Needs no torch: the driver and the audit read it too.
 """
 
@@ -18,7 +21,7 @@ import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,12 @@ class Saved:
         """Folder or URL, for messages."""
         return self.storage.where(self.name)
 
+    @cached_property
+    def root(self) -> str:
+        """Where its files lie in the storage: that of the newest save with a marker."""
+        roots = self.storage.roots(self.name)
+        return next((root for root in roots if marked(self.storage, root)), self.name)
+
     def meta(self) -> dict[str, Any]:
         """meta.json. Raises UserError where it is not what was committed."""
         try:
@@ -77,14 +86,14 @@ class Saved:
         """Content of one of its files."""
 
         def read() -> bytes:
-            with self.storage.open(f"{self.name}/{name}") as stream:
+            with self.storage.open(f"{self.root}/{name}") as stream:
                 return stream.read()
 
         return patience.patiently(read, self.where)
 
     def _digest(self, name: str) -> list[Any]:
         """sha256 and length of one of its files."""
-        with self.storage.open(f"{self.name}/{name}") as stream:
+        with self.storage.open(f"{self.root}/{name}") as stream:
             return list(digest(stream))
 
 
@@ -165,14 +174,20 @@ class Catalogue:
         return found
 
     def _marked(self, name: str) -> bool:
-        try:
-            self.storage.open(f"{name}/{MARKER}").close()
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as error:
-            where = f"{self.storage.where(name)}/{MARKER}"
-            raise UserError(f"{where}: cannot be read: {error.strerror or error}") from error
-        return True
+        return any(marked(self.storage, root) for root in self.storage.roots(name))
+
+
+def marked(storage: Storage, root: str) -> bool:
+    """Whether there is a commit marker at `root`. Raises UserError where it cannot be read."""
+    try:
+        storage.open(f"{root}/{MARKER}").close()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{storage.where(root)}/{MARKER}: cannot be read: {error.strerror or error}"
+        ) from error
+    return True
 
 
 def unreadable(saved: Saved) -> str | None:

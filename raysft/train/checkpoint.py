@@ -8,6 +8,7 @@ worker's state. See `catalogue` for the layout.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -32,6 +33,7 @@ from torch.futures import Future
 from raysft import patience
 from raysft.errors import UserError
 from raysft.parallel import Strategy, World
+from raysft.run.ownership import ANYONE, Permit
 from raysft.train import shards
 from raysft.train.catalogue import MARKER, Catalogue, Saved
 from raysft.train.storage import Folder, Storage, digest
@@ -63,22 +65,24 @@ class Saver:
         keep: int,
         spare: Callable[[list[int]], Collection[int]] = lambda steps: (),
         extras: dict[str, bytes] | None = None,
-        owned: Callable[[], str | None] = lambda: None,
+        permit: Permit = ANYONE,
         settle: Callable[[], None] = lambda: None,
         derive: Callable[[dict[str, torch.Tensor]], dict[str, bytes]] | None = None,
+        name: str = "",
     ) -> None:
         """A collective.
 
         keep: checkpoints that stay. spare: of all steps there are, others that stay (the best),
         asked when older ones go. extras: path in the checkpoint -> content, the same in each.
-        owned: why this start no longer owns the run (asked before anything is published), or None.
+        permit: asked before the first byte of a save, before its marker, and before anything goes.
         settle: brings to the disk what belongs to the checkpoint and is not in it (the ledger).
         derive: further files of a checkpoint, made of the weights it holds (by name, on the CPU).
+        name: of this start; that of a later one sorts after it.
         """
         self.catalogue, self.world, self.keep = catalogue, world, keep
-        self._spare, self._extras, self._owned = spare, extras or {}, owned
+        self._spare, self._extras, self._permit = spare, extras or {}, permit
         self._settle, self._derive = settle, derive
-        self._token = world.gather(uuid.uuid4().hex)[0]
+        self._token = world.gather(f"{name}.{uuid.uuid4().hex}".lstrip("."))[0]
         self._storage = catalogue.storage
         # Of its own, on CPU tensors: a save's messages must not meet those of training.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -138,6 +142,7 @@ class Saver:
     def prune(self) -> None:
         """Delete what `keep` and `spare` do not hold (after an evaluation has changed the best)."""
         if self.world.is_main:
+            self._permit.require()
             self.catalogue.prune(self.keep, self._spare)
 
     def _finish(self) -> None:
@@ -155,6 +160,7 @@ class Saver:
         name = f"step_{save.step}"
         draft = self._storage.draft(name, self._token)
         try:
+            self._permit.require()
             self._settle()
             dcp.save(
                 staged,
@@ -166,17 +172,24 @@ class Saver:
                 save.bytes = self._publish(draft, name, {"step": save.step, **meta})
                 self.prune()
         except (OSError, CheckpointException, UserError) as error:
-            save.error = error
-            if self.world.is_main and draft != name:  # nothing half-written stays
-                self._storage.remove(draft)
+            save.error = self._taken() or error  # whose files went with their run, has lost that
+            if self.world.is_main:  # nothing half-written stays
+                with contextlib.suppress(OSError):  # it may be the storage that has failed
+                    self._storage.remove(draft)
         except BaseException as error:  # noqa: BLE001 - raised in the training thread
             save.error = error
         save.seconds = time.monotonic() - save.begun
 
+    def _taken(self) -> UserError | None:
+        try:
+            self._permit.require()
+        except (UserError, OSError) as error:
+            return error if isinstance(error, UserError) else None
+        return None
+
     def _publish(self, draft: str, name: str, meta: dict[str, Any]) -> int:
         files: dict[str, list[Any]] = {}
         for path in self._storage.files(draft):
-            # In a store, those of an earlier save of this step may still lie there.
             if path.endswith(f".{self._token}{_SUMS}"):
                 found = self._read(f"{draft}/{path}", json.load)
                 files.update({f"state/{n}": [d, size] for n, d, size in found})
@@ -189,9 +202,7 @@ class Saver:
             files[path] = [sha256(content).hexdigest(), len(content)]
         content = json.dumps({**meta, "files": files}).encode()
         self._storage.write(f"{draft}/meta.json", content)
-        taken = self._owned()
-        if taken is not None:
-            raise UserError(taken)
+        self._permit.require()
         self._storage.publish(draft, name, MARKER, f"{sha256(content).hexdigest()}\n".encode())
         return sum(size for _, size in files.values())
 
@@ -221,7 +232,7 @@ def load_weights(saved: Saved, strategy: Strategy) -> None:
 
 def read_weights(saved: Saved) -> dict[str, torch.Tensor]:
     """The weights that a checkpoint holds, by name, whole, on the CPU; in this process alone."""
-    return _weights(saved.storage, f"{saved.name}/state")
+    return _weights(saved.storage, f"{saved.root}/state")
 
 
 def _weights(storage: Storage, root: str) -> dict[str, torch.Tensor]:
@@ -235,7 +246,7 @@ def _weights(storage: Storage, root: str) -> dict[str, torch.Tensor]:
 
 
 def _fill(saved: Saved, state: dict[str, Any]) -> None:
-    root = f"{saved.name}/state"
+    root = f"{saved.root}/state"
     shards.fill(saved.storage, root, state, alone=not dist.is_initialized())
 
 
@@ -321,6 +332,8 @@ def _system_error(error: BaseException) -> OSError | None:
 
 def _cause(error: BaseException) -> str:
     """The operating system's words, dug out of what torch wraps around them."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, CheckpointException):
         found = [_cause(wrapped[0]) for wrapped in error.failures.values()]
         return found[0] if found else str(error)

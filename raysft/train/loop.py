@@ -7,6 +7,7 @@ as if nothing had happened.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.parallel import Strategy, World
 from raysft.parallel.strategy import Stepped
+from raysft.run import place
+from raysft.run.ownership import Lease, Permit
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
 from raysft.train.evaluations import Evaluation, Measure, progress_of
@@ -99,7 +102,10 @@ class Job:
         process; None: never ends it. adapters: what `peft.method` trains, None for all weights.
     cost: FLOPs of what is counted, for the metrics; None: not known. submitted: when this start was
         asked for (time.time()), where it is the first of a submission: until then the run was idle.
-    identity: what tells this run from others: where the ledger's chains begin.
+    identity: what tells this run from others: where the ledger's chains begin, and what each of its
+        checkpoints names; "": nobody asks.
+    lease: the driver's, with this group's number; None: there is no driver, and rank 0 owns the run
+        while it trains.
     """
 
     config: Config
@@ -121,6 +127,7 @@ class Job:
     start: dict[str, Any] = field(default_factory=dict)
     submitted: float | None = None
     identity: str = ""
+    lease: Lease | None = None
     hung: Callable[[str], None] | None = None
 
     def after_step(self, step: int) -> None:
@@ -144,9 +151,16 @@ def train(job: Job) -> int:
     record = Record(
         config, job.folder, world, job.examples, job.total_steps, job.progress, job.cost
     )
-    step, cursor = _restore(job, record, totals, clock)
+    try:
+        record.take_over(job.lease)
+        permit = _permit(job, record)
+        step, cursor = _restore(job, record, totals, clock, permit)
+    except BaseException:
+        record.close()
+        raise
     strategy.module.train()
-    keeper = Keeper(job, record, totals, clock, step if cursor is not None else None)
+    saved = step if cursor is not None else None
+    keeper = Keeper(job, record, totals, clock, saved, permit)
     signal = 0
     try:
         if _due(config.evaluate.every, step, job.total_steps):
@@ -195,6 +209,7 @@ def train(job: Job) -> int:
                 keeper.evaluate(step, final=False)  # what the steps before are compared by
             keeper.evaluate(step, final=True)
         keeper.finish(step)
+        record.ended()
     except (OSError, UserError):
         keeper.abandon()
         raise
@@ -219,8 +234,10 @@ class Keeper:
         totals: Totals,
         clock: Clock,
         saved: int | None,
+        permit: Permit,
     ) -> None:
-        """saved: the step that the run goes on from, where a checkpoint holds it."""
+        """saved: the step that the run goes on from, where a checkpoint holds it. permit: asked
+        before a checkpoint is written."""
         self.job, self.record = job, record
         self.totals, self.clock = totals, clock
         settings = job.config.checkpoint
@@ -236,9 +253,10 @@ class Keeper:
             settings.keep,
             bests,
             job.extras,
-            record.ownership,
+            permit,
             record.settle,
             job.adapters.files if job.adapters is not None else None,
+            record.lease.name if record.lease is not None else "",
         )
         self.saved = saved  # the last step that was saved, or is being
         self.watchdog = None
@@ -263,6 +281,7 @@ class Keeper:
                 "strategy": self.job.strategy.facts(),
                 "time": time.time(),
                 "chain": self.record.heads(),
+                "run": self.job.identity or None,
             }
             more: dict[str, torch.Tensor] = {}
             if self.job.adapters is not None:
@@ -300,7 +319,12 @@ class Keeper:
                 shown(done, total)
 
             predictions = self.job.folder / "predictions" / f"step_{step}.jsonl"
-            values = evaluate(final, predictions, seen, partial(self._warn, step))
+            lease = self.record.lease
+            own = predictions.with_name(f".{lease.name if lease else 'own'}.{predictions.name}")
+            values = evaluate(final, own, seen, partial(self._warn, step))
+            self.record.require()  # a worker that was frozen meanwhile may own nothing any more
+            if own.exists() and self.job.world.is_main:
+                os.replace(own, predictions)
             self.job.strategy.module.train()
         best = self.job.config.checkpoint.best
         if best is not None and best not in values and self.job.world.is_main:
@@ -330,17 +354,27 @@ class Keeper:
             self.watchdog.close()
 
 
+def _permit(job: Job, record: Record) -> Permit:
+    """What is to be asked before a checkpoint is written, by the group that has taken over."""
+    assert record.lease is not None
+    if job.config.checkpoint.path is None or not job.identity:
+        return record.lease
+    return place.Claim(record.lease, job.catalogue.storage, job.identity, str(job.folder))
+
+
 def _restore(
     job: Job,
     record: Record,
     totals: Totals,
     clock: Clock,
+    permit: Permit,
 ) -> tuple[int, dict[str, Any] | None]:
     """Load the newest sound checkpoint; cut what was recorded after it; open the records."""
-    record.take_over()
     found, skipped = newest_sound(job.catalogue, job.world)
     step, cursor, meta, length = 0, None, {}, None
     if found is not None:
+        if isinstance(permit, place.Claim):
+            place.refuse(found, job.folder, permit.run)
         adapters = job.adapters
         meta = load(found, job.strategy, adapters.tensors() if adapters is not None else None)
         if adapters is not None:
@@ -357,7 +391,11 @@ def _restore(
     last, seen, lost = 0, None, []
     if job.world.is_main:
         last, seen = last_recorded(job.folder), last_sign_of_life(job.folder)
+        if isinstance(permit, place.Claim):
+            permit.take()
+        permit.require()
         job.catalogue.clear(step)
+        permit.require()
         lost = cut_back_run(job.folder, step)
     job.world.barrier()
     record.open(step, job.identity, meta.get("chain"))

@@ -7,6 +7,7 @@ events.jsonl, which tells of starts, failures and saves themselves, is never cut
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def cut_back_run(folder: Path, step: int) -> list[str]:
     """
     names = ("metrics.jsonl", "eval.jsonl", "quarantine.jsonl")
     lost = [cut_back(folder / name, step) for name in names]
+    cut_back(folder / "events.jsonl", sys.maxsize)  # keeps every line, in a file of this start's
     for files in ledger_files(folder).values():
         while files and files[-1][0] > step + 1:
             files.pop()[1].unlink()

@@ -89,6 +89,11 @@ class Monitor:
         else:
             self._reasons.append(reason)
 
+    def enter(self, workers: int) -> tuple[int, dict[str, Any]]:
+        """`begin`, with the number of the group, counted from 1."""
+        told = self.begin(workers)
+        return self._starts, told
+
     def begin(self, workers: int) -> dict[str, Any]:
         """Called by rank 0 of each worker group when it starts: what ended the one before, and how
         long to pause. {"end": message} where the failure budget is used up."""

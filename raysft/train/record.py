@@ -6,12 +6,10 @@ saved with it, and lines written after it are cut when a run continues.
 
 from __future__ import annotations
 
-import json
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ from raysft.errors import UserError
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
 from raysft.run.ledger import genesis
+from raysft.run.ownership import Lease, Ownership, Process
 from raysft.train.checkpoint import Save
 from raysft.train.evaluations import Evaluation, Evaluations
 from raysft.train.flops import Cost, peak_flops
 from raysft.train.memory import peak_memory
 from raysft.train.metrics import Ledger, Lines, quarantine_key, quarantine_line, read_lines
 from raysft.train.step import StepBatch
-from raysft.train.storage import write_whole
 
 
 @dataclass
@@ -177,28 +175,42 @@ class Record:
         self.known: dict[tuple[str, ...], str] = {}  # quarantined: source, path and id -> reason
         self.evaluations = Evaluations()
         self.files: list[Any] = []
-        self._token = ""
+        self.lease: Lease | None = None
+        self._owned: Ownership | None = None
+        self._workers: list[Process] = []
 
-    def take_over(self) -> None:
-        """From here on this start owns the run: an earlier one that is still alive publishes no
-        more checkpoints. A collective."""
-        self._token = self.world.gather(uuid.uuid4().hex)[0]
+    def take_over(self, lease: Lease | None) -> None:
+        """From here on this group of workers owns the run: earlier ones write no more. Collective.
+
+        lease: of the driver that has started this group; None: there is no driver, and rank 0 holds
+        the run while it trains. Raises UserError, on every worker, where the run is another's.
+        """
+        workers = self.world.gather(Process.this())
+        taken: Lease | str = ""
         if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            content = json.dumps({"token": self._token, "since": time.time()})
-            write_whole(self.folder / "owner.json", content.encode())
-        self.world.barrier()
+            try:
+                if lease is None:
+                    self._owned = Ownership.take(self.folder)
+                    lease = replace(self._owned.lease, group=1)
+                lease.take_over(workers)
+                taken = lease
+            except UserError as error:
+                taken = str(error)
+        taken = self.world.gather(taken)[0]
+        if isinstance(taken, str):
+            raise UserError(taken)
+        self.lease, self._workers = taken, workers
 
-    def ownership(self) -> str | None:
-        """Why this start no longer owns the run, or None."""
-        found = json.loads((self.folder / "owner.json").read_bytes())
-        if found["token"] == self._token:
-            return None
-        return f"{self.folder}: another job has taken over this run; this one ends"
+    def require(self) -> None:
+        """Raises UserError where this group of workers no longer owns the run: whoever writes into
+        its folder asks first."""
+        if self.lease is not None:
+            self.lease.require()
 
     def open(self, step: int, identity: str, heads: dict[str, str] | None = None) -> None:
         """Open the files, cut back to `step` already, to append. identity: of the run; heads: where
         the ledger's chains stood at `step`, as `heads` gave them; None: they begin here."""
+        self.require()
         lanes = self.world.lanes(self.config.data.lanes)
         begun = {lane: genesis(identity, lane) for lane in lanes}
         at = begun if heads is None else {lane: heads[str(lane)] for lane in lanes}
@@ -266,6 +278,7 @@ class Record:
         """Append a line to events.jsonl, and show it."""
         line = {"time": round(time.time(), 3), "event": name, **facts}
         if self.world.is_main:
+            self.require()
             self._events.write(line)
             self._count(line)
         if self.progress is not None:
@@ -295,6 +308,7 @@ class Record:
 
     def ledger(self, batch: StepBatch) -> None:
         """Record what a step that is done was trained on, and what could not be used."""
+        self.require()
         for mb in batch.micro_batches:
             refused = [found.id for found in mb.quarantined]
             self._ledger.write(mb.epoch, mb.step, mb.lane, mb.ids, refused, mb.tensors)
@@ -319,6 +333,7 @@ class Record:
                 continue
             self.known[quarantine_key(line)] = example.reason
             if self.world.is_main:
+                self.require()
                 self._quarantine.write(line)
         limit = self.config.data.max_quarantined
         if len(self.known) > limit * self.examples:
@@ -377,6 +392,7 @@ class Record:
         }
         totals.reset()
         if self.world.is_main:
+            self.require()
             self._metrics.write(line)
             self._scalars({_tag(key): value for key, value in line.items()}, batch.step)
         if self.progress is not None:
@@ -397,6 +413,7 @@ class Record:
         found = self.world.gather(found)[0]
         self.evaluations.add(found)
         if self.world.is_main:
+            self.require()
             self._eval.write(found.line(checkpoint))
             self.evaluations.save(self.folder)
             self._scalars({f"eval/{k}": v for k, v in found.figures.items()}, found.step)
@@ -414,3 +431,11 @@ class Record:
         """Close every file."""
         for file in self.files:
             file.close()
+        if self._owned is not None:
+            self._owned.release()
+
+    def ended(self) -> None:
+        """Every worker of this group has written its last. A collective."""
+        self.world.barrier()
+        if self.world.is_main and self.lease is not None:
+            self.lease.ended(self._workers)

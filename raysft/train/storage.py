@@ -4,12 +4,16 @@ Both offer the same few things: a file is written whole and durably or not at al
 prepared where no reader looks and then published in one act.
 
     Folder   prepared under a hidden name of its own; published by one rename
-    Store    objects have no rename: prepared in place; published by its marker, written last
+    Store    objects have no rename: prepared below a name of its own in its checkpoint's; published
+             by its marker, written last
+
+So whoever saves writes, up to the act of publishing, where nobody else writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -22,6 +26,8 @@ from raysft import paths, patience
 from raysft.errors import UserError
 
 _BLOCK = 1 << 20
+CLAIM = "owner.json"
+"""Beside the checkpoints of a place that runs could share: whose they are; see `run.place`."""
 
 
 class Storage(Protocol):
@@ -36,11 +42,18 @@ class Storage(Protocol):
         ...
 
     def draft(self, name: str, token: str) -> str:
-        """The name under which the save called `token` prepares checkpoint `name`."""
+        """The name under which the save called `token` prepares checkpoint `name`. Of two saves of
+        one checkpoint the one whose token sorts last is the newer."""
+        ...
+
+    def roots(self, name: str) -> list[str]:
+        """Where the files of checkpoint `name` may lie, the newest save of it first; those of a
+        save without its marker are nobody's."""
         ...
 
     def publish(self, draft: str, name: str, marker: str, content: bytes) -> None:
-        """Write the marker; from then on, and not before, the checkpoint is there."""
+        """Write the marker; from then on, and not before, the checkpoint is there. Raises
+        UserError where someone else has published it meanwhile."""
         ...
 
     def withdraw(self, name: str, marker: str) -> None:
@@ -94,7 +107,9 @@ class Folder:
         """Of all checkpoints, whole or not; hidden ones are drafts."""
 
         def names() -> list[str]:
-            return [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+            if not self.root.is_dir():
+                return []
+            return [path.name for path in self.root.iterdir() if path.name != CLAIM]
 
         return patience.patiently(names, self.root)
 
@@ -106,19 +121,24 @@ class Folder:
         """Hidden, and this save's alone: what else still writes cannot touch it."""
         return f".{name}.{token}"
 
+    def roots(self, name: str) -> list[str]:
+        """One: a save is renamed to it."""
+        return [name]
+
     def publish(self, draft: str, name: str, marker: str, content: bytes) -> None:
-        """Marker into the draft, everything to the disk, one rename."""
+        """Marker into the draft, everything to the disk, one rename, which replaces nothing."""
         self.write(f"{draft}/{marker}", content)
         for folder in patience.patiently(lambda: _folders(self.root / draft), self.root / draft):
             _sync(folder)
-        target = self.root / name
-        if patience.patiently(target.exists, target):
+        target, aside = self.root / name, None
+        while not _move_free(self.root / draft, target):
             aside = self.root / f".{name}.{uuid.uuid4().hex}"
             _move(target, aside)
-            _move(self.root / draft, target)
+            if patience.patiently((aside / marker).exists, aside):
+                _move(aside, target)
+                raise UserError(f"{target}: another job has published this checkpoint meanwhile")
+        if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)  # hidden: the next start clears it away
-        else:
-            _move(self.root / draft, target)
         _sync(self.root)
 
     def withdraw(self, name: str, marker: str) -> None:
@@ -170,11 +190,14 @@ class Store:
 
     def names(self) -> list[str]:
         """First parts of all keys below the URL."""
+        return [name for name in self._parts("") if name != CLAIM]
+
+    def _parts(self, name: str) -> list[str]:
+        """First parts of all keys below a name."""
         self._fs.invalidate_cache()
+        top = f"{self._path}/{name}".rstrip("/")
         try:
-            return [
-                entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(self._path, False)
-            ]
+            return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(top, False)]
         except FileNotFoundError:
             return []
 
@@ -183,18 +206,24 @@ class Store:
         return f"{self.url}/{name}"
 
     def draft(self, name: str, token: str) -> str:
-        """In place: without its marker nobody sees it."""
-        return name
+        """Below the checkpoint, and this save's alone: what else still writes, be it this very
+        checkpoint, touches neither its files nor its marker."""
+        return f"{name}/save_{token}"
+
+    def roots(self, name: str) -> list[str]:
+        """One a save; last the checkpoint itself, where saves of older versions lie."""
+        saves = [entry for entry in self._parts(name) if entry.startswith("save_")]
+        return [*(f"{name}/{save}" for save in sorted(saves, reverse=True)), name]
 
     def publish(self, draft: str, name: str, marker: str, content: bytes) -> None:
         """Write the marker."""
-        self.write(f"{name}/{marker}", content)
+        self.write(f"{draft}/{marker}", content)
 
     def withdraw(self, name: str, marker: str) -> None:
-        """Delete the marker."""
-        self._fs.invalidate_cache()
-        if self._fs.exists(f"{self._path}/{name}/{marker}"):
-            self._fs.rm(f"{self._path}/{name}/{marker}")
+        """Delete the marker, of whichever save."""
+        for root in self.roots(name):
+            if self._fs.exists(f"{self._path}/{root}/{marker}"):
+                self._fs.rm(f"{self._path}/{root}/{marker}")
 
     def remove(self, name: str) -> None:
         """Delete all its objects."""
@@ -258,6 +287,24 @@ def _folders(top: Path) -> list[Path]:
 
 def _move(source: Path, target: Path) -> None:
     patience.patiently(partial(os.replace, source, target), target)
+
+
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def _move_free(source: Path, target: Path) -> bool:
+    """Move a folder to a name; False where another folder has it."""
+
+    def passing(error: OSError) -> bool:
+        return patience.failing(error) and error.errno not in _OCCUPIED
+
+    try:
+        patience.patiently(partial(os.replace, source, target), target, passing)
+    except OSError as error:
+        if error.errno in _OCCUPIED:
+            return False
+        raise
+    return True
 
 
 def _sync(folder: Path) -> None:

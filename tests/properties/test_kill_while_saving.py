@@ -307,50 +307,6 @@ def two_workers(home: Path, steps: int) -> Path:
     return home / "runs" / "pair"
 
 
-# -- two jobs on one run -------------------------------------------------------------------------
-
-
-def paused(config: Config, at: int, folder: Path) -> None:
-    """Train; in step `at` say so and wait until told to go on. Exit code 5: it was taken over."""
-
-    def progress(line: dict[str, Any]) -> None:
-        if line.get("step") == at and "loss" in line:
-            (folder / "paused").touch()
-            while not (folder / "go").exists():
-                time.sleep(0.02)
-
-    torch.set_num_threads(1)
-    try:
-        train(start(config, World.current(), progress))
-    except UserError as error:
-        (folder / "said").write_text(str(error))
-        os._exit(5)
-
-
-def test_a_job_whose_run_another_has_taken_over_changes_nothing_any_more(
-    home: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    config = tiny(home, "taken", train__max_steps=LAST)
-    first = fork(paused, config, 6, tmp_path)
-    while not (tmp_path / "paused").exists():
-        assert first.is_alive()
-        time.sleep(0.02)
-    second = fork(live, config)
-    second.join()
-    assert second.exitcode == 0
-    run = home / "runs" / "taken"
-    before = {path: path.read_bytes() for path in sorted(run.glob("**/*")) if path.is_file()}
-    (tmp_path / "go").touch()
-    first.join()
-    assert first.exitcode == 5
-    assert "another job has taken over this run" in (tmp_path / "said").read_text()
-    after = {path: path.read_bytes() for path in sorted(run.glob("**/*")) if path.is_file()}
-    events = run / "events.jsonl"
-    assert after.pop(events).startswith(before.pop(events)), "events tell of all jobs"
-    assert after == before
-    same(run, undisturbed)
-
-
 # -- the disk is full ----------------------------------------------------------------------------
 
 NO_RIGHT = 77

@@ -245,10 +245,17 @@ def test_a_save_that_fails_is_told_and_leaves_the_one_before_and_nothing_of_itse
 
 
 def test_a_start_that_no_longer_owns_the_run_publishes_nothing(storage: Storage) -> None:
-    taken: list[str] = []
-    ours = Trained(storage, keep=1, owned=lambda: taken[0] if taken else None)
+    class Taken:
+        by: str | None = None
+
+        def require(self) -> None:
+            if self.by is not None:
+                raise UserError(self.by)
+
+    permit = Taken()
+    ours = Trained(storage, keep=1, permit=permit)
     ours.save(1)
-    taken.append("another job has taken over this run")
+    permit.by = "another job has taken over this run"
     with pytest.raises(UserError, match=r"step_2: .* another job has taken over this run"):
         ours.save(2)
     assert storage.names() == ["step_1"]

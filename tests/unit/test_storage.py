@@ -17,7 +17,7 @@ import fsspec
 import pytest
 
 from raysft.errors import UserError
-from raysft.train.catalogue import MARKER, Catalogue
+from raysft.train.catalogue import MARKER, Catalogue, Saved
 from raysft.train.storage import Folder, Storage, Store, digest, open_storage
 
 
@@ -119,8 +119,9 @@ def test_a_checkpoint_is_there_from_its_marker_on_and_until_that_goes(storage: S
     storage.publish(draft, "step_5", MARKER, b"sum\n")
     assert [saved.step for saved in catalogue.committed()] == [5]
     assert storage.names() == ["step_5"]
-    assert storage.files("step_5") == [MARKER, "meta.json", "state/shard"]
-    with storage.open("step_5/state/shard") as stream:
+    root = Saved(5, storage).root
+    assert storage.files(root) == [MARKER, "meta.json", "state/shard"]
+    with storage.open(f"{root}/state/shard") as stream:
         assert stream.read() == b"weights"
     storage.withdraw("step_5", MARKER)
     assert catalogue.committed() == []
@@ -139,7 +140,8 @@ def test_what_an_earlier_save_left_does_not_get_into_the_next_of_that_step(
     draft = storage.draft("step_5", "token")
     storage.write(f"{draft}/state/shard", b"sound")
     storage.publish(draft, "step_5", MARKER, b"new")
-    with storage.open("step_5/state/shard") as stream, storage.open(f"step_5/{MARKER}") as marker:
+    root = Saved(5, storage).root
+    with storage.open(f"{root}/state/shard") as stream, storage.open(f"{root}/{MARKER}") as marker:
         assert (stream.read(), marker.read()) == (b"sound", b"new")
     assert storage.names() == ["step_5"]
 
@@ -161,15 +163,48 @@ def test_in_a_store_the_marker_is_written_after_all_else_and_deleted_before_it(
 ) -> None:
     storage = Store(f"objects://{tmp_path}/bucket/a")
     ObjectStore.log.clear()
+    draft = storage.draft("step_5", "token")
     for path in ("state/shard", "meta.json"):
-        storage.write(f"{storage.draft('step_5', 'token')}/{path}", b"content")
-    storage.publish("step_5", "step_5", MARKER, b"sum")
-    assert ObjectStore.log[-1] == ("put", f"a/step_5/{MARKER}")
+        storage.write(f"{draft}/{path}", b"content")
+    storage.publish(draft, "step_5", MARKER, b"sum")
+    assert ObjectStore.log[-1] == ("put", f"a/{draft}/{MARKER}")
     storage.withdraw("step_5", MARKER)
     storage.remove("step_5")
     deleted = [key for kind, key in ObjectStore.log if kind == "delete"]
-    assert deleted[0] == f"a/step_5/{MARKER}"
-    assert set(deleted) >= {"a/step_5/state/shard", "a/step_5/meta.json"}
+    assert deleted[0] == f"a/{draft}/{MARKER}"
+    assert set(deleted) >= {f"a/{draft}/state/shard", f"a/{draft}/meta.json"}
+
+
+def test_saves_of_versions_that_put_a_checkpoint_in_place_are_read_and_go(tmp_path: Path) -> None:
+    storage = Store(f"objects://{tmp_path}/bucket/a")
+    catalogue = Catalogue(storage)
+    meta = b'{"step": 5}'
+    storage.write("step_5/meta.json", meta)
+    storage.write(f"step_5/{MARKER}", hashlib.sha256(meta).hexdigest().encode())
+    assert [saved.meta() for saved in catalogue.committed()] == [{"step": 5}]
+    storage.withdraw("step_5", MARKER)
+    assert catalogue.committed() == []
+    storage.remove("step_5")
+    assert storage.names() == []
+
+
+def test_two_saves_of_one_checkpoint_touch_nothing_of_each_other(storage: Storage) -> None:
+    """A writer that another has replaced, and that wakes in the middle of its save."""
+    old, new = (storage.draft("step_5", token) for token in ("000001.0001.f", "000002.0001.a"))
+    for draft, content in ((old, b"stale"), (new, b"sound")):
+        storage.write(f"{draft}/meta.json", content)
+    storage.publish(new, "step_5", MARKER, b"sum")
+    storage.write(f"{old}/meta.json", b"stale again")
+    (saved,) = Catalogue(storage).committed()
+    assert saved.read("meta.json") == b"sound"
+    if isinstance(storage, Folder):
+        with pytest.raises(UserError, match="another job has published this checkpoint"):
+            storage.publish(old, "step_5", MARKER, b"sum")
+    else:
+        storage.publish(old, "step_5", MARKER, b"sum")
+    storage.remove(old)
+    (saved,) = Catalogue(storage).committed()
+    assert (saved.read("meta.json"), saved.read(MARKER)) == (b"sound", b"sum")
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(
