@@ -22,6 +22,7 @@ from raysft.data.plan import PlannedStep
 from raysft.data.read import Reader, Work
 from raysft.data.verify import Line, Report
 from raysft.errors import UserError
+from raysft.run.versions import versions
 
 DECODING = ("numpy", "soundfile", "soxr", "torch", "transformers")
 """Packages on which a clip's features may depend in their last bits."""
@@ -101,7 +102,7 @@ def _left_out(planned: Sequence[str], trained: Sequence[str]) -> frozenset[int]:
 
 
 def _other_versions(run: Path) -> list[str]:
-    then, now = rundir.versions_of(run), rundir.versions()
+    then, now = rundir.versions_of(run), versions()
     return [
         f"{name} {now[name]}, was {then[name]}"
         for name in DECODING

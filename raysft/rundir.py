@@ -18,7 +18,6 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +31,11 @@ from raysft.errors import UserError
 from raysft.patience import patient, patiently
 from raysft.run import identity, ownership, place, threads
 from raysft.run.ownership import ANYONE, Permit
+from raysft.run.versions import versions
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.storage import open_storage, write_whole
 
 log = logging.getLogger(__name__)
-
-PACKAGES = (
-    "raysft",
-    "torch",
-    "transformers",
-    "peft",
-    "deepspeed",
-    "ray",
-    "numpy",
-    "soundfile",
-    "soxr",
-)
 
 # What may differ when a run is continued: none of it changes what a step computes.
 FREE = (
@@ -497,14 +485,3 @@ def versions_of(folder: Path) -> dict[str, str]:
     written = folder / "config.yaml"
     found = read_tree(written.read_text(encoding="utf-8"), str(written)).get("versions")
     return found if isinstance(found, dict) else {}
-
-
-def versions() -> dict[str, str]:
-    """The packages here, by name: PACKAGES."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
