@@ -41,8 +41,7 @@ from raysft.data.stalled import ClipReader
 from raysft.data.unknown import unknown_text
 from raysft.errors import BadExample, UserError
 from raysft.evaluate.normalize import read_spelling
-from raysft.run import ownership
-from raysft.run.ownership import ANYONE, Permit
+from raysft.run.ownership import ANYONE, Permit, refuse_held
 from raysft.rundir import check_run, is_trained, read_config, run_folder, settled, with_budget
 from raysft.session import check_kept
 from raysft.train.catalogue import unreadable
@@ -53,7 +52,6 @@ log = logging.getLogger(__name__)
 
 MOST_TIMES = 100  # that a source's examples are seen in an epoch
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
-
 
 # What workers share, by strategy.
 SHARDED = {
@@ -94,7 +92,7 @@ def check(config: Config) -> None:
         data__index_path=config.data.index_path,
     )
     check_run(config)
-    ownership.refuse_held(run_folder(config))
+    refuse_held(run_folder(config))
     _check_weights(config)
     if config.model.tokenizer not in (None, places.BYTES):
         hub.check(config.model.tokenizer, "model.tokenizer")
