@@ -71,14 +71,15 @@ def thread_settings(shares: Shares) -> dict[str, str]:
 
 def interruptible(
     fit: Callable[[], Any],
-    leave: Callable[[], Any] = lambda: None,
+    leave: Callable[[], bool] = lambda: False,
     grace_s: float = 0.0,
     permit: Permit = ANYONE,
 ) -> None:
     """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0.
 
-    On Ctrl-C or SIGTERM calls `leave`, after which the workers have `grace_s` to save and leave; a
-    second one leaves at once. permit: asked all the while; its UserError ends the wait.
+    On Ctrl-C or SIGTERM calls `leave`, which says whether workers have begun: they then have
+    `grace_s` to save and leave; a second one leaves at once. permit: asked all the while; its
+    UserError ends the wait.
     """
     failed: list[BaseException] = []
     done = threading.Event()
@@ -96,9 +97,8 @@ def interruptible(
         while not done.wait(0.2):
             permit.require()
     except (KeyboardInterrupt, SystemExit):
-        if grace_s:
+        if grace_s and leave():
             print(f"\nsaving, for up to {grace_s:g} s; once more: leave now", flush=True)
-            leave()
             done.wait(grace_s)
         raise
     if failed:

@@ -48,7 +48,7 @@ from raysft.rundir import (
 from raysft.train.catalogue import Catalogue, Saved, unreadable
 from raysft.train.evaluations import Evaluations, Measure, choose, table
 from raysft.train.metrics import Lines, quarantine_key, quarantine_line, read_lines
-from raysft.train.monitor import LEAVE, SAVE, Monitor
+from raysft.train.monitor import SAVE, Monitor
 
 log = logging.getLogger(__name__)
 
@@ -350,7 +350,7 @@ def _fit(
     )
     try:
         grace_s = 0.0 if "evaluated" in settings else config.checkpoint.grace_s
-        interruptible(trainer.fit, lambda: monitor.tell.remote(LEAVE), grace_s, permit)
+        interruptible(trainer.fit, lambda: ray.get(monitor.leave.remote()), grace_s, permit)
     except ray.train.TrainingFailedError as error:
         _raise_mistake(monitor)
         raise UserError(f"training cannot go on: {reason_of(error)}") from error

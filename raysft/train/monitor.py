@@ -82,6 +82,11 @@ class Monitor:
         """Send a signal. Leaving cannot be taken back."""
         self._signal = max(signal, self._signal)
 
+    def leave(self) -> bool:
+        """Tell the workers to leave; returns whether any have begun: if not, nothing is to save."""
+        self.tell(LEAVE)
+        return self._starts > 0
+
     def failed(self, reason: str, first: bool = False) -> None:
         """A worker failed, or ended itself. `first`: this is the cause, others follow from it."""
         if first:

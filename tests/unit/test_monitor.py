@@ -147,6 +147,12 @@ def test_save_is_delivered_once_and_leave_sticks() -> None:
     assert [monitor.signal() for _ in range(3)] == [LEAVE, LEAVE, LEAVE]
 
 
+def test_leaving_has_something_to_save_only_once_workers_have_begun() -> None:
+    waiting, training = Monitor(3, 2.0), begun()
+    assert (waiting.leave(), training.leave()) == (False, True)
+    assert waiting.signal() == training.signal() == LEAVE
+
+
 def test_the_first_mistake_is_what_the_run_ends_with_and_lines_are_taken_once() -> None:
     monitor = begun()
     monitor.mistake("the disk is full")
