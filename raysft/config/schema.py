@@ -109,7 +109,7 @@ class Data(Section):
         description="share of each task in the micro-batches of every step (not of examples or "
         "loss), e.g. {asr: 0.5, tts: 0.5}",
     )
-    window: PositiveInt = Field(4096, description="examples planned, packed and shuffled together")
+    window: PositiveInt = Field(4096, description="examples planned and packed together")
     extend: bool = Field(
         False,
         description="data that has changed since the last start is used from the next epoch on "
