@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysft.config.schema import Data
-from raysft.data.blocks import Blocks
+from raysft.data import pack
 from raysft.data.plan import Cursor
 from raysft.errors import UserError
 from tests.simulated import TASKS, Corpus, Ledger, Run, Start
@@ -285,10 +285,8 @@ def test_going_on_from_99_percent_of_an_epoch_plans_as_many_windows_as_from_1_pe
     generations = run.generations()
     steps = generations.count_steps(0)
     planned: list[int] = []
-    rows = Blocks.rows
-    monkeypatch.setattr(
-        Blocks, "rows", lambda self, *where: planned.append(1) or rows(self, *where)
-    )
+    fill = pack.packed
+    monkeypatch.setattr(pack, "packed", lambda *window: planned.append(1) or fill(*window))
     counts = []
     cursors = [
         step.after for step in itertools.islice(generations.steps(generations.start()), steps)
@@ -299,7 +297,7 @@ def test_going_on_from_99_percent_of_an_epoch_plans_as_many_windows_as_from_1_pe
         next(run.generations().steps(cursor))
         counts.append(len(planned))
     assert max(counts) - min(counts) <= 2  # a step that crosses into the next window plans it too
-    assert max(counts) <= 4  # its own and, for what moved on from it, the one before
+    assert 0 < min(counts) <= max(counts) <= 4
 
 
 def test_a_generation_that_never_began_can_be_replaced_or_dropped_between_two_epochs() -> None:
