@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 # What may differ when a run is continued: none of it changes what a step computes.
 FREE = (
     "parallel.*",
+    "train.deterministic",  # of a step's last bits, as the threads in parallel.*
     "log.*",
     "checkpoint.every",
     "checkpoint.keep",

@@ -28,7 +28,7 @@ from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.attention import used as attention_used
 from raysft.models.base import Adapter
 from raysft.models.reach import summary
-from raysft.parallel import Strategy, World, make_strategy
+from raysft.parallel import Strategy, World, determinism, make_strategy
 from raysft.parallel.fsdp import blocks
 from raysft.patience import patient
 from raysft.rundir import check_base, initial_weights
@@ -180,7 +180,9 @@ def describe(job: Job) -> str:
 
 
 def wrap(config: Config, adapter: Adapter, world: World) -> Strategy:
-    """The model in its strategy, compiled where `train.compile` says so."""
+    """The model in its strategy, compiled where `train.compile` says so; torch as
+    `train.deterministic` says."""
+    determinism.settle(config.train.deterministic, world.device)
     if config.train.compile:
         from raysft.models.compiled import compile_blocks
 

@@ -98,6 +98,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path, corpus: Path) ->
     assert {"wer/dev", "cer/dev", "loss/asr", "perplexity/asr"} <= set(evaluations[-1])
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["versions"]["torch"] and config["data"]["lanes"] == 4
+    assert config["parallel"]["threads"] >= 1  # those it began with: they decide its last bits
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert names == ["step_12", "step_8"]
     assert all((finished / "checkpoints" / name / "COMMITTED").is_file() for name in names)
