@@ -41,19 +41,21 @@ LEASE_S = 30.0
 FRESH_S = 1.0  # how long an answer counts
 SETTLE_S = 3.0  # more than FRESH_S and what a write takes
 _RELEASED = b"released\n"
+PROC = Path("/proc/self")  # of Linux alone
 
 
 def _now() -> float:
-    """Seconds that go on while this process, or the machine, sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    """Seconds that go on while this process, or (where the system counts them) the machine,
+    sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True)
 class Process:
     """A process, by what tells it from any other of its machine, now and later.
 
-    started: in ticks since the machine's start. boot, space: of the machine's start, and of its
-    process ids: numbers of two containers do not compare.
+    started: in ticks since the machine's start (without /proc: in milliseconds). boot, space: of
+    the machine's start, and of its process ids: numbers of two containers do not compare.
     """
 
     host: str
@@ -65,6 +67,10 @@ class Process:
     @classmethod
     def this(cls) -> Process:
         """The one that asks."""
+        if not PROC.is_dir():
+            return cls(
+                socket.gethostname(), os.getpid(), _started(os.getpid()) or 0, "", _machine()
+            )
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         pid = os.getpid()
         space = os.readlink("/proc/self/ns/pid")
@@ -82,12 +88,30 @@ class Process:
 
 def _started(pid: int) -> int | None:
     """When a process of this machine started; None where there is none, or only its exit code."""
+    if not PROC.is_dir():
+        return _started_elsewhere(pid)
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(b")")[2].split()  # a name may hold anything
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _started_elsewhere(pid: int) -> int | None:
+    """`_started` on systems without /proc."""
+    import psutil
+
+    try:
+        found = psutil.Process(pid)
+        ended = found.status() == psutil.STATUS_ZOMBIE
+        return None if ended else round(1000 * found.create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _machine() -> str:
+    return f"{uuid.getnode():x}"
 
 
 class Permit(Protocol):

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -220,3 +222,19 @@ def test_a_process_is_told_from_a_later_one_of_its_number(run: Path) -> None:
     assert replace(mine, started=mine.started - 1).gone()
     assert not replace(mine, boot="of another machine", pid=2**22 + 1).gone(), "nobody knows"
     assert replace(mine, pid=2**22 + 1).gone()
+
+
+def test_a_process_is_known_where_the_system_has_no_proc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "PROC", tmp_path / "absent")
+    me = Process.this()
+    assert me == Process.this() and not me.gone()
+    assert replace(me, started=me.started - 1000).gone()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        started = ownership._started(child.pid)
+        other = replace(me, pid=child.pid, started=started or 0)
+        assert started and not other.gone()
+        child.kill()
+    assert other.gone()
+    assert not replace(other, space="another machine").gone(), "of which nobody here knows"
