@@ -370,9 +370,8 @@ class Train(Section):
     compile: bool = Field(False, description="torch.compile on every block of the model")
     deterministic: bool | None = Field(
         None,
-        description="only algorithms that give the same bits each time; an operation without one "
-        "ends the run; default: true on CPUs (there with a warning instead), false on GPUs, where "
-        "it is slower",
+        description="the same bits each time; an operation that cannot ends the run; default: true "
+        "on CPUs (there with a warning instead), false on GPUs, where it is slower",
     )
     freeze: list[str] = Field(
         default_factory=list, description="parameters that stay as they are: name patterns (a.b.*)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -12,57 +11,13 @@ import numpy as np
 import pytest
 
 from raysft import history
-from raysft.config.schema import Data, Source
-from raysft.data import part, plan
-from raysft.data.changes import facts
-from raysft.data.generations import Generations, open_index
+from raysft.config.schema import Source
+from raysft.data import part
+from raysft.data.generations import open_index
 from raysft.data.index import Index
-from raysft.data.plan import Cursor, Plan
 from raysft.errors import UserError
-from tests.unit.indexes import Encoder, asr, build, clip, jsonl, most
-
-
-class Run:
-    """A run's folder, and starts of it on whatever data there is then."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "runs" / "a"
-        self.folder.mkdir(parents=True)
-        self.cache = folder / "index"
-        self.cursor: Cursor | None = None
-
-    def index(self, *paths: Path | Source, encoder: Encoder | None = None) -> Index:
-        return build(self.cache, *paths, encoder=encoder)
-
-    def start(
-        self, *paths: Path | Source, encoder: Encoder | None = None, seed: int = 0, **data: object
-    ) -> Generations:
-        settings = Data(**{"lanes": 2, "tokens_per_batch": 40, "window": 8, **data})
-        index = self.index(*paths, encoder=encoder)
-        return history.follow(self.folder, index, settings, seed, self.cursor)
-
-    def train(self, steps: int) -> list[list[str]]:
-        """Do `steps` steps and save; the ids of each."""
-        generations = history.load(self.folder)
-        index = open_index(history.places(self.folder))
-        cursor = self.cursor or generations.start()
-        ids = []
-        for step in itertools.islice(generations.steps(cursor), steps):
-            ids.append(sorted(index.ids(np.concatenate(step.lanes))))
-            cursor = step.after
-        self.cursor = Cursor.from_json(json.loads(json.dumps(cursor.to_json())))
-        return ids
-
-    def epoch(self) -> list[str]:
-        """Train to the end of the epoch; the ids of the steps left in it."""
-        assert self.cursor is not None
-        before, ids = self.cursor.epoch, []
-        while self.cursor.epoch == before:
-            ids += self.train(1)[0]
-        return ids
-
-    def written(self) -> list[dict]:
-        return json.loads((self.folder / "plan.json").read_bytes())
+from tests.unit.generations import Run, names, refusal
+from tests.unit.indexes import Encoder, asr, clip, jsonl, most
 
 
 @pytest.fixture
@@ -73,22 +28,6 @@ def run(tmp_path: Path) -> Run:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     return most(tmp_path / "a.json", 40)
-
-
-def refusal(run: Run, *paths: Path | Source, **changes: object) -> str:
-    before = run.written()
-    with pytest.raises(UserError) as error:
-        run.start(*paths, **changes)
-    assert run.written() == before
-    text = str(error.value)
-    assert "\n" not in text
-    assert "run.name" in text
-    assert "checkpoint.resume=weights_only" in text
-    return text
-
-
-def names(first: int, last: int) -> list[str]:
-    return sorted(f"m{number}" for number in range(first, last))
 
 
 def test_the_run_folder_says_what_it_trains_on(run: Run, corpus: Path) -> None:
@@ -339,83 +278,6 @@ def test_the_folder_of_indexes_may_be_moved(run: Run, corpus: Path, tmp_path: Pa
     run.start(corpus, more)
     run.epoch()
     assert sorted(run.epoch()) == names(0, 60)
-
-
-def test_a_plan_that_comes_out_otherwise_than_recorded_is_refused(run: Run, corpus: Path) -> None:
-    run.start(corpus)
-    run.train(3)
-    tokens = Path(run.written()[0]["index"]) / "tokens.npy"
-    meta = tokens.with_name("meta.json")
-    meta.write_text(meta.read_text().replace('"hash": "', '"hash": "0'))
-    with pytest.raises(UserError, match=r"comes out another now: its index in .* was altered"):
-        history.load(run.folder).start()
-
-
-def rewritten(run: Run, **settings: object) -> None:
-    """plan.json as another version of raysft would have written it."""
-    known = run.written()
-    for item in known:
-        item["settings"].update(settings)
-    (run.folder / "plan.json").write_text(json.dumps(known))
-
-
-def test_a_run_of_a_later_planning_is_refused(run: Run, corpus: Path) -> None:
-    run.start(corpus)
-    run.train(3)
-    rewritten(run, algorithm=plan.ALGORITHM + 1)
-    assert "planned by version 3 of raysft's planning, and this raysft knows 1 and 2" in refusal(
-        run, corpus, extend=True
-    )
-    with pytest.raises(UserError, match="planned by version 3"):
-        history.load(run.folder).start()
-
-
-def begun_by_algorithm_1(run: Run, *paths: Path | Source, **data: object) -> Plan:
-    """A run's folder as raysft left it when its planning was the first."""
-    settings = Data(**{"lanes": 2, "tokens_per_batch": 40, "window": 8, **data})
-    index = run.index(*paths)
-    old = Plan.of(index, settings, 0, algorithm=1)
-    (run.folder / "plan.json").write_text(json.dumps([facts(0, index, old)]))
-    run.cursor = next(old.steps(old.start())).after
-    return old
-
-
-def test_a_run_of_the_first_planning_goes_on_under_it(run: Run, corpus: Path) -> None:
-    old = begun_by_algorithm_1(run, corpus)
-    before = run.written()
-    found = run.start(corpus)
-    assert run.written() == before
-    assert isinstance(found.newest, Plan) and found.newest.hash == old.hash
-    steps = zip(found.steps(run.cursor), itertools.islice(old.steps(run.cursor), 40))
-    assert all(
-        np.array_equal(mine, theirs)
-        for a, b in steps
-        for mine, theirs in zip(a.lanes, b.lanes, strict=True)
-    )
-    (run.folder / "plan.json").unlink()  # as before there was one
-    assert run.start(corpus).newest.hash == old.hash
-    (unnamed,) = run.written()  # what such a run has recorded are ids as they are
-    assert unnamed == {key: value for key, value in before[0].items() if key != "names"}
-
-
-def test_a_run_of_the_first_planning_keeps_it_for_data_that_joins(
-    run: Run, corpus: Path, tmp_path: Path
-) -> None:
-    begun_by_algorithm_1(run, corpus)
-    more = most(tmp_path / "b.json", 20, start=40)
-    run.start(corpus, more, extend=True)
-    assert [item["settings"]["algorithm"] for item in run.written()] == [1, 1]
-    both = Plan.of(
-        run.index(corpus, more), Data(lanes=2, tokens_per_batch=40, window=8), 0, algorithm=1
-    )
-    assert run.written()[1]["plan_hash"] == both.hash
-    run.epoch()
-    assert sorted(run.epoch()) == names(0, 60)
-
-
-def test_a_new_run_is_of_the_newest_planning(run: Run, corpus: Path) -> None:
-    run.start(corpus)
-    assert run.written()[0]["settings"]["algorithm"] == plan.ALGORITHM == 2
 
 
 def test_a_file_that_the_epoch_under_way_needs_must_not_go(
