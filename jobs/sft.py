@@ -24,14 +24,15 @@ def main(argv: Sequence[str]) -> None:
 
     from raysft import prepare
 
-    prepare.check(config)
+    dry = "dry-run" in arguments.flags
+    prepare.check(config, writes=not dry)
 
     from raysft import launch  # imports Ray and torch, 10 s: not before a mistake is said
     from raysft.session import destination, ray_session
 
     show.say(destination())
     with ray_session():
-        if "dry-run" in arguments.flags:
+        if dry:
             print(launch.dry_run(config, show))
             return
         outcome = launch.run(config, show)

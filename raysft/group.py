@@ -3,6 +3,7 @@ gets of the cluster, how its end is waited for, and what ended it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -95,7 +96,8 @@ def interruptible(
     try:
         # Not Thread.join: interrupted, Python takes the thread for ended (bpo-45274).
         while not done.wait(0.2):
-            permit.require()
+            with contextlib.suppress(OSError):  # this process writes nothing; workers ask as well
+                permit.require()
     except (KeyboardInterrupt, SystemExit):
         if grace_s and leave():
             print(f"\nsaving, for up to {grace_s:g} s; once more: leave now", flush=True)

@@ -83,16 +83,17 @@ def _silent(text: str) -> None:
     """For callers that nobody watches."""
 
 
-def check(config: Config) -> None:
+def check(config: Config, writes: bool = True) -> None:
     """Look for mistakes that show without reading data or weights: run folder, sources, layers
-    that are to have adapters. Raises UserError."""
+    that are to have adapters. writes: into the run's folder. Raises UserError."""
     patience.allow(config.patience_s)
     check_kept(
         run__storage_path=config.run.storage_path,
         data__index_path=config.data.index_path,
     )
     check_run(config)
-    refuse_held(run_folder(config))
+    if writes:
+        refuse_held(run_folder(config))
     _check_weights(config)
     if config.model.tokenizer not in (None, places.BYTES):
         hub.check(config.model.tokenizer, "model.tokenizer")
@@ -135,7 +136,7 @@ def check_evaluation(config: Config, run: Path, step: str) -> None:
 
 
 def check_export(run: Path, out: Path, step: str) -> None:
-    """As `check`, of an export: no run, no such checkpoint, no room where it is to go."""
+    """As `check`, of an export."""
     check_kept(OUT=out)
     paths.check_new_folder("export", out)
     choose(run, read_config(run).checkpoint, step, unreadable)

@@ -59,7 +59,7 @@ static int check(const char *function, const char *path) {
         size_t run = 0;
         while (is_hex(c[run]))
             run++;
-        if (run >= 8) {
+        if (run >= 6) {
             found[at++] = '#', c += run;
             continue;
         }

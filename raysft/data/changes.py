@@ -105,7 +105,9 @@ def overwritten(old: dict[str, Any], index: Index) -> list[str]:
     for number, file in enumerate(_files(old)):
         path = Path(file.path)
         try:
-            patience.patiently(path.stat, path, patience.momentary)
+            # The first that is gone is waited for: so would be all of a mount that is away.
+            passing = patience.failing if lost else patience.momentary
+            patience.patiently(path.stat, path, passing)
         except FileNotFoundError:
             lost.append(f"{file.path} (gone)")
             continue

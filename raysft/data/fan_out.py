@@ -68,7 +68,9 @@ def _cpus() -> int:
         import ray
 
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _by_processes(

@@ -33,7 +33,7 @@ class Hope:
 
     def check(self, job: Job, part: Part) -> None:
         """Take in what was measured: in the order of the files' lines."""
-        if self._most >= 1:
+        if self._most >= 1 or job.chunk is None:  # those looked at again are no sample of a source
             return
         key = job.source.key
         clips = [item for item in part.rejected if item.audio]

@@ -164,6 +164,8 @@ def _renewed(
     where that is the same."""
     if cached is None:
         return Part.join(new)
+    if cached is stored and not new and not replaced:
+        return cached
     steady = [item for item in cached.rejected if not item.audio]
     renewed = Part.join([replace(cached.without(replaced), rejected=steady), *new])
     same = cached is stored and renewed.rejected == cached.rejected and not replaced

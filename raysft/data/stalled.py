@@ -140,7 +140,7 @@ class ClipReader:
         if self._folder is not None and _name(path) in self._known:
             try:
                 reason = json.loads((self._folder / _name(path)).read_bytes())["reason"]
-            except FileNotFoundError:  # deleted since the folder was listed: read it again
+            except (FileNotFoundError, ValueError, KeyError):  # deleted meanwhile, or half-written
                 return
             raise BadExample(reason)
 

@@ -293,7 +293,7 @@ class Index:
         to come. Raises OSError."""
         handle = self._handle(file)
         try:
-            for offset, size in ahead:
+            for offset, size in ahead if hasattr(os, "posix_fadvise") else ():  # not on macOS
                 os.posix_fadvise(handle, offset, size, os.POSIX_FADV_WILLNEED)
             data = os.pread(handle, count, start)
             if len(data) < count and os.fstat(handle).st_size >= start + count:

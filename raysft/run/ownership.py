@@ -20,6 +20,7 @@ still does is written to files that are no longer there (see `train.metrics`), o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -40,8 +41,10 @@ BEAT_S = 2.0
 LEASE_S = 30.0
 FRESH_S = 1.0  # how long an answer counts
 SETTLE_S = 3.0  # more than FRESH_S and what a write takes
-_RELEASED = b"released\n"
+_RELEASED = b"released".ljust(20) + b"\n"  # as long as a beat
 PROC = Path("/proc/self")  # of Linux alone
+_HIDDEN = -1
+_NOWHERE = uuid.uuid4().hex  # equal to no other process's
 
 
 def _now() -> float:
@@ -71,28 +74,41 @@ class Process:
             return cls(
                 socket.gethostname(), os.getpid(), _started(os.getpid()) or 0, "", _machine()
             )
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         pid = os.getpid()
-        space = os.readlink("/proc/self/ns/pid")
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            space = os.readlink("/proc/self/ns/pid")
+        except OSError:  # some sandboxes have neither: the lease alone decides there
+            boot, space = _NOWHERE, _NOWHERE
         return cls(socket.gethostname(), pid, _started(pid) or 0, boot, space)
+
+    def here(self) -> bool:
+        """Whether it can be looked up by this process: it is one of the same machine."""
+        mine = Process.this()
+        return (self.host, self.boot, self.space) == (mine.host, mine.boot, mine.space)
 
     def gone(self) -> bool:
         """Whether it has ended for certain; of a process of another machine nobody here knows."""
-        mine = Process.this()
-        here = (self.boot, self.space) == (mine.boot, mine.space)
-        return here and _started(self.pid) != self.started
+        return self.here() and _started(self.pid) not in (self.started, _HIDDEN)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine started; None where there is none, or only its exit code."""
+    """When a process of this machine started; None where there is none, or only its exit code;
+    _HIDDEN where the system does not say (hidepid: a process of another user)."""
     if not PROC.is_dir():
         return _started_elsewhere(pid)
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return _HIDDEN
         return None
     fields = text.rpartition(b")")[2].split()  # a name may hold anything
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
@@ -156,8 +172,11 @@ class Lease:
     def lost(self) -> str | None:
         """Why this holder no longer owns the run, or None. Reads up to two small files. Raises
         OSError where they cannot be read."""
+        return patiently(self._lost, self.folder / POINTER)
+
+    def _lost(self) -> str | None:
         asked = _now()
-        found = patiently(self._pointer, self.folder / POINTER)
+        found = json.loads((self.folder / POINTER).read_bytes())
         number = found.get("number", 0)
         newer = number > self.number or (number == self.number and found["token"] != self.token)
         if newer or (self.folder / FOLDER / f"{self.number + 1}.json").exists():
@@ -168,9 +187,6 @@ class Lease:
             return f"{self.folder}: other workers have been started for this run; these end"
         self._fresh = asked
         return None
-
-    def _pointer(self) -> dict[str, Any]:
-        return json.loads((self.folder / POINTER).read_bytes())
 
     def require(self) -> None:
         """Raises UserError where the run is another's by now. Mostly a look at the clock."""
@@ -368,7 +384,8 @@ class Ownership:
         for old in (folder / FOLDER).iterdir():
             first = old.name.partition(".")[0]
             if first.isdecimal() and int(first) < number - 1:
-                old.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the next start clears it away
+                    old.unlink()
         return owned
 
     def _settle(self, before: _Holder, say: Callable[[str], None]) -> None:
@@ -401,7 +418,7 @@ class Ownership:
             self._thread.join()
         try:
             if self.lease.lost() is None:
-                self._beat_file.write_bytes(_RELEASED)
+                self._overwrite(_RELEASED)
         except OSError:
             pass  # the folder is away or gone: the next start waits, if there is one
 
@@ -416,8 +433,16 @@ class Ownership:
         return self.lease.folder / FOLDER / f"{self.lease.number}.beat"
 
     def _write_beat(self, count: int) -> None:
+        self._overwrite(b"%020d\n" % count)
+
+    def _overwrite(self, content: bytes) -> None:
         # In place: who opens it anew sees it, on any machine; a name that changes its file may not.
-        self._beat_file.write_bytes(b"%020d\n" % count)
+        # Not emptied first: on a full disk it could not be written again.
+        handle = os.open(self._beat_file, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(handle, content, 0)
+        finally:
+            os.close(handle)
 
     def _point(self) -> None:
         content = {"token": self.lease.token, "number": self.lease.number, "since": time.time()}
@@ -433,7 +458,7 @@ class Ownership:
                     self._lost = lost
                     return
                 pointer = json.loads((self.lease.folder / POINTER).read_bytes())
-                if pointer["token"] != self.lease.token:
+                if pointer.get("token") != self.lease.token:
                     self._point()  # a start that was frozen while it was taken over wrote its own
                 self._write_beat(count)
             except (OSError, ValueError):

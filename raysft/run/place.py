@@ -2,8 +2,8 @@
 
 A run has an id, which its config.yaml keeps and every one of its checkpoints names. A place holds
 the checkpoints of one run: what finds those of another there is refused before it writes. Two new
-runs that begin at once find none; of them the one that claimed the place last (owner.json, beside
-the checkpoints) has it, and the other ends at its first save.
+runs that begin at once find none; of them the one that claimed the place last (claimed_by.json,
+beside the checkpoints) has it, and the other ends at its first save.
 """
 
 from __future__ import annotations

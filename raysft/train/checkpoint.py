@@ -87,6 +87,7 @@ class Saver:
         # Of its own, on CPU tensors: a save's messages must not meet those of training.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._mark = b""  # of the save that is about to be published
         self._running: Save | None = None
         self._done: list[Save] = []
 
@@ -159,6 +160,7 @@ class Saver:
     def _run(self, save: Save, staged: dict[str, Any], meta: dict[str, Any]) -> None:
         name = f"step_{save.step}"
         draft = self._storage.draft(name, self._token)
+        ours = self.world.is_main  # to be cleared away where it fails: nothing half-written stays
         try:
             self._permit.require()
             self._settle()
@@ -169,11 +171,15 @@ class Saver:
                 no_dist=self._group is None,
             )
             if self.world.is_main:
-                save.bytes = self._publish(draft, name, {"step": save.step, **meta})
+                save.bytes = self._prepare(draft, {"step": save.step, **meta})
+                self._permit.require()
+                # What is published has left a folder's draft; in a store it is the draft itself.
+                ours = isinstance(self._storage, Folder)
+                self._storage.publish(draft, name, MARKER, self._mark)
                 self.prune()
         except (OSError, CheckpointException, UserError) as error:
             save.error = self._taken() or error  # whose files went with their run, has lost that
-            if self.world.is_main:  # nothing half-written stays
+            if ours:
                 with contextlib.suppress(OSError):  # it may be the storage that has failed
                     self._storage.remove(draft)
         except BaseException as error:  # noqa: BLE001 - raised in the training thread
@@ -187,7 +193,8 @@ class Saver:
             return error if isinstance(error, UserError) else None
         return None
 
-    def _publish(self, draft: str, name: str, meta: dict[str, Any]) -> int:
+    def _prepare(self, draft: str, meta: dict[str, Any]) -> int:
+        """All that a checkpoint holds but its marker, `self._mark`; returns its bytes."""
         files: dict[str, list[Any]] = {}
         for path in self._storage.files(draft):
             if path.endswith(f".{self._token}{_SUMS}"):
@@ -202,8 +209,7 @@ class Saver:
             files[path] = [sha256(content).hexdigest(), len(content)]
         content = json.dumps({**meta, "files": files}).encode()
         self._storage.write(f"{draft}/meta.json", content)
-        self._permit.require()
-        self._storage.publish(draft, name, MARKER, f"{sha256(content).hexdigest()}\n".encode())
+        self._mark = f"{sha256(content).hexdigest()}\n".encode()
         return sum(size for _, size in files.values())
 
     def _read(self, path: str, read: Callable[[IO[bytes]], Any]) -> Any:

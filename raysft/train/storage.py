@@ -26,7 +26,7 @@ from raysft import paths, patience
 from raysft.errors import UserError
 
 _BLOCK = 1 << 20
-CLAIM = "owner.json"
+CLAIM = "claimed_by.json"
 """Beside the checkpoints of a place that runs could share: whose they are; see `run.place`."""
 
 

@@ -99,14 +99,15 @@ class Orphaned:
             before = now
             try:
                 reason, beat = self._lease.lost(), self._lease.beat()
+                here, gone = self._driver.here(), self._driver.gone()
             except (OSError, ValueError):
                 since = now  # nobody can be heard just now
                 continue
             if beat != seen:
                 seen, since = beat, now
-            if reason is None and self._driver.gone():
+            if reason is None and gone:
                 reason = f"the driver ({self._driver}) has ended"
-            if reason is None and now - since > self._silent:
+            if reason is None and not here and now - since > self._silent:
                 reason = f"no sign of life of the driver ({self._driver}) for {now - since:.0f} s"
             if reason is not None:
                 print(f"{reason}: this worker ends", file=sys.stderr, flush=True)

@@ -142,7 +142,8 @@ def test_every_strategy_and_number_of_workers_is_the_same_to_the_last_bit_after_
     check(tmp_path, size, [(strategy, kind) for kind in KINDS])
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3])
 def test_what_is_logged_measured_and_saved_may_change_at_a_start_and_no_bit_with_it(
     size: int, tmp_path: Path
 ) -> None:

@@ -37,8 +37,8 @@ SAMPLE = (
     ("write runs/run/ledger/lane_1_from_1.jsonl", errno.ENOSPC),
     ("fstat runs/run/metrics.jsonl", errno.ESTALE),
     ("mkdir runs/run/predictions", errno.ENOSPC),
-    ("write runs/run/checkpoints/.step_4.#/state/__0_0.distcp", errno.ENOSPC),
-    ("fsync runs/run/checkpoints/.step_6.#/state/__0_0.distcp", errno.EIO),
+    ("write runs/run/checkpoints/.step_4.#.0001.#.#/state/__0_0.distcp", errno.ENOSPC),
+    ("fsync runs/run/checkpoints/.step_6.#.0001.#.#/state/__0_0.distcp", errno.EIO),
     ("rename runs/run/checkpoints/step_8", errno.EIO),
     ("unlink runs/run/checkpoints/step_4/COMMITTED", errno.EIO),
 )
@@ -134,7 +134,7 @@ def problems(
     return found
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_in_which_calls_fail_ends_as_if_none_had(lab: Lab, workers: int) -> None:
     faults = [Fault(site, error=number) for site, number in SAMPLE]
     rank = workers - 1
@@ -144,6 +144,7 @@ def test_a_run_in_which_calls_fail_ends_as_if_none_had(lab: Lab, workers: int) -
     assert problems(lab, name, *faults, workers=workers, rank=rank, starts=3) == []
 
 
+@pytest.mark.slow
 def test_a_start_in_which_calls_fail_goes_on_as_if_none_had(lab: Lab) -> None:
     faults = [Fault(site, error=number) for site, number in RESUMED]
     assert problems(lab, "resumed", *faults, starts=3, kill_at=5) == []

@@ -264,7 +264,7 @@ def test_the_marker_comes_after_all_shards_and_the_ledger_are_durable_and_older_
     for worker in group:
         worker.join()
     assert [worker.exitcode for worker in group] == [0, 0]
-    ranks = [[tuple(line) for line in read_lines(log)] for log in logs]
+    ranks = [[tuple(json.loads(line)) for line in log.read_text().splitlines()] for log in logs]
 
     def times(rank: int, what: str, *parts: str) -> list[float]:
         """When it was done to paths that hold these parts; \\0 stands at the end of each."""
@@ -355,6 +355,7 @@ def fill_and_train(home: Path, disk: Path, times: int) -> None:
     said, chance = home / "said", random.Random(5)
     os.environ["HOME"] = str(home)
     settings = {"run__storage_path": str(disk), "data__index_path": str(home / "index")}
+    settings["data__retry_s"] = 0.2  # nobody makes room meanwhile
     run = disk / "filled"
     config = tiny(home, "filled", train__max_steps=3, **settings)
     assert live_on_little(config, said) == 0

@@ -240,7 +240,7 @@ def found(run: Run, files: Files, others: Files, kind: str, seed: int) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "cases", [12, pytest.param(450, marks=pytest.mark.slow)], ids=["some", "many"]
+    "cases", [5, pytest.param(450, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_any_single_change_of_a_ledger_is_found(
     kind: str, cases: int, runs: tuple[Run, Files, Files]

@@ -16,6 +16,7 @@ from raysft.errors import UserError
 from raysft.rundir import check_run, open_run, run_folder, run_id
 from raysft.train.catalogue import MARKER, Catalogue
 from raysft.train.loop import train
+from raysft.train.storage import CLAIM
 from tests.unit.test_checkpoint import ONE
 from tests.worlds import start, tiny
 
@@ -88,7 +89,7 @@ def test_a_run_from_before_runs_had_ids_goes_on_and_gets_one(place: str, tmp_pat
         saved.storage.write(f"{saved.root}/meta.json", content)
         marker = hashlib.sha256(content).hexdigest().encode()
         saved.storage.write(f"{saved.root}/{MARKER}", marker)
-    for claim in (tmp_path / "bucket").rglob("*owner.json"):
+    for claim in (tmp_path / "bucket").rglob(f"*{CLAIM}"):
         claim.unlink()
     written = run / "config.yaml"
     lines = written.read_text().splitlines(keepends=True)
