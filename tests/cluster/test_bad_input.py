@@ -173,12 +173,14 @@ def test_what_a_restart_cannot_mend_is_said_once_with_its_cause_and_its_place(
     run = tmp_path / "runs" / "run"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(config.read_text())
-    (run / "events.jsonl").write_text("3\n")
+    (run / "events.jsonl").write_text('{"event": "continued", "steps_again": "x"}\n')
     done = jobs.call("sft", config, "--debug")
     assert done.returncode == 1
     assert done.stdout.count("worker(s) started") == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: TypeError: 'int' object is not subscriptable (raysft/train/")
+    assert line.startswith(
+        "error: TypeError: unsupported operand type(s) for +=: 'int' and 'str' (raysft/train/"
+    )
     assert "the same command" not in done.stdout + done.stderr
     assert "in a worker:" in done.stderr, "--debug shows the traceback"
 
