@@ -47,8 +47,8 @@ from matplotlib import pyplot
 from raysft.audit import audit
 from raysft.config.schema import Checkpoint
 from raysft.data.verify import Report
+from raysft.run.lines import read_lines
 from raysft.train.catalogue import Catalogue
-from raysft.train.metrics import read_lines
 
 DIGITS = ROOT / "examples" / "spoken_digits"
 POLL_S = 0.03

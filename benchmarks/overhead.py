@@ -137,8 +137,8 @@ def make_config(folder: Path, name: str, size: Size, mode: str = "packed") -> Co
 def ours(folder: Path, size: Size, number: int) -> dict[str, Any]:
     """The whole job, as `jobs/sft.py` runs it; timed by its own metrics.jsonl."""
     from raysft import launch
+    from raysft.run.lines import read_lines
     from raysft.session import ray_session
-    from raysft.train.metrics import read_lines
 
     config = make_config(folder, _name(number), size)
     began = time.perf_counter()

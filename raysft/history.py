@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from raysft import patience
-from raysft.config.load import read_tree
 from raysft.config.schema import Data
 from raysft.data import names
 from raysft.data.changes import changed_data, changed_settings, facts, overwritten
@@ -25,6 +24,7 @@ from raysft.data.plan import ALGORITHMS, Cursor, Plan
 from raysft.data.table import Index
 from raysft.errors import UserError
 from raysft.run.ownership import ANYONE, Permit
+from raysft.rundir import run_id
 from raysft.train.storage import write_whole
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,10 @@ def load(run: Path) -> Generations:
     return _generations(run, _read(run))
 
 
-@patience.patient
 def identity(run: Path) -> str:
     """What tells this run from any other: the id in its config.yaml; of one from before runs had
     ids, the hash of its first plan."""
-    path = run / "config.yaml"
-    tree = read_tree(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
-    return str(tree["id"]) if "id" in tree else _read(run)[0]["plan_hash"]
+    return run_id(run) or _read(run)[0]["plan_hash"]
 
 
 def chained(run: Path) -> bool:

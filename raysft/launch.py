@@ -25,7 +25,7 @@ import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysft import budget, entry, history, prepare
+from raysft import budget, entry, history, prepare, preview
 from raysft.config import Config
 from raysft.config.schedule import another_length
 from raysft.data.example import Quarantined
@@ -34,6 +34,7 @@ from raysft.data.plan import Cursor
 from raysft.errors import UserError
 from raysft.group import Shares, died, interruptible, reason_of, thread_settings
 from raysft.prepare import Prepared
+from raysft.run.lines import Lines, read_lines
 from raysft.run.ownership import ANYONE, Ownership, Permit, Process
 from raysft.run.threads import tight, with_threads
 from raysft.rundir import (
@@ -47,7 +48,7 @@ from raysft.rundir import (
 )
 from raysft.train.catalogue import Catalogue, Saved, unreadable
 from raysft.train.evaluations import Evaluations, Measure, choose, table
-from raysft.train.metrics import Lines, quarantine_key, quarantine_line, read_lines
+from raysft.train.metrics import quarantine_key, quarantine_line
 from raysft.train.monitor import SAVE, Monitor
 
 log = logging.getLogger(__name__)
@@ -135,9 +136,9 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
 
 
 def dry_run(config: Config, progress: Progress) -> str:
-    """What a run would do on this cluster, as text; see `prepare.dry_run`."""
+    """What a run would do on this cluster, as text; see `preview.dry_run`."""
     Shares.of(config)
-    return prepare.dry_run(config, lambda text: progress({"doing": text}))
+    return preview.dry_run(config, lambda text: progress({"doing": text}))
 
 
 @dataclass
@@ -215,7 +216,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         "total_steps": prepared.total_steps,
         "examples": len(prepared.train) + len(prepared.train.rejected),
         "submitted": start.at,
-        "summary": prepare.summary(prepared, folder),
+        "summary": preview.summary(prepared, folder),
         "lease": owner.lease,
         "driver": Process.this(),
     }

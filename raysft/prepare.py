@@ -1,4 +1,4 @@
-"""Everything between a config and the first step: encoder, indexes, plan, and what they tell.
+"""Everything between a config and the first step: checks, encoder, indexes, plan.
 
 Runs on the driver. Costs one pass over the headers of new data (spread over the cluster where Ray
 runs, then cached) and one read of the length column.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ from raysft.data.audio import Limits, load
 from raysft.data.encode import (
     TEMPLATE,
     Encoder,
-    kept_template,
     make_encoder,
     model_family,
     require_template,
@@ -35,14 +32,14 @@ from raysft.data.encode import (
 from raysft.data.example import Quarantined
 from raysft.data.generations import Generations
 from raysft.data.index import Index, build_index
-from raysft.data.plan import Cursor, Plan, Summary
+from raysft.data.plan import Cursor, Plan
 from raysft.data.quarantine import summary as quarantined
 from raysft.data.stalled import ClipReader
 from raysft.data.unknown import unknown_text
 from raysft.errors import BadExample, UserError
 from raysft.evaluate.normalize import read_spelling
 from raysft.run.ownership import ANYONE, Permit, refuse_held
-from raysft.rundir import check_run, is_trained, read_config, run_folder, settled, with_budget
+from raysft.rundir import check_run, read_config, run_folder
 from raysft.session import check_kept
 from raysft.train.catalogue import unreadable
 from raysft.train.evaluations import choose, metrics_of
@@ -51,15 +48,6 @@ from raysft.train.storage import write_whole
 log = logging.getLogger(__name__)
 
 MOST_TIMES = 100  # that a source's examples are seen in an epoch
-ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
-
-# What workers share, by strategy.
-SHARDED = {
-    "fsdp": ("weights", "gradients", "moments"),
-    "zero1": ("moments",),
-    "zero2": ("gradients", "moments"),
-    "zero3": ("weights", "gradients", "moments"),
-}
 
 
 @dataclass
@@ -79,7 +67,7 @@ Say = Callable[[str], None]
 """Shown to the user while something lasts."""
 
 
-def _silent(text: str) -> None:
+def silent(text: str) -> None:
     """For callers that nobody watches."""
 
 
@@ -168,7 +156,7 @@ def prepare(
     config: Config,
     folder: Path,
     cursor: Cursor | None = None,
-    say: Say = _silent,
+    say: Say = silent,
     permit: Permit = ANYONE,
 ) -> Prepared:
     """Encoder, indexes and plan; writes the index cache, plan.json, and a speech tokenizer.
@@ -214,7 +202,7 @@ def _check_best(config: Config, evaluation: Index | None) -> None:
         )
 
 
-def read_eval(config: Config, run: Path, folder: Path, say: Say = _silent) -> tuple[Encoder, Index]:
+def read_eval(config: Config, run: Path, folder: Path, say: Say = silent) -> tuple[Encoder, Index]:
     """Encoder and index of data.eval, to evaluate the run in `run`. Writes the index cache, and
     into `folder` what there is to remember; of the run neither data nor plan are looked at."""
     patience.allow(config.patience_s)
@@ -236,7 +224,7 @@ def _check_task_weights(config: Config, tasks: list[str]) -> None:
 
 
 def read_train(
-    config: Config, folder: Path, say: Say = _silent, permit: Permit = ANYONE
+    config: Config, folder: Path, say: Say = silent, permit: Permit = ANYONE
 ) -> tuple[Encoder, Index]:
     """Encoder and index of the training data; writes the index cache, and a speech tokenizer."""
     patience.allow(config.patience_s)
@@ -319,117 +307,6 @@ def total_steps(config: Config, plan: Generations) -> int:
         return config.train.max_steps
     steps = sum(plan.count_steps(epoch) for epoch in range(config.train.epochs or 1))
     return min(steps, config.train.max_steps or steps)
-
-
-def dry_run(config: Config, say: Say = _silent) -> str:
-    """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing."""
-    config, assumed = settled(config), []
-    if config.data.tokens_per_batch == "auto":
-        config = with_budget(config, ASSUMED)
-        assumed = [
-            f"tokens_per_batch {ASSUMED:,} is assumed here; auto: the run finds it at its start"
-        ]
-    with tempfile.TemporaryDirectory() as scratch:
-        _as_the_run(config, Path(scratch))
-        prepared = prepare(config, Path(scratch), say=say)
-        epoch = prepared.plan.summary(0)
-        index = prepared.train
-        lines = [
-            *assumed,
-            f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable"
-            + (
-                f": {quarantined(q.reason for q in prepared.rejected)}" if prepared.rejected else ""
-            ),
-            f"audio           {_duration(index)}",
-            *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
-            f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
-            f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
-            f"tokens          {epoch.tokens:,} an epoch ({_by_task(epoch)})",
-            f"padding         {epoch.padding:.2%} of computed positions",
-            f"unfilled        {epoch.unfilled:.2%} of the budget",
-            *_memory(config, prepared.encoder, prepared.total_steps),
-        ]
-        lines += [f"unusable        {q.id}: {q.reason}" for q in prepared.rejected[:10]]
-        return "\n".join(lines)
-
-
-def _as_the_run(config: Config, scratch: Path) -> None:
-    """Prompts of the run that is there already: of another day they would be indexed anew."""
-    kept = kept_template(run_folder(config))
-    if kept is not None and is_trained(config):
-        (scratch / TEMPLATE).write_text(kept, encoding="utf-8")
-
-
-def summary(prepared: Prepared, folder: Path) -> list[str]:
-    """What a run is about to train on, and where: shown before its first step."""
-    config = prepared.config
-    steps = f"{prepared.total_steps:,}" if prepared.total_steps else "none"
-    unused = []
-    if prepared.rejected:
-        reasons = quarantined(item.reason for item in prepared.rejected)
-        unused = [f"unused  {_examples(len(prepared.rejected))}: {reasons}"]
-    lines = [
-        f"train   {_amount(prepared.train)}",
-        *([f"eval    {_amount(prepared.eval)}"] if prepared.eval is not None else []),
-        *unused,
-        f"steps   {steps}, of {config.data.lanes} micro-batches of up to "
-        f"{config.data.tokens_per_batch:,} tokens",
-        *([f"units   {prepared.encoder.units}"] if prepared.encoder.units else []),
-        f"run     {folder}",
-    ]
-    if config.log.tensorboard:
-        lines.append(f"curves  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
-    return lines
-
-
-def _amount(index: Index) -> str:
-    """Examples, and how long they are where there is audio."""
-    said = _examples(len(index))
-    return f"{said}, {_duration(index)} of audio" if np.any(index.seconds) else said
-
-
-def _examples(count: int) -> str:
-    return f"{count:,} example" + ("" if count == 1 else "s")
-
-
-def _duration(index: Index) -> str:
-    seconds = float(np.sum(index.seconds, dtype=np.float64))
-    if seconds < 360:
-        return f"{seconds:,.0f} seconds"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
-
-
-def _by_task(epoch: Summary) -> str:
-    return ", ".join(f"{task} {tokens:,}" for task, tokens in epoch.tokens_by_task.items())
-
-
-def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
-    """Weights as they are stored, gradients and AdamW's two moments in float32; activations by the
-    rule of Korthikanti et al. 2022 (34 bytes a position, layer and hidden unit in 16 bit, attention
-    scores not kept), doubled in float32; one layer's and every layer's input under checkpointing.
-    """
-    from raysft import worker
-
-    adapter, _ = worker.build_model(config, encoder, total_steps)
-    parameters = list(adapter.model.parameters())
-    stored = sum(p.numel() * p.element_size() for p in parameters)
-    sizes = worker.sizes_of(adapter)
-    trained = sizes["trained"]
-    workers = config.parallel.min_workers // config.parallel.replicate
-    sharded = SHARDED.get(config.parallel.strategy, ())
-    held = {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained}
-    state = sum(size / (workers if part in sharded else 1) for part, size in held.items())
-    text = adapter.net.config.get_text_config()
-    width = 4 if config.train.precision == "fp32" else 2
-    row = config.data.tokens_per_batch * text.hidden_size
-    layer = row * 17 * width
-    kept = row * width * text.num_hidden_layers + layer
-    activations = kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers
-    return [
-        f"parameters      {sizes['parameters']:,} ({trained:,} trained)",
-        f"memory          {state / 2**20:,.0f} MiB of state and about "
-        f"{activations / 2**20:,.0f} MiB of activations a worker (estimate)",
-    ]
 
 
 def _oversize(plan: Plan, index: Index, config: Config) -> list[Quarantined]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 
 _DRAWN = ("wer/", "cer/")
 

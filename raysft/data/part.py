@@ -41,7 +41,7 @@ from raysft.data.clip_states import Piece, States, at_once, changed
 from raysft.data.encode import Encoder
 from raysft.data.example import Example
 from raysft.data.sources import ResolvedSource
-from raysft.data.sources.base import Chunk, Item, Survey, default_id
+from raysft.data.sources.base import Chunk, Format, Item, Survey, default_id
 from raysft.data.sources.fields import check_duration
 from raysft.errors import BadExample, UserError
 
@@ -49,7 +49,7 @@ VERSION = 1
 """Of an index: raise it when its columns or what they mean change. Runs that go on read the index
 they were planned with, and cannot read one of another version."""
 
-MEASURED = 6
+MEASURED = 7
 """Of what is cached below an index's folder: raise it when lengths may come out otherwise than
 before, or other items count as examples. Everything is then measured anew; where it comes out as
 before, a run goes on."""
@@ -263,13 +263,25 @@ def measure(job: Job, encoder: Encoder) -> Part:
             raise UserError(f"{job.source.key}: {example.id} ({place}): {error}") from error
         assert item.raw is not None
         seconds = sum(clip.seconds for clip in clips)
-        own = names.hashed(example.id) if example.id != default_id(job.file, item.line) else 0
+        own = names.hashed(example.id) if _names_itself(form, item, example, job) else 0
         place_of = (item.offset, item.size, item.line, zlib.crc32(item.raw), own)
         rows.append((tokens, seconds, tasks.index(example.task), *place_of))
         for clip in clips:
             states.add(item.line, clip.path, clip.size, clip.mtime_ns)
     chunks = ((job.chunk, tuple(tasks)),) if job.chunk is not None else ()
     return Part(np.array(rows, ROW), tasks, rejected, Piece.of(states), chunks)
+
+
+def _names_itself(form: Format, item: Item, example: Example, job: Job) -> bool:
+    """Whether an example's id is its record's own, and not one made of its line, which may be
+    another's tomorrow."""
+    default = default_id(job.file, item.line)
+    if example.id != default:
+        return True
+    assert item.raw is not None
+    if b"\\" not in item.raw and default.encode("utf-8", "surrogateescape") not in item.raw:
+        return False  # it is not even there: spares nearly all a second look
+    return form.parse(item.raw, job.file, item.line + 1, job.source.task).id == default
 
 
 def replaced(piece: Piece, encoder: Encoder) -> list[int]:

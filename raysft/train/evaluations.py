@@ -26,8 +26,8 @@ from raysft.config.schema import Checkpoint, Evaluate
 from raysft.data.table import Index
 from raysft.errors import UserError
 from raysft.patience import patiently
+from raysft.run.lines import read_lines
 from raysft.train.catalogue import Catalogue, Saved, best_step
-from raysft.train.metrics import read_lines
 from raysft.train.storage import write_whole
 
 NAME = "evaluations.json"

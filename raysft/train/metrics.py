@@ -13,22 +13,8 @@ from typing import Any
 
 from raysft.data.example import Quarantined
 from raysft.patience import patient
-from raysft.run.ledger import Ledger
 from raysft.run.ledger import files as ledger_files
-from raysft.run.lines import Lines, cut_back, read_lines, stream_lines
-
-__all__ = [
-    "Ledger",
-    "Lines",
-    "cut_back_run",
-    "last_recorded",
-    "last_sign_of_life",
-    "ledger_files",
-    "quarantine_key",
-    "quarantine_line",
-    "read_lines",
-    "stream_lines",
-]
+from raysft.run.lines import cut_back, stream_lines
 
 
 @patient

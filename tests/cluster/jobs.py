@@ -16,7 +16,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests.cluster.conftest import default_interrupt
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import yaml
 
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests.cluster import jobs
 from tests.models import AUDIO
 from tests.properties.test_world_sizes import ledger

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from raysft.audit import audit
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests.cluster import jobs
 from tests.models import AUDIO
 from tests.properties.test_world_sizes import ledger

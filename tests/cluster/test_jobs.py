@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests.cluster import jobs
 from tests.models import AUDIO, CAUSAL
 from tests.properties.test_world_sizes import ledger

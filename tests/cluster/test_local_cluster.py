@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests.cluster.conftest import PYTHON, ROOT, alive, wait_until, without_ray_settings
 
 pytestmark = pytest.mark.timeout(580)

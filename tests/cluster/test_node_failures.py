@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from raysft.audit import audit
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests.cluster.conftest import PYTHON, alive, wait_until
 from tests.cluster.test_local_cluster import RAY, SCRIPT, Cluster, holders
 from tests.models import AUDIO

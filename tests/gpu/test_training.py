@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from raysft.parallel import World
+from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests.worlds import start, tiny
 
 pytestmark = [

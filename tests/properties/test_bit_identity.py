@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 
+from raysft.run.lines import read_lines
 from raysft.train import shards
 from raysft.train.catalogue import Catalogue
-from raysft.train.metrics import read_lines
 from raysft.train.storage import open_storage
 from tests import worlds
 from tests.models import CAUSAL

@@ -27,10 +27,10 @@ from raysft.audit import audit
 from raysft.config import Config
 from raysft.errors import UserError
 from raysft.parallel import World
+from raysft.run.lines import read_lines
 from raysft.train.catalogue import Catalogue, Saved
 from raysft.train.checkpoint import load, newest_sound
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from raysft.train.storage import open_storage
 from tests.properties.test_world_sizes import ledger
 from tests.unit.test_checkpoint import Trained

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raysft.config import to_yaml
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests import worlds
 from tests.models import CAUSAL
 from tests.worlds import tiny

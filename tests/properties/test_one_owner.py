@@ -19,10 +19,10 @@ import pytest
 
 from raysft.config import Config
 from raysft.parallel import World
+from raysft.run.lines import read_lines
 from raysft.run.ownership import BEAT_S, Ownership, Process
 from raysft.rundir import run_folder
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from raysft.train.watchdog import EXIT_CODE, Orphaned
 from tests.properties.test_kill_while_saving import home, same, sound, undisturbed, whole
 from tests.unit.test_storage import ObjectStore

@@ -17,7 +17,7 @@ import soundfile
 import yaml
 
 from raysft.audit import audit
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests import worlds
 from tests.models import AUDIO
 

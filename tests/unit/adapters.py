@@ -32,9 +32,9 @@ from raysft.export import export
 from raysft.models import build
 from raysft.parallel import World
 from raysft.prepare import Prepared, prepare
+from raysft.run.lines import read_lines
 from raysft.rundir import open_run
 from raysft.train.loop import Job, train
-from raysft.train.metrics import read_lines
 from tests.models import AUDIO, CAUSAL
 from tests.unit.model_zoo import CONFIGS
 

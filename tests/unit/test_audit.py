@@ -26,8 +26,9 @@ from raysft.data.generations import Generation, Generations, open_index
 from raysft.data.plan import Cursor, Plan, PlannedStep
 from raysft.data.verify import Report, check
 from raysft.errors import UserError
-from raysft.run.ledger import genesis
-from raysft.train.metrics import Ledger, cut_back_run, read_lines
+from raysft.run.ledger import Ledger, genesis
+from raysft.run.lines import read_lines
+from raysft.train.metrics import cut_back_run
 from tests.unit.indexes import build, most
 
 LANES = 3

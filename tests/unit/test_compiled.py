@@ -12,8 +12,8 @@ from raysft.errors import UserError
 from raysft.models.compiled import compile_blocks
 from raysft.parallel import World
 from raysft.parallel.fsdp import blocks
+from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests import worlds
 from tests.unit.model_zoo import make
 

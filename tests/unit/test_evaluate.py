@@ -25,7 +25,7 @@ from raysft.evaluate.answers import MOST_NEW_TOKENS, limit_for, transcript
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.layout import Document
 from raysft.parallel import World
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests.models import AUDIO, CAUSAL
 
 

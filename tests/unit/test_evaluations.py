@@ -18,11 +18,11 @@ from raysft.errors import UserError
 from raysft.export import export_run
 from raysft.parallel import World
 from raysft.prepare import read_eval
+from raysft.run.lines import read_lines
 from raysft.rundir import new_evaluation, reopen, run_folder
 from raysft.train.catalogue import Catalogue, Saved, best_step, unreadable
 from raysft.train.evaluations import NAME, Evaluation, Evaluations, Measure, choose, table
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests import worlds
 
 # Losses fall in these runs: with mode max the first evaluation is the best, as in one that gets

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raysft.models import Adapter
 from raysft.parallel import World
+from raysft.run.lines import read_lines
 from raysft.train import flops
 from raysft.train.feed import supervised
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests import worlds
 from tests.unit.model_zoo import CONFIGS, batch_of, make, sequences
 

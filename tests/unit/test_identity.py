@@ -21,9 +21,9 @@ from raysft.errors import UserError
 from raysft.export import export_run
 from raysft.parallel import World
 from raysft.run import identity
+from raysft.run.lines import read_lines
 from raysft.rundir import base_in, open_run, settled
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests.worlds import start, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

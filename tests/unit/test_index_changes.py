@@ -170,3 +170,24 @@ def test_lines_that_hold_the_same_are_told_apart_by_their_place(tmp_path, small_
     index = build(tmp_path / "i", file)
     assert index.ids(np.arange(51)) == [f"t:{line}" for line in range(1, 52)]
     assert contents(index) == fresh(tmp_path, file)
+
+
+def test_ids_that_look_like_those_of_lines_stay_their_records_when_these_move(
+    tmp_path, small_chunks
+):
+    """`en/t.jsonl` and `de/t.jsonl` have a record that calls itself t:60, at first in line 60."""
+    clip(tmp_path / "c.wav", 0.2)
+    records = [asr("../c.wav", f"text {number}") for number in range(80)]
+    records[59]["id"] = "t:60"
+    files = [tmp_path / lang / "t.jsonl" for lang in ("en", "de")]
+    for file in files:
+        file.parent.mkdir()
+        jsonl(file, records)
+    build(tmp_path / "i", *files)
+    for file in files:
+        jsonl(file, [*(asr("../c.wav", f"new {number}") for number in range(40)), *records])
+    moved, anew = build(tmp_path / "i", *files), build(tmp_path / "new", *files)
+    names = [index.ids(np.arange(240)) for index in (moved, anew)]
+    assert len(set(names[0])) == 240
+    assert names[0] == names[1]
+    assert names[0][99] == "t:60@en/t:100"

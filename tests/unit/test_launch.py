@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from raysft import prepare
+from raysft import prepare, preview
 from raysft.config import Config
 from raysft.launch import Start
 from raysft.train.loop import train
@@ -104,7 +104,7 @@ def test_the_summary_counts_clips_hours_and_what_is_unused_by_reason(
     (tmp_path / "run").mkdir()
     doing: list[str] = []
     prepared = prepare.prepare(config, tmp_path / "run", say=doing.append)
-    assert prepare.summary(prepared, tmp_path / "run") == [
+    assert preview.summary(prepared, tmp_path / "run") == [
         f"train   17 examples, {seconds:.0f} seconds of audio",
         "unused  3 examples: 2 missing, 1 empty",
         "steps   7, of 2 micro-batches of up to 400 tokens",

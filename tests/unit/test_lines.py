@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from raysft.run import lines as module
-from raysft.run.ledger import genesis
+from raysft.run.ledger import Ledger, genesis
 from raysft.run.lines import Lines, cut_back, read_lines
-from raysft.train.metrics import Ledger, cut_back_run, last_recorded
+from raysft.train.metrics import cut_back_run, last_recorded
 
 TORN = {
     "garbage": b"garbage",

@@ -21,8 +21,8 @@ from raysft.data.generations import open_index
 from raysft.data.names import labels, name_of, repeated
 from raysft.data.table import Index
 from raysft.parallel import World
+from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests.models import AUDIO
 from tests.unit.indexes import asr, build, clip, jsonl
 from tests.worlds import start

@@ -11,7 +11,7 @@ import torch
 from raysft.config import Config, to_yaml
 from raysft.errors import UserError
 from raysft.parallel import World, make_strategy
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests import worlds
 from tests.worlds import tiny
 

@@ -22,7 +22,7 @@ from raysft import worker
 from raysft.config import to_yaml
 from raysft.data.encode import make_encoder
 from raysft.export import export_run
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests import worlds
 from tests.unit.adapters import (
     ATTENTION,

@@ -18,7 +18,7 @@ from raysft.config import Config
 from raysft.errors import UserError
 from raysft.models import Adapter
 from raysft.parallel import Strategy, World, make_strategy
-from raysft.prepare import dry_run
+from raysft.preview import dry_run
 from raysft.rundir import check_run, open_run, read_config, with_budget_of_run, write_config
 from raysft.train.loop import train
 from raysft.train.probe import (

@@ -13,8 +13,8 @@ import soundfile
 
 from raysft.audit import audit, main
 from raysft.config import Config
+from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests.models import AUDIO
 from tests.unit.test_checkpoint import ONE
 from tests.worlds import start, tiny

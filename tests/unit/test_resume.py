@@ -17,10 +17,10 @@ from raysft.audit import audit
 from raysft.config.schema import Model
 from raysft.data.plan import Cursor
 from raysft.errors import UserError
+from raysft.run.lines import read_lines
 from raysft.train.catalogue import MARKER, Catalogue
 from raysft.train.checkpoint import newest_sound
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from raysft.train.storage import Store, open_storage
 from tests.models import AUDIO
 from tests.properties.test_world_sizes import ledger

@@ -14,9 +14,9 @@ from raysft.config.schedule import another_length, rate
 from raysft.config.schema import Optim
 from raysft.errors import UserError
 from raysft.parallel import World
+from raysft.run.lines import read_lines
 from raysft.rundir import open_run
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests.properties.test_world_sizes import ledger
 from tests.worlds import start, tiny
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests.unit.test_checkpoint import ONE
 from tests.worlds import start, tiny
 

@@ -30,8 +30,8 @@ from raysft.errors import UserError
 from raysft.models import PREFIX
 from raysft.parallel import World
 from raysft.prepare import Prepared, prepare
+from raysft.run.lines import read_lines
 from raysft.train.loop import Job, train
-from raysft.train.metrics import read_lines
 from tests.models import AUDIO, CAUSAL
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ import yaml
 from raysft.errors import UserError
 from raysft.parallel import World, make_strategy
 from raysft.parallel.ddp import Ddp
-from raysft.train.metrics import read_lines
+from raysft.run.lines import read_lines
 from tests import worlds
 from tests.models import AUDIO
 from tests.unit.zero_lab import (

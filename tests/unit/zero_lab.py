@@ -19,8 +19,8 @@ from raysft.config import Config
 from raysft.models import loss as losses
 from raysft.parallel import Strategy, World, make_strategy, zero_state
 from raysft.parallel.ddp import Ddp
+from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from raysft.train.metrics import read_lines
 from tests import worlds
 
 LANES, STEPS, CLIP = 3, 10, 0.05
