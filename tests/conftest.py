@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,15 @@ def tone(seconds: float, rate: int, pitch: float, channels: int = 1) -> np.ndarr
 def little_patience() -> None:
     """Storage is waited for a moment only, unless a config says otherwise."""
     patience.allow(0.2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on() -> Iterator[None]:
+    """A test that fails leaves no process behind: one that is stopped would hold up the end."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 @pytest.fixture(scope="session")

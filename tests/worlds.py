@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tests.objects  # noqa: F401 - so that what is forked knows objects://
 from tests.models import CAUSAL
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 _forks = multiprocessing.get_context("forkserver")
 _LOADED = [
+    "tests.worlds",
     "raysft.worker",
     "torch._dynamo",
     "transformers.models.qwen3.modeling_qwen3",
@@ -40,7 +42,7 @@ _LOADED = [
 def fork(target: Callable[..., None], *args: Any) -> BaseProcess:
     """Call `target` in a new process that has torch loaded already. `exitcode`: 0, 1 after an
     error (its traceback is on stderr), or minus the signal that killed it."""
-    _forks.set_forkserver_preload([*_LOADED, target.__module__])  # for the first one
+    _forks.set_forkserver_preload(_LOADED)  # for the first one
     process = _forks.Process(target=target, args=args, daemon=True)
     process.start()
     return process

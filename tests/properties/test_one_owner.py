@@ -24,8 +24,8 @@ from raysft.run.ownership import BEAT_S, Ownership, Process
 from raysft.rundir import run_folder
 from raysft.train.loop import train
 from raysft.train.watchdog import EXIT_CODE, Orphaned
+from tests.objects import ObjectStore
 from tests.properties.test_kill_while_saving import home, same, sound, undisturbed, whole
-from tests.unit.test_storage import ObjectStore
 from tests.worlds import drive, fork, join, start, tiny
 
 __all__ = ["home", "undisturbed"]

@@ -23,9 +23,9 @@ from raysft.train.checkpoint import newest_sound
 from raysft.train.loop import train
 from raysft.train.storage import Store, open_storage
 from tests.models import AUDIO
+from tests.objects import ObjectStore
 from tests.properties.test_world_sizes import ledger
 from tests.unit.test_checkpoint import DIFFERS, ONE, cut, flip, steps
-from tests.unit.test_storage import ObjectStore
 from tests.worlds import start, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
