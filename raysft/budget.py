@@ -22,7 +22,6 @@ from raysft.data.encode import Encoder
 from raysft.data.index import Index
 from raysft.errors import UserError
 from raysft.group import Shares, interruptible, reason_of, thread_settings
-from raysft.train.probe import Lengths, find_budget
 
 
 class _Answer:
@@ -42,6 +41,9 @@ class _Answer:
 def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
     """The budget for a run of `config` in `folder`, by a worker group of its own. Raises UserError
     where nothing fits, and where the group fails."""
+    # Here, and below: Ray's controller, which imports this module, has no use for models.
+    from raysft.train.probe import Lengths
+
     begun = time.monotonic()
     shares = Shares.of(config)
     answer = ray.remote(_Answer).options(num_cpus=0).remote()
@@ -94,6 +96,7 @@ def _worker(settings: dict[str, Any]) -> None:
     from raysft import worker
     from raysft.models.base import Adapter
     from raysft.parallel import Strategy, World
+    from raysft.train.probe import Lengths, find_budget
 
     remarks.quiet()
     config = Config.model_validate(settings["config"])

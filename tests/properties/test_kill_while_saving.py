@@ -393,7 +393,7 @@ def whole_here(home: Path, steps: int) -> Path:
     return home / "runs" / f"whole_{steps}"
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_the_disk_fills_up_while_every_step_is_saved_and_there_is_room_again(
     times: int, tmp_path: Path
 ) -> None:

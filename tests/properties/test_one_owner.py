@@ -52,7 +52,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["folder", pytest.param("objects", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("times", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_of_two_drivers_started_at_once_one_trains_and_the_other_says_so(
     times: int, place: str, home: Path, undisturbed: Path, tmp_path: Path
@@ -145,7 +145,7 @@ def pair(home: Path, config: Config, number: int) -> tuple[list[BaseProcess], Pa
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [pytest.param("folder", marks=pytest.mark.slow), "objects"])
 def test_no_orphan_of_a_killed_driver_writes_after_the_next_owner_has_begun(
     place: str, times: int, home: Path
 ) -> None:

@@ -75,7 +75,7 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "size", [2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))]
+    "size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 4))]
 )
 def test_ledger_and_losses_are_the_same_for_every_world_size_and_strategy(
     size: int, corpus: Path, reference: Path, tmp_path: Path
@@ -94,7 +94,9 @@ def test_ledger_and_losses_are_the_same_for_every_world_size_and_strategy(
         assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
 
 
-@pytest.mark.parametrize(("size", "kills"), [(1, (2, 13)), (2, (9,))])
+@pytest.mark.parametrize(
+    ("size", "kills"), [(2, (9,)), pytest.param(1, (2, 13), marks=pytest.mark.slow)]
+)
 def test_killed_and_started_again_is_the_same_to_the_last_bit(
     size: int, kills: tuple[int, ...], corpus: Path, reference: Path, tmp_path: Path
 ) -> None:

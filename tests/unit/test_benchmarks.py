@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-SLOW = {"ingest", "overhead", "chaos", "strategies", "gpu_finetune"}  # many processes
+# many processes, or many seconds
+SLOW = {"ingest", "overhead", "chaos", "strategies", "gpu_finetune", "resume", "shuffle"}
 SHARED = {"results_io", "local_cluster"}  # what benchmarks share
 NAMES = [
     pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])

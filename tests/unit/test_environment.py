@@ -79,7 +79,7 @@ print(getpass.getuser(), os.access(pathlib.Path.home(), os.W_OK), os.access(plac
     subprocess.run([*UNSHARE, "true"], capture_output=True).returncode != 0,
     reason="another user id needs user namespaces",
 )
-@pytest.mark.parametrize("home", [None, "{tmp}"])
+@pytest.mark.parametrize("home", [None, pytest.param("{tmp}", marks=pytest.mark.slow)])
 def test_an_unknown_user_id_has_a_name_and_a_home(tmp_path: Path, home: str | None) -> None:
     environ = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     if home is not None:

@@ -23,6 +23,12 @@ from tests.worlds import start, tiny
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
+def test_who_only_drives_or_controls_a_run_loads_no_models() -> None:
+    """Ray's controller unpickles what `launch` hands it: seconds at every start, where it does."""
+    code = "import sys, raysft.launch, raysft.budget; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_an_interrupted_run_says_what_the_same_command_does(tmp_path: Path) -> None:
     config = tiny(tmp_path, train__max_steps=3)
     job = start(config, ONE)

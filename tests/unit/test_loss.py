@@ -222,7 +222,7 @@ def _worker(rank: int, size: int, store: str, strategy: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_workers_find_the_gradient_of_one(strategy: str, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     workers = [fork(_worker, rank, 2, store, strategy) for rank in range(2)]

@@ -108,7 +108,10 @@ def _alone(tree: dict[str, Any], name: str, answer: str) -> None:
     Path(answer).write_text(str(_found(config, name, ROOM, World.current())))
 
 
-@pytest.mark.parametrize(("name", "mode"), [("qwen3", "padded"), ("qwen2_audio", "packed")])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("qwen3", "padded"), pytest.param("qwen2_audio", "packed", marks=pytest.mark.slow)],
+)
 def test_a_budget_is_found_for_every_kind_of_batch(name: str, mode: str, tmp_path: Path) -> None:
     answer = tmp_path / "answer"
     process = worlds.fork(_alone, {"data": {"mode": mode, "lanes": 2}}, name, str(answer))
