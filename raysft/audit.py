@@ -22,8 +22,9 @@ import heapq
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from raysft import history, paths
+from raysft import history, paths, patience
 from raysft.cli import guarded, parse
 from raysft.config.load import read_tree
 from raysft.config.schema import Checkpoint
@@ -92,11 +93,8 @@ class _Quarantine:
 def _saved(run: Path, report: Report) -> tuple[int, dict[int, Heads]]:
     """The step of the newest committed checkpoint (0: there is none); and, by step, where the
     ledger's chains stood at those that say so."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run}: no run is here (no config.yaml); name a run's folder")
-    tree = read_tree(path.read_text(encoding="utf-8"), str(path))
-    catalogue = Catalogue.of(Checkpoint.model_validate(tree.get("checkpoint", {})), run)
+    settings = _section(run, "checkpoint")
+    catalogue = Catalogue.of(Checkpoint.model_validate(settings), run)
     found = catalogue.committed()
     heads: dict[int, Heads] = {}
     for saved in found:
@@ -109,6 +107,14 @@ def _saved(run: Path, report: Report) -> tuple[int, dict[int, Heads]]:
         if chain is not None:
             heads[saved.step] = {int(lane): head for lane, head in chain.items()}
     return (found[-1].step if found else 0), heads
+
+
+def _section(run: Path, name: str) -> dict[str, Any]:
+    """Of the run's config, alone: of older versions the rest may not be valid any more."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: no run is here (no config.yaml); name a run's folder")
+    return read_tree(path.read_text(encoding="utf-8"), str(path)).get(name, {})
 
 
 _FIELDS = {"epoch": int, "step": int, "lane": int, "ids": list}
@@ -192,6 +198,7 @@ def main(argv: Sequence[str]) -> None:
     if "sample" in arguments.flags and not deep:
         raise UserError("--sample: goes with --deep")
     run = paths.argument(arguments.positional[0], "RUN")
+    patience.allow(_section(run, "data").get("retry_s", patience.SECONDS))
     report = audit(run, int(given) if deep else 0)
     for text in report.notes:
         print(f"note: {text}")

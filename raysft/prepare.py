@@ -127,7 +127,9 @@ def check_export(run: Path, out: Path, step: str) -> None:
     """As `check`, of an export."""
     check_kept(OUT=out)
     paths.check_new_folder("export", out)
-    choose(run, read_config(run).checkpoint, step, unreadable)
+    config = read_config(run)
+    patience.allow(config.patience_s)
+    choose(run, config.checkpoint, step, unreadable)
 
 
 def _check_evaluation_data(config: Config) -> None:

@@ -83,10 +83,12 @@ class _Moves:
 
     def _pieces(self, piece: Piece) -> list[Piece]:
         first, last = self._chunk(piece.low), self._chunk(piece.high)
-        if first == last:
-            return [piece.moved(int(self._lines[first]))] if self._stays[first] else []
-        found = []
-        for number in np.flatnonzero(self._stays).tolist():
-            for own in piece.where(lambda line, n=number: self._chunk(line) == n):
-                found.append(own.moved(int(self._lines[number])))
-        return found
+        moves = set(self._lines[first : last + 1].tolist())
+        if len(moves) == 1 and self._stays[first : last + 1].all():
+            return [piece.moved(moves.pop())]
+
+        def move(line: int) -> int | None:
+            number = self._chunk(line)
+            return int(self._lines[number]) if self._stays[number] else None
+
+        return piece.split(move)

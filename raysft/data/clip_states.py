@@ -58,11 +58,6 @@ class States:
         """What was packed."""
         return cls(**json.loads(zlib.decompress(data)))
 
-    def where(self, kept: Callable[[int], bool]) -> States:
-        """Those of the examples whose line is to be kept."""
-        places = [place for place, line in enumerate(self.line) if kept(line)]
-        return States(*([values[place] for place in places] for values in self.__dict__.values()))
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -85,10 +80,17 @@ class Piece:
         low, high = min(states.line) + shift, max(states.line) + shift
         return (cls(states.pack(), low, high, shift),)
 
-    def where(self, kept: Callable[[int], bool]) -> tuple[Piece, ...]:
-        """The piece of those lines that are to be kept."""
-        states = States.unpack(self.data).where(lambda line: kept(line + self.shift))
-        return Piece.of(states, self.shift)
+    def split(self, move: Callable[[int], int | None]) -> list[Piece]:
+        """Its clips as many lines further down as `move` says of each line, a piece for each
+        distance; without those of which it says None."""
+        found: dict[int, States] = {}
+        for line, *clip in zip(*States.unpack(self.data).__dict__.values()):
+            lines = move(line + self.shift)
+            if lines is not None:
+                columns = found.setdefault(self.shift + lines, States()).__dict__.values()
+                for values, value in zip(columns, (line, *clip)):
+                    values.append(value)
+        return [piece for shift, states in found.items() for piece in Piece.of(states, shift)]
 
     def moved(self, lines: int) -> Piece:
         """The same, as many lines further down."""

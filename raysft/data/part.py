@@ -134,7 +134,7 @@ class Part:
         if not lines:
             return self
         rows = self.rows[~np.isin(self.rows["line"], list(lines))]
-        pieces = (piece.where(lambda line: line not in lines) for piece in self.clips)
+        pieces = (piece.split(lambda line: None if line in lines else 0) for piece in self.clips)
         return replace(self, rows=rows, clips=tuple(one for some in pieces for one in some))
 
     def items(self, lines: Collection[int]) -> list[Place]:

@@ -353,6 +353,7 @@ class Ownership:
         try:
             if holder is not None:
                 owned._settle(holder, say)
+                owned._clear()
         except BaseException:
             owned.release()
             raise
@@ -381,20 +382,16 @@ class Ownership:
         owned = cls(lease)
         owned._write_beat(0)
         owned._point()
-        for old in (folder / FOLDER).iterdir():
-            first = old.name.partition(".")[0]
-            if first.isdecimal() and int(first) < number - 1:
-                with contextlib.suppress(OSError):  # the next start clears it away
-                    old.unlink()
         return owned
 
     def _settle(self, before: _Holder, say: Callable[[str], None]) -> None:
-        """Until no worker of the owner before can write any more."""
-        group = _group(self.lease.folder, before.number)
-        if group.get("ended", True):
-            return
+        """Until no worker of the owners before can write any more: of the last one, and of one
+        before it, where the last one ended while it waited here itself."""
         mine, begun, told = Process.this(), _now(), False
-        left = [worker for facts in group["workers"] if (worker := Process(**facts)) != mine]
+        numbers = sorted(_numbers(self.lease.folder))
+        groups = [_group(self.lease.folder, n) for n in numbers if n < self.lease.number]
+        workers = [w for group in groups if not group.get("ended", True) for w in group["workers"]]
+        left = [worker for facts in workers if (worker := Process(**facts)) != mine]
         while left := [worker for worker in left if not worker.gone()]:
             if _now() - begun > SETTLE_S:
                 return
@@ -402,6 +399,15 @@ class Ownership:
                 told = True
                 say(f"waiting for the workers of {before} to end")
             time.sleep(0.05)
+
+    def _clear(self) -> None:
+        """Delete what older owners than the last one left, and whose workers that one had."""
+        last = self.lease.number - 1
+        for old in (self.lease.folder / FOLDER).iterdir():
+            first = old.name.partition(".")[0]
+            if old.name == f"{last}.group.json" or (first.isdecimal() and int(first) < last):
+                with contextlib.suppress(OSError):  # the next start clears it away
+                    old.unlink()
 
     def require(self) -> None:
         """Raises UserError where another start has taken the run over."""

@@ -51,7 +51,8 @@ def refuse(saved: Saved, run: Path, ours: str | None, began: bool = True) -> Non
     raise UserError(
         f"checkpoint.path: {saved.storage.where('').rstrip('/')} holds the checkpoints of another "
         f"run, {whose} (the newest: {saved.name}); this one is {_told({'folder': str(run)}, ours)}."
-        " Give this run a place or a run.name of its own; the other one goes on by its own command"
+        " Give this run a place or a run.name of its own; the other one goes on by its own command "
+        "(delete the checkpoints there if nobody needs them)"
     )
 
 

@@ -18,6 +18,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
@@ -194,12 +195,27 @@ class Store:
 
     def _parts(self, name: str) -> list[str]:
         """First parts of all keys below a name."""
-        self._fs.invalidate_cache()
         top = f"{self._path}/{name}".rstrip("/")
-        try:
-            return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(top, False)]
-        except FileNotFoundError:
-            return []
+
+        def parts() -> list[str]:
+            self._fs.invalidate_cache()
+            try:
+                return [entry.rstrip("/").rsplit("/", 1)[-1] for entry in self._fs.ls(top, False)]
+            except FileNotFoundError:
+                return []
+
+        return patience.patiently(parts, top)
+
+    def _delete(self, path: str, recursive: bool = False) -> None:
+        """What is there below the URL; nothing where it is gone already."""
+        place = f"{self._path}/{path}"
+
+        def delete() -> None:
+            self._fs.invalidate_cache()
+            if self._fs.exists(place):
+                self._fs.rm(place, recursive=recursive)
+
+        patience.patiently(delete, place)
 
     def where(self, name: str) -> str:
         """The URL of a checkpoint."""
@@ -222,21 +238,21 @@ class Store:
     def withdraw(self, name: str, marker: str) -> None:
         """Delete the marker, of whichever save."""
         for root in self.roots(name):
-            if self._fs.exists(f"{self._path}/{root}/{marker}"):
-                self._fs.rm(f"{self._path}/{root}/{marker}")
+            self._delete(f"{root}/{marker}")
 
     def remove(self, name: str) -> None:
         """Delete all its objects."""
-        self._fs.invalidate_cache()
-        if self._fs.exists(f"{self._path}/{name}"):
-            self._fs.rm(f"{self._path}/{name}", recursive=True)
+        self._delete(name, recursive=True)
 
     def files(self, name: str) -> list[str]:
         """All keys below it."""
-        self._fs.invalidate_cache()
         top = f"{self._path}/{name}/"
-        found = self._fs.find(top)
-        return sorted(key[key.index(top) + len(top) :] for key in found)
+
+        def files() -> list[str]:
+            self._fs.invalidate_cache()
+            return sorted(key[key.index(top) + len(top) :] for key in self._fs.find(top))
+
+        return patience.patiently(files, top)
 
     def open(self, path: str) -> IO[bytes]:
         """For reading."""
@@ -286,7 +302,24 @@ def _folders(top: Path) -> list[Path]:
 
 
 def _move(source: Path, target: Path) -> None:
-    patience.patiently(partial(os.replace, source, target), target)
+    patience.patiently(_rename(source, target), target)
+
+
+def _rename(source: Path, target: Path) -> Callable[[], None]:
+    """A rename that may be tried again: one that was said to have failed may have been done."""
+    failed = False
+
+    def rename() -> None:
+        nonlocal failed
+        try:
+            os.replace(source, target)
+        except OSError as error:
+            if failed and patience.missing(error) and target.exists() and not source.exists():
+                return
+            failed = True
+            raise
+
+    return rename
 
 
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
@@ -299,7 +332,7 @@ def _move_free(source: Path, target: Path) -> bool:
         return patience.failing(error) and error.errno not in _OCCUPIED
 
     try:
-        patience.patiently(partial(os.replace, source, target), target, passing)
+        patience.patiently(_rename(source, target), target, passing)
     except OSError as error:
         if error.errno in _OCCUPIED:
             return False

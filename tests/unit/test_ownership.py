@@ -197,6 +197,34 @@ def test_who_takes_over_waits_until_orphans_write_no_more(frozen: bool, run: Pat
         assert float((run / "written").read_text()) < owned
 
 
+def test_who_takes_over_from_one_that_was_waiting_itself_waits_for_the_first_ones_orphans(
+    run: Path,
+) -> None:
+    first = Ownership.take(run)
+    orphan = fork(works, run, replace(first.lease, group=1), 60.0)
+    while not (run / "written").exists():
+        time.sleep(0.02)
+    os.kill(orphan.pid or 0, signal.SIGSTOP)
+    first.release()
+    second = fork(hold, run, 2, 60.0)
+    while json.loads((run / POINTER).read_bytes())["number"] == 1:
+        time.sleep(0.02)
+    second.kill()  # in the middle of its wait
+    second.join()
+    begun = time.monotonic()
+    with Ownership.take(run) as owner:
+        assert time.monotonic() - begun >= ownership.SETTLE_S
+        assert owner.lease.number == 3
+        owned = time.clock_gettime(time.CLOCK_MONOTONIC)
+        os.kill(orphan.pid or 0, signal.SIGCONT)
+        orphan.join()
+        assert orphan.exitcode == 1, "it was told"
+        assert float((run / "written").read_text()) < owned
+    begun = time.monotonic()
+    with Ownership.take(run):
+        assert time.monotonic() - begun < ownership.SETTLE_S, "they are known to be gone"
+
+
 def test_a_start_that_was_frozen_while_it_took_over_does_not_shut_the_owner_out(run: Path) -> None:
     with Ownership.take(run), Ownership.take(run.with_name("other")) as stale:
         pass

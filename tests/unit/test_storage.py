@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -9,9 +10,12 @@ import resource
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
 
+from raysft import patience
 from raysft.errors import UserError
 from raysft.train.catalogue import MARKER, Catalogue, Saved
 from raysft.train.storage import Folder, Storage, Store, digest, open_storage
@@ -157,6 +161,58 @@ def test_a_marker_that_cannot_be_read_is_an_error_and_not_a_missing_marker(
         with pytest.raises(UserError, match=f"step_5/{MARKER}: cannot be read: Is a directory"):
             call()
     assert (tmp_path / "checkpoints" / "step_5").is_dir()
+
+
+class FailsAtFirst(ObjectStore):
+    """flaky://: the first call of each kind comes to nothing."""
+
+    protocol = "flaky"
+    failed: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name: str) -> Any:
+        kinds = ("ls", "exists", "rm", "find", "pipe_file", "open")
+        if name in kinds and name not in FailsAtFirst.failed:
+            FailsAtFirst.failed.add(name)
+
+            def fail(*_: Any, **__: Any) -> None:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            return fail
+        return super().__getattribute__(name)
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again(tmp_path: Path) -> None:
+    fsspec.register_implementation("flaky", FailsAtFirst, clobber=True)
+    storage = Store(f"flaky://{tmp_path}/bucket/runs/a")
+    patience.allow(2.0)
+    draft = storage.draft("step_5", "token")
+    storage.publish(draft, "step_5", MARKER, b"sum\n")
+    assert storage.names() == ["step_5"] and storage.files(draft) == [MARKER]
+    assert storage.open(f"{draft}/{MARKER}").read() == b"sum\n"
+    storage.withdraw("step_5", MARKER)
+    storage.remove("step_5")
+    assert storage.names() == []
+    assert FailsAtFirst.failed == {"ls", "exists", "rm", "find", "pipe_file", "open"}
+
+
+def test_a_rename_that_was_done_although_it_failed_is_not_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS, where the answer is lost."""
+    real, storage = os.replace, Folder(tmp_path)
+    draft = storage.draft("step_5", "token")
+    storage.write(f"{draft}/state", b"weights")
+    lost: list[object] = []
+
+    def replace(source: Path, target: Path) -> None:
+        real(source, target)
+        if target == tmp_path / "step_5" and not lost:
+            lost.append(target)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "replace", replace)
+    storage.publish(draft, "step_5", MARKER, b"sum\n")
+    assert lost and storage.files("step_5") == [MARKER, "state"]
 
 
 def test_checkpoint_path_is_a_folder_or_a_url(
