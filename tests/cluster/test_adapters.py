@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_lora_with_a_budget_found_by_itself_is_exported_as_plain_peft_takes_it(
     folder: Path, tmp_path: Path
 ) -> None:

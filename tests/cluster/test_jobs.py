@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from raysft.run.lines import read_lines
+from raysft.rundir import read_config
 from tests.cluster import jobs
 from tests.models import AUDIO, CAUSAL
 from tests.properties.test_world_sizes import ledger
@@ -190,6 +191,7 @@ def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Pa
     assert not re.search(r"\| +torch$", again.stderr, re.M), "said before torch is imported"
 
 
+@pytest.mark.slow
 def test_most_json_trains_in_all_three_shapes(tmp_path: Path) -> None:
     def items(prefix: str, count: int) -> list[dict[str, str]]:
         found = []
@@ -265,12 +267,17 @@ def speech_config(
     return path
 
 
-def test_a_causal_lm_learns_asr_and_tts_from_audio_through_speech_tokens(
+def test_a_causal_lm_learns_asr_and_tts_through_speech_tokens_with_a_budget_found_by_itself(
     speech_config: Path, tmp_path: Path
 ) -> None:
-    done = jobs.call("sft", speech_config, "data.speech_tokens={clusters: 20, fit_clips: 30}")
+    auto = ("data.tokens_per_batch=auto", "parallel.memory_gb=3")
+    done = jobs.call(
+        "sft", speech_config, "data.speech_tokens={clusters: 20, fit_clips: 30}", *auto
+    )
     assert done.returncode == 0, done.stderr
     run = speech_config.parent / "runs" / "units"
+    budget = read_config(run).data.tokens_per_batch
+    assert isinstance(budget, int) and budget % 64 == 0
     for line in read_lines(run / "metrics.jsonl"):
         assert {"loss/asr", "loss/tts"} <= set(line), "the mix holds in every step"
     exported = jobs.call("export", run, tmp_path / "out")

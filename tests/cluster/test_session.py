@@ -106,7 +106,7 @@ def test_a_stale_address_file_and_a_long_temporary_folder_do_no_harm(
     ("number", "code"),
     [
         (signal.SIGTERM, 143),
-        (signal.SIGINT, None),
+        pytest.param(signal.SIGINT, None, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],
 )

@@ -130,7 +130,7 @@ def check(folder: Path, size: int, cells: list[tuple[str, str]]) -> None:
 
 
 def test_three_workers_under_ddp_are_the_same_to_the_last_bit_after_kills(tmp_path: Path) -> None:
-    check(tmp_path, 3, [("ddp", "full"), ("ddp", "lora")])
+    check(tmp_path, 3, [("ddp", "lora")])
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def starts(run: Path) -> list[int]:
 # -- kills ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_while_every_step_is_saved(kills: int, home: Path) -> None:
     name = f"killed_{kills}"
     run, chance = home / "runs" / name, random.Random(kills)

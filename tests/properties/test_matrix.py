@@ -2,7 +2,7 @@
 
 Two gloo processes and three lanes (so the second worker has a turn of weight zero) against one
 process; what a combination cannot do is refused in tests/unit/test_combinations.py. `make test`
-runs two whole pairs and one step of all strategies; the slow test runs all of them.
+runs one whole pair and one step of all strategies; the slow test runs all of them.
 """
 
 from __future__ import annotations
@@ -189,10 +189,10 @@ def assert_export_speaks(bench: Bench, case: Case, run: Path) -> None:
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{case}: {m}")
 
 
-PAIRS: list[Case] = [("fsdp", "lora", "audio_lm"), ("zero3", "prompt", "causal_lm")]
+PAIRS: list[Case] = [("fsdp", "lora", "audio_lm")]
 
 
-def test_pairs_of_strategy_and_method_train_alike_and_resume_exactly(bench: Bench) -> None:
+def test_a_strategy_with_adapters_trains_alike_and_resumes_exactly(bench: Bench) -> None:
     check(bench, PAIRS)
 
 
@@ -235,23 +235,24 @@ def test_gradients_of_adapters_are_those_of_the_whole_global_batch(bench: Bench)
             assert difference < 1e-5 * largest, f"{case}: {name} differs by {difference:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "stages"),
     [
-        pytest.param("none", [("ddp", 2), ("fsdp", 1), ("ddp", 3)], marks=pytest.mark.slow),
-        pytest.param("lora", [("fsdp", 2), ("ddp", 1), ("fsdp", 3)], marks=pytest.mark.slow),
-        ("lora", [("zero2", 2), ("ddp", 1)]),
+        ("none", [("ddp", 2), ("fsdp", 1), ("ddp", 3)]),
+        ("lora", [("fsdp", 2), ("ddp", 1), ("fsdp", 3)]),
+        ("lora", [("zero2", 2), ("zero2", 1), ("ddp", 2)]),
     ],
     ids=str,
 )
 def test_a_run_moves_between_strategies_and_numbers_of_workers(
     method: str, stages: list[tuple[str, int]], bench: Bench
 ) -> None:
-    """Left in the middle, each time without a word, and taken up by others."""
+    """Left in the middle twice, each time without a word, and taken up by others."""
     name = f"left_{method}_{stages[0][0]}"
     whole = bench.config(("ddp", method, "causal_lm"), f"whole_{name}", checkpoint={"every": 3})
     assert worlds.run(1, whole, module="tests.matrix") == 0
-    for (strategy, size), leave_at in zip(stages, (*(5, 8)[: len(stages) - 1], 0), strict=True):
+    for (strategy, size), leave_at in zip(stages, (5, 8, 0), strict=True):
         config = bench.config((strategy, method, "causal_lm"), name, checkpoint={"every": 3})
         assert worlds.run(size, config, kill_at=leave_at, module="tests.matrix") == 0
     expected = column(bench.run(whole.stem), "loss")

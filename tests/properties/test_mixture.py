@@ -21,6 +21,7 @@ MOE = {
 }
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_alike_under_zero3_and_fsdp_with_idle_experts(tmp_path: Path) -> None:
     """32 experts, one a token, micro-batches of some 30 tokens: many experts stay idle."""
     losses = {}

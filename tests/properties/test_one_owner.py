@@ -30,7 +30,6 @@ from tests.worlds import drive, fork, join, start, tiny
 
 __all__ = ["home", "undisturbed"]
 LAST = 12
-PLACES = ["folder", "objects"]
 REFUSED = 5
 
 
@@ -89,7 +88,7 @@ def paused(config: Config, at: int, folder: Path) -> None:
     drive(config, folder / "said", progress)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [pytest.param("folder", marks=pytest.mark.slow), "objects"])
 def test_a_job_whose_run_another_has_taken_over_changes_nothing_any_more(
     place: str, home: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

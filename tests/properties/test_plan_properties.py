@@ -18,7 +18,7 @@ from raysft.config.schema import Data
 from raysft.data.plan import ALGORITHM, Cursor, Plan, PlannedStep
 
 BUDGETS = st.integers(4, 60)
-MANY = settings(max_examples=120, deadline=None)
+MANY = settings(max_examples=60, deadline=None)
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,8 @@ def test_ledger_and_losses_are_the_same_for_every_world_size_and_strategy(
         assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("size", "kills"), [(2, (9,)), pytest.param(1, (2, 13), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_bit_identity does it with three workers
+@pytest.mark.parametrize(("size", "kills"), [(1, (2, 13)), (2, (9,))])
 def test_killed_and_started_again_is_the_same_to_the_last_bit(
     size: int, kills: tuple[int, ...], corpus: Path, reference: Path, tmp_path: Path
 ) -> None:
@@ -135,10 +134,8 @@ def test_the_same_clips_are_quarantined_after_kills_and_at_any_world_size(
     assert "NaN or infinite" in found[paths[5]] and "silent" in found[paths[41]]
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    ["ddp", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fsdp", "zero2", "zero3"))],
-)
+@pytest.mark.slow  # test_loss does it with one worker
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
 def test_weights_of_tasks_mean_the_same_for_every_world_size(
     strategy: str, make_clips: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-# many processes, or many seconds
-SLOW = {"ingest", "overhead", "chaos", "strategies", "gpu_finetune", "resume", "shuffle"}
+QUICK = {"padding"}  # the others: many processes, or many seconds
 SHARED = {"results_io", "local_cluster"}  # what benchmarks share
 NAMES = [
-    pytest.param(path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+    pytest.param(path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow])
     for path in sorted(FOLDER.glob("*.py"))
     if path.stem not in SHARED
 ]

@@ -23,6 +23,7 @@ from tests.worlds import start, tiny
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
+@pytest.mark.slow
 def test_who_only_drives_or_controls_a_run_loads_no_models() -> None:
     """Ray's controller unpickles what `launch` hands it: seconds at every start, where it does."""
     code = "import sys, raysft.launch, raysft.budget; sys.exit('transformers' in sys.modules)"

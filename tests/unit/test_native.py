@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any], float]] = {
 }
 
 
-LONGER = CASES.keys() - {"lora in bf16"}
+LONGER = CASES.keys() - {"offloaded"}
 
 
 def write(folder: Path, name: str, workers: int, **changes: Any) -> Path:

@@ -131,7 +131,8 @@ def _together(rank: int, store: str, strategy: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_workers_agree(strategy: str, tmp_path: Path) -> None:
     store = str(tmp_path / "store")
     processes = [worlds.fork(_together, rank, store, strategy) for rank in range(2)]
