@@ -20,11 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python examples/spoken_digits/demo.py
 
-# Tests with a cluster mostly wait: they run beside the others.
+# Two parts side by side, for two cores: those with a cluster and a few that take long, and the rest.
+BESIDE := tests/cluster tests/properties/test_matrix.py tests/properties/test_bit_identity.py
+
 test: setup
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' tests/cluster > cluster-tests.log 2>&1 & \
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(BESIDE) > cluster-tests.log 2>&1 & \
 	cluster=$$!; rest=0; \
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore tests/cluster || rest=$$?; \
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(BESIDE:%=--ignore=%) || rest=$$?; \
 	wait $$cluster; cluster=$$?; cat cluster-tests.log; rm -f cluster-tests.log; \
 	test $$cluster = 0 -a $$rest = 0
 

@@ -31,7 +31,7 @@ class Done:
     stderr: str
 
 
-def call(job: str, *words: object) -> Done:
+def call(job: str, *words: object, cwd: Path = ROOT) -> Done:
     """What `python jobs/JOB.py WORDS` does, by its own entry point, exit code included."""
     path = ROOT / "jobs" / f"{job}.py"
     spec = importlib.util.spec_from_file_location(f"job_{job}", path)
@@ -44,7 +44,7 @@ def call(job: str, *words: object) -> Done:
         mock.patch.object(sys, "argv", argv),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        contextlib.chdir(ROOT),
+        contextlib.chdir(cwd),
     ):
         try:
             module.guarded(module.main)

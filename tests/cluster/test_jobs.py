@@ -271,9 +271,8 @@ def test_a_causal_lm_learns_asr_and_tts_through_speech_tokens_with_a_budget_foun
     speech_config: Path, tmp_path: Path
 ) -> None:
     auto = ("data.tokens_per_batch=auto", "parallel.memory_gb=3")
-    done = jobs.call(
-        "sft", speech_config, "data.speech_tokens={clusters: 20, fit_clips: 30}", *auto
-    )
+    fit = "data.speech_tokens={clusters: 20, fit_clips: 30}"
+    done = jobs.call("sft", speech_config, fit, *auto)
     assert done.returncode == 0, done.stderr
     run = speech_config.parent / "runs" / "units"
     budget = read_config(run).data.tokens_per_batch

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from raysft.config import load_config
+from tests.cluster import jobs
 from tests.cluster.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -27,22 +28,27 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
+def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python WORDS` in a process of its own."""
+    words = (sys.executable, *words)
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
 def test_commands_and_python_run_as_written(tmp_path: Path) -> None:
     for name in ("jobs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     for line in "".join(blocks("sh")).splitlines():
-        words = shlex.split(line, comments=True)
-        assert words[0] == "python"
-        words[0] = sys.executable
-        if "sft.py" in line:
-            words += SHORT
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        first, *words = shlex.split(line, comments=True)
+        assert first == "python"
+        if words[0].startswith("jobs/"):
+            job, short = Path(words[0]).stem, SHORT if "sft.py" in line else []
+            done = jobs.call(job, *words[1:], *short, cwd=tmp_path)
+        else:
+            done = run(*words, cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert (tmp_path / "runs" / "spoken_digits_asr" / "eval.jsonl").is_file()
     (snippet,) = blocks("python")
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = run("-c", snippet, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
