@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/python examples/spoken_digits/demo.py
 
 # Two parts side by side, for two cores: those with a cluster and a few that take long, and the rest.
-BESIDE := tests/cluster tests/properties/test_matrix.py tests/properties/test_bit_identity.py
+BESIDE := tests/cluster $(addprefix tests/properties/test_,matrix.py bit_identity.py world_sizes.py)
 
 test: setup
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(BESIDE) > cluster-tests.log 2>&1 & \
