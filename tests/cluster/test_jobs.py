@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raysft.audit import audit
 from raysft.run.lines import read_lines
 from raysft.rundir import read_config
 from tests.cluster import jobs
+from tests.cluster.conftest import ROOT, without_ray_settings
 from tests.models import AUDIO, CAUSAL
 from tests.properties.test_world_sizes import ledger
 
@@ -171,6 +173,35 @@ def test_evaluate_reproduces_the_run_and_takes_another_source_and_changes_nothin
     assert content(finished) == before
     none = jobs.call("evaluate", finished, "--step", "7")
     assert none.returncode == 1 and "kept are 8, 12" in none.stderr
+
+
+@pytest.mark.slow
+def test_evaluate_beside_a_run_that_trains_changes_nothing_of_it(
+    folder: Path, corpus: Path
+) -> None:
+    endless = ("run.name=beside", "train.max_steps=100000", "evaluate.every=0", "log.every=1")
+    job = jobs.start("sft", folder / "asr.yaml", *endless, "checkpoint.every=50")
+    run = folder / "runs" / "beside"
+    jobs.wait_for_step(job, run, 60)
+    kept = {name: (run / name).read_bytes() for name in ("config.yaml", "plan.json", "owner.json")}
+    words = (run, "--data", corpus, "evaluate.max_examples=4", "checkpoint.every=7", "log.every=3")
+    done = subprocess.run(  # with a Ray of its own: the run has all of the other one's CPUs
+        [sys.executable, ROOT / "jobs" / "evaluate.py", *words],
+        env=without_ray_settings(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {name: (run / name).read_bytes() for name in kept} == kept
+    jobs.wait_for_step(job, run, len(read_lines(run / "metrics.jsonl")) + 60)
+    os.kill(job.pid, signal.SIGINT)
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode == 130, output + errors
+    assert [e["event"] for e in read_lines(run / "events.jsonl") if e["event"] != "saved"] == [
+        "started",
+        "stopped",
+    ]
+    assert audit(run).clean
 
 
 def test_export_is_a_folder_that_transformers_loads(finished: Path, tmp_path: Path) -> None:
