@@ -180,7 +180,7 @@ def test_evaluate_beside_a_run_that_trains_changes_nothing_of_it(
     folder: Path, corpus: Path
 ) -> None:
     endless = ("run.name=beside", "train.max_steps=100000", "evaluate.every=0", "log.every=1")
-    job = jobs.start("sft", folder / "asr.yaml", *endless, "checkpoint.every=50")
+    job = jobs.start("sft", folder / "asr.yaml", *endless, "checkpoint.keep=99")
     run = folder / "runs" / "beside"
     jobs.wait_for_step(job, run, 60)
     kept = {name: (run / name).read_bytes() for name in ("config.yaml", "plan.json", "owner.json")}

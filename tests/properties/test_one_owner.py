@@ -32,6 +32,8 @@ __all__ = ["home", "undisturbed"]
 LAST = 12
 REFUSED = 5
 
+pytestmark = pytest.mark.timeout(1800)  # fifty starts of ten seconds and more
+
 
 def config_of(home: Path, name: str, place: str, **changes: Any) -> Config:
     if place == "objects":
