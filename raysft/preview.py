@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from raysft.config import Config
+from raysft.config.strategies import traits_of
 from raysft.data.encode import TEMPLATE, Encoder, kept_template
 from raysft.data.index import Index
 from raysft.data.plan import Summary
@@ -20,14 +21,6 @@ from raysft.prepare import Prepared, Say, prepare, silent
 from raysft.rundir import is_trained, run_folder, settled, with_budget
 
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
-
-# What workers share, by strategy.
-SHARDED = {
-    "fsdp": ("weights", "gradients", "moments"),
-    "zero1": ("moments",),
-    "zero2": ("gradients", "moments"),
-    "zero3": ("weights", "gradients", "moments"),
-}
 
 
 def dry_run(config: Config, say: Say = silent) -> str:
@@ -125,7 +118,7 @@ def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
     sizes = worker.sizes_of(adapter)
     trained = sizes["trained"]
     workers = config.parallel.min_workers // config.parallel.replicate
-    sharded = SHARDED.get(config.parallel.strategy, ())
+    sharded = traits_of(config.parallel.strategy).shards
     held = {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained}
     state = sum(size / (workers if part in sharded else 1) for part, size in held.items())
     text = adapter.net.config.get_text_config()

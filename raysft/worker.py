@@ -18,6 +18,7 @@ import torch
 
 from raysft import history, models
 from raysft.config import Config
+from raysft.config.strategies import traits_of
 from raysft.data.encode import Encoder
 from raysft.data.example import MicroBatch
 from raysft.data.generations import open_index
@@ -29,7 +30,7 @@ from raysft.models.attention import used as attention_used
 from raysft.models.base import Adapter
 from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, determinism, make_strategy
-from raysft.parallel.fsdp import blocks
+from raysft.parallel.blocks import blocks
 from raysft.patience import patient
 from raysft.rundir import check_base, initial_weights
 from raysft.train.catalogue import Catalogue, Saved
@@ -248,7 +249,7 @@ class Evaluation:
                 strategy.autocast,
                 final,
                 predictions=predictions,
-                synced=self.config.parallel.strategy in ("fsdp", "zero3"),
+                synced=traits_of(self.config.parallel.strategy).synced,
                 seen=seen,
                 tell=tell,
             )

@@ -33,6 +33,8 @@ _forks = multiprocessing.get_context("forkserver")
 _LOADED = [
     "tests.worlds",
     "raysft.worker",
+    "raysft.parallel.ddp",
+    "raysft.parallel.fsdp",
     "torch._dynamo",
     "transformers.models.qwen3.modeling_qwen3",
     "tests.proven",

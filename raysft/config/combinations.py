@@ -5,12 +5,14 @@ Pure functions of the config; what only the model's files can tell is refused wh
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from raysft.config.deepspeed import check as check_deepspeed
 from raysft.config.deepspeed import wrong_stage
 from raysft.config.schema import Config, Optim, Peft, Section
+from raysft.config.strategies import StrategyTraits, names, traits_of
 
 # Which keys of `peft` a method reads; `path` and `method` go with every one.
 _TARGETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -23,10 +25,6 @@ PEFT_KEYS: dict[str, tuple[str, ...]] = {
     "ia3": _TARGETS,
     "prefix": ("virtual_tokens",),
     "prompt": ("virtual_tokens",),
-}
-OFFLOADS = {
-    "optimizer": ("zero1", "zero2", "zero3"),
-    "parameters": ("fsdp", "zero3"),
 }
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 AUDIO_TYPES = ("qwen2_audio",)
@@ -98,32 +96,31 @@ def _run(config: Config) -> list[str]:
 def _strategy(config: Config) -> list[str]:
     found = []
     parallel, strategy = config.parallel, config.parallel.strategy
-    if strategy == "ep":
-        settings = config.model.config
-        why = "it is not available yet"
-        if settings is not None and not any(key in settings for key in EXPERTS):
-            why = f"{settings.get('model_type')} has none (of {', '.join(EXPERTS)}, none is set)"
+    traits = traits_of(strategy)
+    if "experts" in traits.shards and (why := _no_experts(traits, config.model.config)):
         found.append(
-            "parallel.strategy: ep shares the experts of a mixture among workers, but "
+            f"parallel.strategy: {strategy} shares the experts of a mixture among workers, but "
             f"{why}; use fsdp or zero3"
         )
     if parallel.replicate > 1:
-        if strategy != "fsdp":
-            found.append(f"parallel.replicate: only fsdp has copies of shards, not {strategy}")
+        if not traits.replicates:
+            able = names(lambda other: other.replicates)
+            found.append(
+                f"parallel.replicate: only {' or '.join(able)} has copies of shards, not {strategy}"
+            )
         elif parallel.elastic or parallel.max_workers % parallel.replicate:
             found.append(
                 f"parallel.replicate: {parallel.replicate} copies need a fixed number of workers "
                 f"that is a multiple of it, not parallel.workers: {parallel.workers}"
             )
-    if parallel.offload != "none" and strategy not in OFFLOADS[parallel.offload]:
-        works = [key for key, names in OFFLOADS.items() if strategy in names]
-        remedy = f"use {' or '.join(works)}" if works else "remove it"
+    if parallel.offload != "none" and parallel.offload not in traits.offloads:
+        remedy = f"use {' or '.join(traits.offloads)}" if traits.offloads else "remove it"
+        able = names(lambda other: parallel.offload in other.offloads)
         found.append(
             f"parallel.offload: {parallel.offload} does not go with parallel.strategy: {strategy}; "
-            f"{remedy} ({parallel.offload} goes with {', '.join(OFFLOADS[parallel.offload])})"
+            f"{remedy} ({parallel.offload} goes with {', '.join(able)})"
         )
-    zero = strategy.startswith("zero")
-    if parallel.deepspeed is not None and not zero and not wrong_stage(config):
+    if parallel.deepspeed is not None and traits.stage is None and not wrong_stage(config):
         found.append(
             f"parallel.deepspeed: does nothing with parallel.strategy: {strategy}; "
             "use zero1, zero2 or zero3, or remove it"
@@ -132,16 +129,21 @@ def _strategy(config: Config) -> list[str]:
         found.append(
             "parallel.memory_gb: only data.tokens_per_batch: auto reads it; set that, or remove it"
         )
-    if config.train.compile and zero:
-        found.append(
-            f"train.compile: the hooks of {strategy} break what is compiled; use ddp or fsdp"
-        )
+    for refusal in traits.refuses:
+        if attrgetter(refusal.key)(config) == refusal.value:
+            found.append(f"{refusal.key}: {refusal.why}")
     return found
+
+
+def _no_experts(traits: StrategyTraits, settings: dict[str, Any] | None) -> str | None:
+    """Why a model's experts cannot be shared. settings: of model.config."""
+    if settings is not None and not any(key in settings for key in EXPERTS):
+        return f"{settings.get('model_type')} has none (of {', '.join(EXPERTS)}, none is set)"
+    return None if traits.available else "it is not available yet"
 
 
 def _peft(config: Config) -> list[str]:
     peft, method = config.peft, config.peft.method
-    strategy = config.parallel.strategy
     found = []
     used = ("method", *PEFT_KEYS[method], *(("path",) if method != "none" else ()))
     for key in _set_keys(peft, Peft()):
@@ -173,16 +175,6 @@ def _peft(config: Config) -> list[str]:
             "train.gradient_checkpointing: peft.method: prefix hands keys to every layer, which "
             "recomputation would lose; set it to false"
         )
-    if method == "adalora" and strategy.startswith("zero"):
-        found.append(
-            f"peft.method: adalora ranks by whole gradients, which {strategy} does not keep; "
-            "use parallel.strategy: ddp or fsdp"
-        )
-    if method == "qlora" and strategy != "ddp":
-        found.append(
-            f"peft.method: qlora keeps its base in 4 bits, which {strategy} cannot shard; "
-            "use parallel.strategy: ddp, or peft.method: lora"
-        )
     if method == "qlora" and config.model.path is None:
         found.append("peft.method: qlora quantises weights that are there: set model.path")
     return found
@@ -204,11 +196,6 @@ def _optim(config: Config) -> list[str]:
     if optim.schedule != "wsd" and optim.decay != Optim().decay:
         found.append(
             f"optim.decay: does nothing with optim.schedule: {optim.schedule}; it is wsd's"
-        )
-    if optim.optimizer == "adamw8bit" and config.parallel.strategy.startswith("zero"):
-        found.append(
-            "optim.optimizer: adamw8bit cannot be partitioned by "
-            f"{config.parallel.strategy}; use ddp or fsdp, or adamw"
         )
     unlimited = config.parallel.device == "cpu" and config.parallel.memory_gb is None
     if config.data.tokens_per_batch == "auto" and unlimited:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from raysft import paths
 from raysft.config.schema import Config
+from raysft.config.strategies import names, traits_of
 from raysft.errors import UserError
 
 AUTO = "auto"  # what transformers and accelerate write where they fill a value in: so do we
@@ -108,11 +109,12 @@ def rules(config: Config) -> list[Rule]:
 
 def _of_keys(config: Config) -> list[Rule]:
     parallel, optim, train = config.parallel, config.optim, config.train
+    traits = traits_of(parallel.strategy)
     zero = "zero_optimization"
     optimizer = "none" if parallel.offload == "none" else "cpu"
     parameters = "cpu" if parallel.offload == "parameters" else "none"
     found: list[tuple[str, Any, str, Any]] = [
-        (f"{zero}.stage", stage_of(config), "parallel.strategy", parallel.strategy),
+        (f"{zero}.stage", traits.stage, "parallel.strategy", parallel.strategy),
         (f"{zero}.offload_optimizer.device", optimizer, "parallel.offload", parallel.offload),
         (f"{zero}.cpu_offload", optimizer == "cpu", "parallel.offload", parallel.offload),
         ("fp16.enabled", train.precision == "fp16", "train.precision", train.precision),
@@ -134,7 +136,7 @@ def _of_keys(config: Config) -> list[Rule]:
         ("scheduler.params.warmup_num_steps", optim.warmup, "optim.warmup", optim.warmup),
         ("scheduler.params.total_num_steps", train.max_steps, "train.max_steps", train.max_steps),
     ]
-    if stage_of(config) == 3:
+    if "parameters" in traits.offloads:
         offload = parallel.offload
         found += [
             (f"{zero}.offload_param.device", parameters, "parallel.offload", offload),
@@ -214,11 +216,6 @@ def _of_raysft(config: Config) -> list[Rule]:
     return [rule._replace(why=f"{rule.why}; remove it") for rule in found]
 
 
-def stage_of(config: Config) -> int:
-    """1, 2 or 3: of parallel.strategy zero1, zero2 or zero3."""
-    return int(config.parallel.strategy.removeprefix("zero"))
-
-
 def check(config: Config) -> list[str]:
     """One line for each mistake in `parallel.deepspeed`."""
     path = config.parallel.deepspeed
@@ -229,7 +226,7 @@ def check(config: Config) -> list[str]:
     except UserError as error:
         return [str(error)]
     unknown = _unknown(tree) | _mistyped(tree)
-    zero = config.parallel.strategy.startswith("zero")
+    zero = traits_of(config.parallel.strategy).stage is not None
     if not zero:  # perhaps as the file's stage cannot be read: nothing else of it is asked for
         unknown = {key: unknown[key] for key in _STAGE if key in unknown}
     found = [f"{key}: {hint}" for key, hint in unknown.items()]
@@ -321,8 +318,9 @@ def _meant(theirs: dict[str, Any]) -> dict[str, Any]:
     """What a file's values are by our keys."""
     zero = "zero_optimization"
     found = {}
-    if theirs.get(f"{zero}.stage") in (1, 2, 3):
-        found["parallel.strategy"] = f"zero{theirs[f'{zero}.stage']}"
+    stage = theirs.get(f"{zero}.stage")
+    if named := names(lambda traits: traits.stage is not None and traits.stage == stage):
+        found["parallel.strategy"] = named[0]
     for what, ours in (("param", "parameters"), ("optimizer", "optimizer")):
         old = theirs.get(f"{zero}.cpu_offload{'_param' * (what == 'param')}")  # of DeepSpeed 0.3
         there = old is True or theirs.get(f"{zero}.offload_{what}.device") == "cpu"

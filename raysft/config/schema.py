@@ -20,6 +20,8 @@ from pydantic import (
     field_validator,
 )
 
+from raysft.config.strategies import StrategyName
+
 
 @dataclass(frozen=True)
 class PathKey:
@@ -223,14 +225,13 @@ class Model(Section):
 class Parallel(Section):
     """How workers share the work."""
 
-    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "ep"] = Field(
+    strategy: StrategyName = Field(
         "ddp",
         description="ddp: replicas; fsdp: FSDP2 shards; zero1, zero2, zero3: DeepSpeed; ep: shares "
         "the experts of a mixture",
     )
     replicate: PositiveInt = Field(
-        1,
-        description="fsdp: copies of the model; each is sharded over workers / replicate (HSDP)",
+        1, description="fsdp: copies of the model; each is sharded over workers / replicate (HSDP)"
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none",
@@ -246,8 +247,7 @@ class Parallel(Section):
         "(on CPU it has to be given)",
     )
     workers: int | list[int] = Field(
-        1,
-        description="training workers, at most data.lanes; [min, max]: as many as have room",
+        1, description="training workers, at most data.lanes; [min, max]: as many as have room"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where there is one"

@@ -1,6 +1,10 @@
-"""How a model is spread over workers: one module a strategy, one small interface (`Strategy`)."""
+"""How a model is spread over workers: one module a strategy, one small interface (`Strategy`).
 
-from raysft.parallel.strategy import Strategy, make_strategy
+The rows of `config.strategies` say what each does; `make` finds its class.
+"""
+
+from raysft.parallel.make import make_strategy, register
+from raysft.parallel.strategy import Strategy
 from raysft.parallel.world import World
 
-__all__ = ["Strategy", "World", "make_strategy"]
+__all__ = ["Strategy", "World", "make_strategy", "register"]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from raysft.config.deepspeed import added, check, stage_of
+from raysft.config.deepspeed import added, check
 from raysft.config.schema import Config
+from raysft.config.strategies import traits_of
 from raysft.errors import UserError
 from raysft.parallel.scale import START
 
@@ -56,7 +57,7 @@ def _own(config: Config) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip,
-        "zero_optimization.stage": stage_of(config),
+        "zero_optimization.stage": traits_of(config.parallel.strategy).stage,
         # Offloaded or not, AdamW is torch's: DeepSpeed's own for the CPU has to be compiled first.
         "zero_force_ds_cpu_optimizer": False,
         "fp16.enabled": precision == "fp16",
@@ -73,7 +74,7 @@ def _offloads(config: Config) -> dict[str, bool]:
     """Section of DeepSpeed's -> whether `parallel.offload` asks for it."""
     asked = config.parallel.offload
     found = {"offload_optimizer": asked != "none"}
-    if stage_of(config) == 3:
+    if "parameters" in traits_of(config.parallel.strategy).offloads:
         found["offload_param"] = asked == "parameters"
     return found
 

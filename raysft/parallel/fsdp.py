@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
 
 from raysft.config.schema import Config
 from raysft.errors import UserError
+from raysft.parallel.blocks import blocks
 from raysft.parallel.native import HALF, Native
 from raysft.parallel.world import World
 
@@ -94,12 +95,3 @@ def _mesh(replicate: int, world: World) -> DeviceMesh:
 
 def _adapters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """Modules of the classes that transformers models list as not to be split, innermost first."""
-    names: set[str] = set()
-    for part in module.modules():
-        names |= set(getattr(part, "_no_split_modules", None) or ())
-    found = [part for part in module.modules() if type(part).__name__ in names]
-    return found[::-1]

@@ -15,10 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from raysft.config.schema import Config
-from raysft.errors import UserError
-from raysft.parallel.world import World
-
 State = dict[str, Any]
 
 
@@ -85,32 +81,6 @@ class Strategy(Protocol):
     def load_facts(self, facts: dict[str, Any]) -> None:
         """The inverse of `facts`."""
         ...
-
-
-def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
-    """Wrap `module` (on CPU, the same weights on every worker) as `parallel.strategy` says.
-
-    module: what frozen parameters it has are known; their state is not saved where `peft.method`
-    is set. Raises UserError where the strategy cannot work here.
-    """
-    name, device = config.parallel.strategy, world.device
-    half = config.train.precision == "bf16" and device.type == "cuda"
-    if half and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
-            f"train.precision: bf16, but {torch.cuda.get_device_name(device)} has none; "
-            "use fp16 or fp32"
-        )
-    if name == "fsdp":
-        from raysft.parallel.fsdp import Fsdp
-
-        return Fsdp(config, module, world)
-    if name.startswith("zero"):
-        from raysft.parallel.zero import Zero
-
-        return Zero(config, module, world)
-    from raysft.parallel.ddp import Ddp
-
-    return Ddp(config, module, world)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

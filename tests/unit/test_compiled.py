@@ -11,7 +11,7 @@ import torch
 from raysft.errors import UserError
 from raysft.models.compiled import compile_blocks
 from raysft.parallel import World
-from raysft.parallel.fsdp import blocks
+from raysft.parallel.blocks import blocks
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
 from tests import worlds

@@ -1,0 +1,129 @@
+"""The values of `parallel.strategy`, as data: what each shares among workers, and what it refuses.
+
+Who asks what a strategy does asks its row here; who trains asks `parallel.make` for its class.
+Nothing here imports torch. `parallel.register` puts in a strategy from outside.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import WrapValidator
+
+from raysft.errors import UserError
+
+Part = Literal["weights", "gradients", "moments", "experts"]
+Offload = Literal["optimizer", "parameters"]
+
+
+def _or_registered(value: Any, listed: Callable[[Any], Any]) -> Any:
+    """As listed in `StrategyName`, or put in from outside."""
+    return value if isinstance(value, str) and value in STRATEGIES else listed(value)
+
+
+StrategyName = Annotated[
+    Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "ep"], WrapValidator(_or_registered)
+]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A value of a key that a strategy cannot work with. why: the reason, with the remedy."""
+
+    key: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class StrategyTraits:
+    """What is known of a strategy before it is built.
+
+    shards: what workers share; of everything else each has all. offloads: the values of
+    `parallel.offload` it goes with. synced: its forward pass is a collective: each worker has to
+    enter it as often as the others. replicates: goes with `parallel.replicate`. stage: of
+    DeepSpeed's ZeRO; None: it is not DeepSpeed's. available: False: only its name is there yet.
+    """
+
+    name: str
+    shards: tuple[Part, ...] = ()
+    offloads: tuple[Offload, ...] = ()
+    synced: bool = False
+    replicates: bool = False
+    stage: int | None = None
+    refuses: tuple[Refusal, ...] = ()
+    available: bool = True
+
+
+def _zero(
+    stage: int, shards: tuple[Part, ...], offloads: tuple[Offload, ...], synced: bool = False
+) -> StrategyTraits:
+    """The row of a stage of DeepSpeed's ZeRO."""
+    name = f"zero{stage}"
+    refuses = (
+        Refusal("train.compile", True, f"the hooks of {name} break what is compiled; use {_TORCH}"),
+        Refusal(
+            "peft.method",
+            "adalora",
+            f"adalora ranks by whole gradients, which {name} does not keep; "
+            f"use parallel.strategy: {_TORCH}",
+        ),
+        _no_qlora(name),
+        Refusal(
+            "optim.optimizer",
+            "adamw8bit",
+            f"adamw8bit cannot be partitioned by {name}; use {_TORCH}, or adamw",
+        ),
+    )
+    return StrategyTraits(name, shards, offloads, synced, stage=stage, refuses=refuses)
+
+
+def _no_qlora(name: str) -> Refusal:
+    return Refusal(
+        "peft.method",
+        "qlora",
+        f"qlora keeps its base in 4 bits, which {name} cannot shard; "
+        "use parallel.strategy: ddp, or peft.method: lora",
+    )
+
+
+_TORCH = "ddp or fsdp"
+_ALL: tuple[Part, ...] = ("weights", "gradients", "moments")
+_ROWS = (
+    StrategyTraits("ddp"),
+    StrategyTraits(
+        "fsdp", _ALL, ("parameters",), synced=True, replicates=True, refuses=(_no_qlora("fsdp"),)
+    ),
+    _zero(1, ("moments",), ("optimizer",)),
+    _zero(2, ("gradients", "moments"), ("optimizer",)),
+    _zero(3, _ALL, ("optimizer", "parameters"), synced=True),
+    StrategyTraits("ep", ("experts",), refuses=(_no_qlora("ep"),), available=False),
+)
+STRATEGIES: dict[str, StrategyTraits] = {row.name: row for row in _ROWS}
+
+
+def traits_of(name: str) -> StrategyTraits:
+    """The row of a value of `parallel.strategy`. Raises UserError, naming the nearest."""
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(name, STRATEGIES, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"parallel.strategy: unknown strategy {name!r}{meant} (there are "
+            f"{', '.join(STRATEGIES)})"
+        )
+    return STRATEGIES[name]
+
+
+def names(fits: Callable[[StrategyTraits], bool]) -> list[str]:
+    """The strategies whose row is as asked, in the order of the table."""
+    return [name for name, traits in STRATEGIES.items() if fits(traits)]
+
+
+def add(traits: StrategyTraits) -> None:
+    """Put a row into the table. Raises ValueError where its name is taken."""
+    if traits.name in STRATEGIES:
+        raise ValueError(f"strategy {traits.name!r} is there already")
+    STRATEGIES[traits.name] = traits
