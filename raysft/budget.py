@@ -14,14 +14,13 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 
-from raysft import failures, remarks
+from raysft import failures
 from raysft.config import Config
 from raysft.data.encode import Encoder
 from raysft.data.index import Index
 from raysft.errors import UserError
-from raysft.group import Shares, interruptible, reason_of, thread_settings
+from raysft.group import Shares, interruptible, join, make_trainer, reason_of
 
 
 class _Answer:
@@ -45,33 +44,21 @@ def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
     from raysft.train.probe import Lengths
 
     begun = time.monotonic()
-    shares = Shares.of(config)
     answer = ray.remote(_Answer).options(num_cpus=0).remote()
     settings = {
-        "config": config.model_dump(mode="json"),
         "encoder": ray.put(encoder),
         "lengths": asdict(Lengths.of(train.tokens, config.data.lanes)),
-        "threads": shares.threads,
         "answer": answer,
     }
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = make_trainer(
+        "probe",
         _worker,
-        train_loop_config=settings,
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if shares.gpu else "gloo", timeout_s=int(config.parallel.timeout_s)
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.parallel.min_workers,
-            use_gpu=shares.gpu,
-            resources_per_worker=shares.per_worker,
-            placement_strategy="SPREAD",
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"probe_{time.strftime('%Y%m%d_%H%M%S')}",
-            storage_path=str(folder / "ray_train"),
-            worker_runtime_env={"env_vars": thread_settings(shares)},
-            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
-        ),
+        settings,
+        config,
+        Shares.of(config),
+        folder,
+        workers=config.parallel.min_workers,
+        log_level="CRITICAL",
     )
     try:
         interruptible(trainer.fit)
@@ -91,18 +78,12 @@ def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
 
 def _worker(settings: dict[str, Any]) -> None:
     """What each worker of the group runs."""
-    import torch
-
     from raysft import worker
     from raysft.models.base import Adapter
-    from raysft.parallel import Strategy, World
+    from raysft.parallel import Strategy
     from raysft.train.probe import Lengths, find_budget
 
-    remarks.quiet()
-    config = Config.model_validate(settings["config"])
-    world = World.current(worker.device_of(config))
-    if world.device.type == "cpu":
-        torch.set_num_threads(settings["threads"])
+    config, world = join(settings, log_folder=None)
     encoder = ray.get(settings["encoder"])
 
     def factory() -> tuple[Adapter, Strategy]:

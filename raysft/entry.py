@@ -18,11 +18,12 @@ from typing import Any
 import ray
 import ray.train
 
-from raysft import failures, patience, remarks
+from raysft import failures, patience
 from raysft.config import Config
 from raysft.data.generations import open_index
 from raysft.data.index import Index
 from raysft.data.stream import RayReader, ReaderSpec
+from raysft.group import join
 from raysft.train.evaluations import Evaluation, progress_of
 from raysft.train.storage import write_whole
 from raysft.train.watchdog import Orphaned
@@ -65,18 +66,10 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
     context = ray.train.get_context()
     is_main, size = context.get_world_rank() == 0, context.get_world_size()
     group, begun = ray.get(monitor.enter.remote(size)) if is_main else (0, {})
-    import torch  # here, not above: the driver has no use for it
-
-    from raysft import worker
-    from raysft.parallel import World
+    from raysft import worker  # here, not above: the driver has no use for models
     from raysft.train.loop import train
 
-    remarks.quiet(Path(settings["folder"]) if is_main else None)
-    config = Config.model_validate(settings["config"])
-    patience.allow(config.patience_s)
-    world = World.current(worker.device_of(config))
-    if world.device.type == "cpu":
-        torch.set_num_threads(settings["threads"])
+    config, world = join(settings, Path(settings["folder"]) if is_main else None)
     group, begun = world.gather((group, begun))[0]
     if "end" in begun:
         return  # failed too often; the driver says so

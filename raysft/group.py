@@ -1,20 +1,34 @@
-"""A group of Ray Train workers, as both the run and the probe of its budget start one: what each
-gets of the cluster, how its end is waited for, and what ended it."""
+"""A group of Ray Train workers, as whatever needs one starts it: what each gets of the cluster, how
+the group is made, what its workers do first, how its end is waited for, and what ended it.
+
+Imported by Ray's controller, which has no use for models: they are imported in workers only.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.train
+import ray.train.torch
 
+from raysft import patience, remarks
 from raysft.config import Config
 from raysft.errors import UserError
 from raysft.run.ownership import ANYONE, Permit
+
+if TYPE_CHECKING:
+    from raysft.parallel import World
+
+RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,72 @@ class Shares:
         per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
         room = max(1, int((cpus - data_cpus) / workers))
         return cls(gpu, per_worker, config.parallel.threads or room, room, data_cpus)
+
+
+def make_trainer(
+    name: str,
+    work: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    config: Config,
+    shares: Shares,
+    folder: Path,
+    *,
+    workers: int | tuple[int, int],
+    log_level: str,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    failures: ray.train.FailureConfig | None = None,
+) -> ray.train.torch.TorchTrainer:
+    """A group whose workers run `work(settings)`, to be started by `fit`; see `join`.
+
+    name: of what it does, for Ray's own folder, which lies in `folder`, the run's. workers: how
+    many, or (min, max). log_level: of Ray Train. failures: when workers start again; None: never.
+    """
+    return ray.train.torch.TorchTrainer(
+        work,
+        train_loop_config={
+            **settings,
+            "config": config.model_dump(mode="json"),
+            "threads": shares.threads,
+        },
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if shares.gpu else "gloo", timeout_s=int(config.parallel.timeout_s)
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
+            use_gpu=shares.gpu,
+            resources_per_worker=shares.per_worker,
+            placement_strategy="SPREAD",
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}",
+            storage_path=str(folder / "ray_train"),
+            worker_runtime_env={"env_vars": thread_settings(shares)},
+            logging_config=ray.train.LoggingConfig(log_level=log_level),
+            callbacks=list(callbacks),
+            failure_config=failures,
+        ),
+    )
+
+
+def join(settings: dict[str, Any], log_folder: Path | None) -> tuple[Config, World]:
+    """What each worker of a group does first, with the settings that `make_trainer` gave it: the
+    config, and the process group that Ray Train has made.
+
+    log_folder: where libraries' warnings go; None: nowhere.
+    """
+    import torch  # here, not above: the driver has no use for it
+
+    from raysft import worker
+    from raysft.parallel import World
+
+    remarks.quiet(log_folder)
+    config = Config.model_validate(settings["config"])
+    patience.allow(config.patience_s)
+    world = World.current(worker.device_of(config))
+    if world.device.type == "cpu":
+        torch.set_num_threads(settings["threads"])
+    return config, world
 
 
 def thread_settings(shares: Shares) -> dict[str, str]:

@@ -14,7 +14,6 @@ import shutil
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft import budget, entry, history, prepare, preview
@@ -32,7 +30,7 @@ from raysft.data.example import Quarantined
 from raysft.data.index import Index
 from raysft.data.plan import Cursor
 from raysft.errors import UserError
-from raysft.group import Shares, died, interruptible, reason_of, thread_settings
+from raysft.group import Shares, died, interruptible, make_trainer, reason_of
 from raysft.prepare import Prepared
 from raysft.run.lines import Lines, read_lines
 from raysft.run.ownership import ANYONE, Ownership, Permit, Process
@@ -54,7 +52,6 @@ from raysft.train.monitor import SAVE, Monitor
 log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, Any]], None]
-RESIZE_EVERY_S = 10.0  # how often an elastic run looks for nodes that came
 ROOM_WITHIN_S = 10.0
 
 
@@ -318,36 +315,23 @@ def _fit(
     )
     settings = {
         **settings,
-        "config": config.model_dump(mode="json"),
         "folder": str(folder),
-        "threads": shares.threads,
         "data_cpus": shares.data_cpus,
         "worker_cpus": shares.per_worker["CPU"],
         "monitor": monitor,
     }
-    trainer = ray.train.torch.TorchTrainer(
+    fewest, most = config.parallel.min_workers, config.parallel.max_workers
+    trainer = make_trainer(
+        "start",
         entry.work,
-        train_loop_config=settings,
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if shares.gpu else "gloo", timeout_s=int(config.parallel.timeout_s)
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(config.parallel.min_workers, config.parallel.max_workers)
-            if elastic
-            else config.parallel.max_workers,
-            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
-            use_gpu=shares.gpu,
-            resources_per_worker=shares.per_worker,
-            placement_strategy="SPREAD",
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"start_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}",
-            storage_path=str(folder / "ray_train"),
-            worker_runtime_env={"env_vars": thread_settings(shares)},
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            callbacks=[Failures(monitor)],
-            failure_config=Restarts(monitor, elastic),
-        ),
+        settings,
+        config,
+        shares,
+        folder,
+        workers=(fewest, most) if elastic else most,
+        log_level="WARNING",
+        callbacks=[Failures(monitor)],
+        failures=Restarts(monitor, elastic),
     )
     try:
         grace_s = 0.0 if "evaluated" in settings else config.checkpoint.grace_s
