@@ -149,7 +149,7 @@ def _check_names(config: Config, encoder: Encoder | None = None, total_steps: in
         from raysft.models.targets import freeze
         from raysft.parallel.optim import parameter_groups
 
-        net = skeleton(config.model, model_family(config.model) == "audio_lm")
+        net = skeleton(config.model)
         freeze(net, config.train.freeze)
         parameter_groups(net.named_parameters(), config.optim)
 
@@ -251,7 +251,7 @@ def _prove(config: Config, encoder: Encoder) -> None:
     from raysft.models import balance, proof  # torch: only where it is needed
     from raysft.models.loading import skeleton
 
-    net = skeleton(config.model, model_family(config.model) == "audio_lm")
+    net = skeleton(config.model)
     proof.refuse_early(net, config.data.mode)
     balance.coefficient(net)
     encoder.verdict = proof.prove(net)

@@ -13,4 +13,4 @@ from raysft.models.loading import skeleton
 from tests.models import CAUSAL
 
 torch.set_num_threads(1)
-proof.prove(skeleton(schema.Model.model_validate(CAUSAL), audio=False))
+proof.prove(skeleton(schema.Model.model_validate(CAUSAL)))

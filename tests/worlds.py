@@ -36,6 +36,9 @@ _LOADED = [
     "raysft.parallel.ddp",
     "raysft.parallel.fsdp",
     "torch._dynamo",
+    "raysft.families.audio_lm.model",
+    "raysft.families.causal_lm.model",
+    "transformers.models.qwen2_audio.modeling_qwen2_audio",
     "transformers.models.qwen3.modeling_qwen3",
     "tests.proven",
 ]

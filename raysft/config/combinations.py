@@ -11,6 +11,7 @@ from typing import Any
 
 from raysft.config.deepspeed import check as check_deepspeed
 from raysft.config.deepspeed import wrong_stage
+from raysft.config.families import AUTO, named, owner
 from raysft.config.schema import Config, Optim, Peft, Section
 from raysft.config.strategies import StrategyTraits, names, traits_of
 
@@ -27,7 +28,6 @@ PEFT_KEYS: dict[str, tuple[str, ...]] = {
     "prompt": ("virtual_tokens",),
 }
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
-AUDIO_TYPES = ("qwen2_audio",)
 
 
 def contradictions(config: Config) -> list[str]:
@@ -161,15 +161,12 @@ def _peft(config: Config) -> list[str]:
             f"train.freeze: with peft.method: {method} the model is frozen already; keep adapters "
             "off layers with peft.exclude_modules"
         )
-    if method in ("prefix", "prompt"):
-        if config.data.mode == "packed":
-            found.append(
-                f"peft.method: {method} would reach the first document of a packed row only; "
-                "use data.mode: padded"
-            )
-        kind = (config.model.config or {}).get("model_type")
-        if config.model.family == "audio_lm" or kind in AUDIO_TYPES:
-            found.append(f"peft.method: {audio_refusal(method)}")
+    if method in ("prefix", "prompt") and config.data.mode == "packed":
+        found.append(
+            f"peft.method: {method} would reach the first document of a packed row only; "
+            "use data.mode: padded"
+        )
+    found += _family_refusal(config)
     if method == "prefix" and config.train.gradient_checkpointing:
         found.append(
             "train.gradient_checkpointing: peft.method: prefix hands keys to every layer, which "
@@ -180,14 +177,14 @@ def _peft(config: Config) -> list[str]:
     return found
 
 
-def audio_refusal(method: str) -> str:
-    """Why `prefix` or `prompt` cannot train an audio_lm."""
-    why = (
-        "transformers' Qwen2-Audio takes no prefix"
-        if method == "prefix"
-        else "prompt tuning replaces the embeddings in which the audio lies: it would be ignored"
-    )
-    return f"{method} does not work with audio_lm ({why}); use lora, adalora or ia3"
+def _family_refusal(config: Config) -> list[str]:
+    """That the method cannot train the model's family, as far as the config alone tells it."""
+    kind = (config.model.config or {}).get("model_type")
+    row = None if config.model.family == AUTO else named(config.model.family)
+    if row is None or (row.every_causal_lm and kind not in row.types):
+        row = owner(kind) or row
+    why = None if row is None else row.refusal(config.peft.method)
+    return [] if why is None else [f"peft.method: {why}"]
 
 
 def _optim(config: Config) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raysft.config.aliases import our_key, our_value
+from raysft.config.marks import one_of
 from raysft.config.overrides import is_section, options, section_of
 from raysft.config.schema import Config
 
@@ -95,10 +96,8 @@ def in_words(annotation: Any, bounds: Sequence[Any] = ()) -> str:
             literals += [repr(value) for value in typing.get_args(option)]
         else:
             parts.append(_noun(option, [*own, *bounds]))
-    if len(literals) > 1:
-        parts.append(f"{', '.join(literals[:-1])} or {literals[-1]}")
-    else:
-        parts += literals
+    if literals:
+        parts.append(one_of(literals))
     text = " or ".join(parts) if len(parts) < 2 or not literals else ", or ".join(parts)
     return f"{text}, or null" if nullable else text
 

@@ -21,6 +21,7 @@ from raysft.config import explain, places
 from raysft.config.combinations import contradictions
 from raysft.config.deepspeed import filled
 from raysft.config.explain import all_keys
+from raysft.config.marks import OneOf
 from raysft.config.overrides import Dumper, apply_override, read_tree, section_of
 from raysft.config.schema import Config
 from raysft.errors import UserError
@@ -168,7 +169,8 @@ def describe(model: type[BaseModel] = Config, prefix: str = "") -> str:
             about = field.description or (section.__doc__ or "").strip().splitlines()[0]
             lines += ["", f"{title}: {about}", describe(section, f"{title}.")]
             continue
-        kind = _type_name(field.annotation)
+        table = next((mark for mark in field.metadata if isinstance(mark, OneOf)), None)
+        kind = _type_name(field.annotation) if table is None else "|".join(table.names())
         default = "required" if field.is_required() else _default(field)
         lines.append(f"  {prefix}{name} ({kind}; {default})\n      {field.description}")
     return "\n".join(lines)

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from raysft.config.schema import Config, PathKey, Section
+from raysft.config.marks import PathKey
+from raysft.config.schema import Config, Section
 from raysft.errors import UserError
 
 

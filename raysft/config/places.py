@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from raysft import paths
+from raysft.config.marks import PathKey
 from raysft.config.overrides import section_of
-from raysft.config.schema import Config, PathKey, Section
+from raysft.config.schema import Config, Section
 from raysft.errors import UserError
 
 BYTES = "bytes"  # model.tokenizer: no path

@@ -6,7 +6,6 @@ error; a key that is here does something.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,20 +19,9 @@ from pydantic import (
     field_validator,
 )
 
+from raysft.config import families
+from raysft.config.marks import OneOf, PathKey
 from raysft.config.strategies import StrategyName
-
-
-@dataclass(frozen=True)
-class PathKey:
-    """Marks a key whose text is a path: `places` makes it absolute, by the rule of raysft.paths.
-
-    kind: file; model: a folder, or a hub id; store: a folder, or the URL of a store.
-    read: whether something has to be there already.
-    """
-
-    kind: Literal["file", "model", "store"] = "file"
-    read: bool = False
-
 
 _READ = PathKey(read=True)
 _MODEL = PathKey("model", read=True)
@@ -187,8 +175,8 @@ class Model(Section):
         None,
         description="a transformers config with its model_type: random weights, for small models",
     )
-    family: Literal["auto", "causal_lm", "audio_lm"] = Field(
-        "auto", description="auto: by the model type (qwen2_audio: audio_lm, others: causal_lm)"
+    family: Annotated[str, OneOf(families.choices)] = Field(
+        families.AUTO, description=f"auto: by the model type ({families.by_type()})"
     )
     tokenizer: Annotated[str | None, _MODEL] = Field(
         None, description="folder or hub id; default model.path; `bytes`: a built-in byte tokenizer"

@@ -1,17 +1,40 @@
-"""Models: one adapter a family, built from the config. See `base` for the interface."""
+"""Models: one adapter a family (see `Build`), built from the config. See `base` for what an adapter
+is."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 from transformers import BitsAndBytesConfig
 
 from raysft.config import schema
 from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
-from raysft.models import audio_lm, balance, causal_lm, loading, proof, rope
+from raysft.models import balance, loading, proof, rope
 from raysft.models.attention import attach
 from raysft.models.base import PREFIX, Adapter, LossSum, Supervised
 
-__all__ = ["PREFIX", "Adapter", "LossSum", "Supervised", "build"]
+__all__ = ["PREFIX", "Adapter", "Build", "LossSum", "Supervised", "build"]
+
+
+class Build(Protocol):
+    """The module of a family that makes its models (`Family.model`)."""
+
+    def make_adapter(
+        self,
+        model: schema.Model,
+        data: schema.Data,
+        encoder: Encoder,
+        seed: int,
+        quantization: BitsAndBytesConfig | None = None,
+    ) -> Adapter:
+        """The adapter of `model` on the CPU, in float32, with an embedding for every token of the
+        encoder's tokenizer. Random weights come from `seed` alone.
+
+        encoder: made by the family's encoder module. quantization: as in `build`. Raises UserError
+        if the model cannot be had.
+        """
+        ...
 
 
 def build(
@@ -30,8 +53,8 @@ def build(
     """
     if model.path is not None and model.config is not None:
         raise UserError("model: found both model.path and model.config; give exactly one")
-    family = audio_lm if model_family(model) == "audio_lm" else causal_lm
-    adapter: Adapter = family.make_adapter(model, data, encoder, seed, quantization)
+    module: Build = model_family(model).model_module()
+    adapter = module.make_adapter(model, data, encoder, seed, quantization)
     adapter.new_ids = encoder.new_ids
     adapter.answer_of = encoder.template.answer_of
     loading.refuse_layer_drop(model, adapter.model.config)

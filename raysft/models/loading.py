@@ -17,17 +17,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2AudioForConditionalGeneration,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from raysft.config import schema
 from raysft.data import remote_code
+from raysft.data.encode import net_class
 from raysft.errors import UserError
 
 # New rows start at the mean of the old ones, plus noise of this share of their spread: the mean
@@ -100,9 +99,9 @@ def from_config(settings: dict[str, Any], auto: Any, seed: int) -> PreTrainedMod
             raise UserError(f"model.config: {line_of(error)}") from error
 
 
-def skeleton(model: schema.Model, audio: bool) -> PreTrainedModel:
-    """The layers of the model without weights. audio: of family audio_lm."""
-    auto: Any = Qwen2AudioForConditionalGeneration if audio else AutoModelForCausalLM
+def skeleton(model: schema.Model) -> PreTrainedModel:
+    """The layers of the model without weights, as its family has it built."""
+    auto = net_class(model)
     if model.path is None:
         config = make_config(model.config or {})
     else:
@@ -112,9 +111,9 @@ def skeleton(model: schema.Model, audio: bool) -> PreTrainedModel:
             raise UserError(f"model.path {model.path}: {line_of(error)}") from error
     try:
         with torch.device("meta"):
-            if audio:
-                return auto._from_config(config)
-            return auto.from_config(config, trust_remote_code=model.trust_remote_code)
+            if hasattr(auto, "from_config"):
+                return auto.from_config(config, trust_remote_code=model.trust_remote_code)
+            return auto._from_config(config)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
         where = "model.config" if model.path is None else f"model.path {model.path}"
         raise UserError(f"{where}: {line_of(error)}") from error

@@ -38,12 +38,12 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from raysft.config.combinations import audio_refusal, contradictions
+from raysft.config.combinations import contradictions
+from raysft.config.families import Family
 from raysft.config.schema import Config
 from raysft.data.encode import model_family
 from raysft.errors import UserError
 from raysft.models import adalora
-from raysft.models.audio_lm import AudioLM
 from raysft.models.base import PREFIX, Adapter
 from raysft.models.begin import fill, find
 from raysft.models.loading import line_of, seeded, skeleton
@@ -111,11 +111,10 @@ def check(config: Config, new_ids: Sequence[int] = (), total_steps: int = 0) -> 
     """Raises UserError where `add_adapters` would for what shows without weights: layers that are
     not there, rows that the method cannot train, another adapter than the config's."""
     if config.peft.method != "none":
-        audio = model_family(config.model) == "audio_lm"
-        net = skeleton(config.model, audio)
+        family, net = model_family(config.model), skeleton(config.model)
         if config.peft.method == "qlora":
-            refuse_widths(net, audio)
-        settings, names = _settings(config, net, audio, new_ids, total_steps)
+            refuse_widths(net, family)
+        settings, names = _settings(config, net, family, new_ids, total_steps)
         find(config, settings, names, net)
 
 
@@ -171,9 +170,8 @@ def merge_adapters(
 
 def _inject(adapter: Adapter, config: Config, total_steps: int, begin: bool = False) -> PeftModel:
     """The model of `adapter` inside a peft model. begin: with the weights at `peft.path`."""
-    net = adapter.net
-    audio = isinstance(adapter, AudioLM)
-    settings, names = _settings(config, net, audio, adapter.new_ids, total_steps)
+    net, family = adapter.net, model_family(config.model)
+    settings, names = _settings(config, net, family, adapter.new_ids, total_steps)
     start = find(config, settings, names, net) if begin else None
     # peft copies modules that train whole, with all that hangs on them.
     adapter.supervised.release()
@@ -189,15 +187,15 @@ def _inject(adapter: Adapter, config: Config, total_steps: int, begin: bool = Fa
 
 
 def _settings(
-    config: Config, net: PreTrainedModel, audio: bool, new_ids: Sequence[int], total_steps: int
+    config: Config, net: PreTrainedModel, family: Family, new_ids: Sequence[int], total_steps: int
 ) -> tuple[PeftConfig, tuple[str, ...]]:
-    """peft's config for the plain model `net`, and the layers that get adapters."""
+    """peft's config for the plain model `net` of `family`, and the layers that get adapters."""
     refused = [line for line in contradictions(config) if line.startswith(("peft.", "train."))]
     if refused:
         raise UserError(refused[0])
     method = config.peft.method
-    if method in VIRTUAL and audio:
-        raise UserError(f"peft.method: {audio_refusal(method)}")
+    if (why := family.refusal(method)) is not None:
+        raise UserError(f"peft.method: {why}")
     rows = _new_rows(config, net, new_ids)
     names: tuple[str, ...] = ()
     if method in VIRTUAL:
@@ -208,7 +206,7 @@ def _settings(
         settings = _layers_settings(config, targets, total_steps)
         if rows:
             settings.trainable_token_indices = rows
-    settings.task_type = None if audio else TaskType.CAUSAL_LM
+    settings.task_type = TaskType.CAUSAL_LM if family.every_causal_lm else None
     return settings, names
 
 

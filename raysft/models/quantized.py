@@ -22,14 +22,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from raysft.config.families import Family
 from raysft.config.schema import Config
 from raysft.data.encode import model_family
 from raysft.errors import UserError
 from raysft.parallel.native import HALF
 
-# Parts beside the language model that transformers would quantise as well; and heads, which it
-# leaves alone unless it is told of something else.
-UNQUANTISED = ["lm_head", "audio_tower", "multi_modal_projector"]
+HEAD = "lm_head"  # which transformers leaves alone, unless it is told of something else to leave
 # What the packed layout takes: inputs in NF4's blocks, outputs in the rows of a product.
 INPUTS, OUTPUTS = 64, 32
 
@@ -43,13 +42,12 @@ def nf4(config: Config) -> BitsAndBytesConfig:
         raise UserError("peft.method: qlora needs bitsandbytes: pip install 'raysft[quant]'")
     # It would say that a kernel from the hub, which nothing here uses, is not there.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    audio = model_family(config.model) == "audio_lm"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=HALF.get(config.train.precision, torch.float32),
-        llm_int8_skip_modules=UNQUANTISED if audio else None,
+        llm_int8_skip_modules=_skipped(model_family(config.model)),
     )
 
 
@@ -62,10 +60,10 @@ def unpacked(net: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def refuse_widths(net: PreTrainedModel, audio: bool) -> None:
-    """Raises UserError where a layer of the plain model `net` (weights are not looked at) cannot
-    be had in 4 bits on every processor."""
-    left = _left_alone(net, audio)
+def refuse_widths(net: PreTrainedModel, family: Family) -> None:
+    """Raises UserError where a layer of the plain model `net` (weights are not looked at) of
+    `family` cannot be had in 4 bits on every processor."""
+    left = _left_alone(net, family)
     for name, module in net.named_modules():
         linear = type(module) is nn.Linear or isinstance(module, Conv1D)
         if not linear or not should_convert_module(name, left):
@@ -81,7 +79,13 @@ def refuse_widths(net: PreTrainedModel, audio: bool) -> None:
             )
 
 
-def _left_alone(net: PreTrainedModel, audio: bool) -> list[str]:
+def _left_alone(net: PreTrainedModel, family: Family) -> list[str]:
     """Patterns of the layers that transformers does not quantise."""
-    skipped = UNQUANTISED if audio else None
-    return Bnb4BitHfQuantizer.get_modules_to_not_convert(net, skipped, net._keep_in_fp32_modules)
+    skipped, kept = _skipped(family), net._keep_in_fp32_modules
+    return Bnb4BitHfQuantizer.get_modules_to_not_convert(net, skipped, kept)
+
+
+def _skipped(family: Family) -> list[str] | None:
+    """Parts beside the language model, which transformers would quantise as well; None: it has
+    none."""
+    return [HEAD, *family.parts] if family.parts else None

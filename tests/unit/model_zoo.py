@@ -86,7 +86,7 @@ def make(name: str, mode: str = "packed", seed: int = 0, **changes: Any) -> Adap
     return build(model, data, make_encoder(model, data, "unused"), seed)
 
 
-def sequences(adapter: Adapter, lengths: list[int], seed: int = 0) -> list[Sequence]:
+def sequences(adapter: Adapter, lengths: list[int], seed: int = 0, mels: int = 8) -> list[Sequence]:
     """Random sequences; with audio where the model hears; about half the tokens supervised."""
     rng = np.random.default_rng(seed)
     audio_token = getattr(adapter, "audio_token_id", None)
@@ -100,7 +100,7 @@ def sequences(adapter: Adapter, lengths: list[int], seed: int = 0) -> list[Seque
             ids = np.concatenate([np.full(tokens, audio_token, np.int32), ids])
             labels = np.concatenate([np.full(tokens, -100, np.int32), labels])
             frames = 4 * tokens - 1 + adapter.front_end.tail
-            features = [rng.standard_normal((frames, 8)).astype(np.float32)]
+            features = [rng.standard_normal((frames, mels)).astype(np.float32)]
         made.append(Sequence(f"s{i}", ("asr", "tts")[i % 2], ids, labels, features))
     return made
 

@@ -11,10 +11,10 @@ import pytest
 from raysft.config.schema import Data, Model, SpeechTokens
 from raysft.data import speech_tokens
 from raysft.data.encode import make_encoder, model_family
-from raysft.data.encode.audio_lm import audio_tokens
 from raysft.data.example import Audio, Example, Units
 from raysft.data.text import byte_tokenizer
 from raysft.errors import BadExample, UserError
+from raysft.families.audio_lm.encode import audio_tokens
 
 CLIP = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
 AUDIO_MODEL = Model(
@@ -232,11 +232,11 @@ def test_a_clip_longer_than_its_header_said_is_refused(audio_lm):
 
 
 def test_the_family_follows_the_models_type(tmp_path):
-    assert model_family(AUDIO_MODEL) == "audio_lm"
-    assert model_family(UNIT_MODEL) == "causal_lm"
-    assert model_family(AUDIO_MODEL.model_copy(update={"family": "causal_lm"})) == "causal_lm"
+    assert model_family(AUDIO_MODEL).name == "audio_lm"
+    assert model_family(UNIT_MODEL).name == "causal_lm"
+    assert model_family(AUDIO_MODEL.model_copy(update={"family": "causal_lm"})).name == "causal_lm"
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
-    assert model_family(Model(path=str(tmp_path))) == "audio_lm"
+    assert model_family(Model(path=str(tmp_path))).name == "audio_lm"
     with pytest.raises(UserError, match="neither path nor config"):
         model_family(Model())
     with pytest.raises(UserError, match=r"model\.path: no model"):

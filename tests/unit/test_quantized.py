@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from raysft.config.families import named
 from raysft.errors import UserError
 from raysft.models.quantized import INPUTS, OUTPUTS, refuse_widths
 from raysft.prepare import check
@@ -139,8 +140,8 @@ def test_what_stays_as_it_is_may_have_any_width() -> None:
         net = AutoModelForCausalLM.from_config(
             LlamaConfig(vocab_size=259, num_hidden_layers=1, **wide)
         )
-    refuse_widths(net, audio=False)
+    refuse_widths(net, named("causal_lm"))
     net.audio_tower = nn.Linear(33, 7)
-    refuse_widths(net, audio=True)
+    refuse_widths(net, named("audio_lm"))
     with pytest.raises(UserError, match=r"audio_tower is 33 wide"):
-        refuse_widths(net, audio=False)
+        refuse_widths(net, named("causal_lm"))

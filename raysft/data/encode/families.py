@@ -6,14 +6,15 @@ not known here is not sent to a family that cannot take it.
 
 from __future__ import annotations
 
+import json
 from difflib import get_close_matches
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
+from raysft.config.families import AUTO, Family, any_text, families, named, owner
+from raysft.config.schema import Model
 from raysft.errors import UserError
 
-Family = Literal["causal_lm", "audio_lm"]
-
-AUDIO_LM = ("qwen2_audio",)
 TYPO = 0.85  # likeness from which a name is offered: another model of its kin is no typing error
 
 # Lists of transformers (model type -> class) whose models hear or speak.
@@ -28,33 +29,57 @@ _HEARING = (
 _AUDIO_PARTS = ("audio_config", "speech_config", "thinker_config", "num_mel_bins")
 
 
-def family_of(given: str, settings: dict[str, Any], where: str) -> Family:
+def model_family(model: Model) -> Family:
+    """The row of model.family, with `auto` resolved by the model's type. Raises UserError for a
+    model that is not there, and for types that cannot be trained."""
+    return _family_and_type(model)[0]
+
+
+def net_class(model: Model) -> Any:
+    """The class of transformers that builds the model: its own, or an auto class. Imports torch.
+
+    Raises UserError as `model_family` does, and for a type that its family does not know.
+    """
+    family, kind = _family_and_type(model)
+    return family.net_class(kind)
+
+
+def _family_and_type(model: Model) -> tuple[Family, str | None]:
+    settings = _settings(model)
+    where = "model.config" if model.path is None else f"model.path: {model.path}"
+    return _family_of(model.family, settings, where), settings.get("model_type")
+
+
+def _family_of(given: str, settings: dict[str, Any], where: str) -> Family:
     """The family of a model whose config holds `settings`, given as model.family.
 
     where: the key that names the model, and its value, for the message. Raises UserError for a
     type that the family, or every family, cannot train.
     """
     kind = settings.get("model_type")
-    if kind in AUDIO_LM:  # as causal_lm: the loader says that it has no such class
-        return "causal_lm" if given == "causal_lm" else "audio_lm"
-    if "auto_map" in settings or kind is None:  # code of its own: transformers says what it is
-        return "audio_lm" if given == "audio_lm" else "causal_lm"
+    chosen = None if given == AUTO else named(given)
+    own = owner(kind)
+    if own is not None and (chosen is None or chosen.every_causal_lm or kind in chosen.types):
+        return chosen or own  # as causal_lm: the loader says that it has no such class
+    if own is None and ("auto_map" in settings or kind is None):
+        return chosen or any_text()  # code of its own: transformers says what it is
     hears, causal = _known(kind, settings)
-    takes = (
-        f"audio_lm knows {', '.join(AUDIO_LM)}; causal_lm the text models of "
-        "AutoModelForCausalLM, with audio as units (data.speech_tokens)"
-    )
-    near = [] if kind in causal else get_close_matches(kind, [*AUDIO_LM, *causal], 3, TYPO)
+    if kind in causal and (chosen is None or chosen.every_causal_lm):
+        return chosen or any_text()
+    right = any_text() if own is None and kind in causal else own
+    types = [name for row in families() for name in row.types]
+    near = [] if right else get_close_matches(kind, [*types, *causal], 3, TYPO)
     meant = f" (did you mean {' or '.join(near)}?)" if near else ""
-    if given == "audio_lm" or (hears and kind not in causal):
-        if kind in causal:
-            meant = " (set model.family=causal_lm)"
-        raise UserError(
-            f"{where}: models of type {kind!r} cannot be trained on audio{meant}: {takes}"
-        )
-    if kind not in causal:
-        raise UserError(f"{where}: models of type {kind!r} cannot be trained{meant}: {takes}")
-    return "causal_lm"
+    how = " on audio" if hears or (chosen is not None and chosen.hears) else ""
+    if chosen is not None and right is not None:  # another family would take it
+        meant = f" (set model.family={right.name})"
+        how = " on audio" if chosen.hears else f" as {chosen.name}"
+    known = [f"{row.name} knows {', '.join(row.types)}; " for row in families() if row.types]
+    raise UserError(
+        f"{where}: models of type {kind!r} cannot be trained{how}{meant}: {''.join(known)}"
+        f"{any_text().name} the text models of AutoModelForCausalLM, with audio as units "
+        "(data.speech_tokens)"
+    )
 
 
 def _known(kind: str, settings: dict[str, Any]) -> tuple[bool, set[str]]:
@@ -64,3 +89,40 @@ def _known(kind: str, settings: dict[str, Any]) -> tuple[bool, set[str]]:
     listed = {name for mapping in _HEARING for name in getattr(modeling_auto, mapping, ())}
     hears = kind in listed or any(part in settings for part in _AUDIO_PARTS)
     return hears, set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - listed
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    """What the model's config.json holds."""
+    if model.config is not None:
+        return dict(model.config)
+    if model.path is None:
+        raise UserError(
+            "model: neither path nor config is given: set model.path to a folder or hub id, "
+            "or model.config to a transformers config"
+        )
+    local = Path(model.path) / "config.json"
+    if local.is_file():
+        try:
+            found = json.loads(local.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"model.path: {local} is no JSON ({error})") from None
+        if not isinstance(found, dict):
+            raise UserError(f"model.path: {local} is no config of a model (a JSON object)")
+        return found
+    if local.parent.is_dir():
+        adapter = local.with_name("adapter_config.json").is_file()
+        raise UserError(
+            f"model.path: {local.parent} holds no config.json: "
+            + (
+                "it is an adapter; give it as peft.path, and its base as model.path"
+                if adapter
+                else "expected a folder that save_pretrained wrote, or a hub id"
+            )
+        )
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.get_config_dict(model.path, revision=model.revision)[0]
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"model.path: no model at {model.path!r}: {reason}") from None

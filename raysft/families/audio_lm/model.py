@@ -20,7 +20,6 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
     SequenceFeatureExtractor,
     Speech2TextFeatureExtractor,
@@ -28,10 +27,11 @@ from transformers import (
 )
 
 from raysft.config import schema
-from raysft.data.encode.audio_lm import AudioLMEncoder, audio_tokens
+from raysft.data.encode import net_class
 from raysft.data.example import MicroBatch
 from raysft.data.features import Fbank, FrontEnd
 from raysft.errors import UserError
+from raysft.families.audio_lm.encode import AudioLMEncoder, audio_tokens
 from raysft.models import loading
 from raysft.models.base import IGNORED, Adapter, Batch, Document
 
@@ -142,15 +142,16 @@ def make_adapter(
 ) -> AudioLM:
     """The model of `model`, with an embedding for every token of the encoder's tokenizer."""
     tokenizer, audio_token = encoder.tokenizer, encoder.audio_token_id
+    auto = net_class(model)
     if model.config is None:
-        net = loading.from_path(model, Qwen2AudioForConditionalGeneration, quantization)
+        net = loading.from_path(model, auto, quantization)
         loading.grow_vocabulary(net, len(tokenizer), seed)
     else:
         settings = dict(model.config)
         text = settings.get("text_config") or {}
         settings["text_config"] = loading.fill_from_tokenizer(text, tokenizer)
         settings.setdefault("audio_token_index", audio_token)
-        net = loading.from_config(settings, Qwen2AudioForConditionalGeneration, seed)
+        net = loading.from_config(settings, auto, seed)
         table = net.model.audio_tower.embed_positions.weight
         table.data.copy_(POSITION_SCALE * sinusoids(*table.shape))
     if net.config.audio_token_id != audio_token:

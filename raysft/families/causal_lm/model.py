@@ -6,10 +6,10 @@ Stands between config and step. See `base` for what a batch holds and costs.
 from __future__ import annotations
 
 import numpy as np
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from raysft.config import schema
-from raysft.data.encode.base import Encoder
+from raysft.data.encode import Encoder, net_class
 from raysft.models import loading
 from raysft.models.base import IGNORED, Adapter, Document
 
@@ -31,11 +31,11 @@ def make_adapter(
     quantization: BitsAndBytesConfig | None = None,
 ) -> CausalLM:
     """The model of `model`, with an embedding for every token of the encoder's tokenizer."""
-    tokenizer = encoder.tokenizer
+    auto, tokenizer = net_class(model), encoder.tokenizer
     if model.config is not None:
         settings = loading.fill_from_tokenizer(model.config, tokenizer)
-        net = loading.from_config(settings, AutoModelForCausalLM, seed)
+        net = loading.from_config(settings, auto, seed)
     else:
-        net = loading.from_path(model, AutoModelForCausalLM, quantization)
+        net = loading.from_path(model, auto, quantization)
         loading.grow_vocabulary(net, len(tokenizer), seed)
     return CausalLM(net, tokenizer, data.mode, [encoder.end_id])

@@ -11,20 +11,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raysft.config.families import families
 from raysft.config.schema import Data, Model
 from raysft.data.encode.base import VERSION, Encoded, Encoder
-from raysft.data.encode.families import AUDIO_LM
 from raysft.data.example import Audio, Units
-from raysft.data.speech_tokens import SpeechTokenizer
+from raysft.data.speech_tokens import SpeechTokenizer, load
 from raysft.data.text import Template, add_units, load_tokenizer, unit_ids, unit_pattern
 from raysft.errors import BadExample, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -> CausalLMEncoder:
+    """See `raysft.data.encode.Encode`."""
+    fitted = None
+    if data.speech_tokens is not None:
+        fitted = load(data.speech_tokens, run_folder)
+    return CausalLMEncoder(model, data, fitted, kept)
 
 
 class CausalLMEncoder(Encoder):
@@ -72,10 +81,11 @@ class CausalLMEncoder(Encoder):
             self._check(part.ids)
             return len(part.ids)
         if self.speech_tokens is None:
+            hearing = next(row for row in families() if row.hears)
             raise UserError(
                 f"model.family: causal_lm reads no raw audio ({part.path}): set "
                 f"data.speech_tokens to turn it into units, or use a model that hears: "
-                f"{AUDIO_LM[0]} (model.family: audio_lm)"
+                f"{next(iter(hearing.types))} (model.family: {hearing.name})"
             )
         units = self.speech_tokens.units_count(samples)
         if units == 0:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raysft.config.schema import Data, Model
 from raysft.data.encode.base import VERSION, Encoded, Encoder
-from raysft.data.encode.families import AUDIO_LM
+from raysft.data.encode.families import model_family
 from raysft.data.example import Audio, Units
 from raysft.data.features import Fbank, FrontEnd, LogMel, ModelExtractor
 from raysft.data.text import Template, load_tokenizer
@@ -30,6 +31,11 @@ FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
 FEWEST_TOKENS = 2  # with fewer adjacent audio tokens Qwen2-Audio takes its old path, which fails
 
 
+def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -> AudioLMEncoder:
+    """See `raysft.data.encode.Encode`. Of the run's folder nothing is needed."""
+    return AudioLMEncoder(model, data, kept)
+
+
 class AudioLMEncoder(Encoder):
     """Text and audio in, text out.
 
@@ -40,11 +46,6 @@ class AudioLMEncoder(Encoder):
     def __init__(self, model: Model, data: Data, kept: str | None = None) -> None:
         """kept: the chat template of a run that has begun. Raises UserError for models, templates
         and feature settings that cannot be used."""
-        if model.speech_units:
-            raise UserError(
-                "model.speech_units: audio_lm reads audio as it is, no units: leave it out, or set "
-                "model.family: causal_lm"
-            )
         config = _model_config(model)
         audio = config.audio_config
         self.max_frames = FRAMES_PER_POSITION * audio.max_source_positions
@@ -161,10 +162,7 @@ def _model_config(model: Model) -> Any:
             config = AutoConfig.for_model(settings.pop("model_type", ""), **settings)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise UserError(f"model.config: {error}") from None
-    if config.model_type not in AUDIO_LM:
-        raise UserError(
-            f"model.family: audio_lm knows {', '.join(AUDIO_LM)}, not {config.model_type!r}"
-        )
+    model_family(model).check_type(config.model_type)
     return config
 
 

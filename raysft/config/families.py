@@ -1,0 +1,155 @@
+"""Families of models: a row each. Whoever has to know what a model is asks its row.
+
+Pure data: the modules and classes that a row names are imported when they are asked for. A new
+family is a row here and a folder in `raysft.families`, or a row given to `register`.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from raysft.config.marks import one_of
+from raysft.errors import UserError
+
+AUTO = "auto"  # model.family: by the model's type
+CAUSAL_LM = "AutoModelForCausalLM"
+REMEDIES = ("lora", "adalora", "ia3")  # peft.method to name instead of one that cannot be had
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one kind, and what encodes for them and trains them.
+
+    name: as `model.family` has it.
+    encode: module with `make_encoder`, see `raysft.data.encode.Encode`.
+    model: module with `make_adapter`, see `raysft.models.Build`.
+    types: model type -> the class that builds it, "module:class".
+    every_causal_lm: whether it takes all types of AutoModelForCausalLM as well.
+    hears: whether its models read audio as it is.
+    parts: their modules beside the language model, which is quantised without them.
+    refused_keys: key of `data` or `model` that cannot be set -> why, and the remedy.
+    refused_methods: `peft.method` that cannot train them -> why.
+    """
+
+    name: str
+    encode: str
+    model: str
+    types: Mapping[str, str] = field(default_factory=dict)
+    every_causal_lm: bool = False
+    hears: bool = False
+    parts: tuple[str, ...] = ()
+    refused_keys: Mapping[str, str] = field(default_factory=dict)
+    refused_methods: Mapping[str, str] = field(default_factory=dict)
+
+    def encode_module(self) -> Any:
+        """The module that makes its encoders. Imports neither torch nor transformers."""
+        return import_module(self.encode)
+
+    def model_module(self) -> Any:
+        """The module that makes its models. Imports torch and transformers."""
+        return import_module(self.model)
+
+    def net_class(self, kind: str | None) -> Any:
+        """The class of transformers that builds models of type `kind`: of that model, or an auto
+        class. Raises UserError for a type that is none of the family's."""
+        self.check_type(kind)
+        return pkgutil.resolve_name(self.types.get(kind or "", f"transformers:{CAUSAL_LM}"))
+
+    def check_type(self, kind: str | None) -> None:
+        """Raises UserError for a model type that cannot be one of the family's."""
+        if not self.every_causal_lm and kind not in self.types:
+            raise UserError(
+                f"model.family: {self.name} knows {', '.join(self.types)}, not {kind!r}"
+            )
+
+    def refusal(self, method: str) -> str | None:
+        """Why peft.method `method` cannot train these models; None: it can."""
+        why = self.refused_methods.get(method)
+        if why is None:
+            return None
+        others = [name for name in REMEDIES if name not in self.refused_methods]
+        remedy = one_of(others or ["none"])
+        return f"{method} does not work with {self.name} ({why}); use {remedy}"
+
+
+_ROWS: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Add a row to the table, in every process that reads the config or makes encoders or models.
+
+    With `model.family: auto` a type that two rows have goes to the one that came first. Raises
+    UserError for a name that is taken.
+    """
+    if family.name == AUTO or family.name in _ROWS:
+        raise UserError(f"there is a family {family.name} already: give this one another name")
+    _ROWS[family.name] = family
+
+
+def families() -> tuple[Family, ...]:
+    """All rows, in the order in which they came."""
+    return tuple(_ROWS.values())
+
+
+def named(name: str) -> Family:
+    """The row of this name. Raises UserError where there is none."""
+    if name not in _ROWS:
+        known = one_of([repr(choice) for choice in choices()])
+        raise UserError(f"model.family: expected {known}, found {name!r}")
+    return _ROWS[name]
+
+
+def choices() -> list[str]:
+    """What `model.family` takes."""
+    return [AUTO, *_ROWS]
+
+
+def owner(kind: str | None) -> Family | None:
+    """The row that names the model type `kind` itself; None: no row does."""
+    return next((row for row in families() if kind in row.types), None)
+
+
+def any_text() -> Family:
+    """The row that takes types of AutoModelForCausalLM that no row names."""
+    return next(row for row in families() if row.every_causal_lm)
+
+
+def by_type() -> str:
+    """Which types `auto` gives to which family, in words."""
+    said = [f"{kind}: {row.name}" for row in families() for kind in row.types]
+    return ", ".join([*said, f"others: {any_text().name}"])
+
+
+register(
+    Family(
+        name="causal_lm",
+        encode="raysft.families.causal_lm.encode",
+        model="raysft.families.causal_lm.model",
+        every_causal_lm=True,
+    )
+)
+register(
+    Family(
+        name="audio_lm",
+        encode="raysft.families.audio_lm.encode",
+        model="raysft.families.audio_lm.model",
+        types={"qwen2_audio": "transformers:Qwen2AudioForConditionalGeneration"},
+        hears=True,
+        parts=("audio_tower", "multi_modal_projector"),
+        refused_keys={
+            "data.speech_tokens": "audio_lm reads audio as it is: leave data.speech_tokens out, "
+            "or set model.family: causal_lm",
+            "model.speech_units": "audio_lm reads audio as it is, no units: leave it out, or set "
+            "model.family: causal_lm",
+        },
+        refused_methods={
+            "prefix": "transformers' Qwen2-Audio takes no prefix",
+            "prompt": "prompt tuning replaces the embeddings in which the audio lies: it would be "
+            "ignored",
+        },
+    )
+)

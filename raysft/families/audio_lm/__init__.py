@@ -1,0 +1,1 @@
+"""audio_lm: audio and text in, text out."""

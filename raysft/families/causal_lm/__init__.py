@@ -1,0 +1,1 @@
+"""causal_lm: text and speech units are tokens alike."""
