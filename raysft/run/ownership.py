@@ -248,12 +248,18 @@ class _Holder:
         if not numbers:
             return None
         found = cls(folder, max(numbers))
-        try:
-            facts = json.loads((folder / FOLDER / f"{found.number}.json").read_bytes())
-            found.process, found.since = Process(**facts["process"]), facts["since"]
-        except (FileNotFoundError, ValueError):
-            pass  # between its making and its writing
+        found._look()
         return found
+
+    def _look(self) -> None:
+        """Read who it is, as soon as it has said so: it makes its file before it fills it."""
+        if self.process is not None:
+            return
+        try:
+            facts = json.loads((self.folder / FOLDER / f"{self.number}.json").read_bytes())
+            self.process, self.since = Process(**facts["process"]), facts["since"]
+        except (FileNotFoundError, ValueError):
+            pass
 
     def __str__(self) -> str:
         if self.process is None or self.since is None:
@@ -273,7 +279,9 @@ class _Holder:
         ended, has been taken over, or showed none. Tells, after a moment, that it watches."""
         begun, seen, told = _now(), _beat(self.folder, self.number), False
         while not self.gone() and max(_numbers(self.folder), default=0) == self.number:
-            if _beat(self.folder, self.number) not in (seen, _RELEASED):
+            beats = _beat(self.folder, self.number) not in (seen, _RELEASED)
+            self._look()  # after the beat, before which it is written
+            if beats:
                 return True
             waited = _now() - begun
             if waited > for_s:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -235,6 +235,20 @@ def test_a_start_that_was_frozen_while_it_took_over_does_not_shut_the_owner_out(
         time.sleep(1.5 * ownership.BEAT_S)
         owner.require()
         assert json.loads((run / POINTER).read_bytes())["token"] == owner.lease.token
+
+
+def test_who_is_refused_by_one_that_was_just_beginning_is_told_who_it_is(run: Path) -> None:
+    """An owner makes its file, fills it, and beats; the second start looks in between."""
+    (run / FOLDER).mkdir(parents=True)
+    (run / FOLDER / "1.json").touch()
+    second = fork(hold, run, 2, 60.0)
+    time.sleep(0.5)
+    facts = {"process": asdict(Process.this()), "since": time.time(), "token": "0" * 32}
+    (run / FOLDER / "1.json").write_text(json.dumps(facts))
+    (run / FOLDER / "1.beat").write_bytes(b"%020d\n" % 0)
+    kind, (text,) = answer(run.parent, 2)
+    assert kind == "refused" and f"{Process.this()}, since " in text
+    second.join()
 
 
 def test_a_run_of_a_version_without_numbers_is_taken_over(run: Path) -> None:
