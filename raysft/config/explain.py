@@ -44,9 +44,8 @@ def _line(key: str, detail: Any, annotation: Any, bounds: list[Any], depth: int)
     if kind == "missing":
         return f"{key}: missing"
     if kind == "value_error":  # a validator's own words
-        return (
-            f"{key}: expected {detail['msg'].removeprefix('Value error, ')}, found {shown(found)}"
-        )
+        words = detail["msg"].removeprefix("Value error, ")
+        return f"{key}: expected {words}, found {shown(found)}{_ours(key, found)}"
     if section_of(annotation) is not None and typing.get_origin(annotation) is not list:
         below = ", ".join(section_of(annotation).model_fields)
         return f"{key}: expected keys below it, found {shown(found)}; there are {below}"
@@ -64,9 +63,15 @@ _NOTHING = object()
 _OF_A_BRANCH = ("int_type", "int_from_float", "float_type", "string_type", "bool_type", "list_type")
 
 
+def _ours(key: str, found: Any) -> str:
+    """Our name for another trainer's value, where it is one."""
+    ours = our_value(key, found)
+    return "" if ours is None else f"; write {ours}"
+
+
 def _remedy(key: str, annotation: Any, found: Any) -> str:
-    if (ours := our_value(key, found)) is not None:
-        return f"; write {ours}"
+    if ours := _ours(key, found):
+        return ours
     texts = {str} & set(options(annotation))
     if texts and isinstance(found, int | float):
         return f'; a text that reads as another value needs quotes: "{shown(found)}"'

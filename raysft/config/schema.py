@@ -19,9 +19,8 @@ from pydantic import (
     field_validator,
 )
 
-from raysft.config import families
+from raysft.config import families, strategies
 from raysft.config.marks import OneOf, PathKey
-from raysft.config.strategies import StrategyName
 
 _READ = PathKey(read=True)
 _MODEL = PathKey("model", read=True)
@@ -213,7 +212,7 @@ class Model(Section):
 class Parallel(Section):
     """How workers share the work."""
 
-    strategy: StrategyName = Field(
+    strategy: Annotated[str, OneOf(strategies.choices)] = Field(
         "ddp",
         description="ddp: replicas; fsdp: FSDP2 shards; zero1, zero2, zero3: DeepSpeed; ep: shares "
         "the experts of a mixture",

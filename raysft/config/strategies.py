@@ -9,24 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import WrapValidator
+from typing import Any, Literal
 
 from raysft.errors import UserError
 
 Part = Literal["weights", "gradients", "moments", "experts"]
 Offload = Literal["optimizer", "parameters"]
-
-
-def _or_registered(value: Any, listed: Callable[[Any], Any]) -> Any:
-    """As listed in `StrategyName`, or put in from outside."""
-    return value if isinstance(value, str) and value in STRATEGIES else listed(value)
-
-
-StrategyName = Annotated[
-    Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "ep"], WrapValidator(_or_registered)
-]
 
 
 @dataclass(frozen=True)
@@ -115,6 +103,11 @@ def traits_of(name: str) -> StrategyTraits:
             f"{', '.join(STRATEGIES)})"
         )
     return STRATEGIES[name]
+
+
+def choices() -> list[str]:
+    """What `parallel.strategy` takes."""
+    return list(STRATEGIES)
 
 
 def names(fits: Callable[[StrategyTraits], bool]) -> list[str]:

@@ -255,11 +255,9 @@ class _Holder:
         """Read who it is, as soon as it has said so: it makes its file before it fills it."""
         if self.process is not None:
             return
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError):
             facts = json.loads((self.folder / FOLDER / f"{self.number}.json").read_bytes())
             self.process, self.since = Process(**facts["process"]), facts["since"]
-        except (FileNotFoundError, ValueError):
-            pass
 
     def __str__(self) -> str:
         if self.process is None or self.since is None:

@@ -51,8 +51,11 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_name_of_the_config_has_a_row_and_every_available_row_a_class() -> None:
-    annotation = Parallel.model_fields["strategy"].annotation
-    assert list(typing.get_args(annotation)) == list(STRATEGIES)
+    assert list(STRATEGIES) == ["ddp", "fsdp", "zero1", "zero2", "zero3", "ep"]
+    for name in STRATEGIES:
+        assert Parallel.model_validate({"strategy": name}).strategy == name
+    with pytest.raises(ValueError, match="'zero3' or 'ep'"):
+        Parallel.model_validate({"strategy": "zero4"})
     assert [traits.name for traits in STRATEGIES.values()] == list(STRATEGIES)
     assert list(make.CLASSES) == [traits.name for traits in AVAILABLE]
     asked = [name for name, value in vars(Strategy).items() if callable(value) and name[0] != "_"]
