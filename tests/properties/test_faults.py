@@ -23,6 +23,8 @@ FUNCTIONS = (
 )
 FOR_EVER = 1 << 40
 
+pytestmark = pytest.mark.timeout(3600)  # a function has up to sixty sites, of a run each
+
 # Of every stage a run goes through, and every function: what fails by default.
 SAMPLE = (
     ("stat data/clip3.mp3", errno.EIO),

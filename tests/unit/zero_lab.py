@@ -166,7 +166,7 @@ def training(world: World, folder: Path, strategy: str, **changes: Any) -> dict[
 
 def sharded(folder: Path) -> str:
     """A JSON under which zero3 shards small parameters too, and keeps none that it gathered."""
-    path = folder / "sharded.json"
+    path = folder / f"sharded_{os.getpid()}.json"  # its own: all processes write at once
     keys = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
     path.write_text(json.dumps({"zero_optimization": {f"stage3_{key}": 0 for key in keys}}))
     return str(path)
