@@ -12,9 +12,8 @@ from typing import Any
 
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
+from raysft.evaluate.scorers import figure_of, of_losses
 from raysft.run.lines import read_lines
-
-_DRAWN = ("wer/", "cer/")
 
 
 def draw(folder: Path, target: Path | None = None) -> Path:
@@ -30,11 +29,18 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     if not metrics:
         raise UserError(f"{folder}: nothing to draw, metrics.jsonl is missing or empty")
     evaluations = read_lines(folder / "eval.jsonl", {"step": int})
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    compared = [name for name in _names(evaluations) if "/" in name and not of_losses(name)]
+    shares = [name for name in compared if figure_of(name).unit == "percent"]
+    others = [name for name in compared if name not in shares]
+    columns = 4 if others else 3
+    figure, axes = plt.subplots(1, columns, figsize=(14 * columns / 3, 4), constrained_layout=True)
     figure.suptitle(folder.name)
     _losses(axes[0], metrics, evaluations)
-    _rates(axes[1], evaluations)
+    _shares(axes[1], evaluations, shares)
     _speed(axes[2], metrics)
+    if others:
+        axes[3].set_title("evaluation")
+        _compared(axes[3], evaluations, others)
     events = read_lines(folder / "events.jsonl", {"event": str})
     again = [line for line in events if line["event"] == "continued" and "step" in line]
     for axis in axes:
@@ -62,13 +68,23 @@ def _losses(axis: Any, metrics: list[dict[str, Any]], evaluations: list[dict[str
     axis.legend(fontsize=8)
 
 
-def _rates(axis: Any, evaluations: list[dict[str, Any]]) -> None:
-    axis.set_title("error rates, evaluation (%)")
-    names = [name for name in _names(evaluations) if name.startswith(_DRAWN)]
-    for name in names:
-        found = [(line["step"], 100 * line[name]) for line in evaluations if name in line]
-        axis.plot(*zip(*found), "o-", label=f"{name} ({found[-1][1]:.1f})", markersize=4)
+def _shares(axis: Any, evaluations: list[dict[str, Any]], names: list[str]) -> None:
+    errors = all(figure_of(name).better == "min" for name in names)
+    axis.set_title("error rates, evaluation (%)" if errors else "evaluation (%)")
+    _compared(axis, evaluations, names, times=100, shown=".1f")
     axis.set_ylim(bottom=0)
+
+
+def _compared(
+    axis: Any,
+    evaluations: list[dict[str, Any]],
+    names: list[str],
+    times: float = 1,
+    shown: str = ".3g",
+) -> None:
+    for name in names:
+        found = [(line["step"], times * line[name]) for line in evaluations if name in line]
+        axis.plot(*zip(*found), "o-", label=f"{name} ({found[-1][1]:{shown}})", markersize=4)
     if names:
         axis.legend(fontsize=8)
 

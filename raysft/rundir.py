@@ -26,6 +26,7 @@ import yaml
 from raysft import paths, remarks
 from raysft.config import Config, changed_keys, places, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
+from raysft.config.schema import Checkpoint
 from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
 from raysft.patience import patient, patiently
@@ -362,6 +363,9 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_tree(folder / "config.yaml")
     here = folder.absolute()
     tree["run"] = {**tree["run"], "storage_path": str(here.parent), "name": here.name}
+    kept = tree.get("checkpoint") or {}
+    if kept.get("best_mode") == Checkpoint(best=kept.get("best")).best_mode:
+        del kept["best_mode"]  # nobody chose it: another metric has its own
     for override in overrides:
         apply_override(tree, override)
     return validate(tree, str(folder / "config.yaml"))

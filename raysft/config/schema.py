@@ -6,7 +6,7 @@ error; a key that is here does something.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -17,10 +17,12 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 from raysft.config import families, strategies
 from raysft.config.marks import OneOf, PathKey
+from raysft.evaluate.scorers import figure_of
 
 _READ = PathKey(read=True)
 _MODEL = PathKey("model", read=True)
@@ -412,7 +414,10 @@ class Checkpoint(Section):
     best: str | None = Field(
         None, description="evaluation metric (wer/dev) whose best checkpoint is kept as well"
     )
-    best_mode: Literal["min", "max"] = Field("min", description="min: the lowest value is the best")
+    best_mode: Literal["min", "max"] = Field(
+        "min",
+        description="min: the lowest value is the best; left out: what the metric's scorer says",
+    )
     path: Annotated[str | None, PathKey("store")] = Field(
         None,
         description="folder or URL (s3://...) below which checkpoints go, in a folder of the run's "
@@ -426,6 +431,12 @@ class Checkpoint(Section):
     grace_s: PositiveFloat = Field(
         30.0, description="seconds to save in on Ctrl-C, SIGTERM or a notice of pre-emption"
     )
+
+    @model_validator(mode="after")
+    def _mode_of_metric(self) -> Self:
+        if self.best is not None and "best_mode" not in self.model_fields_set:
+            self.best_mode = figure_of(self.best).better
+        return self
 
 
 class Evaluate(Section):

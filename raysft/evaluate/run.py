@@ -1,16 +1,16 @@
-"""Evaluate a model on data.eval: every worker takes batches i, i + W, ...; rank 0 scores them all.
+"""Evaluate a model on data.eval: every worker takes batches i, i + W, ... and counts their sums.
 
 Batches are a function of the index and the budget alone, so results do not depend on the number of
-workers. Loss comes from the whole sequence (teacher-forced); WER and CER come from what the model
-generates from the sequence up to its first supervised token.
+workers. Loss comes from the whole sequence (teacher-forced); what compares texts (WER, CER) goes by
+what the model generates from the sequence up to its first supervised token. What is counted, and
+which figures come of the sums of all workers, is the scorers' (`raysft.evaluate.scorers`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from raysft.data import pack
 from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.example import Sequence as Encoded
 from raysft.evaluate.answers import keeps_tab, limit_for, transcript
-from raysft.evaluate.score import error_rates
+from raysft.evaluate.scorers import Answer, Loss, Sums, added, answered_tasks, scorers
 from raysft.models.base import Adapter
 from raysft.parallel import World
 from raysft.patience import patient
 from raysft.run.lines import encoded
-from raysft.train.evaluations import TRANSCRIBED
 from raysft.train.step import to_device
 
 Read = Callable[[list[np.ndarray]], Iterator[MicroBatch]]
+Counted = dict[tuple[str, str], Sums]  # by a scorer, and a source or a task
 
 
 @dataclass
@@ -41,6 +41,16 @@ class Corpus:
     source: np.ndarray
     source_names: list[str]
     references: Callable[[np.ndarray], list[str | None]]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer, of index row `row`. tokens: its reference takes; limit: tokens it might have."""
+
+    row: int
+    answer: Answer
+    tokens: int
+    limit: int
 
 
 def batches(corpus: Corpus, budget: int, limit: int | None) -> list[np.ndarray]:
@@ -101,7 +111,7 @@ def evaluate(
     seen: Callable[[int, int], None] = lambda done, total: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
-    """Losses by task, WER and CER by source: the same values on every worker. A collective.
+    """Figures of losses by task, of texts by source: the same on every worker. A collective.
 
     `read` turns lists of index rows into micro-batches, in order. `predictions` is a file of JSON
     lines (id, source, reference, hypothesis) that rank 0 writes. `synced`: sharded parameters, so
@@ -112,8 +122,8 @@ def evaluate(
     plan = batches(corpus, settings.tokens_per_batch, None if final else settings.max_examples)
     mine = plan[world.rank :: world.size]
     rounds = -(-len(plan) // world.size)
-    results: list[dict[str, Any]] = []
-    losses: dict[str, list[float]] = {}
+    answered: list[Answered] = []
+    losses: dict[str, list[Loss]] = {}
     unusable: list[Quarantined] = []
     stream = read(mine)
     with torch.inference_mode(mode=not synced), torch.no_grad():
@@ -125,13 +135,20 @@ def evaluate(
             with autocast():
                 found = module(to_device(adapter.collate(batch), world.device))
             for task, (loss, count) in found.by_task.items():
-                total = losses.setdefault(task, [0.0, 0.0])
-                total[0] += float(loss)
-                total[1] += float(count)
+                losses.setdefault(task, []).append(Loss(float(loss), float(count)))
             if settings.generate:
-                results += _transcribe(adapter, corpus, batch, rows, settings, autocast, synced)
+                answered += _transcribe(adapter, corpus, batch, rows, settings, autocast, synced)
     spaced = settings.generate and not keeps_tab(adapter.tokenizer)
-    return _score(world, corpus, losses, results, unusable, settings, spaced, predictions, tell)
+    answered = _transcripts(world, answered, spaced)
+    counted = _count(losses, answered, settings)
+    parts = world.gather((counted, answered, unusable))
+    if world.is_main:
+        everything = sorted((one for _, part, _ in parts for one in part), key=lambda one: one.row)
+        for text in _remarks(everything, [q for *_, part in parts for q in part]):
+            tell(text)
+        if predictions is not None and everything:
+            _write(predictions, everything)
+    return _figures([part for part, *_ in parts], corpus.source_names)
 
 
 def _transcribe(
@@ -142,11 +159,11 @@ def _transcribe(
     settings: Evaluate,
     autocast: Callable[[], AbstractContextManager[Any]],
     synced: bool,
-) -> list[dict[str, Any]]:
-    """Row, id, source, language, reference and answer of each example of a batch that has a
-    transcript; `tokens` its reference takes, `limit` they had. By place: ids may repeat."""
-    prompts = prompts_of(adapter, batch)
-    wanted = [place for place, prompt in enumerate(prompts) if prompt.task in TRANSCRIBED]
+) -> list[Answered]:
+    """The answers to those examples of a batch that have a transcript and a scorer, as the model
+    gives them. By place: ids may repeat."""
+    prompts, tasks = prompts_of(adapter, batch), answered_tasks()
+    wanted = [place for place, prompt in enumerate(prompts) if prompt.task in tasks]
     if not wanted and not synced:
         return []
     lengths = answer_lengths(batch)
@@ -157,16 +174,19 @@ def _transcribe(
         return []
     rows = rows[np.array(batch.slots, np.int64)[wanted]]
     return [
-        {
-            "row": int(row),
-            "id": prompts[place].id,
-            "source": corpus.source_names[corpus.source[row]],
-            "lang": batch.langs[place],
-            "reference": reference,
-            "answer": text,
-            "tokens": lengths[place],
-            "limit": limit,
-        }
+        Answered(
+            int(row),
+            Answer(
+                id=prompts[place].id,
+                source=corpus.source_names[corpus.source[row]],
+                task=prompts[place].task,
+                lang=batch.langs[place],
+                reference=reference,
+                hypothesis=text,
+            ),
+            lengths[place],
+            limit,
+        )
         for place, row, reference, text in zip(
             wanted, rows, corpus.references(rows), texts, strict=True
         )
@@ -174,66 +194,65 @@ def _transcribe(
     ]
 
 
-def _score(
-    world: World,
-    corpus: Corpus,
-    losses: dict[str, list[float]],
-    results: Sequence[dict[str, Any]],
-    unusable: list[Quarantined],
-    settings: Evaluate,
-    spaced: bool,
-    predictions: Path | None,
-    tell: Callable[[str], None],
-) -> dict[str, float]:
+def _transcripts(world: World, answered: list[Answered], spaced: bool) -> list[Answered]:
+    """With the transcript of each answer as its hypothesis. A collective."""
+    langs = set().union(*world.gather({one.answer.lang for one in answered if one.answer.lang}))
+    found = []
+    for one in answered:
+        text = transcript(one.answer.hypothesis, one.answer.lang, langs, spaced)
+        found.append(replace(one, answer=replace(one.answer, hypothesis=text)))
+    return found
+
+
+def _count(losses: dict[str, list[Loss]], answered: list[Answered], settings: Evaluate) -> Counted:
+    """What each scorer counts in a worker's losses by task, and answers by source."""
+    found: Counted = {}
+    for scorer in scorers():
+        groups: dict[str, list[Any]] = {}
+        if scorer.wants == "losses":
+            groups = dict(losses)
+        else:
+            for answer in (one.answer for one in answered if one.answer.task in scorer.tasks):
+                groups.setdefault(answer.source, []).append(answer)
+        for group, items in groups.items():
+            found[scorer.name, group] = scorer.count(items, settings)
+    return found
+
+
+def _figures(parts: list[Counted], sources: list[str]) -> dict[str, float]:
+    """Of what all workers counted: figures of losses, then those of texts. sources: in order."""
     values: dict[str, float] = {}
-    parts = world.gather((losses, list(results), unusable))
-    tasks = sorted({task for part, *_ in parts for task in part})
-    for task in tasks:
-        loss = sum(part[task][0] for part, *_ in parts if task in part)
-        count = sum(part[task][1] for part, *_ in parts if task in part)
-        if count:
-            values[f"loss/{task}"] = loss / count
-            values[f"perplexity/{task}"] = math.exp(min(loss / count, 700.0))
-    everything = sorted((r for _, part, _ in parts for r in part), key=lambda r: r["row"])
-    langs = {r["lang"] for r in everything if r["lang"]}
-    for result in everything:
-        result["hypothesis"] = transcript(result["answer"], result["lang"], langs, spaced)
-    for source in corpus.source_names:
-        own = [r for r in everything if r["source"] == source]
-        if own:
-            rates = error_rates(
-                [r["reference"] for r in own],
-                [r["hypothesis"] for r in own],
-                settings.normalize,
-                settings.spelling,
-            )
-            values.update({f"{metric}/{source}": rate for metric, rate in rates.items()})
-    if world.is_main:
-        for text in _remarks(everything, [q for *_, part in parts for q in part]):
-            tell(text)
-    if predictions is not None and world.is_main and everything:
-        _write(predictions, everything)
+    for wants in ("losses", "text"):
+        rows = [scorer for scorer in scorers() if scorer.wants == wants]
+        names = {row.name for row in rows}
+        groups = {group for part in parts for name, group in part if name in names}
+        for group in sorted(groups) if wants == "losses" else sources:
+            for row in rows:
+                own = [part[row.name, group] for part in parts if (row.name, group) in part]
+                figures = row.result(added(own)) if own else {}
+                values.update({f"{name}/{group}": value for name, value in figures.items()})
     return values
 
 
 @patient
-def _write(predictions: Path, results: list[dict[str, Any]]) -> None:
+def _write(predictions: Path, answered: list[Answered]) -> None:
     predictions.parent.mkdir(parents=True, exist_ok=True)
     with open(predictions, "wb") as out:
-        for result in results:
-            line = {key: result[key] for key in ("id", "source", "reference", "hypothesis")}
+        for one in answered:
+            keys = ("id", "source", "reference", "hypothesis")
+            line = {key: getattr(one.answer, key) for key in keys}
             out.write(encoded(line))
 
 
-def _remarks(results: list[dict[str, Any]], unusable: list[Quarantined]) -> Iterator[str]:
+def _remarks(answered: list[Answered], unusable: list[Quarantined]) -> Iterator[str]:
     """What a reader of the figures has to know of them."""
-    for source in dict.fromkeys(r["source"] for r in results):
-        own = [r for r in results if r["source"] == source]
-        longer = [r["tokens"] for r in own if r["tokens"] > r["limit"]]
+    for source in dict.fromkeys(one.answer.source for one in answered):
+        own = [one for one in answered if one.answer.source == source]
+        longer = [one.tokens for one in own if one.tokens > one.limit]
         if longer:
             yield (
                 f"evaluate.max_new_tokens: {len(longer)} of {len(own)} references of {source} are "
-                f"longer than the {max(r['limit'] for r in own)} tokens an answer may have (up to "
+                f"longer than the {max(one.limit for one in own)} tokens an answer may have (up to "
                 f"{max(longer)}) and can never be right; raise it, or leave it out: the limit then "
                 "follows the references"
             )

@@ -25,6 +25,7 @@ import numpy as np
 from raysft.config.schema import Checkpoint, Evaluate
 from raysft.data.table import Index
 from raysft.errors import UserError
+from raysft.evaluate.scorers import figure_of, of_losses, scorers
 from raysft.patience import patiently
 from raysft.run.lines import read_lines
 from raysft.train.catalogue import Catalogue, Saved, best_step
@@ -33,10 +34,6 @@ from raysft.train.storage import write_whole
 NAME = "evaluations.json"
 _RULES = 3  # counts up with every change of how texts are compared
 _DECIDING = ("normalize", "spelling", "max_new_tokens")  # keys of `evaluate` that do so too
-_OF_LOSSES = ("loss/", "perplexity/")  # no text is compared, so no rule for texts matters
-
-
-TRANSCRIBED = ("asr",)  # tasks whose answers are compared with a transcript
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Measure:
         """What `metric` depends on: its source's entry, where its name ends in one, or all."""
         source = self.sources.get(metric.partition("/")[2])
         data = self.sources if source is None else source
-        return (data,) if metric.startswith(_OF_LOSSES) else (data, self.rules)
+        return (data,) if of_losses(metric) else (data, self.rules)
 
     @classmethod
     def taken(cls, index: Index, settings: Evaluate, final: bool) -> Measure:
@@ -73,12 +70,16 @@ class Measure:
 
 def metrics_of(index: Index, settings: Evaluate) -> list[str]:
     """Names of what an evaluation on `index` gives, where its clips can be read."""
+    texts = [scorer for scorer in scorers() if scorer.wants == "text"]
+    losses = [scorer for scorer in scorers() if scorer.wants == "losses"]
     found = []
-    asked = [number for number, task in enumerate(index.tasks) if task in TRANSCRIBED]
     for number, source in enumerate(index.sources if settings.generate else []):
-        if np.isin(index.task[index.source == number], asked).any():
-            found += [f"wer/{source.name}", f"cer/{source.name}"]
-    return found + [f"{kind}/{task}" for task in index.tasks for kind in ("loss", "perplexity")]
+        tasks = {index.tasks[task] for task in np.unique(index.task[index.source == number])}
+        asking = [scorer for scorer in texts if not tasks.isdisjoint(scorer.tasks)]
+        found += [f"{figure.name}/{source.name}" for row in asking for figure in row.figures]
+    for task in index.tasks:
+        found += [f"{figure.name}/{task}" for row in losses for figure in row.figures]
+    return found
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,18 @@ def figures(line: dict[str, Any]) -> dict[str, float]:
 
 
 def table(line: dict[str, Any]) -> str:
-    """A line of eval.jsonl for people: error rates by source, losses by task."""
+    """A line of eval.jsonl for people: what texts are measured by, by source; losses by task."""
     found = figures(line)
     sources = line.get("sources", {})
     parts = []
-    for title, of_losses in (("source", False), ("task", True)):
-        mine = {n: v for n, v in found.items() if n.startswith(_OF_LOSSES) == of_losses}
+    for title, by_task in (("source", False), ("task", True)):
+        mine = {n: v for n, v in found.items() if of_losses(n) == by_task}
         kinds = list(dict.fromkeys(name.partition("/")[0] for name in mine))
         names = list(dict.fromkeys(name.partition("/")[2] for name in mine))
         rows = [[title, *kinds]] if mine else []
         for name in names:
             rows.append([name, *(_shown(kind, mine.get(f"{kind}/{name}")) for kind in kinds)])
-        if sources and not of_losses and mine:
+        if sources and not by_task and mine:
             rows[0].append("examples")
             for row, name in zip(rows[1:], names):
                 size = sources[name]
@@ -148,9 +149,7 @@ def table(line: dict[str, Any]) -> str:
 
 
 def _shown(kind: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2%}" if kind in ("wer", "cer") else f"{value:,.4g}"
+    return "-" if value is None else figure_of(kind).shown(value)
 
 
 def progress_of(

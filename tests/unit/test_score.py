@@ -11,7 +11,7 @@ import pytest
 
 from raysft.errors import UserError
 from raysft.evaluate.normalize import normalize, read_spelling, words
-from raysft.evaluate.score import error_rates
+from raysft.evaluate.scorers.error_rates import error_rates
 
 STEPS = ["lower", "punctuation", "whitespace"]
 NONE = {"wer": 0.0, "cer": 0.0}
