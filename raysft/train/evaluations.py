@@ -126,6 +126,13 @@ def table(line: dict[str, Any]) -> str:
     found = figures(line)
     sources = line.get("sources", {})
     parts = []
+
+    def counted(source: str) -> str:
+        if source not in sources:  # a task, of a figure whose scorer is not registered here
+            return "-"
+        used, there = sources[source]["examples"], sources[source]["of"]
+        return f"{there:,}" if used == there else f"{used:,} of {there:,}"
+
     for title, by_task in (("source", False), ("task", True)):
         mine = {n: v for n, v in found.items() if of_losses(n) == by_task}
         kinds = list(dict.fromkeys(name.partition("/")[0] for name in mine))
@@ -134,13 +141,7 @@ def table(line: dict[str, Any]) -> str:
         for name in names:
             rows.append([name, *(_shown(kind, mine.get(f"{kind}/{name}")) for kind in kinds)])
         if sources and not by_task and mine:
-            rows[0].append("examples")
-            for row, name in zip(rows[1:], names):
-                size = sources[name]
-                whole = size["examples"] == size["of"]
-                row.append(
-                    f"{size['of']:,}" if whole else f"{size['examples']:,} of {size['of']:,}"
-                )
+            rows = [[*row, cell] for row, cell in zip(rows, ["examples", *map(counted, names)])]
         wide = max((len(row[0]) for row in rows), default=0)
         parts += [
             f"  {row[0]:<{wide}}" + "".join(f"  {cell:>10}" for cell in row[1:]) for row in rows
