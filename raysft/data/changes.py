@@ -10,14 +10,16 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raysft import patience
+from raysft.data import sources as formats
 from raysft.data.plan import Plan
+from raysft.data.sources.base import Format
+from raysft.data.sources.records import OpenFile, Place, fetch
 from raysft.data.table import Index, IndexedFile
 from raysft.errors import UserError
 
@@ -115,19 +117,17 @@ def overwritten(old: dict[str, Any], index: Index) -> list[str]:
             raise patience.away(path, error) from error
         if file.path in now and now[file.path][1].digest != file.digest and before is not None:
             left = _left(before.records(number), index.records(now[file.path][0]))
-            if not patience.known(partial(_hold, path, left), path):
+            form = formats.get(before.described[file.source]["format"])
+            if not _hold(form, path, left):
                 lost.append(f"{file.path} (changed in place)")
     return lost
 
 
-def _hold(path: Path, records: np.ndarray) -> bool:
+def _hold(form: Format, path: Path, records: np.ndarray) -> bool:
     """Whether a file still has these records at their places."""
-    with open(path, "rb") as stream:
-        for offset, size, crc in records.tolist():
-            stream.seek(offset)
-            if zlib.crc32(stream.read(size)) != crc:
-                return False
-    return True
+    places = [Place(0, offset, size) for offset, size, _ in records.tolist()]
+    found = fetch(form, OpenFile(path), places)
+    return all(zlib.crc32(raw) == crc for raw, crc in zip(found, records[:, 2].tolist()))
 
 
 def _left(old: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -26,9 +26,10 @@ from raysft.data.chunks import fit
 from raysft.data.encode import Encoder
 from raysft.data.fan_out import Progress, fan_out
 from raysft.data.hope import Hope
-from raysft.data.part import Job, Part, Place
+from raysft.data.part import Job, Part
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Chunk, Split, Survey
+from raysft.data.sources.records import Place
 from raysft.data.table import Index, IndexedSource, join
 from raysft.errors import UserError
 

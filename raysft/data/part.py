@@ -43,6 +43,7 @@ from raysft.data.example import Example
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Chunk, Format, Item, Survey, default_id
 from raysft.data.sources.fields import check_duration
+from raysft.data.sources.records import OpenFile, Place, fetch
 from raysft.errors import BadExample, UserError
 
 VERSION = 1
@@ -87,15 +88,6 @@ class Rejected:
     path: str
     reason: str
     audio: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an item lies in its data file."""
-
-    line: int
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -226,7 +218,9 @@ def measure(job: Job, encoder: Encoder) -> Part:
     form = sources.get(job.source.format)
 
     def read() -> list[Item]:
-        return list(form.items(job.file, job.chunk) if job.chunk is not None else _read_again(job))
+        if job.chunk is not None:
+            return list(form.items(job.file, job.chunk))
+        return list(_read_again(form, job))
 
     items = patience.known(read, job.file)
     kept: list[tuple[Item, Example]] = []
@@ -293,11 +287,9 @@ def _rejected(item: Item, name: str, path: str, reason: str, audio: bool) -> Rej
     return Rejected(item.line, item.offset, item.size, name, path, reason, audio)
 
 
-def _read_again(job: Job) -> Iterator[Item]:
-    with open(job.file, "rb") as stream:
-        for item in job.again:
-            stream.seek(item.offset)
-            yield Item(item.offset, item.size, item.line, stream.read(item.size))
+def _read_again(form: Format, job: Job) -> Iterator[Item]:
+    for place, raw in zip(job.again, fetch(form, OpenFile(job.file), job.again), strict=True):
+        yield Item(place.offset, place.size, place.line, raw)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ example of Ming-UniAudio, 0.2 ms one of 500 units in MoST JSON (parsing them).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,8 +20,7 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
-from itertools import accumulate, takewhile
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +36,7 @@ from raysft.data.names import Naming
 from raysft.data.part import Part
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Item, default_id
+from raysft.data.sources.records import OpenFile, Place, fetch
 from raysft.errors import UserError
 
 _COLUMNS = {
@@ -52,9 +51,7 @@ _COLUMNS = {
     "crc": "<u4",
     "again": "|u1",
 }
-_GAP = 1 << 14  # bytes between two records below which one read fetches both
-_SPAN = 8 << 20  # bytes of one read
-_HANDLES = 64  # files kept open
+_OPEN = 64  # files kept open
 
 
 class IndexedSource(NamedTuple):
@@ -111,7 +108,7 @@ class Index:
         self.files = [IndexedFile(*file) for file in meta["files"]]
         self._files = [(Path(file.path), file.source) for file in self.files]
         self._starts = list(accumulate((file.examples for file in self.files), initial=0))
-        self._handles: dict[int, int] = {}
+        self._open: dict[int, OpenFile] = {}
         self._reading = threading.Lock()
         columns = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r")
@@ -174,10 +171,6 @@ class Index:
         if "again" not in self._columns:
             return None
         return names.naming(self.entries, names.labels(self.entries))
-
-    def __del__(self) -> None:
-        for handle in getattr(self, "_handles", {}).values():
-            os.close(handle)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -268,74 +261,25 @@ class Index:
     def _records(
         self, picked: dict[str, list[int]], order: list[int]
     ) -> Iterator[tuple[int, bytes]]:
-        """(place, bytes) in `order`; records near each other in one read.
+        """(place, bytes) in `order`, which is that of the files."""
+        for file, group in groupby(order, key=picked["file"].__getitem__):
+            own = list(group)
+            form = formats.get(self.described[self.files[file].source]["format"])
+            places = [Place(picked["line"][i], picked["offset"][i], picked["size"][i]) for i in own]
+            records = fetch(form, self._open_file(file), places, self._reading)
+            yield from zip(own, records, strict=True)
 
-        Shuffled, records lie anywhere in a file: the system is told of all its reads before the
-        first, so that slow storage fetches them at once and not one after the other.
-        """
-        offsets, sizes = picked["offset"], picked["size"]
-        told = -1
-        spans = _spans(picked["file"], offsets, sizes, order)
-        for number, (file, start, stop, places) in enumerate(spans):
-            ahead: list[tuple[int, int]] = []
-            if file != told:
-                same = takewhile(lambda span, own=file: span[0] == own, spans[number + 1 :])
-                ahead, told = [(begin, end - begin) for _, begin, end, _ in same], file
-            with self._reading:
-                read = partial(self._read, file, start, stop - start, ahead)
-                data = patience.known(read, self._files[file][0])
-            for place in places:
-                at = offsets[place] - start
-                yield place, data[at : at + sizes[place]]
-
-    def _read(self, file: int, start: int, count: int, ahead: list[tuple[int, int]]) -> bytes:
-        """Fewer bytes only where the file has become shorter. ahead: (offset, bytes) of the reads
-        to come. Raises OSError."""
-        handle = self._handle(file)
-        try:
-            for offset, size in ahead if hasattr(os, "posix_fadvise") else ():  # not on macOS
-                os.posix_fadvise(handle, offset, size, os.POSIX_FADV_WILLNEED)
-            data = os.pread(handle, count, start)
-            if len(data) < count and os.fstat(handle).st_size >= start + count:
-                raise OSError(errno.EIO, f"{len(data)} of {count} bytes read")
-        except OSError:
-            os.close(self._handles.pop(file))  # a stale one stays so: open the file anew
-            raise
-        return data
-
-    def _handle(self, file: int) -> int:
-        if file not in self._handles:
-            if len(self._handles) >= _HANDLES:
-                os.close(self._handles.pop(next(iter(self._handles))))
-            self._handles[file] = os.open(self._files[file][0], os.O_RDONLY)
-        return self._handles[file]
+    def _open_file(self, file: int) -> OpenFile:
+        with self._reading:
+            if file not in self._open:
+                if len(self._open) >= _OPEN:
+                    self._open.pop(next(iter(self._open)))  # closed when nobody reads it any more
+                self._open[file] = OpenFile(self._files[file][0])
+            return self._open[file]
 
 
 def _opened(folder: str, naming: Naming | None) -> Index:
     return Index.load(folder).called(naming)
-
-
-def _spans(
-    files: list[int], offsets: list[int], sizes: list[int], order: list[int]
-) -> list[tuple[int, int, int, list[int]]]:
-    """Reads of the records in `order`: file, first byte, last + 1, and the places they are for."""
-    spans: list[tuple[int, int, int, list[int]]] = []
-    first = 0
-    while first < len(order):
-        file, start = files[order[first]], offsets[order[first]]
-        stop = start + sizes[order[first]]
-        last = first + 1
-        while (
-            last < len(order)
-            and files[order[last]] == file
-            and offsets[order[last]] - stop < _GAP
-            and offsets[order[last]] + sizes[order[last]] - start <= _SPAN
-        ):
-            stop = max(stop, offsets[order[last]] + sizes[order[last]])
-            last += 1
-        spans.append((file, start, stop, order[first:last]))
-        first = last
-    return spans
 
 
 def join(

@@ -1,8 +1,8 @@
 """Sources: which format an entry of data.train or data.eval has, and which files it means.
 
 First stage of sources -> index -> plan -> stream -> step -> checkpoint -> evaluate -> export.
-A new format is one new module here with a `FORMAT` (see base.Format). Resolving reads the head of
-a file; reading examples streams, in the memory of one item.
+A new format is one new module here with a `FORMAT` (see base.Format), or one given to `register`.
+Resolving reads the head of a file; reading examples streams, in the memory of one item.
 """
 
 from __future__ import annotations
@@ -28,12 +28,31 @@ from raysft.data.sources.base import (
 )
 from raysft.errors import BadExample, UserError
 
-__all__ = ["ResolvedSource", "formats", "get", "read", "resolve", "resolve_all", "scan"]
+__all__ = ["ResolvedSource", "formats", "get", "read", "register", "resolve", "resolve_all", "scan"]
+
+AUTO = "auto"  # a source's format: by the content of its files
+_registered: dict[str, Format] = {}
+
+
+def register(form: Format) -> None:
+    """Add a format from outside, in every process that reads sources or makes an index.
+
+    Where a file looks like several formats, `auto` takes the one that came first. Raises UserError
+    for a name that is taken.
+    """
+    if form.name == AUTO or form.name in formats():
+        raise UserError(f"there is a format {form.name} already: give this one another name")
+    _registered[form.name] = form
+
+
+def formats() -> dict[str, Format]:
+    """Every format by name: those of this package, then those given to `register`."""
+    return _own() | _registered
 
 
 @functools.cache
-def formats() -> dict[str, Format]:
-    """Every format by name: the modules of this package that have a `FORMAT`."""
+def _own() -> dict[str, Format]:
+    """The modules of this package that have a `FORMAT`."""
     modules = (
         importlib.import_module(f"{__name__}.{info.name}")
         for info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name)
@@ -47,7 +66,7 @@ def get(name: str) -> Format:
     known = formats()
     if name not in known:
         near = causes.near_format(name, known)
-        raise UserError(f"no source format {name!r}{near}; there are: auto, {', '.join(known)}")
+        raise UserError(f"no source format {name!r}{near}; there are: {AUTO}, {', '.join(known)}")
     return known[name]
 
 
@@ -78,9 +97,9 @@ def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
     try:
         if path.is_file() and path.stat().st_size == 0:
             raise UserError(f"{path} is an empty file; expected examples in it")
-        form = get(source.format) if source.format != "auto" else _recognise(path)
+        form = get(source.format) if source.format != AUTO else _recognise(path)
         files = form.files(path, split)
-        for file in files:
+        for file in files if form.text else ():
             if what := causes.binary(json_lines.head(file)):
                 raise UserError(f"{file} is {what}")
     except UserError as error:
@@ -152,8 +171,8 @@ def _recognise(path: Path) -> Format:
     known = formats()
     head = b"" if path.is_dir() else json_lines.head(path)
     what = causes.binary(head)
-    for form in known.values() if not what else ():
-        if form.sniff(path):
+    for form in known.values():
+        if not (what and form.text) and form.sniff(path):
             return form
     readable = "; ".join(f"{form.name}: {form.describe}" for form in known.values())
     cause = f": it is {what}" if what else causes.foreign(path, head) if head else ""

@@ -1,9 +1,10 @@
 """What every source format shares: the shape of an item, a chunk and a format.
 
 First stage of sources -> index -> plan -> stream -> step -> checkpoint -> evaluate -> export.
-A format says which files a path means, where the items of a file lie (byte ranges), and how the
-bytes of one item become an `Example`. It never loads a file whole: `survey` passes over a file
-once to hash it and to cut it into chunks of about `CHUNK_BYTES` that are then read in parallel.
+A format says which files a path means, where the items of a file lie, and how the bytes of one
+item become an `Example`. It never loads a file whole: `survey` passes over a file once to hash it
+and to cut it into chunks of about `CHUNK_BYTES` that are then read in parallel; `fetch` gives the
+bytes of items by their places.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from raysft.data.example import Example
 from raysft.data.sources.json_errors import explain
+from raysft.data.sources.records import OpenFile, Place, byte_ranges
 from raysft.errors import BadExample
 
 Split = Literal["train", "eval"]
@@ -72,7 +74,11 @@ class Item:
     """The raw bytes of one item and where they lie.
 
     line: its line (JSON lines) or its ordinal in the file (JSON), both counted from 1.
-    raw: the bytes [offset, offset + size), or None where `error` says why they were not read.
+    offset, size: of a text the bytes [offset, offset + size); of another file whatever `fetch`
+        finds the item by, growing from item to item, and within its chunk's [start, stop): where
+        a chunk is found elsewhere in a changed file, its items' offsets move as its start does.
+    raw: all that `parse` needs, the same whenever it is read (its checksum is kept, and a change
+        is refused), or None where `error` says why it was not read.
     """
 
     offset: int
@@ -95,13 +101,17 @@ class Located:
 
 
 class Format(Protocol):
-    """A source format. A module of this package that has a `FORMAT` is one; see ming_jsonl.py."""
+    """A source format. A module of this package that has a `FORMAT` is one (see ming_jsonl.py), and
+    what is given to `sources.register`. Items of a chunk are held together while they are
+    measured: where they hold clips, chunks are to be short."""
 
     name: str
     describe: str
     """What it reads, in a few words: the list a user sees when no format matches."""
     noun: str
     """What an item is called in messages: line, item."""
+    text: bool = True
+    """Whether its files are text in UTF-8: others are refused then, with what they are."""
 
     def sniff(self, path: Path) -> bool:
         """Whether the content of this file or folder looks like this format (reads its head)."""
@@ -114,6 +124,15 @@ class Format(Protocol):
 
     def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
         """The items of a chunk, or of the whole file, in order; memory is that of one item."""
+
+    def fetch(self, file: OpenFile, places: Sequence[Place]) -> Iterator[bytes]:
+        """`raw` of the items at `places`, which are in the order of their offsets; not to be called
+        but by `records.fetch`. Here: ranges of bytes.
+
+        An item that is not there any more has other bytes, or none (b""). Raises OSError where the
+        storage fails, and is then called again for what is left.
+        """
+        return byte_ranges(file, places)
 
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example in one item's bytes; `task` overrides what the data says.

@@ -20,6 +20,7 @@ from raysft.data.example import Audio, Example
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import (
     Chunk,
+    Format,
     Item,
     Split,
     Survey,
@@ -35,7 +36,7 @@ TASKS = ("asr", "tts")
 READ = frozenset(["task_type", "wav_path", "text", "lang", "id"])
 
 
-class MingJsonl:
+class MingJsonl(Format):
     """The format `ming_jsonl`."""
 
     name = "ming_jsonl"

@@ -23,6 +23,7 @@ from raysft.data.example import Example, Part, Units
 from raysft.data.sources import json_items, json_lines
 from raysft.data.sources.base import (
     Chunk,
+    Format,
     Item,
     Split,
     Survey,
@@ -43,7 +44,7 @@ _KEY = re.compile(rb'"(?:instruction|input|output|data)"\s*:')
 _RUN = re.compile(r"(\[Hu[0-9]{1,9}\](?:\s*\[Hu[0-9]{1,9}\])*)")
 
 
-class MostJson:
+class MostJson(Format):
     """The format `most_json`."""
 
     name = "most_json"
