@@ -29,7 +29,7 @@ from raysft.data.encode import (
     model_family,
     require_template,
 )
-from raysft.data.example import Quarantined
+from raysft.data.example import Audio, Quarantined
 from raysft.data.generations import Generations
 from raysft.data.index import Index, build_index
 from raysft.data.plan import Cursor, Plan
@@ -351,7 +351,7 @@ def _clips(config: Config) -> Iterator[np.ndarray]:
     settings = config.data.speech_tokens
     assert settings is not None
     rng = random.Random(config.run.seed)  # noqa: S311 - a sample, not a secret
-    chosen: list[str] = []
+    chosen: list[Audio] = []
     seen = 0
     for source in sources.resolve_all(config.data.train, "train"):
         for file in source.files:
@@ -359,9 +359,9 @@ def _clips(config: Config) -> Iterator[np.ndarray]:
                 for audio in located.example.audio() if located.example else ():
                     seen += 1
                     if len(chosen) < settings.fit_clips:
-                        chosen.append(audio.path)
+                        chosen.append(audio)
                     elif (place := rng.randrange(seen)) < settings.fit_clips:
-                        chosen[place] = audio.path
+                        chosen[place] = audio
     if not chosen:
         raise UserError(
             "data.speech_tokens: no audio in data.train to fit it on; remove it, or set "
@@ -373,8 +373,8 @@ def _clips(config: Config) -> Iterator[np.ndarray]:
     most = math.inf if budget == "auto" else budget * settings.stack / 100
     decode = partial(load, rate=speech_tokens.SAMPLE_RATE, limits=limits, most_seconds=most)
     reader = ClipReader(limits)
-    for path in chosen:
+    for clip in chosen:
         try:
-            yield reader.call(decode, path)
+            yield reader.call(decode, clip)
         except BadExample:
             continue  # named in quarantine.jsonl when it is read for training

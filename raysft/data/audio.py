@@ -1,4 +1,4 @@
-"""Clips on disk -> mono float32 samples at the rate a model wants.
+"""Clips -> mono float32 samples at the rate a model wants.
 
 Stands under the index (`probe`: lengths) and under the encoders in the data tasks (`load`: decode,
 mix, resample). The files themselves are clips/'s: wav, flac, ogg (Vorbis, Opus), mp3 and more by
@@ -12,7 +12,8 @@ bytes are the file's. That takes two or three reads. MP3 without such a note is 
 frames are counted (a million hours at 64 kbit/s: 28 TB, once); decoded in the index are only flac
 whose header and last frame disagree, ogg that was recorded from the middle of a stream, and what
 PyAV reads. What a header merely guesses is never believed, here or in `load`, which decodes to
-the end of the file.
+the end of the file. Of a part of a file the index measures the file, and asks it once for all its
+parts; how parts are decoded is clips/cut.py's.
 
 Costs on one core, clips of 2 s at 22.05 kHz: `probe` 0.1 to 0.3 ms (Vorbis 0.9 ms: libsndfile sets
 its decoder up); `load` 0.9 ms (wav), 1.5 ms (flac), 2 to 3 ms (Vorbis, mp3), 0.5 ms of it
@@ -28,6 +29,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,10 +39,23 @@ import soxr
 from raysft import patience
 from raysft.config.schema import Data
 from raysft.data.clips import open_track
+from raysft.data.clips.cut import Shared, bounds, length, sample_at
 from raysft.data.clips.file import File, Piece, Track, decoding, resampled_length
+from raysft.data.example import Audio
 from raysft.errors import BadExample
 
-__all__ = ["SHORTEST_S", "Limits", "Probed", "load", "probe", "resample", "resampled_length"]
+__all__ = [
+    "ANY",
+    "SHORTEST_S",
+    "Limits",
+    "Probed",
+    "Shared",
+    "load",
+    "part_of",
+    "probe",
+    "resample",
+    "resampled_length",
+]
 
 SHORTEST_S = 0.025  # one analysis frame of every front end here (25 ms)
 CANCELLED = 0.1  # of the power of unrelated channels, below which their mix is not taken (10 dB)
@@ -68,56 +83,85 @@ class Limits:
         )
 
 
+ANY = Limits(min_seconds=0.0)
+"""Of a file of which parts are clips: it may be as long as it will."""
+
+
 class Probed(NamedTuple):
-    """What the index keeps of a clip: samples of a channel, Hz, and the file's state."""
+    """What the index keeps of a clip: samples of a channel, Hz, and the file's state (bytes, time
+    of change; of a clip that its record carries there is no time). channels: of the file; None:
+    not the same everywhere."""
 
     samples: int
     rate: int
     size: int
     mtime_ns: int
+    channels: int | None
 
 
-def probe(path: str, limits: Limits = Limits()) -> Probed:
+def probe(clip: Audio | str, limits: Limits = Limits()) -> Probed:
     """Length (samples a channel) and rate (Hz) of a clip, decoded only where that alone tells.
 
-    Raises BadExample where the file is missing, no regular file, empty, no audio, cut off, or
-    shorter or longer than `limits` allow; OSError where its storage does not let it be read.
+    clip: or the path of a file that is one. Raises BadExample where the file is missing, no regular
+    file, empty, no audio, cut off, or the clip shorter or longer than `limits` allow, or no part of
+    its file; OSError where its storage does not let it be read.
     """
-    status = _status(path)
-    with _opened(path) as file, closing(_track(file, limits)) as track:
+    clip = _clip(clip)
+    if clip.part:
+        return part_of(clip, probe(clip.file, ANY), limits)
+    size, mtime_ns = _status(clip)
+    with _opened(clip) as file, closing(_track(file, limits)) as track:
         samples = track.samples
         if samples is None:
             samples = _counted(file, track, limits.max_seconds)
-            _check_length(path, samples, track.rate, limits)
-        return Probed(samples, track.rate, status.st_size, status.st_mtime_ns)
+            _check_length(clip.path, samples, track.rate, limits)
+        return Probed(samples, track.rate, size, mtime_ns, track.channels)
+
+
+def part_of(clip: Audio, file: Probed, limits: Limits) -> Probed:
+    """`probe` of a part, of whose file is known what `probe` said under the limits `ANY`."""
+    first, last = bounds(clip, file.samples, file.rate)
+    _check_channel(clip, file.channels)
+    _check_length(clip.path, last - first, file.rate, limits)
+    return file._replace(samples=last - first)
 
 
 def load(
-    path: str,
+    clip: Audio | str,
     rate: int,
     limits: Limits = Limits(),
     most_seconds: float = math.inf,
     indexed: bool = False,
+    shared: Shared | None = None,
 ) -> np.ndarray:
     """Decode a clip: float32 [resampled_length(samples, its rate, rate)], mono at `rate` Hz.
 
-    Channels are averaged; where they cancel each other, the loudest is taken. most_seconds: more
-    than that is refused, by its header undecoded, so that a clip which grew since it was indexed
-    cannot take all memory. indexed: the clip was there when the index was made; that it is missing
-    is an OSError then, its storage's. Raises what `probe` does, and BadExample where the clip
-    cannot be decoded, has NaN or infinite samples, is silent (its peak below limits.silence_db),
-    or ends more than 5% before its header says.
+    clip: or the path of a file that is one. Of a part the samples are those of the whole, cut
+    before they are mixed and resampled. Channels are averaged, where not one of them is meant;
+    where they cancel each other, the loudest is taken. most_seconds: more than that is refused, by
+    its header undecoded, so that a clip which grew since it was indexed cannot take all memory.
+    indexed: the clip was there when the index was made; that it is missing is an OSError then, its
+    storage's. shared: keeps what was decoded of a file for its other parts.
+
+    Raises what `probe` does, and BadExample where the clip cannot be decoded, has NaN or infinite
+    samples, is silent (its peak below limits.silence_db), or ends more than 5% before its header
+    says.
     """
-    _status(path, indexed)
-    with _opened(path, hold=True) as file, closing(_track(file, limits)) as track:
+    clip = _clip(clip)
+    path, state = clip.path, _status(clip, indexed)
+    of_file = ANY if clip.part else limits
+    # A part may be little of its file, which is then not read whole for it.
+    with (
+        _opened(clip, hold=not clip.part) as file,
+        closing(_track(file, of_file)) as track,
+    ):
         own_rate = track.rate
-        _check_grown(path, track.samples or 0, own_rate, most_seconds)
-        pieces = _decoded(file, track, most_seconds)
-    _check_grown(path, _length(pieces, own_rate), own_rate, most_seconds)
-    parts = [resample(mixed(samples), piece_rate, own_rate) for samples, piece_rate in pieces]
-    clip = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    _check_length(path, len(clip), own_rate, limits)
-    peak = max(float(clip.max()), -float(clip.min()))  # NaN where there is one
+        if clip.part:
+            samples = _part(clip, file, track, most_seconds, shared or Shared(), state)
+        else:
+            samples = _whole(clip, file, track, most_seconds)
+    _check_length(path, len(samples), own_rate, limits)
+    peak = max(float(samples.max()), -float(samples.min()))  # NaN where there is one
     if not math.isfinite(peak):
         raise BadExample(f"{path}: has NaN or infinite samples")
     if limits.silence_db is not None and peak < 10 ** (limits.silence_db / 20):
@@ -126,7 +170,54 @@ def load(
             f"{path}: silent: {level}, below data.silence_db={limits.silence_db:g} "
             "(data.silence_db=null keeps silence)"
         )
-    return resample(clip, own_rate, rate)
+    return resample(samples, own_rate, rate)
+
+
+def _whole(clip: Audio, file: File, track: Track, most_seconds: float) -> np.ndarray:
+    """All of a file: float32 [samples], mono at the track's rate."""
+    _check_grown(clip.path, track.samples or 0, track.rate, most_seconds)
+    pieces = _decoded(file, track, most_seconds * track.rate)
+    _check_grown(clip.path, length(pieces, track.rate), track.rate, most_seconds)
+    return _mono(clip, pieces, track.rate)
+
+
+def _part(
+    clip: Audio,
+    file: File,
+    track: Track,
+    most_seconds: float,
+    shared: Shared,
+    state: tuple[int, int],
+) -> np.ndarray:
+    """A part of a file: float32 [samples], mono at the track's rate."""
+    rate = track.rate
+    if track.samples is not None:
+        first, last = bounds(clip, track.samples, rate)
+        _check_channel(clip, track.channels)
+        _check_grown(clip.path, last - first, rate, most_seconds)
+        if track.part is not None:
+            return _mono(clip, [(track.part(first, last), rate)], rate)
+    if clip.stop is None:
+        most = (clip.start + most_seconds) * rate + 1
+    else:
+        most = sample_at(clip.stop, rate)
+    decode = partial(_decoded, file, track)
+    pieces = shared.decode((clip.file, state), decode, most, rate)
+    first, last = bounds(clip, length(pieces, rate), rate)
+    _check_grown(clip.path, last - first, rate, most_seconds)
+    if len(pieces) == 1:
+        return _mono(clip, [(pieces[0][0][first:last], rate)], rate).copy()
+    return _mono(clip, pieces, rate)[first:last].copy()
+
+
+def _mono(clip: Audio, pieces: list[Piece], rate: int) -> np.ndarray:
+    """float32 [samples] at `rate`: the channel that is meant, or all mixed."""
+    parts = []
+    for samples, own_rate in pieces:
+        _check_channel(clip, samples.shape[1])
+        one = mixed(samples) if clip.channel is None else samples[:, clip.channel]
+        parts.append(resample(one, own_rate, rate))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def mixed(samples: np.ndarray) -> np.ndarray:
@@ -158,10 +249,14 @@ def resample(clip: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     return clip[:wanted] if len(clip) >= wanted else np.pad(clip, (0, wanted - len(clip)))
 
 
+def _clip(clip: Audio | str) -> Audio:
+    return Audio(clip) if isinstance(clip, str) else clip
+
+
 @contextmanager
-def _opened(path: str, hold: bool = False) -> Iterator[File]:
+def _opened(clip: Audio, hold: bool = False) -> Iterator[File]:
     """A file to decode. Raises OSError where a read of it failed, whatever was made of that."""
-    with closing(File(path, hold)) as file:
+    with closing(File(clip.path, hold, clip.bytes)) as file:
         try:
             yield file
         except Exception as error:
@@ -172,8 +267,20 @@ def _opened(path: str, hold: bool = False) -> Iterator[File]:
             raise file.error
 
 
-def _status(path: str, indexed: bool = False) -> os.stat_result:
-    """The file's state. Raises BadExample where opening it makes no sense."""
+def _status(clip: Audio, indexed: bool = False) -> tuple[int, int]:
+    """The file's bytes, and its time of change (ns). Raises BadExample where opening it makes no
+    sense."""
+    state = _state(clip.path, indexed) if clip.bytes is None else (len(clip.bytes), 0)
+    if state[0] == 0:
+        raise BadExample(f"{clip.path}: empty file")
+    if clip.path.lower().endswith(".raw"):
+        raise BadExample(
+            f"{clip.path}: raw samples have no header: convert the clip to wav or flac"
+        )
+    return state
+
+
+def _state(path: str, indexed: bool) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except ValueError as error:  # a NUL in the path
@@ -188,11 +295,7 @@ def _status(path: str, indexed: bool = False) -> os.stat_result:
         raise BadExample(f"{path}: a folder, not a file")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise BadExample(f"{path}: a pipe, socket or device, not a file")
-    if status.st_size == 0:
-        raise BadExample(f"{path}: empty file")
-    if path.lower().endswith(".raw"):
-        raise BadExample(f"{path}: raw samples have no header: convert the clip to wav or flac")
-    return status
+    return status.st_size, status.st_mtime_ns
 
 
 def _track(file: File, limits: Limits) -> Track:
@@ -203,24 +306,26 @@ def _track(file: File, limits: Limits) -> Track:
     return track
 
 
-def _decoded(file: File, track: Track, most_seconds: float | None) -> list[Piece]:
-    """All of a clip, or hardly more than most_seconds."""
-    most = math.inf if most_seconds is None else most_seconds * track.rate
+def _decoded(file: File, track: Track, most: float) -> list[Piece]:
+    """All of a clip, or hardly more than `most` samples."""
     with decoding(file.path):
         return track.decode(most)
 
 
 def _counted(file: File, track: Track, most_seconds: float | None) -> int:
     """Samples of a clip whose length only decoding tells."""
+    most = math.inf if most_seconds is None else most_seconds * track.rate
     if track.count is None:
-        return _length(_decoded(file, track, most_seconds), track.rate)
+        return length(_decoded(file, track, most), track.rate)
     with decoding(file.path):
-        return track.count(math.inf if most_seconds is None else most_seconds * track.rate)
+        return track.count(most)
 
 
-def _length(pieces: list[Piece], rate: int) -> int:
-    """Samples of a channel at `rate`, of all pieces together."""
-    return sum(resampled_length(len(samples), own, rate) for samples, own in pieces)
+def _check_channel(clip: Audio, channels: int | None) -> None:
+    """channels: that there are; None: not known yet."""
+    if clip.channel is not None and not 0 <= clip.channel < (channels or math.inf):
+        there = "" if channels is None else f": it has {channels}, counted from 0"
+        raise BadExample(f"{clip.path}: has no channel {clip.channel}{there}")
 
 
 def _check_grown(path: str, samples: int, rate: int, most_seconds: float) -> None:

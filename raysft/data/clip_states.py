@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from raysft import patience
 from raysft.data.audio import Limits
+from raysft.data.example import Audio
 from raysft.data.stalled import IN_A_ROW, ClipReader
 from raysft.errors import BadExample
 
@@ -29,6 +30,7 @@ _AT_A_TIME = 32  # by one of them: the way to its reader and back costs as much 
 _RACY_NS = 2_000_000_000  # a clip written just now can change once more within the clock's grain
 _UNKNOWN = -1
 
+_Clip = TypeVar("_Clip", Audio, str)
 _Result = TypeVar("_Result")
 
 
@@ -128,11 +130,12 @@ def state_of(path: str) -> tuple[int, int] | None:
 
 
 def at_once(
-    function: Callable[[str], _Result], paths: Sequence[str], limits: Limits
-) -> dict[str, _Result | BadExample]:
-    """{path: function(path), or the BadExample it raised}, several of them waited for at once."""
+    function: Callable[[_Clip], _Result], clips: Sequence[_Clip], limits: Limits
+) -> dict[_Clip, _Result | BadExample]:
+    """{clip: function(clip), or the BadExample it raised}, several of them waited for at once.
+    clips: or their paths."""
     reader = ClipReader(limits, IN_A_ROW * THREADS)
-    some = [paths[at : at + _AT_A_TIME] for at in range(0, len(paths), _AT_A_TIME)]
+    some = [clips[at : at + _AT_A_TIME] for at in range(0, len(clips), _AT_A_TIME)]
     with ThreadPoolExecutor(THREADS, "clips") as pool:
         found = pool.map(lambda these: reader.each(function, these), some)
-        return {path: one for these, ones in zip(some, found) for path, one in zip(these, ones)}
+        return {clip: one for these, ones in zip(some, found) for clip, one in zip(these, ones)}

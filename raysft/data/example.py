@@ -6,18 +6,44 @@ one (step, lane) into a `MicroBatch`. None of these needs torch or Ray.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class Audio:
-    """A clip on disk (absolute path): still to be decoded. stated: the seconds its record says it
-    has, held against what the file has when it is measured."""
+    """A clip, still to be decoded: a file (absolute path), a part of one, or what a record carries.
+
+    stated: the seconds its record says it has, held against what it has when it is measured.
+    start, stop: of a part, seconds from the file's beginning, as records have them; None: to its
+        end. The samples nearest to them are taken at the file's own rate: sample n is n / rate.
+    channel: of the file, from 0; None: all of them, mixed.
+    bytes: the file's content, where a record carries it (a row of Parquet, a member of a tar). The
+        path is then no file's, but what messages call it, and its alone.
+    """
 
     path: str
     stated: float | None = None
+    start: float = 0.0
+    stop: float | None = None
+    channel: int | None = None
+    bytes: bytes | None = field(default=None, repr=False)
+
+    @property
+    def part(self) -> bool:
+        """Whether it is not all of its file."""
+        return self.start != 0 or self.stop is not None or self.channel is not None
+
+    @property
+    def file(self) -> Audio:
+        """All of its file."""
+        return Audio(self.path, bytes=self.bytes)
+
+    @property
+    def sound(self) -> Audio:
+        """The same, whatever is stated of it."""
+        return self if self.stated is None else replace(self, stated=None)
 
 
 @dataclass(frozen=True, slots=True)

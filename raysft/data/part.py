@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,7 @@ from raysft import patience
 from raysft.data import audio, names, sources
 from raysft.data.clip_states import Piece, States, at_once, changed
 from raysft.data.encode import Encoder
-from raysft.data.example import Example
+from raysft.data.example import Audio, Example
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Chunk, Format, Item, Survey, default_id
 from raysft.data.sources.fields import check_duration
@@ -72,6 +72,8 @@ lies (byte offset, bytes, line; crc32 of the bytes, by which a later change is n
 id's hash (`names.hashed`; 0: it has none of its own)."""
 
 _RACY_NS = 2_000_000_000
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +234,13 @@ def measure(job: Job, encoder: Encoder) -> Part:
         else:
             assert found.error is not None
             rejected.append(_rejected(item, found.id, str(job.file), found.error, audio=False))
-    lengths = _probe_all({a.path for _, ex in kept for a in ex.audio()}, encoder)
+    lengths = _probe_all({clip.sound for _, ex in kept for clip in ex.audio()}, encoder)
     tasks = sorted({example.task for _, example in kept})
     rows: list[tuple[Any, ...]] = []
     states = States()
     for item, example in kept:
         place = f"{job.file.name} {form.noun} {item.line}"
-        clips = [lengths[clip.path] for clip in example.audio()] if lengths else []
+        clips = [lengths[clip.sound] for clip in example.audio()] if lengths else []
         bad = next((clip for clip in clips if clip.reason), None)
         path = example.audio()[0].path if clips else str(job.file)
         try:
@@ -260,8 +262,9 @@ def measure(job: Job, encoder: Encoder) -> Part:
         own = names.hashed(example.id) if _names_itself(form, item, example, job) else 0
         place_of = (item.offset, item.size, item.line, zlib.crc32(item.raw), own)
         rows.append((tokens, seconds, tasks.index(example.task), *place_of))
-        for clip in clips:
-            states.add(item.line, clip.path, clip.size, clip.mtime_ns)
+        for audio_of, clip in zip(example.audio(), clips):
+            if audio_of.bytes is None:  # else the record's checksum tells
+                states.add(item.line, clip.path, clip.size, clip.mtime_ns)
     chunks = ((job.chunk, tuple(tasks)),) if job.chunk is not None else ()
     return Part(np.array(rows, ROW), tasks, rejected, Piece.of(states), chunks)
 
@@ -302,21 +305,44 @@ class _Clip:
     reason: str = ""
 
 
-def _probe_all(paths: set[str], encoder: Encoder) -> dict[str, _Clip]:
-    """Lengths of clips at the encoder's rate, from their headers; {} where it takes no clips."""
-    rate = encoder.sample_rate
-    if rate is None or not paths:
+def _probe_all(clips: set[Audio], encoder: Encoder) -> dict[Audio, _Clip]:
+    """Lengths of clips at the encoder's rate, from their headers; {} where it takes no clips.
+
+    Of files of which parts are clips: each is asked once.
+    """
+    rate, limits = encoder.sample_rate, encoder.limits
+    if rate is None or not clips:
         return {}
 
-    def probe(path: str) -> _Clip:
-        found = audio.probe(path, encoder.limits)
+    def measured(clip: Audio, found: audio.Probed) -> _Clip:
         length = audio.resampled_length(found.samples, found.rate, rate)
-        return _Clip(path, length, found.samples / found.rate, found.size, found.mtime_ns)
+        seconds = found.samples / found.rate
+        return _Clip(clip.path, length, seconds, found.size, found.mtime_ns)
 
+    def refused(clip: Audio, error: BadExample) -> _Clip:
+        return _Clip(clip.path, 0, 0.0, reason=str(error))
+
+    whole = {clip for clip in clips if not clip.part}
+    found = _asked(lambda clip: measured(clip, audio.probe(clip, limits)), whole, limits)
+    parts = clips - whole
+    files = _asked(lambda file: audio.probe(file, audio.ANY), {p.file for p in parts}, limits)
+    for clip in parts:
+        file = files[clip.file]
+        try:
+            cut = file if isinstance(file, BadExample) else audio.part_of(clip, file, limits)
+        except BadExample as error:
+            cut = error
+        found[clip] = cut if isinstance(cut, BadExample) else measured(clip, cut)
     return {
-        path: _Clip(path, 0, 0.0, reason=str(clip)) if isinstance(clip, BadExample) else clip
-        for path, clip in at_once(probe, sorted(paths), encoder.limits).items()
+        clip: refused(clip, one) if isinstance(one, BadExample) else one
+        for clip, one in found.items()
     }
+
+
+def _asked(
+    question: Callable[[Audio], _Answer], clips: set[Audio], limits: audio.Limits
+) -> dict[Audio, _Answer | BadExample]:
+    return at_once(question, sorted(clips, key=lambda clip: clip.path), limits) if clips else {}
 
 
 def part_path(source: ResolvedSource, file: Path, encoder: Encoder, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from itertools import repeat
 import numpy as np
 
 from raysft.data import digest
-from raysft.data.audio import load
+from raysft.data.audio import Shared, load
 from raysft.data.clips.file import MISSING_SHARE
 from raysft.data.encode import Encoder
 from raysft.data.example import Example, MicroBatch, Quarantined, Sequence
@@ -56,6 +56,7 @@ class Reader:
     budget: int
     seed: int | None
     _clips: ClipReader = field(init=False, repr=False)
+    _shared: Shared = field(init=False, repr=False, default_factory=Shared)
 
     def __post_init__(self) -> None:
         self._clips = ClipReader(self.encoder.limits)
@@ -72,6 +73,7 @@ class Reader:
         examples = iter(self.index.examples(rows))
         for work in works:
             yield self._micro_batch(work, [next(examples) for _ in work.rows])
+        self._shared.clear()
 
     def _micro_batch(self, work: Work, examples: list[Example]) -> MicroBatch:
         sequences: list[Sequence] = []
@@ -129,8 +131,10 @@ class Reader:
         rate, limits = self.encoder.sample_rate, self.encoder.limits
         assert rate is not None  # an encoder that takes audio names its rate
         most = GROWN * float(self.index.seconds[row]) + 1.0
-        decode = partial(load, rate=rate, limits=limits, most_seconds=most, indexed=True)
-        clips = [self._clips.call(decode, clip.path) for clip in audio]
+        decode = partial(
+            load, rate=rate, limits=limits, most_seconds=most, indexed=True, shared=self._shared
+        )
+        clips = [self._clips.call(decode, clip) for clip in audio]
         seconds, planned = sum(map(len, clips)) / rate, float(self.index.seconds[row])
         if seconds < planned * (1 - MISSING_SHARE):
             raise BadExample(

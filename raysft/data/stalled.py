@@ -32,6 +32,7 @@ import numpy as np
 
 from raysft import patience
 from raysft.data.audio import Limits
+from raysft.data.example import Audio
 from raysft.errors import BadExample, UserError
 
 # A process with so many threads that hang had better be replaced (`stuck`): each keeps its stack,
@@ -50,6 +51,7 @@ LOST = (
     "out, and named in quarantine.jsonl"
 )
 
+_Clip = TypeVar("_Clip", Audio, str)
 _Result = TypeVar("_Result")
 _idle: list[_Helper] = []
 _abandoned: list[_Helper] = []
@@ -87,54 +89,54 @@ class ClipReader:
             except OSError as error:
                 raise patience.away(folder, error) from error
 
-    def call(self, function: Callable[[str], _Result], path: str) -> _Result:
-        """function(path). Raises what it raises, BadExample where it does not return in time, and
-        UserError where that happens to one clip after the other, or where its storage goes on
-        failing (OSError)."""
-        found = self.each(function, [path])[0]
+    def call(self, function: Callable[[_Clip], _Result], clip: _Clip) -> _Result:
+        """function(clip); clip: or its path. Raises what it raises, BadExample where it does not
+        return in time, and UserError where that happens to one clip after the other, or where its
+        storage goes on failing (OSError)."""
+        found = self.each(function, [clip])[0]
         if isinstance(found, BadExample):
             raise found
         return found
 
     def each(
-        self, function: Callable[[str], _Result], paths: Sequence[str]
+        self, function: Callable[[_Clip], _Result], clips: Sequence[_Clip]
     ) -> list[_Result | BadExample]:
-        """[function(path) or the BadExample it raised, for path in paths]: one thread for all."""
+        """[function(clip) or the BadExample it raised, for clip in clips]: one thread for all."""
 
-        def read(path: str) -> _Result:
-            self._refuse_known(path)
-            return function(path)
+        def read(clip: _Clip) -> _Result:
+            self._refuse_known(_path(clip))
+            return function(clip)
 
         found: list[Any] = []
-        while len(found) < len(paths):
-            done, stalled = _run(read, paths[len(found) :], self._seconds)
+        while len(found) < len(clips):
+            done, stalled = _run(read, clips[len(found) :], self._seconds)
             found += done
             if done:
                 self._row = 0
             if stalled:
-                found.append(self._remember(paths[len(found)]))
+                found.append(self._remember(_path(clips[len(found)])))
         for place, result in enumerate(found):
             if isinstance(result, OSError):
-                found[place] = self._again(read, paths[place], result)
+                found[place] = self._again(read, clips[place], result)
             elif isinstance(result, Exception) and not isinstance(result, BadExample):
                 raise result
         return found
 
-    def _again(self, read: Callable[[str], Any], path: str, error: OSError) -> Any:
+    def _again(self, read: Callable[[_Clip], Any], clip: _Clip, error: OSError) -> Any:
         """A read that failed, tried again: its result or its BadExample."""
         first = [error]
 
         def once() -> Any:
             if first:
                 raise first.pop()
-            done, stalled = _run(read, [path], self._seconds)
+            done, stalled = _run(read, [clip], self._seconds)
             if stalled:
-                return self._remember(path)
+                return self._remember(_path(clip))
             if isinstance(done[0], Exception) and not isinstance(done[0], BadExample):
                 raise done[0]
             return done[0]
 
-        return patience.known(once, path, LOST)
+        return patience.known(once, _path(clip), LOST)
 
     def _refuse_known(self, path: str) -> None:
         if self._folder is not None and _name(path) in self._known:
@@ -188,7 +190,7 @@ class _Helper(threading.Thread):
 
 
 def _run(
-    function: Callable[[str], Any], items: Sequence[str], seconds: float
+    function: Callable[[Any], Any], items: Sequence[Any], seconds: float
 ) -> tuple[list[Any], bool]:
     """What the first items came to, and whether the one after them did not return in time."""
     try:
@@ -214,6 +216,10 @@ def _run(
 
 
 os.register_at_fork(after_in_child=lambda: (_idle.clear(), _abandoned.clear()))
+
+
+def _path(clip: Audio | str) -> str:
+    return clip if isinstance(clip, str) else clip.path
 
 
 def _name(path: str) -> str:

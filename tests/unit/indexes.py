@@ -84,9 +84,9 @@ def recorded_probes(monkeypatch):
     seen = []
     real = audio.probe
 
-    def probe(path, limits):
-        seen.append(Path(path).name)
-        return real(path, limits)
+    def probe(clip, limits):
+        seen.append(Path(clip.path).name)
+        return real(clip, limits)
 
     monkeypatch.setattr(audio, "probe", probe)
     return seen

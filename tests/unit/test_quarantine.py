@@ -27,6 +27,11 @@ REASONS = {
     "too short": ["too short: 1 samples at 16000 Hz, less than data.min_seconds=0.025"],
     "too long": ["too long: 61.00 s, more than data.max_seconds=60"],
     "longer than indexed": ["longer than indexed: 3600.00 s, expected at most 5 s: was the file"],
+    "no such part": [
+        "from 2 to 1 s is no part of a clip",
+        "has 3.00 s, of which 4 s to its end is no part",
+        "has no channel 2: it has 2, counted from 0",
+    ],
     "shorter than indexed": [
         "shorter than indexed: 1.00 s, expected 2.00 s: was the file replaced?"
     ],

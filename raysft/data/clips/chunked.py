@@ -13,9 +13,19 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from raysft.data.clips import mp3
-from raysft.data.clips.file import ENDLESS, File, Piece, Track, check_whole, read, sound
+from raysft.data.clips.file import (
+    ENDLESS,
+    File,
+    Piece,
+    Track,
+    check_whole,
+    read,
+    read_part,
+    sound,
+)
 from raysft.errors import BadExample
 
 # Formats of WAV, by their tags in the registry of Microsoft.
@@ -28,6 +38,7 @@ _SUBFORMATS = (
     bytes.fromhex("000010008000 00aa00389b71"),
     bytes.fromhex("2107d3118644c8c1ca000000"),
 )
+_AS_THEY_ARE = re.compile("PCM_|FLOAT|DOUBLE|[AU]LAW")  # samples that depend on no others
 _STEPS = 89  # of IMA ADPCM: a block begins with the number of one
 _BEHIND_SHARE = 0.02  # of the samples a header promises that more than it promises may follow
 _MOST_CHUNKS = 10_000
@@ -129,7 +140,10 @@ def track(file: File, find: Callable[[File], Samples | None]) -> Track:
             _check_steps(file, samples, form)
         return [piece]
 
-    return Track(rate, count, decode, opened.close)
+    part = None
+    if _AS_THEY_ARE.match(opened.subtype):
+        part = partial(read_part, file.path, opened)
+    return Track(rate, count, decode, opened.close, channels=channels, part=part)
 
 
 def _check_steps(file: File, samples: Samples, form: Format) -> None:

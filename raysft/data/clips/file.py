@@ -37,11 +37,16 @@ class File:
     error: of the first read that failed, or that ended before the file does.
     """
 
-    def __init__(self, path: str, hold: bool = False) -> None:
-        """hold: read it once, as it will be needed whole, unless it is very large."""
+    def __init__(self, path: str, hold: bool = False, content: bytes | None = None) -> None:
+        """hold: read it once, as it will be needed whole, unless it is very large. content: all of
+        it, where it is no file of the system's."""
         self.path = path
         self.error: OSError | None = None
-        self._content: bytes | None = None
+        self._content = content
+        self._handle: int | None = None
+        if content is not None:
+            self.size = len(content)
+            return
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.size = os.fstat(self._handle).st_size
@@ -89,7 +94,8 @@ class File:
 
     def close(self) -> None:
         """Give the handle back."""
-        os.close(self._handle)
+        if self._handle is not None:
+            os.close(self._handle)
 
 
 def _patched(data: bytes, first: int, patches: dict[int, bytes]) -> bytes:
@@ -171,7 +177,9 @@ class Track:
     rate: Hz. samples: of a channel, as certain as can be told without decoding; None: only
     decoding tells. decode(most): all pieces, one after the other; may stop once it has more than
     `most` samples. close: to be called in the end. count(most): how many samples decode(most)
-    gives, in little memory; None: decode to see.
+    gives, in little memory; None: decode to see. channels: None: not the same everywhere.
+    part(first, last): samples [first, last) alone, float32 [samples, channels], in place of
+    `decode`; None: what comes before them has to be decoded too.
     """
 
     rate: int
@@ -179,6 +187,8 @@ class Track:
     decode: Callable[[float], list[Piece]]
     close: Callable[[], None] = lambda: None
     count: Callable[[float], int] | None = None
+    channels: int | None = None
+    part: Callable[[int, int], np.ndarray] | None = None
 
 
 @contextlib.contextmanager
@@ -230,6 +240,15 @@ def read(path: str, file: Sound, most: float, exact: int | None = None) -> Piece
                 break
             count += len(parts[-1])
         return np.concatenate(parts), file.samplerate
+
+
+def read_part(path: str, file: Sound, first: int, last: int) -> np.ndarray:
+    """Samples [first, last) of a file just opened that libsndfile can enter anywhere."""
+    with decoding(path):
+        file.seek(first)
+        samples = file.read(frames=last - first, dtype="float32", always_2d=True)
+    check_whole(path, len(samples), last - first, "samples")
+    return samples
 
 
 def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:

@@ -19,7 +19,9 @@ import struct
 from dataclasses import dataclass
 from functools import partial
 
-from raysft.data.clips.file import File, Piece, Track, check_whole, read, sound
+import numpy as np
+
+from raysft.data.clips.file import File, Piece, Track, check_whole, read, read_part, sound
 from raysft.errors import BadExample
 
 _TAIL = 1 << 16  # bytes in which the last frame is looked for, where the header names no largest
@@ -76,7 +78,15 @@ def track(file: File, start: int) -> Track:
     certain = end is not None and info.total in (0, end)
     if certain and _may_be_joined(file, info, start, end) and _joined(file, start):
         certain = False
-    return Track(info.rate, end if certain else None, partial(_decode, file, info, end))
+    part = partial(_part, file, info) if certain and info.total else None
+    decode = partial(_decode, file, info, end)
+    return Track(info.rate, end if certain else None, decode, channels=info.channels, part=part)
+
+
+def _part(file: File, info: _Info, first: int, last: int) -> np.ndarray:
+    """Samples [first, last) of a file that is one, and as long as its header says."""
+    with sound(file.path, file.view(info.at - 8)) as opened:
+        return read_part(file.path, opened, first, last)
 
 
 def _may_be_joined(file: File, info: _Info, start: int, samples: int) -> bool:

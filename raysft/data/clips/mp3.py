@@ -107,7 +107,7 @@ def track(file: File, start: int, stop: int) -> Track:
             expected = note.frames * first[1].samples - note.delay - note.padding
             if rate == first[1].rate and abs(count - expected) <= 2 * first[1].samples:
                 believed = partial(_believed, file, opened, first[0], stop, note)
-                return Track(rate, count, believed, opened.close)
+                return Track(rate, count, believed, opened.close, channels=opened.channels)
             opened.close()
     runs = _runs(file.read(start, stop - start))
     if not runs:
@@ -115,7 +115,9 @@ def track(file: File, start: int, stop: int) -> Track:
     rate = runs[0].frame.rate
     total = sum(resampled_length(run.samples, run.frame.rate, rate) for run in runs)
 
-    return Track(rate, total, lambda most: _decode(file, start, stop))
+    mono = {run.frame.mono for run in runs}
+    channels = None if len(mono) > 1 else 1 if mono.pop() else 2
+    return Track(rate, total, lambda most: _decode(file, start, stop), channels=channels)
 
 
 def first_frame(data: bytes) -> bool:

@@ -82,7 +82,9 @@ def track(file: File) -> Track:
         for one in opened:
             one.close()
 
-    return Track(rate, samples if certain else None, decode, close)
+    channels = {one.channels for one in opened}
+    only = channels.pop() if len(channels) == 1 else None
+    return Track(rate, samples if certain else None, decode, close, channels=only)
 
 
 def _decode(path: str, link: _Link, opened: Sound, most: float) -> Piece:

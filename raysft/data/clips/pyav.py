@@ -52,12 +52,13 @@ def track(file: File, kind: str) -> Track:
     view = _buffered(file.view())
     with decoding(file.path), av.open(view) as container:
         stream = _stream(container, file.path, kind)
-        rate = stream.rate
+        rate, channels = stream.rate, stream.channels
     return Track(
         rate,
         None,
         lambda most: _decode(av, file, kind, rate, most),
         count=lambda most: sum(map(len, _blocks(av, file, kind, most))),
+        channels=channels,
     )
 
 
