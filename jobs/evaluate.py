@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
 
     from raysft import prepare
 
-    prepare.check_evaluation(config, run, step)
+    config = prepare.check_evaluation(config, run, step)
 
     from raysft import launch  # imports Ray and torch, 10 s: not before a mistake is said
     from raysft.session import ray_session

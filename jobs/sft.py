@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     from raysft import prepare
 
     dry = "dry-run" in arguments.flags
-    prepare.check(config, writes=not dry)
+    checked = prepare.check(config, writes=not dry)
 
     from raysft import launch  # imports Ray and torch, 10 s: not before a mistake is said
     from raysft.session import destination, ray_session
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     show.say(destination())
     with ray_session():
         if dry:
-            print(launch.dry_run(config, show))
+            print(launch.dry_run(checked, show))
             return
         outcome = launch.run(config, show)
     print(outcome.describe())

@@ -39,8 +39,8 @@ from raysft.rundir import (
     check_run,
     new_evaluation,
     open_run,
+    resolve,
     run_folder,
-    settled,
     with_budget,
     write_config,
 )
@@ -76,16 +76,18 @@ class Outcome:
 def run(config: Config, progress: Progress) -> Outcome:
     """Train (or continue) the run, which this process owns meanwhile: see `run.ownership`.
 
-    Raises UserError where another start holds it. Ctrl-C and SIGTERM: saves, then raises
+    config: as it was asked for: what `resolve` makes of it is certain only once the folder is this
+    start's. Raises UserError where another start holds it. Ctrl-C and SIGTERM: saves, then raises
     KeyboardInterrupt or SystemExit.
     """
-    check_run(config)  # nothing is left in a folder that is not for this run
+    folder = run_folder(config)
+    check_run(resolve(config, folder))  # nothing is left in a folder that is not for this run
 
     def say(text: str) -> None:
         progress({"doing": text})
 
-    with Ownership.take(run_folder(config), say) as owner:
-        config = settled(config)
+    with Ownership.take(folder, say) as owner:
+        config = resolve(config, folder)
         start = Start(open_run(config, owner), owner)
         try:
             return _run(config, start, progress)
@@ -98,12 +100,12 @@ def run(config: Config, progress: Progress) -> Outcome:
 
 def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") -> Outcome:
     """Evaluate a checkpoint of the run in `run`, as `config` says, into a folder of its own below
-    it; nothing else there is written. step: a step, `best` or `last`.
+    it; nothing else there is written. config: as `prepare.check_evaluation` returns it. step: a
+    step, `best` or `last`.
 
     Raises UserError where there is no such checkpoint, or nothing to evaluate it on.
     """
     Shares.of(config)
-    config = settled(config)
     saved, skipped = choose(run, config.checkpoint, step, unreadable)
     for reason in skipped:
         log.warning("skipped: %s", reason)
@@ -133,7 +135,10 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
 
 
 def dry_run(config: Config, progress: Progress) -> str:
-    """What a run would do on this cluster, as text; see `preview.dry_run`."""
+    """What a run would do on this cluster, as text; see `preview.dry_run`.
+
+    config: as `prepare.check` returns it.
+    """
     Shares.of(config)
     return preview.dry_run(config, lambda text: progress({"doing": text}))
 

@@ -39,7 +39,7 @@ from raysft.data.unknown import unknown_text
 from raysft.errors import BadExample, UserError
 from raysft.evaluate.normalize import read_spelling
 from raysft.run.ownership import ANYONE, Permit, refuse_held
-from raysft.rundir import check_run, read_config, run_folder
+from raysft.rundir import check_run, read_config, resolve, run_folder
 from raysft.session import check_kept
 from raysft.train.catalogue import unreadable
 from raysft.train.evaluations import choose, metrics_of
@@ -71,14 +71,18 @@ def silent(text: str) -> None:
     """For callers that nobody watches."""
 
 
-def check(config: Config, writes: bool = True) -> None:
+def check(config: Config, writes: bool = True) -> Config:
     """Look for mistakes that show without reading data or weights: run folder, sources, layers
-    that are to have adapters. writes: into the run's folder. Raises UserError."""
+    that are to have adapters. Returns the config as `rundir.resolve` gives it.
+
+    writes: into the run's folder. Raises UserError.
+    """
     patience.allow(config.patience_s)
     check_kept(
         run__storage_path=config.run.storage_path,
         data__index_path=config.data.index_path,
     )
+    config = resolve(config, run_folder(config))
     check_run(config)
     if writes:
         refuse_held(run_folder(config))
@@ -91,6 +95,7 @@ def check(config: Config, writes: bool = True) -> None:
     _check_names(config)
     sources.resolve_all(config.data.train, "train")
     _check_evaluation_data(config)
+    return config
 
 
 def _check_weights(config: Config) -> None:
@@ -112,15 +117,17 @@ def _check_weights(config: Config) -> None:
     )
 
 
-def check_evaluation(config: Config, run: Path, step: str) -> None:
+def check_evaluation(config: Config, run: Path, step: str) -> Config:
     """As `check`, of an evaluation of `step` of a run: its training data may be gone."""
     patience.allow(config.patience_s)
     check_kept(RUN=run)
+    config = resolve(config, run_folder(config))
     check_run(config)
     choose(run, config.checkpoint, step, unreadable)
     if not config.data.eval:
         raise UserError("data.eval: empty; name a source, e.g. --data test.jsonl")
     _check_evaluation_data(config)
+    return config
 
 
 def check_export(run: Path, out: Path, step: str) -> None:

@@ -18,14 +18,17 @@ from raysft.data.index import Index
 from raysft.data.plan import Summary
 from raysft.data.quarantine import summary as quarantined
 from raysft.prepare import Prepared, Say, prepare, silent
-from raysft.rundir import is_trained, run_folder, settled, with_budget
+from raysft.rundir import is_trained, run_folder, with_budget
 
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
 
 
 def dry_run(config: Config, say: Say = silent) -> str:
-    """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing."""
-    config, assumed = settled(config), []
+    """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing.
+
+    config: as `rundir.resolve` gives it.
+    """
+    assumed = []
     if config.data.tokens_per_batch == "auto":
         config = with_budget(config, ASSUMED)
         assumed = [

@@ -16,8 +16,8 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import yaml
 from raysft import paths, remarks
 from raysft.config import Config, changed_keys, places, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
+from raysft.config.marks import Rule
+from raysft.config.resume import rule_of, rules
 from raysft.config.schema import Checkpoint
 from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
@@ -38,35 +40,6 @@ from raysft.train.storage import open_storage, write_whole
 
 log = logging.getLogger(__name__)
 
-# What may differ when a run is continued: none of it changes what a step computes.
-FREE = (
-    "parallel.*",
-    "train.deterministic",  # of a step's last bits, as the threads in parallel.*
-    "log.*",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "checkpoint.best*",
-    "checkpoint.resume",
-    "checkpoint.grace_s",
-    "evaluate.*",
-    "optim.max_skipped",
-    "optim.reschedule",
-    "data.eval",
-    # Held against what the run trained on by their contents: see `history`.
-    "data.train*",
-    "data.mix*",
-    "data.extend",
-    "data.cpus",
-    "data.prefetch",
-    "data.index_path",
-    "data.max_quarantined",
-    "data.read_timeout_s",
-    "data.retry_s",
-    "run.storage_path",
-    # Held against the base that the run began with: see `run.identity`.
-    "model.revision",
-)
-
 
 def run_folder(config: Config) -> Path:
     """`run.storage_path/run.name`, absolute: workers may have another working directory."""
@@ -77,10 +50,9 @@ def run_folder(config: Config) -> Path:
 def open_run(config: Config, permit: Permit = ANYONE) -> Path:
     """Create the run's folder, or check that the one there is of this config. Returns it.
 
-    permit: asked before anything is written. Raises UserError where the folder holds another run,
-    is not a run's, or cannot be written.
+    config: as `resolve` gives it. permit: asked before anything is written. Raises UserError where
+    the folder holds another run, is not a run's, or cannot be written.
     """
-    config = settled(config)
     check_run(config)
     folder = run_folder(config)
     try:
@@ -146,14 +118,27 @@ def write_config(config: Config, folder: Path, run: str | None = None) -> None:
 
 
 @patient
-def settled(config: Config) -> Config:
-    """`config` with what only its run or the hub knows: the number that data.tokens_per_batch: auto
-    means in this run, the threads it began with, and the commit that a hub id in model.path means:
-    the one that the run began with, else the newest. Raises UserError where the hub has no such
-    model."""
-    config = _with_revision(with_budget_of_run(config))
-    before = _before(config)
-    return config if before is None else threads.as_begun(config, before)
+def resolve(config: Config, folder: Path) -> Config:
+    """`config` with what only its run in `folder` or the hub knows: the number that
+    data.tokens_per_batch: auto means in this run, the threads it began with, and the commit that a
+    hub id in model.path means: the one that the run began with, else the newest. Raises UserError
+    where the hub has no such model.
+
+    Resolved again it is the same, unless another start has written more meanwhile.
+    """
+    before = read_config(folder) if (folder / "config.yaml").is_file() else None
+    goes_on = before is not None and not _begins_anew(config, folder)
+    if config.data.tokens_per_batch == "auto" and goes_on:
+        budget = before.data.tokens_per_batch
+        config = config if budget == "auto" else with_budget(config, budget)
+    model, commit = config.model, None
+    if model.revision is None and before is not None and before.model.path == model.path:
+        commit = before.model.revision
+    commit = commit or identity.commit_of(model)
+    if commit is not None:
+        model = model.model_copy(update={"revision": commit})
+        config = config.model_copy(update={"model": model})
+    return threads.as_begun(config, before) if goes_on else config
 
 
 def _before(config: Config) -> Config | None:
@@ -164,22 +149,6 @@ def _before(config: Config) -> Config | None:
     return read_config(folder)
 
 
-def _with_revision(config: Config) -> Config:
-    model = config.model
-    folder = run_folder(config)
-    if model.revision is None and (folder / "config.yaml").is_file():
-        before = read_config(folder).model
-        if before.path == model.path and before.revision is not None:
-            return _revised(config, before.revision)
-    commit = identity.commit_of(model)
-    return config if commit is None else _revised(config, commit)
-
-
-def _revised(config: Config, revision: str) -> Config:
-    model = config.model.model_copy(update={"revision": revision})
-    return config.model_copy(update={"model": model})
-
-
 def with_budget(config: Config, budget: int) -> Config:
     """`config` with its number: what the run's config.yaml holds."""
     return config.model_copy(
@@ -188,19 +157,6 @@ def with_budget(config: Config, budget: int) -> Config:
             "parallel": config.parallel.model_copy(update={"memory_gb": None}),
         }
     )
-
-
-@patient
-def with_budget_of_run(config: Config) -> Config:
-    """`config` as it continues the run in its folder: there, data.tokens_per_batch: auto means the
-    number that the run has. Without such a run, or where it has none yet: as it is."""
-    folder = run_folder(config)
-    if config.data.tokens_per_batch != "auto" or not (folder / "config.yaml").is_file():
-        return config
-    budget = read_config(folder).data.tokens_per_batch
-    if budget == "auto" or _begins_anew(config, folder):
-        return config
-    return with_budget(config, budget)
 
 
 def _write(path: Path, text: str) -> None:
@@ -246,19 +202,6 @@ _ITS_OWN = (
 )
 
 
-# Keys of `peft` that decide which weights there are.
-_WHAT_TRAINS = (
-    "method",
-    "r",
-    "init_r",
-    "dora",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "virtual_tokens",
-)
-
-
 def _set_aside(config: Config, folder: Path, permit: Permit) -> None:
     """Move the run so far to earlier_N, and write down which weights the new one begins with.
     Done again from any point at which it was interrupted."""
@@ -268,12 +211,13 @@ def _set_aside(config: Config, folder: Path, permit: Permit) -> None:
             "name that run, or give exported weights as model.path"
         )
     before = read_config(folder)
-    for key in _WHAT_TRAINS:
-        had, wanted = getattr(before.peft, key), getattr(config.peft, key)
+    kept = [key for key, mark in rules().items() if mark.weights and key.startswith("peft.")]
+    for key in kept:
+        had, wanted = attrgetter(key)(before), attrgetter(key)(config)
         if had != wanted:
             raise UserError(
-                f"checkpoint.resume: weights_only, but peft.{key} is {wanted} and the weights of "
-                f"{folder} are of peft.{key} {had}; export that run (--merge, or its adapter) and "
+                f"checkpoint.resume: weights_only, but {key} is {wanted} and the weights of "
+                f"{folder} are of {key} {had}; export that run (--merge, or its adapter) and "
                 "give it as model.path (or peft.path) to a new run"
             )
     old = before.checkpoint
@@ -316,8 +260,10 @@ def initial_weights(folder: Path) -> Saved | None:
 
 @patient
 def check_run(config: Config) -> None:
-    """Raises UserError if the run's folder is there and this config may not continue it."""
-    config = settled(config)
+    """Raises UserError if the run's folder is there and this config may not continue it.
+
+    config: as `resolve` gives it.
+    """
     folder = run_folder(config)
     known = (folder / "config.yaml").is_file()
     if _begins_anew(config, folder):
@@ -435,36 +381,33 @@ def _check_same(config: Config, folder: Path) -> None:
     recorded = base_of(folder)
     if _begins_anew(config, folder):
         changed = changed_keys({"model": old["model"]}, {"model": new["model"]})
-        changed = [change for change in changed if not change.startswith("model.revision ")]
+        changed = [change for change in changed if rule_of(change.key).weights]
         if config.peft.method != "none":  # else the checkpoint has all weights
             check_base(config, folder)
         if changed:
             raise UserError(
-                f"{folder}: its weights are of another model: {'; '.join(changed)}. Set these back "
-                "to begin with its weights (checkpoint.resume=weights_only)"
+                f"{folder}: its weights are of another model: {'; '.join(map(str, changed))}. Set "
+                "these back to begin with its weights (checkpoint.resume=weights_only)"
             )
         return
-    new["run"]["name"] = old["run"]["name"]  # a folder that was moved is still the same run
-    free = FREE
     moved = old["checkpoint"]["path"] == config.checkpoint.path
     where = config.checkpoint if moved else before.checkpoint
     committed = Catalogue.of(where, folder).committed()
+    allowed: set[Rule] = {"free", "data"}  # data: held against what was trained on by `history`
     if _length_may_change(config, committed):
-        free = (*FREE, "train.max_steps", "train.epochs")
+        allowed.add("length")
     if recorded is not None and recorded == identity.of(config.model):
-        free = (*free, "model.path")  # the same base in another place
+        allowed.add("base")
     changed = [
-        change
-        for change in changed_keys(old, new)
-        if not any(fnmatch(change.split(" ")[0], pattern) for pattern in free)
+        change for change in changed_keys(old, new) if rule_of(change.key).rule not in allowed
     ]
     saved = bool(committed)
     if saved and not changed:
         check_base(config, folder)
     if changed and saved:
         raise UserError(
-            f"{folder}: holds a run of another config: {'; '.join(changed)}. Set these back to "
-            "continue it, choose another run.name to train anew, set checkpoint.resume="
+            f"{folder}: holds a run of another config: {'; '.join(map(str, changed))}. Set these "
+            "back to continue it, choose another run.name to train anew, set checkpoint.resume="
             "weights_only to begin anew with its weights, or delete the folder"
         )
 

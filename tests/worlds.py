@@ -103,6 +103,13 @@ def tiny(folder: Path, name: str = "run", **changes: Any) -> Config:
     return Config.model_validate(tree)
 
 
+def resolved(config: Config) -> Config:
+    """`config` as a start of its run has it."""
+    from raysft.rundir import resolve, run_folder
+
+    return resolve(config, run_folder(config))
+
+
 def start(
     config: Config,
     world: World,

@@ -111,15 +111,26 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two config trees, with both values."""
-    found = []
+class Change(typing.NamedTuple):
+    """A dotted key whose value is another now; as text: the key, with both values."""
+
+    key: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} (was {self.was!r}, now {self.now!r})"
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[Change]:
+    """Dotted keys whose values differ between two config trees."""
+    found: list[Change] = []
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += changed_keys(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} (was {a!r}, now {b!r})")
+            found.append(Change(f"{prefix}{key}", a, b))
     return found
 
 

@@ -1,10 +1,11 @@
-"""Marks on the keys of the config: what their text is, beyond a text."""
+"""Marks on the keys of the config: what their text is, beyond a text, and whether a run that goes
+on may change them (read by `raysft.config.resume`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -46,3 +47,34 @@ class OneOf:
 def one_of(texts: Sequence[str]) -> str:
     """Texts as a choice: `a, b or c`."""
     return " or ".join(part for part in (", ".join(texts[:-1]), *texts[-1:]) if part)
+
+
+Rule = Literal["free", "fixed", "data", "length", "base"]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Marks what may become of a key when its run goes on.
+
+    free: any start may change it: it changes nothing that a step computes, or is held against the
+        run by what it names rather than by its text.
+    fixed: a run keeps it.
+    data: held by contents against what the run trains on (`history`); what is new there is used
+        from the next epoch on, where data.extend says so.
+    length: of the run: may be another where the rates of the steps so far allow it (`schedule`).
+    base: may name another place, with the same weights (`run.identity`).
+    weights: it decides which weights there are, so that a start with a run's weights alone
+        (checkpoint.resume: weights_only) keeps it too.
+    """
+
+    rule: Rule
+    weights: bool = False
+
+
+Free = Annotated[_T, Resume("free")]
+Fixed = Annotated[_T, Resume("fixed")]
+Corpus = Annotated[_T, Resume("data")]
+Length = Annotated[_T, Resume("length")]
+Base = Annotated[_T, Resume("base", weights=True)]
+Weights = Annotated[_T, Resume("fixed", weights=True)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
+from raysft.config.resume import keys_with
 from raysft.config.schema import Config, Optim
 from raysft.errors import UserError
 
@@ -35,7 +37,7 @@ def rate(optim: Optim, step: int, total: int) -> float:
 
 def asked(config: Config) -> list[int | None]:
     """What a config says of a run's length: kept beside the number of steps it came to."""
-    return [config.train.max_steps, config.train.epochs]
+    return [attrgetter(key)(config) for key in keys_with("length")]
 
 
 def another_length(
@@ -58,7 +60,7 @@ def another_length(
     what = f"this run has {now:,} steps now, and had {before:,}"
     if data:
         what += ", for data.extend has taken in other data"
-    keys = "data.extend" if data else "train.max_steps, train.epochs"
+    keys = "data.extend" if data else ", ".join(keys_with("length"))
     if was is None and config.data.extend:
         keys += ", data.extend"
     if config.peft.method == "adalora":

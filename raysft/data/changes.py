@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from raysft import patience
+from raysft.config.resume import rule_of
 from raysft.data import sources as formats
 from raysft.data.plan import Plan
 from raysft.data.sources.base import Format
@@ -26,8 +27,9 @@ from raysft.errors import UserError
 NAMED = 3
 """Files, examples or keys that a message names before it only counts."""
 
-# What data.extend may change: it is part of the data. Everything else holds for the whole run.
-EXTENDABLE = ("weights", "mix")
+# Settings of a plan that are no key of `data` of the same name.
+_KEYS = {"seed": "run.seed", "weights": "data.train"}
+_ITS_OWN = ("algorithm",)  # of the planning, no key
 
 
 def facts(from_epoch: int, index: Index, plan: Plan) -> dict[str, Any]:
@@ -52,11 +54,10 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], fixed: bool = Fal
 
     fixed: only those that data.extend cannot change.
     """
-    names = {"seed": "run.seed"}
     found = []
     for key in sorted({*old["settings"], *new["settings"]}):
         now, before = (side["settings"].get(key) for side in (new, old))
-        if now == before or (fixed and key in EXTENDABLE):
+        if now == before or (fixed and _extendable(key)):
             continue
         if key == "weights":
             pairs = enumerate(zip(now, before)) if len(now) == len(before) else ()
@@ -64,8 +65,15 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], fixed: bool = Fal
                 f"data.train[{i}].weight is {a:g}, was {b:g}" for i, (a, b) in pairs if a != b
             ]
         else:
-            found.append(f"{names.get(key, f'data.{key}')} is {now}, was {before}")
+            found.append(f"{_KEYS.get(key, f'data.{key}')} is {now}, was {before}")
     return found
+
+
+def _extendable(setting: str) -> bool:
+    """Whether data.extend may change it: it is part of the data. Others hold for the whole run."""
+    return setting not in _ITS_OWN and (
+        rule_of(_KEYS.get(setting, f"data.{setting}")).rule == "data"
+    )
 
 
 def changed_data(old: dict[str, Any], new: dict[str, Any], index: Index) -> list[str]:

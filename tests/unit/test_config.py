@@ -163,4 +163,6 @@ def test_help_names_every_key_with_type_default_and_meaning() -> None:
 def test_changed_keys_are_dotted_and_show_both_values(path: Path) -> None:
     old = yaml.safe_load(to_yaml(load_config(path)))
     new = yaml.safe_load(to_yaml(load_config(path, ["optim.lr=3e-4"])))
-    assert changed_keys(old, new) == ["optim.lr (was 0.0001, now 0.0003)"]
+    assert [str(change) for change in changed_keys(old, new)] == [
+        "optim.lr (was 0.0001, now 0.0003)"
+    ]

@@ -22,9 +22,9 @@ from raysft.export import export_run
 from raysft.parallel import World
 from raysft.run import identity
 from raysft.run.lines import read_lines
-from raysft.rundir import base_in, open_run, settled
+from raysft.rundir import base_in, open_run
 from raysft.train.loop import train
-from tests.worlds import start, tiny
+from tests.worlds import resolved, start, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ONE = World.current()
@@ -222,21 +222,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_stays_with_the_commit_it_began_with(cache: Path, tmp_path: Path) -> None:
-    config = settled(adapters(tmp_path, "org/tiny"))
+    config = resolved(adapters(tmp_path, "org/tiny"))
     assert config.model.revision == "a" * 40
     train(start(config, ONE))
-    train(start(settled(adapters(tmp_path, "org/tiny", run__name="w", train__max_steps=6)), ONE))
+    train(start(resolved(adapters(tmp_path, "org/tiny", run__name="w", train__max_steps=6)), ONE))
     (cache / "refs" / "main").write_text("b" * 40)  # the branch has moved on
-    longer = settled(adapters(tmp_path, "org/tiny", train__max_steps=6))
+    longer = resolved(adapters(tmp_path, "org/tiny", train__max_steps=6))
     assert longer.model.revision == "a" * 40
     assert train(start(longer, ONE)) == 6
     assert losses(tmp_path) == losses(tmp_path, "w")
     tree = yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())
     assert tree["base"] == {"revision": "a" * 40} and tree["model"]["revision"] == "a" * 40
-    assert settled(adapters(tmp_path, "org/tiny", run__name="new")).model.revision == "b" * 40
+    assert resolved(adapters(tmp_path, "org/tiny", run__name="new")).model.revision == "b" * 40
     for other in ("b" * 40, "main"):
         with pytest.raises(UserError, match=r"org/tiny has revision b+ \(was a+\); put that one"):
-            open_run(adapters(tmp_path, "org/tiny", other))
+            open_run(resolved(adapters(tmp_path, "org/tiny", other)))
 
 
 def test_a_hub_id_or_revision_that_is_nowhere_is_one_line(cache: Path, tmp_path: Path) -> None:
@@ -245,5 +245,5 @@ def test_a_hub_id_or_revision_that_is_nowhere_is_one_line(cache: Path, tmp_path:
         ("org/tiny", "v9", "no model at 'org/tiny' at model.revision v9: "),
     ):
         with pytest.raises(UserError, match=f"model.path: {where}") as caught:
-            settled(adapters(tmp_path, name, revision))
+            resolved(adapters(tmp_path, name, revision))
         assert "\n" not in str(caught.value)

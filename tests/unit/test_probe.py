@@ -19,7 +19,7 @@ from raysft.errors import UserError
 from raysft.models import Adapter
 from raysft.parallel import Strategy, World, make_strategy
 from raysft.preview import dry_run
-from raysft.rundir import check_run, open_run, read_config, with_budget_of_run, write_config
+from raysft.rundir import check_run, open_run, read_config, write_config
 from raysft.train.loop import train
 from raysft.train.probe import (
     FREE,
@@ -275,10 +275,10 @@ def test_a_run_keeps_its_number_and_auto_means_it(tmp_path: Path) -> None:
     again = worlds.tiny(
         tmp_path, "kept", train__max_steps=2, data__tokens_per_batch="auto", parallel__memory_gb=4.0
     )
-    check_run(again)
-    resumed = with_budget_of_run(again)
+    resumed = worlds.resolved(again)
+    check_run(resumed)
     assert resumed.data == config.data
-    open_run(again)
+    open_run(resumed)
     assert read_config(folder).data.tokens_per_batch == 120
     other = worlds.tiny(tmp_path, "kept", train__max_steps=2, data__tokens_per_batch=128)
     with pytest.raises(UserError, match=r"data\.tokens_per_batch \(was 120, now 128\)"):
@@ -288,9 +288,9 @@ def test_a_run_keeps_its_number_and_auto_means_it(tmp_path: Path) -> None:
 def test_a_start_that_was_killed_before_the_number_was_found_looks_again(tmp_path: Path) -> None:
     auto = worlds.tiny(tmp_path, data__tokens_per_batch="auto", parallel__memory_gb=4.0)
     folder = open_run(auto)
-    assert with_budget_of_run(auto).data.tokens_per_batch == "auto"
+    assert worlds.resolved(auto).data.tokens_per_batch == "auto"
     write_config(worlds.tiny(tmp_path), folder)
-    assert with_budget_of_run(auto).data.tokens_per_batch == 120
+    assert worlds.resolved(auto).data.tokens_per_batch == 120
 
 
 def test_weights_only_finds_a_number_of_its_own(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_weights_only_finds_a_number_of_its_own(tmp_path: Path) -> None:
         parallel__memory_gb=4.0,
         checkpoint__resume="weights_only",
     )
-    assert with_budget_of_run(anew).data.tokens_per_batch == "auto"
+    assert worlds.resolved(anew).data.tokens_per_batch == "auto"
 
 
 def test_a_dry_run_says_what_it_assumes(tmp_path: Path) -> None:

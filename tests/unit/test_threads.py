@@ -10,8 +10,8 @@ import pytest
 
 from raysft.config import Config
 from raysft.run.threads import tight, with_threads
-from raysft.rundir import open_run, read_config, reopen, run_folder, settled, write_config
-from tests.worlds import tiny
+from raysft.rundir import open_run, read_config, reopen, run_folder, write_config
+from tests.worlds import resolved, tiny
 
 
 @pytest.fixture
@@ -29,18 +29,18 @@ def again(begun: Path, **changes: Any) -> Config:
 
 def test_a_start_that_names_no_threads_has_those_of_the_first(begun: Path) -> None:
     for _ in range(2):
-        config = settled(again(begun))
+        config = resolved(again(begun))
         assert config.parallel.threads == 3
-        assert open_run(again(begun)) == begun  # whatever ends this start here
+        assert open_run(config) == begun  # whatever ends this start here
         assert read_config(begun).parallel.threads == 3
     assert reopen(begun).parallel.threads == 3
-    assert settled(again(begun, run__name="other")).parallel.threads is None
+    assert resolved(again(begun, run__name="other")).parallel.threads is None
 
 
 def test_with_another_number_of_workers_threads_are_counted_anew(begun: Path) -> None:
-    assert settled(again(begun, parallel__workers=2)).parallel.threads is None
-    assert settled(again(begun, parallel__workers=[1, 2])).parallel.threads is None
-    assert settled(again(begun, parallel__workers=1)).parallel.threads == 3
+    assert resolved(again(begun, parallel__workers=2)).parallel.threads is None
+    assert resolved(again(begun, parallel__workers=[1, 2])).parallel.threads is None
+    assert resolved(again(begun, parallel__workers=1)).parallel.threads == 3
 
 
 def test_another_number_that_is_given_is_used_and_said(
@@ -58,7 +58,7 @@ def test_another_number_that_is_given_is_used_and_said(
 
 
 def test_a_run_that_begins_anew_counts_its_threads_anew(begun: Path) -> None:
-    assert settled(again(begun, checkpoint__resume="weights_only")).parallel.threads is None
+    assert resolved(again(begun, checkpoint__resume="weights_only")).parallel.threads is None
 
 
 def test_more_threads_than_cores_are_said_to_be_slower_and_the_same() -> None:
