@@ -8,10 +8,29 @@ keeps its traceback.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one readable line (or a short list of lines)."""
 
 
+class Mistake(NamedTuple):
+    """What is wrong with a key. text: the whole line, for people; nothing is read out of it."""
+
+    key: str
+    text: str
+
+    @classmethod
+    def of(cls, key: str, why: str) -> Mistake:
+        """The line of a key and what is wrong with it."""
+        return cls(key, f"{key}: {why}")
+
+
 class BadExample(Exception):
     """An example that cannot be used. It is quarantined with this message as the reason."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message; "" where it has none."""
+    return next(iter(str(error).splitlines()), "")

@@ -9,7 +9,8 @@ needs the same memory, but a process that has run for long may also have cut it 
 again, and certain when it comes again at the same place without a new checkpoint in between
 (`repeats`).
 
-Knows nothing of Ray but how it wraps what a task raised. Used on the driver, in workers, in tasks.
+Knows nothing of Ray but how it wraps what a task raised, and what it says of dead workers.
+Used on the driver, in workers, in tasks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import re
 import traceback
 from pathlib import Path
+from typing import Literal
 
 from raysft.errors import BadExample, UserError
 
@@ -43,6 +45,12 @@ _PEER = re.compile(
     r"[Pp]rocess ?[Gg]roup|[Cc]ollective|[Tt]imed out|[Tt]imeout|failed to recv|connectFullMesh"
 )
 _PEER_KINDS = {"DistError", "DistBackendError", "DistNetworkError", "DistStoreError"}
+# What Ray says of a worker, and gloo and NCCL of another one, for which there is no type of error.
+_SIGNS = {
+    "low memory": ("running low on memory",),
+    "died": ("worker process has died",),
+    "lost connection": ("Connection closed by peer", "Connection reset by peer"),
+}
 _OUT_OF_MEMORY = re.compile(r"(CUDA|HIP|XPU|MPS).*out of memory|can't allocate memory", re.I)
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\S+)', re.M)
 # Ray Data writes advice about its own settings behind the message.
@@ -85,6 +93,11 @@ def from_peer(error: BaseException) -> bool:
         return True
     # Where Ray takes a group down while one of it still works: ValueError.
     return isinstance(error, RuntimeError | ValueError) and bool(_PEER.search(str(error)))
+
+
+def shows(error: BaseException, sign: Literal["low memory", "died", "lost connection"]) -> bool:
+    """Whether a library's message says that this happened to a worker."""
+    return any(words in str(error) for words in _SIGNS[sign])
 
 
 def told(error: BaseException) -> str:

@@ -20,7 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 
-from raysft import patience, remarks
+from raysft import failures, patience, remarks
 from raysft.config import Config
 from raysft.errors import UserError
 from raysft.run.ownership import ANYONE, Permit
@@ -189,20 +189,19 @@ def interruptible(
 
 def reason_of(error: BaseException) -> str:
     """What ended a worker, in a line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    first = next(iter(failures.values()), error)
-    text = str(first)
-    if isinstance(first, ray.exceptions.OutOfMemoryError) or "running low on memory" in text:
+    workers = getattr(error, "worker_failures", None) or {}
+    first = next(iter(workers.values()), error)
+    if isinstance(first, ray.exceptions.OutOfMemoryError) or failures.shows(first, "low memory"):
         return "its node ran low on memory and Ray ended the worker"
     if died(first):
         return "the worker's process died (killed, or its node was lost)"
-    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+    if failures.shows(first, "lost connection"):
         return "lost its connection to another worker, which died or whose node was lost"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
     return (lines[-1] if lines else type(first).__name__)[:300]
 
 
 def died(error: BaseException) -> bool:
     """Whether a worker's process ended; other workers' errors only follow from that."""
     kinds = (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError)
-    return isinstance(error, kinds) or "worker process has died" in str(error)
+    return isinstance(error, kinds) or failures.shows(error, "died")

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 import raysft
-from raysft.errors import UserError
+from raysft.errors import UserError, first_line
 from raysft.ray_folder import RayFolder
 
 log = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ def _require_answer(address: str) -> None:
 
 def _no_answer(address: str, error: Exception) -> UserError:
     return UserError(
-        f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); "
+        f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line(error)}); "
         "start it, correct the address, or unset RAY_ADDRESS to run on this machine alone"
     )
 

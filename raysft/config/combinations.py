@@ -14,6 +14,7 @@ from raysft.config.deepspeed import wrong_stage
 from raysft.config.families import AUTO, named, owner
 from raysft.config.schema import Config, Optim, Peft, Section
 from raysft.config.strategies import StrategyTraits, names, traits_of
+from raysft.errors import Mistake
 
 # Which keys of `peft` a method reads; `path` and `method` go with every one.
 _TARGETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -30,8 +31,14 @@ PEFT_KEYS: dict[str, tuple[str, ...]] = {
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
-def contradictions(config: Config) -> list[str]:
-    """One line for each contradiction, with the remedy."""
+class _Found(list[Mistake]):
+    def add(self, key: str, why: str) -> None:
+        """One more: what is wrong with `key`, and the remedy."""
+        self.append(Mistake.of(key, why))
+
+
+def contradictions(config: Config) -> list[Mistake]:
+    """One for each contradiction, with the remedy."""
     return [
         *_run(config),
         *_strategy(config),
@@ -41,97 +48,108 @@ def contradictions(config: Config) -> list[str]:
     ]
 
 
-def _run(config: Config) -> list[str]:
-    found = []
+def _run(config: Config) -> list[Mistake]:
+    found = _Found()
     name = config.run.name
     if not name or Path(name).name != name or name in (".", "..") or not name.isprintable():
-        found.append(
-            f"run.name: {name!r} is not a plain folder name; folders go to run.storage_path"
+        found.add(
+            "run.name", f"{name!r} is not a plain folder name; folders go to run.storage_path"
         )
     if config.parallel.max_workers > config.data.lanes:
-        found.append(
-            f"parallel.workers: {config.parallel.max_workers} workers share data.lanes: "
+        found.add(
+            "parallel.workers",
+            f"{config.parallel.max_workers} workers share data.lanes: "
             f"{config.data.lanes}, so some would have nothing to do; "
-            f"raise data.lanes or use at most {config.data.lanes} workers"
+            f"raise data.lanes or use at most {config.data.lanes} workers",
         )
     if (config.model.path is None) == (config.model.config is None):
         given = "both are" if config.model.path else "neither is"
-        found.append(
-            f"model: {given} given: set model.path (a folder or hub id with weights) "
-            "or model.config (random weights)"
+        found.add(
+            "model",
+            f"{given} given: set model.path (a folder or hub id with weights) "
+            "or model.config (random weights)",
         )
     path = config.model.path
     if config.model.revision is not None and (path is None or Path(path).is_dir()):
         given = "model.config" if path is None else f"a folder ({path})"
-        found.append(f"model.revision: does nothing with {given}; remove it")
+        found.add("model.revision", f"does nothing with {given}; remove it")
     if config.model.config is not None:
         if "model_type" not in config.model.config:
-            found.append("model.config.model_type: missing; e.g. qwen3, llama or qwen2_audio")
+            found.add("model.config.model_type", "missing; e.g. qwen3, llama or qwen2_audio")
         if config.model.tokenizer is None:
-            found.append("model.tokenizer: needed with model.config: a folder, a hub id or `bytes`")
+            found.add("model.tokenizer", "needed with model.config: a folder, a hub id or `bytes`")
     if not config.data.train:
-        found.append("data.train: empty; name at least one source, e.g. data.train: [train.jsonl]")
+        found.add("data.train", "empty; name at least one source, e.g. data.train: [train.jsonl]")
     if config.data.speech_tokens and config.model.speech_units:
-        found.append(
-            "model.speech_units: contradicts data.speech_tokens, whose clusters are the units; "
-            "remove one of the two"
+        found.add(
+            "model.speech_units",
+            "contradicts data.speech_tokens, whose clusters are the units; remove one of the two",
         )
     if config.checkpoint.best and not (config.evaluate.every and config.data.eval):
-        found.append(
-            "checkpoint.best: nothing measures it while training; set data.eval and evaluate.every"
+        found.add(
+            "checkpoint.best",
+            "nothing measures it while training; set data.eval and evaluate.every",
         )
     if config.evaluate.every and not config.data.eval:
-        found.append(
-            f"evaluate.every: {config.evaluate.every}, but data.eval names no source; name one "
-            "(data.eval=[dev.jsonl]), or set evaluate.every=0"
+        found.add(
+            "evaluate.every",
+            f"{config.evaluate.every}, but data.eval names no source; name one "
+            "(data.eval=[dev.jsonl]), or set evaluate.every=0",
         )
     if config.evaluate.spelling and "whisper_english" not in config.evaluate.normalize:
-        found.append(
-            "evaluate.spelling: belongs to Whisper's English normaliser; set evaluate.normalize: "
-            "[whisper_english], or leave it out"
+        found.add(
+            "evaluate.spelling",
+            "belongs to Whisper's English normaliser; set evaluate.normalize: "
+            "[whisper_english], or leave it out",
         )
     return found
 
 
-def _strategy(config: Config) -> list[str]:
-    found = []
+def _strategy(config: Config) -> list[Mistake]:
+    found = _Found()
     parallel, strategy = config.parallel, config.parallel.strategy
     traits = traits_of(strategy)
     if "experts" in traits.shards and (why := _no_experts(traits, config.model.config)):
-        found.append(
-            f"parallel.strategy: {strategy} shares the experts of a mixture among workers, but "
-            f"{why}; use fsdp or zero3"
+        found.add(
+            "parallel.strategy",
+            f"{strategy} shares the experts of a mixture among workers, but "
+            f"{why}; use fsdp or zero3",
         )
     if parallel.replicate > 1:
         if not traits.replicates:
             able = names(lambda other: other.replicates)
-            found.append(
-                f"parallel.replicate: only {' or '.join(able)} has copies of shards, not {strategy}"
+            found.add(
+                "parallel.replicate",
+                f"only {' or '.join(able)} has copies of shards, not {strategy}",
             )
         elif parallel.elastic or parallel.max_workers % parallel.replicate:
-            found.append(
-                f"parallel.replicate: {parallel.replicate} copies need a fixed number of workers "
-                f"that is a multiple of it, not parallel.workers: {parallel.workers}"
+            found.add(
+                "parallel.replicate",
+                f"{parallel.replicate} copies need a fixed number of workers "
+                f"that is a multiple of it, not parallel.workers: {parallel.workers}",
             )
     if parallel.offload != "none" and parallel.offload not in traits.offloads:
         remedy = f"use {' or '.join(traits.offloads)}" if traits.offloads else "remove it"
         able = names(lambda other: parallel.offload in other.offloads)
-        found.append(
-            f"parallel.offload: {parallel.offload} does not go with parallel.strategy: {strategy}; "
-            f"{remedy} ({parallel.offload} goes with {', '.join(able)})"
+        found.add(
+            "parallel.offload",
+            f"{parallel.offload} does not go with parallel.strategy: {strategy}; "
+            f"{remedy} ({parallel.offload} goes with {', '.join(able)})",
         )
     if parallel.deepspeed is not None and traits.stage is None and not wrong_stage(config):
-        found.append(
-            f"parallel.deepspeed: does nothing with parallel.strategy: {strategy}; "
-            "use zero1, zero2 or zero3, or remove it"
+        found.add(
+            "parallel.deepspeed",
+            f"does nothing with parallel.strategy: {strategy}; "
+            "use zero1, zero2 or zero3, or remove it",
         )
     if parallel.memory_gb is not None and config.data.tokens_per_batch != "auto":
-        found.append(
-            "parallel.memory_gb: only data.tokens_per_batch: auto reads it; set that, or remove it"
+        found.add(
+            "parallel.memory_gb",
+            "only data.tokens_per_batch: auto reads it; set that, or remove it",
         )
     for refusal in traits.refuses:
         if attrgetter(refusal.key)(config) == refusal.value:
-            found.append(f"{refusal.key}: {refusal.why}")
+            found.add(refusal.key, refusal.why)
     return found
 
 
@@ -142,61 +160,62 @@ def _no_experts(traits: StrategyTraits, settings: dict[str, Any] | None) -> str 
     return None if traits.available else "it is not available yet"
 
 
-def _peft(config: Config) -> list[str]:
+def _peft(config: Config) -> list[Mistake]:
     peft, method = config.peft, config.peft.method
-    found = []
+    found = _Found()
     used = ("method", *PEFT_KEYS[method], *(("path",) if method != "none" else ()))
     for key in _set_keys(peft, Peft()):
         if key not in used:
             readers = [m for m, keys in PEFT_KEYS.items() if key in keys or key == "path"]
             readers = [m for m in readers if m != "none"]
-            found.append(
-                f"peft.{key}: does nothing with peft.method: {method}; "
-                f"{', '.join(readers)} read{'s' if len(readers) == 1 else ''} it"
+            found.add(
+                f"peft.{key}",
+                f"does nothing with peft.method: {method}; "
+                f"{', '.join(readers)} read{'s' if len(readers) == 1 else ''} it",
             )
     if method == "none":
         return found
     if config.train.freeze:
-        found.append(
-            f"train.freeze: with peft.method: {method} the model is frozen already; keep adapters "
-            "off layers with peft.exclude_modules"
+        found.add(
+            "train.freeze",
+            f"with peft.method: {method} the model is frozen already; keep adapters "
+            "off layers with peft.exclude_modules",
         )
     if method in ("prefix", "prompt") and config.data.mode == "packed":
-        found.append(
-            f"peft.method: {method} would reach the first document of a packed row only; "
-            "use data.mode: padded"
+        found.add(
+            "peft.method",
+            f"{method} would reach the first document of a packed row only; use data.mode: padded",
         )
     found += _family_refusal(config)
     if method == "prefix" and config.train.gradient_checkpointing:
-        found.append(
-            "train.gradient_checkpointing: peft.method: prefix hands keys to every layer, which "
-            "recomputation would lose; set it to false"
+        found.add(
+            "train.gradient_checkpointing",
+            "peft.method: prefix hands keys to every layer, which "
+            "recomputation would lose; set it to false",
         )
     if method == "qlora" and config.model.path is None:
-        found.append("peft.method: qlora quantises weights that are there: set model.path")
+        found.add("peft.method", "qlora quantises weights that are there: set model.path")
     return found
 
 
-def _family_refusal(config: Config) -> list[str]:
+def _family_refusal(config: Config) -> list[Mistake]:
     """That the method cannot train the model's family, as far as the config alone tells it."""
     kind = (config.model.config or {}).get("model_type")
     row = None if config.model.family == AUTO else named(config.model.family)
     if row is None or (row.every_causal_lm and kind not in row.types):
         row = owner(kind) or row
     why = None if row is None else row.refusal(config.peft.method)
-    return [] if why is None else [f"peft.method: {why}"]
+    return [] if why is None else [Mistake.of("peft.method", why)]
 
 
-def _optim(config: Config) -> list[str]:
+def _optim(config: Config) -> list[Mistake]:
     optim = config.optim
-    found = []
+    found = _Found()
     if optim.schedule != "wsd" and optim.decay != Optim().decay:
-        found.append(
-            f"optim.decay: does nothing with optim.schedule: {optim.schedule}; it is wsd's"
-        )
+        found.add("optim.decay", f"does nothing with optim.schedule: {optim.schedule}; it is wsd's")
     unlimited = config.parallel.device == "cpu" and config.parallel.memory_gb is None
     if config.data.tokens_per_batch == "auto" and unlimited:
-        found.append("data.tokens_per_batch: auto on CPU needs a limit: set parallel.memory_gb")
+        found.add("data.tokens_per_batch", "auto on CPU needs a limit: set parallel.memory_gb")
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from raysft import paths
 from raysft.config.schema import Config
 from raysft.config.strategies import names, traits_of
-from raysft.errors import UserError
+from raysft.errors import Mistake, UserError
 
 AUTO = "auto"  # what transformers and accelerate write where they fill a value in: so do we
 _ANY = object()  # a rule's value where none of the user's would do
@@ -216,15 +216,15 @@ def _of_raysft(config: Config) -> list[Rule]:
     return [rule._replace(why=f"{rule.why}; remove it") for rule in found]
 
 
-def check(config: Config) -> list[str]:
-    """One line for each mistake in `parallel.deepspeed`."""
+def check(config: Config) -> list[Mistake]:
+    """What is wrong with the file of `parallel.deepspeed`."""
     path = config.parallel.deepspeed
     if path is None:
         return []
     try:
         tree = read(path)
     except UserError as error:
-        return [str(error)]
+        return [Mistake("parallel.deepspeed", str(error))]
     unknown = _unknown(tree) | _mistyped(tree)
     zero = traits_of(config.parallel.strategy).stage is not None
     if not zero:  # perhaps as the file's stage cannot be read: nothing else of it is asked for
@@ -233,7 +233,7 @@ def check(config: Config) -> list[str]:
     for key, value, rule in _against(config, tree) if zero else ():
         if not rule.hint and not any(_below(key, name) for name in unknown):
             found.append(f"{key} is {json.dumps(value)}, but {rule.why}")
-    return [f"parallel.deepspeed {path}: {line}" for line in found]
+    return [Mistake("parallel.deepspeed", f"parallel.deepspeed {path}: {line}") for line in found]
 
 
 def wrong_stage(config: Config) -> bool:

@@ -68,10 +68,10 @@ def validate(tree: dict[str, Any], where: str, beside: Path | None = None) -> Co
         if rest is not None:  # what is right so far may still contradict itself
             rest, _ = places.resolve(rest)
             others = contradictions(rest)
-            problems += [p for p in others if not _concerns(p.split(":")[0], wrong)]
+            problems += [one.text for one in others if not _concerns(one.key, wrong)]
     if config is not None:
         config, problems = places.resolve(config, beside)
-        problems += contradictions(config)
+        problems += [one.text for one in contradictions(config)]
     if problems:
         problems = list(dict.fromkeys(problems))
         if len(problems) == 1:

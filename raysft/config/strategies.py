@@ -116,7 +116,7 @@ def names(fits: Callable[[StrategyTraits], bool]) -> list[str]:
 
 
 def add(traits: StrategyTraits) -> None:
-    """Put a row into the table. Raises ValueError where its name is taken."""
+    """Put a row into the table. Raises UserError where its name is taken."""
     if traits.name in STRATEGIES:
-        raise ValueError(f"strategy {traits.name!r} is there already")
+        raise UserError(f"strategy {traits.name!r} is there already")
     STRATEGIES[traits.name] = traits

@@ -190,9 +190,9 @@ def _settings(
     config: Config, net: PreTrainedModel, family: Family, new_ids: Sequence[int], total_steps: int
 ) -> tuple[PeftConfig, tuple[str, ...]]:
     """peft's config for the plain model `net` of `family`, and the layers that get adapters."""
-    refused = [line for line in contradictions(config) if line.startswith(("peft.", "train."))]
-    if refused:
-        raise UserError(refused[0])
+    for refused in contradictions(config):
+        if refused.key.startswith(("peft.", "train.")):
+            raise UserError(refused.text)
     method = config.peft.method
     if (why := family.refusal(method)) is not None:
         raise UserError(f"peft.method: {why}")

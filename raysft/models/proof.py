@@ -60,8 +60,7 @@ def prove(net: PreTrainedModel) -> Verdict:
     key = f"{type(net)} {json.dumps(net.config.to_dict(), sort_keys=True, default=str)}"
     if key not in _KNOWN:
         verdict = _prove(net, 0)
-        wrong = (verdict.causal, verdict.padded, verdict.packed)
-        if any("differs by" in reason for reason in wrong if reason):
+        if verdict.differs:
             verdict = _better(verdict, _prove(net, 1))
         _KNOWN[key] = verdict
     return _KNOWN[key]
@@ -160,6 +159,7 @@ def _prove(net: PreTrainedModel, seed: int) -> Verdict:
     least = min((length for length, _ in lengths.values()), default=None)
     return Verdict(
         kind,
+        differs=not lab.differences.isdisjoint({padded, packed}),
         padded=padded,
         packed=packed,
         windows=windows,
@@ -186,6 +186,7 @@ class _Lab:
         self.prompt_ids = [[rng.choice(tokens, n) for n in batch] for batch in (PROMPTS, SHORT)]
         self.same_ids = [rng.choice(tokens, PROMPTS[2]) for _ in range(2)]
         self.alone: dict[int, torch.Tensor] = {}
+        self.differences: set[str] = set()  # the reasons that were measured
 
     def documents_alone(self) -> None:
         """The reference: each document by transformers, shorter ones first, for some modules
@@ -233,10 +234,12 @@ class _Lab:
                 if not difference < LIMIT:
                     others = ", ".join(str(len(other)) for other in batch if other is not ids)
                     carried = " after another batch" if number else ""
-                    return (
+                    reason = (
                         f"a document of {len(ids)} tokens beside some of {others}{carried} differs "
                         f"by {difference:.1e} from itself alone"
                     )
+                    self.differences.add(reason)
+                    return reason
         return None
 
     def padded(self, batch: list[np.ndarray]) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ CLASSES: dict[str, str] = {
 def register(traits: StrategyTraits, implementation: str) -> None:
     """Put in a strategy from outside, in every process that reads the config or trains.
 
-    implementation: "module:Class", see `CLASSES`. Raises ValueError where the name is taken.
+    implementation: "module:Class", see `CLASSES`. Raises UserError where the name is taken.
     """
     strategies.add(traits)
     CLASSES[traits.name] = implementation

@@ -18,12 +18,12 @@ BASE: dict[str, Any] = {
 
 
 def found(**changes: Any) -> list[str]:
-    """contradictions of BASE with section__key=value."""
+    """Lines of the contradictions of BASE with section__key=value."""
     tree = {section: dict(values) for section, values in BASE.items()}
     for key, value in changes.items():
         section, _, name = key.partition("__")
         tree.setdefault(section, {})[name] = value
-    return contradictions(Config.model_validate(tree))
+    return [one.text for one in contradictions(Config.model_validate(tree))]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -13,7 +13,7 @@ from typing import Any
 
 from raysft.config.families import AUTO, Family, any_text, families, named, owner
 from raysft.config.schema import Model
-from raysft.errors import UserError
+from raysft.errors import UserError, first_line
 
 TYPO = 0.85  # likeness from which a name is offered: another model of its kin is no typing error
 
@@ -124,5 +124,4 @@ def _settings(model: Model) -> dict[str, Any]:
     try:
         return PreTrainedConfig.get_config_dict(model.path, revision=model.revision)[0]
     except OSError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise UserError(f"model.path: no model at {model.path!r}: {reason}") from None
+        raise UserError(f"model.path: no model at {model.path!r}: {first_line(error)}") from None

@@ -12,11 +12,12 @@ Batched = Literal["any", "length", "one"]
 class Verdict:
     """What is exact. A reason that is None: it is.
 
-    model_type: of the text model. causal, padded, packed: why not. windows: packed rows need the
-    config's sliding window, which this model puts into its mask. answers: which prompts may share
-    a batch. answers_until: below so many positions any may. positions: whether it takes positions
-    from us, or counts on its own. learned: how many positions it has; None: no such limit.
-    decoder: whether is_decoder: true would make it causal.
+    model_type: of the text model. causal, padded, packed: why not. differs: whether one of these
+    is a difference that was measured, which other weights may not show. windows: packed rows need
+    the config's sliding window, which this model puts into its mask. answers: which prompts may
+    share a batch. answers_until: below so many positions any may. positions: whether it takes
+    positions from us, or counts on its own. learned: how many positions it has; None: no such
+    limit. decoder: whether is_decoder: true would make it causal.
     lengths: name -> (in the config, in the copy). copied: why there is no copy, and nothing is
     proven.
     """
@@ -25,6 +26,7 @@ class Verdict:
     causal: str | None = None
     padded: str | None = None
     packed: str | None = None
+    differs: bool = False
     windows: bool = False
     answers: Batched = "any"
     answers_until: int | None = None

@@ -22,7 +22,7 @@ from raysft.data.encode.families import model_family
 from raysft.data.example import Audio, Units
 from raysft.data.features import Fbank, FrontEnd, LogMel, ModelExtractor
 from raysft.data.text import Template, load_tokenizer
-from raysft.errors import BadExample, UserError
+from raysft.errors import BadExample, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -132,8 +132,7 @@ def _own_template(model: Model, tokenizer: PreTrainedTokenizerFast) -> str | Non
     try:
         found, _ = Qwen2AudioProcessor.get_processor_dict(model.path, **model.hub)
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise UserError(f"model.path: its processor cannot be read: {reason}") from None
+        raise UserError(f"model.path: its processor cannot be read: {first_line(error)}") from None
     template = found.get("chat_template")
     if isinstance(template, dict):
         template = template.get("default")
@@ -154,8 +153,9 @@ def _model_config(model: Model) -> Any:
         try:
             config = AutoConfig.from_pretrained(model.path, **model.hub)
         except (OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise UserError(f"model.path: no model at {model.path!r}: {reason}") from None
+            raise UserError(
+                f"model.path: no model at {model.path!r}: {first_line(error)}"
+            ) from None
     else:
         settings = dict(model.config or {})
         try:
@@ -176,8 +176,9 @@ def _front_end(
         try:
             extractor = AutoFeatureExtractor.from_pretrained(model.path, **model.hub)
         except (OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise UserError(f"model.path: no feature extractor there: {reason}") from None
+            raise UserError(
+                f"model.path: no feature extractor there: {first_line(error)}"
+            ) from None
     else:
         known = {"feature_size", "sampling_rate", "hop_length", "chunk_length", "n_fft"}
         for key in model.feature_extractor:
