@@ -66,11 +66,11 @@ def validate(tree: dict[str, Any], where: str, beside: Path | None = None) -> Co
         problems, wrong = list(found.values()), {".".join(map(str, place)) for place in found}
         rest = _without(tree, list(found))
         if rest is not None:  # what is right so far may still contradict itself
-            rest, _ = places.resolve(rest)
+            rest, _ = places.absolute(rest)
             others = contradictions(rest)
             problems += [one.text for one in others if not _concerns(one.key, wrong)]
     if config is not None:
-        config, problems = places.resolve(config, beside)
+        config, problems = places.absolute(config, beside)
         problems += [one.text for one in contradictions(config)]
     if problems:
         problems = list(dict.fromkeys(problems))

@@ -19,7 +19,7 @@ from raysft.errors import UserError
 BYTES = "bytes"  # model.tokenizer: no path
 
 
-def resolve(config: Config, beside: Path | None = None) -> tuple[Config, list[str]]:
+def absolute(config: Config, beside: Path | None = None) -> tuple[Config, list[str]]:
     """`config` with absolute paths, and a line for each path that is none.
 
     beside: the folder of the config file. A path that is not there, but would be there or in a
