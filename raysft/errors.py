@@ -28,7 +28,14 @@ class Mistake(NamedTuple):
 
 
 class BadExample(Exception):
-    """An example that cannot be used. It is quarantined with this message as the reason."""
+    """An example that cannot be used. It is quarantined with this message as the reason.
+
+    kind: of the reason, one of `data.quarantine.KINDS`; None: its text tells, if anything.
+    """
+
+    def __init__(self, text: str, kind: str | None = None) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 def first_line(error: BaseException) -> str:

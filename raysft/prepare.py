@@ -33,6 +33,7 @@ from raysft.data.example import Audio, Quarantined
 from raysft.data.generations import Generations
 from raysft.data.index import Index, build_index
 from raysft.data.plan import Cursor, Plan
+from raysft.data.quarantine import OVER_BUDGET, kind_of
 from raysft.data.quarantine import summary as quarantined
 from raysft.data.stalled import ClipReader
 from raysft.data.unknown import unknown_text
@@ -324,7 +325,9 @@ def _oversize(plan: Plan, index: Index, config: Config) -> list[Quarantined]:
         audio = example.audio()
         path = audio[0].path if audio else ""
         reason = _over_budget(index, row, config)
-        found.append(Quarantined(example.id, index.source_name(int(row)), path, reason))
+        found.append(
+            Quarantined(example.id, index.source_name(int(row)), path, reason, OVER_BUDGET)
+        )
     return found
 
 
@@ -339,17 +342,17 @@ def _check_usable(config: Config, train: Index, plan: Plan) -> None:
     unusable = len(rejected) + len(plan.oversize)
     if unusable <= config.data.max_quarantined * examples:
         return
-    reasons = [item.reason for item in rejected]
-    reasons += [_over_budget(train, row, config) for row in plan.oversize]
+    kinds = [*map(kind_of, rejected), *[OVER_BUDGET] * len(plan.oversize)]
     if rejected:
         first = f"{rejected[0].id}: {rejected[0].reason}"
         which = "all but those over budget" if len(plan.oversize) else "all"
         rest = f"; {which} are named in {train.folder / 'rejected.jsonl'}"
     else:
-        first, rest = f"{train.ids(plan.oversize[:1])[0]}: {reasons[0]}", ""
+        row = plan.oversize[0]
+        first, rest = f"{train.ids([row])[0]}: {_over_budget(train, row, config)}", ""
     raise UserError(
         f"data.max_quarantined: {unusable} of {examples} examples are unusable, more than "
-        f"{config.data.max_quarantined:.1%}: {quarantined(reasons)}; the first: {first}{rest}"
+        f"{config.data.max_quarantined:.1%}: {quarantined(kinds)}; the first: {first}{rest}"
     )
 
 

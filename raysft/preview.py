@@ -16,6 +16,7 @@ from raysft.config.strategies import traits_of
 from raysft.data.encode import TEMPLATE, Encoder, kept_template
 from raysft.data.index import Index
 from raysft.data.plan import Summary
+from raysft.data.quarantine import kind_of
 from raysft.data.quarantine import summary as quarantined
 from raysft.prepare import Prepared, Say, prepare, silent
 from raysft.rundir import is_trained, run_folder, with_budget
@@ -42,9 +43,7 @@ def dry_run(config: Config, say: Say = silent) -> str:
         lines = [
             *assumed,
             f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable"
-            + (
-                f": {quarantined(q.reason for q in prepared.rejected)}" if prepared.rejected else ""
-            ),
+            + (f": {quarantined(map(kind_of, prepared.rejected))}" if prepared.rejected else ""),
             f"audio           {_duration(index)}",
             *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
@@ -71,7 +70,7 @@ def summary(prepared: Prepared, folder: Path) -> list[str]:
     steps = f"{prepared.total_steps:,}" if prepared.total_steps else "none"
     unused = []
     if prepared.rejected:
-        reasons = quarantined(item.reason for item in prepared.rejected)
+        reasons = quarantined(map(kind_of, prepared.rejected))
         unused = [f"unused  {_examples(len(prepared.rejected))}: {reasons}"]
     lines = [
         f"train   {_amount(prepared.train)}",

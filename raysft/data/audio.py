@@ -163,12 +163,13 @@ def load(
     _check_length(path, len(samples), own_rate, limits)
     peak = max(float(samples.max()), -float(samples.min()))  # NaN where there is one
     if not math.isfinite(peak):
-        raise BadExample(f"{path}: has NaN or infinite samples")
+        raise BadExample(f"{path}: has NaN or infinite samples", "NaN or infinite")
     if limits.silence_db is not None and peak < 10 ** (limits.silence_db / 20):
         level = f"its peak is {20 * math.log10(peak):.1f} dBFS" if peak else "all samples are 0"
         raise BadExample(
             f"{path}: silent: {level}, below data.silence_db={limits.silence_db:g} "
-            "(data.silence_db=null keeps silence)"
+            "(data.silence_db=null keeps silence)",
+            "silent",
         )
     return resample(samples, own_rate, rate)
 
@@ -272,10 +273,10 @@ def _status(clip: Audio, indexed: bool = False) -> tuple[int, int]:
     sense."""
     state = _state(clip.path, indexed) if clip.bytes is None else (len(clip.bytes), 0)
     if state[0] == 0:
-        raise BadExample(f"{clip.path}: empty file")
+        raise BadExample(f"{clip.path}: empty file", "empty")
     if clip.path.lower().endswith(".raw"):
         raise BadExample(
-            f"{clip.path}: raw samples have no header: convert the clip to wav or flac"
+            f"{clip.path}: raw samples have no header: convert the clip to wav or flac", "not audio"
         )
     return state
 
@@ -284,17 +285,19 @@ def _state(path: str, indexed: bool) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except ValueError as error:  # a NUL in the path
-        raise BadExample(f"{path}: cannot be read ({error})") from None
+        raise BadExample(f"{path}: cannot be read ({error})", "unreadable") from None
     except OSError as error:
         if not patience.momentary(error):
-            raise BadExample(f"{path}: cannot be read ({error.strerror or error})") from None
+            raise BadExample(
+                f"{path}: cannot be read ({error.strerror or error})", "unreadable"
+            ) from None
         if not indexed and patience.missing(error):
-            raise BadExample(f"{path}: no such file") from None
+            raise BadExample(f"{path}: no such file", "missing") from None
         raise
     if stat.S_ISDIR(status.st_mode):
-        raise BadExample(f"{path}: a folder, not a file")
+        raise BadExample(f"{path}: a folder, not a file", "folder")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise BadExample(f"{path}: a pipe, socket or device, not a file")
+        raise BadExample(f"{path}: a pipe, socket or device, not a file", "not a file")
     return status.st_size, status.st_mtime_ns
 
 
@@ -325,7 +328,7 @@ def _check_channel(clip: Audio, channels: int | None) -> None:
     """channels: that there are; None: not known yet."""
     if clip.channel is not None and not 0 <= clip.channel < (channels or math.inf):
         there = "" if channels is None else f": it has {channels}, counted from 0"
-        raise BadExample(f"{clip.path}: has no channel {clip.channel}{there}")
+        raise BadExample(f"{clip.path}: has no channel {clip.channel}{there}", "no such part")
 
 
 def _check_grown(path: str, samples: int, rate: int, most_seconds: float) -> None:
@@ -333,7 +336,8 @@ def _check_grown(path: str, samples: int, rate: int, most_seconds: float) -> Non
         raise BadExample(
             f"{path}: longer than indexed: {samples / rate:.2f} s, expected at most "
             f"{most_seconds:.2f} s: was the file replaced (a new run measures it again), or is it "
-            "several, joined end to end (write the clip anew)?"
+            "several, joined end to end (write the clip anew)?",
+            "longer than indexed",
         )
 
 
@@ -341,10 +345,12 @@ def _check_length(path: str, samples: int, rate: int, limits: Limits) -> None:
     if samples < limits.min_seconds * rate:
         raise BadExample(
             f"{path}: too short: {samples} samples at {rate} Hz, less than "
-            f"data.min_seconds={limits.min_seconds:g}"
+            f"data.min_seconds={limits.min_seconds:g}",
+            "too short",
         )
     if limits.max_seconds is not None and samples > limits.max_seconds * rate:
         raise BadExample(
             f"{path}: too long: {samples / rate:.2f} s, more than "
-            f"data.max_seconds={limits.max_seconds:g}"
+            f"data.max_seconds={limits.max_seconds:g}",
+            "too long",
         )

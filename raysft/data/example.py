@@ -79,12 +79,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """An example that could not be used, and why: one line of quarantine.jsonl."""
+    """An example that could not be used, and why: one line of quarantine.jsonl.
+
+    kind: see `BadExample`; None also where it was written down by a raysft that kept no kinds.
+    """
 
     id: str
     source: str
     path: str
     reason: str
+    kind: str | None = None
 
 
 @dataclass(slots=True)

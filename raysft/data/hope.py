@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from raysft.data.part import Job, Part, Rejected
-from raysft.data.quarantine import kind, summary
+from raysft.data.quarantine import kind_of, summary
 from raysft.errors import UserError
 
 IN_A_ROW = 4096  # clips of a source, its first ones, that are not there
@@ -37,7 +37,7 @@ class Hope:
             return
         key = job.source.key
         clips = [item for item in part.rejected if item.audio]
-        missing = [item for item in clips if kind(item.reason) == "missing"]
+        missing = [item for item in clips if kind_of(item) == "missing"]
         if len(part.rows) or len(missing) < len(clips):
             self._found.add(key)
         self._missing[key] += len(missing)
@@ -52,7 +52,7 @@ class Hope:
             raise UserError(
                 f"data.max_quarantined: of the first {self._examples:,} examples of "
                 f"data.{self._split} {len(self._rejected):,} are unusable, more than twice what is "
-                f"allowed ({self._most:.1%}): {summary(item.reason for item in self._rejected)}; "
+                f"allowed ({self._most:.1%}): {summary(map(kind_of, self._rejected))}; "
                 f"the first: {first.id}: {first.reason}"
             )
 

@@ -28,7 +28,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -80,7 +80,7 @@ _Answer = TypeVar("_Answer")
 class Rejected:
     """An item without an example. `audio`: because of a clip, so it is looked at again later.
 
-    id, reason: tell its line.
+    id, reason: tell its line. kind: of the reason, see `Quarantined`.
     """
 
     line: int
@@ -90,6 +90,7 @@ class Rejected:
     path: str
     reason: str
     audio: bool
+    kind: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,9 @@ def measure(job: Job, encoder: Encoder) -> Part:
             kept.append((item, found.example))
         else:
             assert found.error is not None
-            rejected.append(_rejected(item, found.id, str(job.file), found.error, audio=False))
+            rejected.append(
+                _rejected(item, found.id, str(job.file), found.error, False, found.kind)
+            )
     lengths = _probe_all({clip.sound for _, ex in kept for clip in ex.audio()}, encoder)
     tasks = sorted({example.task for _, example in kept})
     rows: list[tuple[Any, ...]] = []
@@ -246,14 +249,14 @@ def measure(job: Job, encoder: Encoder) -> Part:
         try:
             if bad is not None:
                 path = bad.path
-                raise BadExample(bad.reason)
+                raise BadExample(bad.reason, bad.kind)
             for audio_of, clip in zip(example.audio(), clips):
                 path = clip.path
                 check_duration(audio_of.stated, clip.seconds)
             tokens = encoder.measure(example, [clip.samples for clip in clips])
         except BadExample as error:
             reason = f"{place}: {error}"
-            rejected.append(_rejected(item, example.id, path, reason, audio=bool(clips)))
+            rejected.append(_rejected(item, example.id, path, reason, bool(clips), error.kind))
             continue
         except UserError as error:
             raise UserError(f"{job.source.key}: {example.id} ({place}): {error}") from error
@@ -286,8 +289,10 @@ def replaced(piece: Piece, encoder: Encoder) -> list[int]:
     return changed(piece, encoder.limits)
 
 
-def _rejected(item: Item, name: str, path: str, reason: str, audio: bool) -> Rejected:
-    return Rejected(item.line, item.offset, item.size, name, path, reason, audio)
+def _rejected(
+    item: Item, name: str, path: str, reason: str, audio: bool, kind: str | None
+) -> Rejected:
+    return Rejected(item.line, item.offset, item.size, name, path, reason, audio, kind)
 
 
 def _read_again(form: Format, job: Job) -> Iterator[Item]:
@@ -303,6 +308,7 @@ class _Clip:
     size: int = 0
     mtime_ns: int = 0
     reason: str = ""
+    kind: str | None = None
 
 
 def _probe_all(clips: set[Audio], encoder: Encoder) -> dict[Audio, _Clip]:
@@ -320,7 +326,7 @@ def _probe_all(clips: set[Audio], encoder: Encoder) -> dict[Audio, _Clip]:
         return _Clip(clip.path, length, seconds, found.size, found.mtime_ns)
 
     def refused(clip: Audio, error: BadExample) -> _Clip:
-        return _Clip(clip.path, 0, 0.0, reason=str(error))
+        return _Clip(clip.path, 0, 0.0, reason=str(error), kind=error.kind)
 
     whole = {clip for clip in clips if not clip.part}
     found = _asked(lambda clip: measured(clip, audio.probe(clip, limits)), whole, limits)

@@ -1,19 +1,22 @@
 """Reasons of quarantine by kind: what `data.max_quarantined` is explained with.
 
-A reason is one readable line, made where the example was found unusable; the kind is read from
-its text, so that quarantine.jsonl, the index's cache and the stream carry only the line. Kinds and
-the words they are known by are a vocabulary: change both together.
+A reason is one readable line, made where the example was found unusable, which knows its kind too
+(`BadExample`). What a raysft that kept no kinds has written (quarantine.jsonl, the index's cache)
+has the line alone, as has what a format from outside says: there the kind is read from its text.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 OTHER = "other"
+OVER_BUDGET = "over budget"
 
-# What a kind's reason says after what it is about ("PATH: ", "FILE line 3: ", or nothing).
+# Kind -> what its reason says, where the line is all there is: after what it is about ("PATH: ",
+# "FILE line 3: ", or nothing).
 _WORDS = {
     "missing": r"no such file",
     "folder": r"a folder, not a file",
@@ -42,14 +45,32 @@ _GROUPS = "|".join(f"(?P<k{number}>{words})" for number, words in enumerate(_WOR
 _KIND = re.compile(rf"(?:.*: )?(?:{_GROUPS})", re.DOTALL)
 
 
+class _Found(Protocol):
+    @property
+    def reason(self) -> str: ...
+    @property
+    def kind(self) -> str | None: ...
+
+
+def kind_of(found: _Found) -> str:
+    """The kind, one of KINDS, of what was found unusable."""
+    return found.kind if found.kind in KINDS else kind(found.reason)
+
+
+def kind_of_line(line: Mapping[str, Any]) -> str:
+    """The kind of a line of quarantine.jsonl."""
+    known = line.get("kind")
+    return known if known in KINDS else kind(line["reason"])
+
+
 def kind(reason: str) -> str:
-    """The kind of a reason, one of KINDS."""
+    """The kind of a reason of which only the text is known."""
     found = _KIND.match(reason)
     return OTHER if found is None else KINDS[int(found.lastgroup[1:])]
 
 
-def summary(reasons: Iterable[str]) -> str:
+def summary(kinds: Iterable[str]) -> str:
     """How many there are of each kind, most first: "412 missing, 30 not audio, 2 silent"."""
-    counts = Counter(map(kind, reasons))
+    counts = Counter(kinds)
     order = sorted(counts, key=lambda name: (-counts[name], KINDS.index(name)))
     return ", ".join(f"{counts[name]} {name}" for name in order)

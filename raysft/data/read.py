@@ -93,10 +93,11 @@ class Reader:
                 if excess > spare:
                     raise BadExample(
                         f"takes {len(sequence.input_ids)} positions, {planned[slot]} were planned "
-                        "from its header; it no longer fits its micro-batch"
+                        "from its header; it no longer fits its micro-batch",
+                        "longer than indexed",
                     )
             except BadExample as error:
-                rejected.append(self._quarantined(work.rows[slot], example, str(error)))
+                rejected.append(self._quarantined(work.rows[slot], example, error))
                 continue
             spare -= max(0, excess)
             sequences.append(sequence)
@@ -139,14 +140,16 @@ class Reader:
         if seconds < planned * (1 - MISSING_SHARE):
             raise BadExample(
                 f"{audio[0].path}: shorter than indexed: {seconds:.2f} s, expected {planned:.2f} "
-                "s: was the file replaced? A new run measures it again"
+                "s: was the file replaced? A new run measures it again",
+                "shorter than indexed",
             )
         return clips
 
-    def _quarantined(self, row: int, example: Example, reason: str) -> Quarantined:
+    def _quarantined(self, row: int, example: Example, error: BadExample) -> Quarantined:
         audio = example.audio()
         path = audio[0].path if audio else ""
-        return Quarantined(example.id, self.index.source_name(row), path, reason)
+        source = self.index.source_name(row)
+        return Quarantined(example.id, source, path, str(error), error.kind)
 
 
 def chunks(

@@ -144,7 +144,7 @@ class ClipReader:
                 reason = json.loads((self._folder / _name(path)).read_bytes())["reason"]
             except (FileNotFoundError, ValueError, KeyError):  # deleted meanwhile, or half-written
                 return
-            raise BadExample(reason)
+            raise BadExample(reason, "stalled")
 
     def _remember(self, path: str) -> BadExample:
         self._row += 1
@@ -161,7 +161,7 @@ class ClipReader:
                 f"{socket.gethostname()}, then start again"
                 + (f" (delete {self._folder} to have them read again)" if self._folder else "")
             )
-        return BadExample(reason)
+        return BadExample(reason, "stalled")
 
 
 class _Helper(threading.Thread):

@@ -116,7 +116,7 @@ _FACTS = ("epoch", "step", "lane", "ids", "tasks", "seconds", "slots", "langs", 
 def to_table(batch: MicroBatch) -> pa.Table:
     """A micro-batch as a table of one row, without a copy of its arrays (nor any pickle)."""
     facts: dict[str, Any] = {name: getattr(batch, name) for name in _FACTS}
-    facts["quarantined"] = [[q.id, q.source, q.path, q.reason] for q in batch.quarantined]
+    facts["quarantined"] = [[q.id, q.source, q.path, q.reason, q.kind] for q in batch.quarantined]
     facts["shape"] = batch.features.shape
     columns: dict[str, pa.Array] = {"facts": pa.array([json.dumps(facts)])}
     for name in _ARRAYS:

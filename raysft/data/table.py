@@ -321,7 +321,10 @@ def join(
     again, refused, repeats = _names(files, found)
     called = iter(refused)
     rejected = "".join(
-        json.dumps(asdict(Quarantined(next(called), source.name, item.path, item.reason))) + "\n"
+        json.dumps(
+            asdict(Quarantined(next(called), source.name, item.path, item.reason, item.kind))
+        )
+        + "\n"
         for (source, _), part in zip(files, found)
         for item in part.rejected
     ).encode()

@@ -257,11 +257,14 @@ class Template:
             instruction = self._prompts[example.task]
         for part in (instruction, *example.input, *example.output):
             if isinstance(part, str) and (match := self._control.search(part)):
-                raise BadExample(f"its text contains {match[0]}, a token that steers the model")
+                raise BadExample(
+                    f"its text contains {match[0]}, a token that steers the model", "bad text"
+                )
             if isinstance(part, str) and self._altering and (match := self._altering.search(part)):
                 raise BadExample(
                     f"its text contains {match[0]!r}, for which the chat template writes something "
-                    "else"
+                    "else",
+                    "bad text",
                 )
         asked, told = (_others(parts) for parts in (example.input, example.output))
         if (asked or told) and self._hole_id is None:
@@ -353,7 +356,7 @@ class Template:
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # `tokenizers` raises nothing more special
-            raise BadExample(f"its text cannot be tokenized: {error}") from error
+            raise BadExample(f"its text cannot be tokenized: {error}", "bad text") from error
 
     def _refuse_steering(self, ids: list[int], frame: Frame, clips: int) -> None:
         """Raises BadExample where text became a control token by other ways than its name: by

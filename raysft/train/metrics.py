@@ -61,6 +61,7 @@ def quarantine_line(found: Quarantined, step: int) -> dict[str, Any]:
         "source": found.source,
         "path": found.path,
         "reason": found.reason,
+        **({"kind": found.kind} if found.kind is not None else {}),
         "step": step,
     }
 

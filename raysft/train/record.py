@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from raysft.config.schema import Config
-from raysft.data.quarantine import summary
+from raysft.data.quarantine import kind_of, kind_of_line, summary
 from raysft.errors import UserError
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
@@ -173,7 +173,7 @@ class Record:
         self.progress = progress
         self.cost = cost
         self._peak = peak_flops(world.device, config.train.precision)
-        self.known: dict[tuple[str, ...], str] = {}  # quarantined: source, path and id -> reason
+        self.known: dict[tuple[str, ...], str] = {}  # quarantined: source, path and id -> kind
         self.evaluations = Evaluations()
         self.files: list[Any] = []
         self.lease: Lease | None = None
@@ -221,7 +221,7 @@ class Record:
         if self.world.is_main:
             kinds = {"id": str, "reason": str}
             lines = read_lines(self.folder / "quarantine.jsonl", kinds)
-            known = {quarantine_key(line): line["reason"] for line in lines}
+            known = {quarantine_key(line): kind_of_line(line) for line in lines}
         self.known = self.world.gather(known)[0]
         if self.world.is_main:
             self.evaluations = Evaluations.load(self.folder).until(step)
@@ -332,7 +332,7 @@ class Record:
             line = quarantine_line(example, batch.step)
             if quarantine_key(line) in self.known:
                 continue
-            self.known[quarantine_key(line)] = example.reason
+            self.known[quarantine_key(line)] = kind_of(example)
             if self.world.is_main:
                 self.require()
                 self._quarantine.write(line)
@@ -343,7 +343,7 @@ class Record:
             path = self.folder / "quarantine.jsonl"
             raise UserError(
                 f"data.max_quarantined: {count} of {self.examples} examples are unusable,"
-                f" more than {limit:.1%}: {summary(list(self.known.values()))}; the last: "
+                f" more than {limit:.1%}: {summary(self.known.values())}; the last: "
                 f"{found[-1][1].id}: {found[-1][1].reason}; all are named in {path}"
             )
 

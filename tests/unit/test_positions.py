@@ -66,7 +66,10 @@ def test_rows_beyond_them_are_quarantined_with_that_reason(tmp_path: Path) -> No
     prepared = prepare(config, open_run(config))
     assert [item.id for item in prepared.rejected] == ["t2"]
     assert "the model has learned 64" in prepared.rejected[0].reason
-    assert quarantine.summary([prepared.rejected[0].reason]) == "1 beyond learned positions"
+    assert (
+        quarantine.summary([quarantine.kind_of(prepared.rejected[0])])
+        == "1 beyond learned positions"
+    )
     assert len(prepared.train) == 3
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from raysft.data.quarantine import KINDS, OTHER, kind, summary
+import raysft
+from raysft.data.example import Quarantined
+from raysft.data.quarantine import KINDS, OTHER, kind, kind_of, kind_of_line, summary
 
 REASONS = {
     "missing": ["no such file"],
@@ -90,6 +96,37 @@ def test_a_summary_counts_by_kind_the_most_frequent_first() -> None:
     reasons += [f"/{number}.wav: not audio that can be read (?)" for number in range(30)]
     reasons += ["something new", "/a.wav: cut off: 1 of 2 samples are there"]
     expected = "412 missing, 30 not audio, 2 silent, 1 truncated, 1 other"
-    assert summary(reasons) == expected
-    assert summary(reversed(reasons)) == expected
+    kinds = [*map(kind, reasons)]
+    assert summary(kinds) == expected
+    assert summary(reversed(kinds)) == expected
     assert summary([]) == ""
+
+
+def raised() -> Iterator[tuple[str, str, str]]:
+    """Where raysft raises a BadExample of a kind, the kind, and its text, with 'x' for values."""
+    for path in Path(raysft.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) != "BadExample":
+                continue
+            if len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
+                said = node.args[0]
+                parts = said.values if isinstance(said, ast.JoinedStr) else [said]
+                text = [part.value if isinstance(part, ast.Constant) else "'x'" for part in parts]
+                yield f"{path.name}:{node.lineno}", node.args[1].value, "".join(text)
+
+
+def test_what_is_raised_has_the_kind_that_its_text_tells() -> None:
+    """Lines of before kinds were kept, and those of now, are counted as one."""
+    found = list(raised())
+    assert len(found) > 50
+    for where, given, text in found:
+        assert given in KINDS, where
+        assert kind(text) in (given, OTHER), f"{where}: {text}"
+
+
+def test_a_kind_that_was_kept_counts_and_else_the_text_tells() -> None:
+    assert kind_of(Quarantined("a", "s", "/a.wav", "/a.wav: silent", "missing")) == "missing"
+    assert kind_of(Quarantined("a", "s", "/a.wav", "/a.wav: silent")) == "silent"
+    assert kind_of(Quarantined("a", "s", "/a.wav", "/a.wav: silent", "of my own")) == "silent"
+    assert kind_of_line({"reason": "/a.wav: silent", "kind": "missing"}) == "missing"
+    assert kind_of_line({"reason": "/a.wav: silent"}) == "silent"

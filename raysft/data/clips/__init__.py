@@ -63,8 +63,11 @@ def _open(file: File) -> Track:
         return mp3.track(file, start, file.size)
     with sound(file.path, file.view()) as opened:
         if opened.format in _READ:
-            raise BadExample(f"{file.path}: not audio that can be read (its header is damaged)")
+            raise BadExample(
+                f"{file.path}: not audio that can be read (its header is damaged)", "not audio"
+            )
         raise BadExample(
             f"{file.path}: not audio that is read here: {opened.format_info}, which does not tell "
-            "whether it is whole: convert the clip to wav or flac"
+            "whether it is whole: convert the clip to wav or flac",
+            "not audio",
         )

@@ -111,7 +111,9 @@ def track(file: File, find: Callable[[File], Samples | None]) -> Track:
     """find: where the samples of this format are; None: nowhere. Raises BadExample."""
     samples = find(file)
     if samples is None:
-        raise BadExample(f"{file.path}: not audio that can be read (its header names no samples)")
+        raise BadExample(
+            f"{file.path}: not audio that can be read (its header names no samples)", "not audio"
+        )
     present = max(0, file.size - samples.offset)
     stop = None
     if not samples.patches:
@@ -125,7 +127,9 @@ def track(file: File, find: Callable[[File], Samples | None]) -> Track:
     opened = sound(file.path, view)
     rate, count, channels = opened.samplerate, opened.frames, opened.channels
     if count >= ENDLESS or (count == 0 and min(present, samples.size) >= 8 * channels):
-        raise BadExample(f"{file.path}: its header gives no length: write the clip anew")
+        raise BadExample(
+            f"{file.path}: its header gives no length: write the clip anew", "not audio"
+        )
     if form is not None and form.per_block:  # libsndfile fills the last block up
         size = min(present, samples.size)
         if form.tag == _GSM:  # of which a part cannot be decoded
@@ -164,14 +168,16 @@ def _check_end(file: File, start: int, size: int, behind: int | None = None) -> 
     if behind > max(16, size * _BEHIND_SHARE):
         raise BadExample(
             f"{file.path}: not audio that can be read: its header promises {size} bytes of "
-            f"samples, but {behind} more follow: write the clip anew"
+            f"samples, but {behind} more follow: write the clip anew",
+            "not audio",
         )
 
 
 def _joined(file: File, size: int) -> BadExample:
     return BadExample(
         f"{file.path}: not audio that can be read: several files were joined end to end (the "
-        f"first has {size} bytes of samples): write the clip anew"
+        f"first has {size} bytes of samples): write the clip anew",
+        "not audio",
     )
 
 

@@ -31,14 +31,17 @@ def bounds(clip: Audio, samples: int, rate: int) -> tuple[int, int]:
     """
     stop = math.inf if clip.stop is None else clip.stop
     if not 0 <= clip.start < stop:  # nor where one of them is no number
-        raise BadExample(f"{clip.path}: from {clip.start:g} to {stop:g} s is no part of a clip")
+        raise BadExample(
+            f"{clip.path}: from {clip.start:g} to {stop:g} s is no part of a clip", "no such part"
+        )
     first = sample_at(clip.start, rate)
     last = samples if clip.stop is None else sample_at(clip.stop, rate)
     if first >= samples or last - samples > MISSING_SHARE * (last - first):
         end = "its end" if clip.stop is None else f"{clip.stop:g} s"
         raise BadExample(
             f"{clip.path}: has {samples / rate:.2f} s, of which {clip.start:g} s to {end} is no "
-            "part"
+            "part",
+            "no such part",
         )
     return first, min(last, samples)
 

@@ -205,7 +205,9 @@ def decoding(path: str) -> Iterator[None]:
             detail = error.error_string or f"libsndfile error {error.code}"
         else:
             detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise BadExample(f"{path}: damaged or cut off: decoding failed ({detail})") from None
+        raise BadExample(
+            f"{path}: damaged or cut off: decoding failed ({detail})", "truncated"
+        ) from None
 
 
 def sound(path: str, view: io.RawIOBase | io.BytesIO) -> Sound:
@@ -216,7 +218,9 @@ def sound(path: str, view: io.RawIOBase | io.BytesIO) -> Sound:
         # Not libsndfile's own words: they may be those about a file another thread opens now.
         view.seek(0)
         head = view.read(16)
-        raise BadExample(f"{path}: not audio that can be read (it begins with {head!r})") from None
+        raise BadExample(
+            f"{path}: not audio that can be read (it begins with {head!r})", "not audio"
+        ) from None
     opened.view = view
     return opened
 
@@ -259,4 +263,6 @@ def resampled_length(samples: int, from_rate: int, to_rate: int) -> int:
 def check_whole(path: str, present: float, promised: float, what: str) -> None:
     """Raises BadExample where much of what a header promises is not there."""
     if present < promised * (1 - MISSING_SHARE):
-        raise BadExample(f"{path}: cut off: {present:.0f} of {promised:.0f} {what} are there")
+        raise BadExample(
+            f"{path}: cut off: {present:.0f} of {promised:.0f} {what} are there", "truncated"
+        )

@@ -69,10 +69,14 @@ def track(file: File, start: int) -> Track:
     """start: where `fLaC` is. Raises BadExample."""
     data = file.read(start, 42)
     if len(data) < 42 or not _BEGIN.match(data):
-        raise BadExample(f"{file.path}: not audio that can be read (a FLAC without a header)")
+        raise BadExample(
+            f"{file.path}: not audio that can be read (a FLAC without a header)", "not audio"
+        )
     info = _Info.of(data[8:], start + 8)
     if not info.rate or not 16 <= info.block <= info.largest_block:
-        raise BadExample(f"{file.path}: not audio that can be read (a FLAC with a damaged header)")
+        raise BadExample(
+            f"{file.path}: not audio that can be read (a FLAC with a damaged header)", "not audio"
+        )
     width = _tail_of(info, file.size - start)
     end = _last_frame_ends(file.path, info, file.read(file.size - width, width))
     certain = end is not None and info.total in (0, end)
@@ -154,12 +158,14 @@ def _last_frame_ends(path: str, info: _Info, tail: bytes) -> int | None:
     if found and last is None:
         raise BadExample(
             f"{path}: not audio that can be read: its frames do not follow each other as its "
-            "header says"
+            "header says",
+            "not audio",
         )
     if last is not None and last.rate not in (0, info.rate):
         raise BadExample(
             f"{path}: not audio that can be read: its header says {info.rate} Hz, its last frame "
-            f"{last.rate} Hz"
+            f"{last.rate} Hz",
+            "not audio",
         )
     return None if last is None else last.end
 

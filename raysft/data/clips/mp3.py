@@ -111,7 +111,9 @@ def track(file: File, start: int, stop: int) -> Track:
             opened.close()
     runs = _runs(file.read(start, stop - start))
     if not runs:
-        raise BadExample(f"{file.path}: not audio that can be read (an MP3 without a frame)")
+        raise BadExample(
+            f"{file.path}: not audio that can be read (an MP3 without a frame)", "not audio"
+        )
     rate = runs[0].frame.rate
     total = sum(resampled_length(run.samples, run.frame.rate, rate) for run in runs)
 
@@ -175,7 +177,9 @@ def _with_count(path: str, header: bytes, run: _Run, size: int) -> bytes:
             counts = struct.pack(">III", 3, len(run.places) + 1, size + 2 * frame.size)
             note = bits + bytes(frame.note_at - 4) + b"Xing" + counts
             return note.ljust(frame.size, b"\0") + bits.ljust(frame.size, b"\0")
-    raise BadExample(f"{path}: not audio that can be read (an MP3 of an odd rate): convert it")
+    raise BadExample(
+        f"{path}: not audio that can be read (an MP3 of an odd rate): convert it", "not audio"
+    )
 
 
 def _runs(content: bytes) -> list[_Run]:

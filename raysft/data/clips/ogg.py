@@ -60,7 +60,9 @@ def track(file: File) -> Track:
     if not complete and links and _may_be_joined(file, head, links, last):
         complete, links = True, _links(file.read(0, file.size))
     if not links:
-        raise BadExample(f"{file.path}: not audio that can be read (an ogg without its first page)")
+        raise BadExample(
+            f"{file.path}: not audio that can be read (an ogg without its first page)", "not audio"
+        )
     if len(links) == 1:
         links[0].stop = file.size
     opened = [sound(file.path, file.view(link.start, link.stop)) for link in links]
@@ -117,7 +119,9 @@ def _last_page(file: File) -> tuple[int, int] | None:
             continue  # version and flags say: these four bytes are data of a page
         sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
         if len(page) < 27 or len(page) < 27 + page[26] + sum(sizes):
-            raise BadExample(f"{file.path}: cut off: the file ends inside its last page")
+            raise BadExample(
+                f"{file.path}: cut off: the file ends inside its last page", "truncated"
+            )
         return int.from_bytes(page[14:18], "little"), int.from_bytes(page[18:22], "little")
     return None
 

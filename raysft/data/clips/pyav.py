@@ -45,7 +45,8 @@ def track(file: File, kind: str) -> Track:
     except ImportError:
         raise BadExample(
             f"{file.path}: {kind}: not audio that is read without PyAV: install it on all nodes "
-            "(pip install 'raysft[av]'), or convert the clip to flac"
+            "(pip install 'raysft[av]'), or convert the clip to flac",
+            "not audio",
         ) from None
     if kind == _MP4:
         _check_boxes(file)
@@ -74,7 +75,8 @@ def _check_boxes(file: File) -> None:
         if at and box == b"ftyp":
             raise BadExample(
                 f"{file.path}: not audio that can be read: several MP4 files were joined end to "
-                f"end (the second begins at byte {at}): write the clip anew"
+                f"end (the second begins at byte {at}): write the clip anew",
+                "not audio",
             )
         if box == b"mdat":
             check_whole(file.path, file.size - at, size, "bytes of sound")
@@ -89,10 +91,14 @@ def _buffered(view: io.RawIOBase | io.BytesIO) -> io.BufferedReader | io.BytesIO
 
 def _stream(container: Any, path: str, kind: str) -> Any:
     if not container.streams.audio:
-        raise BadExample(f"{path}: {kind}: not audio that can be read (it holds no sound)")
+        raise BadExample(
+            f"{path}: {kind}: not audio that can be read (it holds no sound)", "not audio"
+        )
     stream = container.streams.audio[0]
     if not stream.rate:
-        raise BadExample(f"{path}: {kind}: not audio that can be read (it names no sample rate)")
+        raise BadExample(
+            f"{path}: {kind}: not audio that can be read (it names no sample rate)", "not audio"
+        )
     return stream
 
 

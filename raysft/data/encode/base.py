@@ -91,7 +91,8 @@ class Encoder(ABC):
         if self.positions is not None and found > self.positions:
             raise BadExample(
                 f"takes {found} positions, and the model has learned {self.positions}: shorten it, "
-                "or use a model with more"
+                "or use a model with more",
+                "beyond learned positions",
             )
         return found
 
@@ -123,7 +124,8 @@ class Encoder(ABC):
             raise BadExample(
                 f"takes {tokens} positions, but {promised} by the lengths its clips' headers give: "
                 "the headers are wrong, or the files have changed since they were indexed (a new "
-                "run measures them again)"
+                "run measures them again)",
+                "longer than indexed",
             )
         return sequence
 
@@ -165,7 +167,8 @@ class Encoder(ABC):
         if self.sample_rate and samples < SHORTEST_S * self.sample_rate:
             raise BadExample(
                 f"{samples} samples at {self.sample_rate} Hz: shorter than one frame "
-                f"({SHORTEST_S} s)"
+                f"({SHORTEST_S} s)",
+                "too short",
             )
 
     @staticmethod

@@ -156,7 +156,7 @@ def read(form: Format, item: Item, file: Path, task: str | None = None) -> Locat
     except BadExample as error:
         reason = f"{file.name} {form.noun} {item.line}: {error}"
         name = default_id(file, item.line)
-        return Located(item.offset, item.size, item.line, name, None, reason)
+        return Located(item.offset, item.size, item.line, name, None, reason, error.kind)
     return Located(item.offset, item.size, item.line, example.id, example, None)
 
 

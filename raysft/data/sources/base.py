@@ -90,7 +90,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """An item read: its example, or the reason it has none."""
+    """An item read: its example, or the reason it has none, and that reason's kind."""
 
     offset: int
     size: int
@@ -98,6 +98,7 @@ class Located:
     id: str
     example: Example | None
     error: str | None
+    kind: str | None = None
 
 
 class Format(Protocol):
@@ -170,15 +171,19 @@ def load_record(raw: bytes) -> dict[str, Any]:
             # fails much later, in the tokenizer or when the ledger is written.
             json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadExample(f"not valid UTF-8: {error.reason} at byte {error.start}") from error
+        raise BadExample(
+            f"not valid UTF-8: {error.reason} at byte {error.start}", "malformed record"
+        ) from error
     except UnicodeEncodeError as error:
-        raise BadExample("holds half a surrogate pair (\\ud800 to \\udfff), not text") from error
+        raise BadExample(
+            "holds half a surrogate pair (\\ud800 to \\udfff), not text", "malformed record"
+        ) from error
     except json.JSONDecodeError as error:
-        raise BadExample(f"not valid JSON: {explain(error, text)}") from error
+        raise BadExample(f"not valid JSON: {explain(error, text)}", "malformed record") from error
     except (ValueError, RecursionError) as error:
-        raise BadExample(f"not readable as JSON: {error}") from error
+        raise BadExample(f"not readable as JSON: {error}", "malformed record") from error
     if not isinstance(record, dict):
-        raise BadExample(f"not a JSON object: found {kind(record)}")
+        raise BadExample(f"not a JSON object: found {kind(record)}", "malformed record")
     return record
 
 
@@ -188,7 +193,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadExample(f"field {twice!r} is given twice")
+        raise BadExample(f"field {twice!r} is given twice", "malformed record")
     return record
 
 
@@ -203,10 +208,13 @@ def kind(value: object) -> str:
 def text_field(record: dict[str, Any], name: str) -> str:
     """A field that must be a text (it may be empty). Raises BadExample naming the field."""
     if name not in record:
-        raise BadExample(f"field {name!r} is missing; fields found: {', '.join(sorted(record))}")
+        raise BadExample(
+            f"field {name!r} is missing; fields found: {', '.join(sorted(record))}",
+            "malformed record",
+        )
     value = record[name]
     if not isinstance(value, str):
-        raise BadExample(f"field {name!r} is {kind(value)}, expected a text")
+        raise BadExample(f"field {name!r} is {kind(value)}, expected a text", "malformed record")
     return value
 
 
@@ -219,4 +227,4 @@ def id_field(record: dict[str, Any], file: Path, line: int) -> str:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise BadExample(f"field 'id' is {kind(value)}, expected a text")
+    raise BadExample(f"field 'id' is {kind(value)}, expected a text", "malformed record")

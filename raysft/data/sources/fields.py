@@ -106,7 +106,8 @@ def refuse_unread(record: dict[str, Any], read: frozenset[str], clip: str | None
             what = "is nested too deeply to be looked through"
         if what:
             raise BadExample(
-                f"field {name!r} {what}; if it is only a note, put it below {METADATA!r}"
+                f"field {name!r} {what}; if it is only a note, put it below {METADATA!r}",
+                "malformed record",
             )
 
 
@@ -160,7 +161,8 @@ def refuse_placeholders(text: str, name: str) -> None:
     if found := _PLACEHOLDER.search(text):
         what = (found[1] or found[2]).lower()
         raise BadExample(
-            f"field {name!r} holds {found[0]}, a place for {what} that is not read in this format"
+            f"field {name!r} holds {found[0]}, a place for {what} that is not read in this format",
+            "malformed record",
         )
 
 
@@ -188,7 +190,8 @@ def check_duration(stated: float | None, seconds: float) -> None:
     if seconds > stated * 1.01 + grain + 0.05:
         raise BadExample(
             f"field 'duration' says {stated:g} s, but the clip has {seconds:.2f} s, and only whole "
-            "clips are read: cut the clip, or mend the field"
+            "clips are read: cut the clip, or mend the field",
+            "malformed record",
         )
 
 

@@ -89,18 +89,20 @@ class MingJsonl(Format):
         if shape not in TASKS:
             found = repr(shape) if isinstance(shape, str) else kind(shape)
             missing = "" if shape is not None else "; or set the entry's task to one of these"
-            raise BadExample(f"task_type is {found}; supported: {', '.join(TASKS)}{missing}")
+            raise BadExample(
+                f"task_type is {found}; supported: {', '.join(TASKS)}{missing}", "malformed record"
+            )
         text = text_field(record, "text")
         if not text.strip():
-            raise BadExample("field 'text' is empty")
+            raise BadExample("field 'text' is empty", "malformed record")
         given = text_field(record, "wav_path")
         try:
             path = paths.absolute(given, _folder(file))
         except UserError as error:
-            raise BadExample(f"field 'wav_path': {error}") from None
+            raise BadExample(f"field 'wav_path': {error}", "malformed record") from None
         lang = record.get("lang")
         if lang is not None and not isinstance(lang, str):
-            raise BadExample(f"field 'lang' is {kind(lang)}, expected a text")
+            raise BadExample(f"field 'lang' is {kind(lang)}, expected a text", "malformed record")
         refuse_unread(record, READ, clip=given)
         clip = Audio(path, stated_seconds(record.get("duration")))
         asr = shape == "asr"

@@ -103,12 +103,14 @@ class MostJson(Format):
         source = split_units(text_field(record, "input"), "input")
         target = split_units(text_field(record, "output"), "output")
         if not target:
-            raise BadExample("field 'output' is empty")
+            raise BadExample("field 'output' is empty", "malformed record")
         instruction = record.get("instruction")
         if instruction is not None and not isinstance(instruction, str):
-            raise BadExample(f"field 'instruction' is {kind(instruction)}, expected a text")
+            raise BadExample(
+                f"field 'instruction' is {kind(instruction)}, expected a text", "malformed record"
+            )
         if not instruction and not source:
-            raise BadExample("fields 'instruction' and 'input' are both empty")
+            raise BadExample("fields 'instruction' and 'input' are both empty", "malformed record")
         task = task or _task(record, source, target)
         spoken = {"asr": target, "tts": source}.get(task, ())
         return Example(
@@ -135,7 +137,9 @@ def split_units(field: str, name: str = "field") -> tuple[Part, ...]:
             parts.append(Units(tuple(map(int, numbers))))
         elif "[Hu" in piece:
             near = piece[piece.index("[Hu") :][:20]
-            raise BadExample(f"field {name!r} holds a malformed unit near {near!r}")
+            raise BadExample(
+                f"field {name!r} holds a malformed unit near {near!r}", "malformed record"
+            )
         elif piece.strip():
             parts.append(piece)
     return tuple(parts)
@@ -144,7 +148,9 @@ def split_units(field: str, name: str = "field") -> tuple[Part, ...]:
 def _task(record: dict[str, Any], source: tuple[Part, ...], target: tuple[Part, ...]) -> str:
     metadata = record.get(METADATA)
     if metadata is not None and not isinstance(metadata, dict):
-        raise BadExample(f"field 'metadata' is {kind(metadata)}, expected an object")
+        raise BadExample(
+            f"field 'metadata' is {kind(metadata)}, expected an object", "malformed record"
+        )
     places = {"metadata.task": (metadata or {}).get("task")}
     places |= {name: record.get(name) or None for name in TASK_FIELDS}
     given: dict[str, str] = {}
@@ -152,12 +158,14 @@ def _task(record: dict[str, Any], source: tuple[Part, ...], target: tuple[Part, 
         if value is None:
             continue
         if not isinstance(value, str) or not value.strip():
-            raise BadExample(f"field {name!r} is not a text")
+            raise BadExample(f"field {name!r} is not a text", "malformed record")
         # Published sets write ASR and asr alike; data.prompts, data.mix and WER know one name.
         given[name] = value.strip().lower()
     if len(set(given.values())) > 1:
         said = ", ".join(f"{name!r} says {value!r}" for name, value in given.items())
-        raise BadExample(f"field {said}: leave one of them, or set the entry's task")
+        raise BadExample(
+            f"field {said}: leave one of them, or set the entry's task", "malformed record"
+        )
     if given:
         return next(iter(given.values()))
     if any(isinstance(part, Units) for part in target):

@@ -96,9 +96,13 @@ class AudioLMEncoder(Encoder):
         seconds = samples / self.sample_rate
         if frames > self.max_frames:
             most = self.max_frames * 10 / self.front_end.frames(10 * self.sample_rate)
-            raise BadExample(f"its clip is {seconds:.2f} s, the model reads at most {most:.2f} s")
+            raise BadExample(
+                f"its clip is {seconds:.2f} s, the model reads at most {most:.2f} s", "too long"
+            )
         if tokens < FEWEST_TOKENS:
-            raise BadExample(f"its clip of {seconds:.3f} s is too short: {tokens} audio token")
+            raise BadExample(
+                f"its clip of {seconds:.3f} s is too short: {tokens} audio token", "too short"
+            )
         return tokens
 
     def part_encoded(

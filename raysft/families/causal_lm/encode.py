@@ -90,7 +90,8 @@ class CausalLMEncoder(Encoder):
         units = self.speech_tokens.units_count(samples)
         if units == 0:
             raise BadExample(
-                f"its clip of {samples / self.sample_rate:.3f} s is shorter than one speech unit"
+                f"its clip of {samples / self.sample_rate:.3f} s is shorter than one speech unit",
+                "too short",
             )
         return units
 
@@ -115,7 +116,8 @@ class CausalLMEncoder(Encoder):
             wrong = highest if highest >= len(self._unit_ids) else min(units)
             raise BadExample(
                 f"unit {wrong}, but there are {len(self._unit_ids)} units "
-                "(model.speech_units, or data.speech_tokens.clusters)"
+                "(model.speech_units, or data.speech_tokens.clusters)",
+                "unknown unit",
             )
 
 
