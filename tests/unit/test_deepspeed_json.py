@@ -28,7 +28,7 @@ def joined(folder: Path, tree: Any, strategy: str = "zero3", **parallel: Any) ->
     path = folder / "ds.json"
     path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
     config = make_config(strategy, deepspeed=str(path), **parallel)
-    found = check(config)
+    found = [mistake.text for mistake in check(config)]
     assert all(line.startswith(f"parallel.deepspeed {path}: ") for line in found)
     return [line.removeprefix(f"parallel.deepspeed {path}: ") for line in found]
 
@@ -91,7 +91,7 @@ def test_a_json_that_contradicts_the_config_is_refused_with_both_keys(
 
 def test_a_json_that_is_not_there_is_refused() -> None:
     (found,) = check(make_config("zero1", deepspeed="nowhere/ds.json"))
-    assert found.startswith("parallel.deepspeed nowhere/ds.json: cannot be read: No such file")
+    assert found.text.startswith("parallel.deepspeed nowhere/ds.json: cannot be read: No such file")
 
 
 def test_a_json_joins_what_agrees_what_is_auto_and_what_is_its_own(tmp_path: Path) -> None:
