@@ -6,7 +6,9 @@ one (step, lane) into a `MicroBatch`. None of these needs torch or Ray.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -54,6 +56,7 @@ class Units:
 
 
 Part = str | Audio | Units
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,9 @@ class Example:
 
     `instruction` is None where the source has none: `data.prompts` then supplies it by task.
     `text` is the plain transcript, the reference WER is computed against (None: no transcript).
+    `variants` are what it may be instead (another rated dimension, another rater): at each step of
+    training one is drawn, itself as likely as each of them, under its own id, task, lang and text.
+    It is measured at its longest, and evaluation takes itself. They have none of their own.
     """
 
     id: str
@@ -71,10 +77,35 @@ class Example:
     instruction: str | None = None
     lang: str | None = None
     text: str | None = None
+    variants: tuple[Example, ...] = ()
 
     def audio(self) -> list[Audio]:
-        """The clips this example needs, input before output."""
-        return [part for part in (*self.input, *self.output) if isinstance(part, Audio)]
+        """The clips this example needs, input before output; then those that only variants do."""
+        found = [part for part in (*self.input, *self.output) if isinstance(part, Audio)]
+        for variant in self.variants:
+            found += [clip for clip in variant.audio() if clip not in found]
+        return found
+
+    @property
+    def forms(self) -> list[Example]:
+        """What it may be at a step: itself first. Of variants only what is asked and answered
+        counts."""
+        facts = {"id": self.id, "task": self.task, "lang": self.lang, "text": self.text}
+        return [self, *(replace(variant, **facts) for variant in self.variants)]
+
+    def drawn(self, rng: np.random.Generator | None) -> Example:
+        """One of its forms, any as likely as any other; itself where rng is None. Nothing is taken
+        from rng where it has no variants."""
+        if rng is None or not self.variants:
+            return self
+        return self.forms[rng.integers(1 + len(self.variants))]
+
+    def of_form(self, form: Example, values: Iterable[_Value]) -> Iterable[_Value]:
+        """values: one of each clip of `audio()`, or none at all; those of a form's clips."""
+        if form is self:
+            return values  # its own are the first
+        known = dict(zip(self.audio(), values))
+        return [known[clip] for clip in form.audio() if clip in known]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ Costs 0.04 ms an example to measure, 0.06 ms to encode text and units, 0.5 ms a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -77,10 +77,15 @@ class Encoder(ABC):
         """Ids of a part, with features where the model reads them. rng: augment with it."""
 
     def measure(self, example: Example, samples: Items[int]) -> int:
-        """Positions the example takes; samples: of each of example.audio() at sample_rate.
+        """Positions the example takes, at its longest; samples: of each of example.audio() at
+        sample_rate.
 
         Raises BadExample (this example cannot be used) or UserError (none of its kind can).
         """
+        forms = example.forms if example.variants else [example]
+        return max(self._measured(form, example.of_form(form, samples)) for form in forms)
+
+    def _measured(self, example: Example, samples: Iterable[int]) -> int:
         rendered = self.template.render(example)
         lengths = iter(samples)
         found = sum(
@@ -111,11 +116,13 @@ class Encoder(ABC):
     ) -> Sequence:
         """The sequence to learn: clips of example.audio(), float32 [samples] at sample_rate.
 
-        rng: augments the input in training; None in evaluation. promised: what `measure` said; a
-        sequence more than 2% longer is a BadExample, for its micro-batch has no room for it.
+        rng: draws one of its forms, and augments the input, in training; None in evaluation.
+        promised: what `measure` said; a sequence more than 2% longer is a BadExample, for its
+        micro-batch has no room for it.
         """
-        rendered = self.template.render(example)
-        rest = iter(clips)
+        form = example.drawn(rng)
+        rendered = self.template.render(form)
+        rest = iter(example.of_form(form, clips))
         prompt = [self._encoded(segment, rest, rng, answer=False) for segment in rendered.prompt]
         answer = [self._encoded(segment, rest, None, answer=True) for segment in rendered.answer]
         sequence = self._joined(example, prompt, answer)
