@@ -125,7 +125,8 @@ def ours(case: Case, profile: Path | None) -> dict[str, Any]:
     from raysft.data.example import MicroBatch, Sequence
     from raysft.models.peft import add_adapters
     from raysft.parallel import World, make_strategy
-    from raysft.train.step import StepBatch, Turn, forward_backward
+    from raysft.train.feed import turn_of
+    from raysft.train.step import StepBatch, forward_backward
 
     remarks.quiet()
     cuda = torch.cuda.is_available()
@@ -155,16 +156,13 @@ def ours(case: Case, profile: Path | None) -> dict[str, Any]:
     batches = []
     for step, row in enumerate(rows):
         sequences = [Sequence(f"{i}", "asr", examples[i], examples[i]) for i in row]
-        laid_out = adapter.collate(MicroBatch.join(0, step, 0, sequences))
-        counts = {"supervised": len(laid_out["targets"]), "positions": case.row}
-        tokens = int(sum(len(examples[i]) for i in row))
-        batches.append(StepBatch(0, step, {}, [Turn(0, laid_out, tokens=tokens, **counts)]))
+        turn = turn_of(adapter, MicroBatch.join(0, step, 0, sequences))
+        batches.append(StepBatch(0, step, {}, [turn]))
 
     def one(batch: StepBatch) -> float:
-        total = float(batch.turns[0].supervised)
-        sums = forward_backward(strategy, world, batch, ["asr"], total, 0)
+        sums = forward_backward(strategy, world, batch, ["asr"], batch.counts(), 0)
         strategy.step(1.0)
-        return float(sums[0, 0]) / total
+        return sums.means(["asr"])["loss"]
 
     for batch in batches[: case.warm]:
         one(batch)

@@ -84,7 +84,8 @@ def one_worker(size: Size, strategy: str, method: str) -> dict[str, Any]:
     from raysft.data.example import MicroBatch, Sequence
     from raysft.models.peft import add_adapters
     from raysft.parallel import World, make_strategy
-    from raysft.train.step import StepBatch, Turn, forward_backward
+    from raysft.train.feed import turn_of
+    from raysft.train.step import StepBatch, forward_backward
 
     remarks.quiet()
     settings = tree(size, strategy, method)
@@ -120,9 +121,7 @@ def one_worker(size: Size, strategy: str, method: str) -> dict[str, Any]:
         lengths = [size.tokens // 8] * 8
         rows = [rng.integers(5, 250, n).astype(np.int32) for n in lengths]
         sequences = [Sequence(f"{i}", "asr", ids, ids) for i, ids in enumerate(rows)]
-        laid_out = adapter.collate(MicroBatch.join(0, step, world.rank, sequences))
-        counts = {"supervised": len(laid_out["targets"]), "positions": size.tokens}
-        turn = Turn(lane=world.rank, batch=laid_out, tokens=size.tokens, **counts)
+        turn = turn_of(adapter, MicroBatch.join(0, step, world.rank, sequences))
         return StepBatch(0, step, {}, [turn])
 
     seconds = []
@@ -130,13 +129,15 @@ def one_worker(size: Size, strategy: str, method: str) -> dict[str, Any]:
         this = batch(step)
         world.barrier()
         began = time.perf_counter()
-        total = world.sum([float(this.turns[0].supervised)]).item()
-        sums = forward_backward(wrapped, world, this, ["asr"], total, 0)
+        local = this.counts()
+        counts = dict(zip(local, world.sum(list(local.values())).tolist()))
+        sums = forward_backward(wrapped, world, this, ["asr"], counts, 0)
         wrapped.step(1.0)
         world.barrier()
         if step > size.warm:
             seconds.append(time.perf_counter() - began)
-    loss = (world.sum_tensor(sums)[0, 0] / total).item()
+    world.sum_tensor(sums.values)
+    loss = sums.means(["asr"])["loss"]
     return {
         "step_s": statistics.median(seconds),
         "peak_gb": _peak_gb(cuda) - before,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from raysft import history, models
-from raysft.config import Config
+from raysft.config import Config, losses
 from raysft.config.strategies import traits_of
 from raysft.data.encode import Encoder
 from raysft.data.example import MicroBatch
@@ -89,6 +89,9 @@ def build_model(
         quantization = nf4(config)
     adapter = models.build(config.model, config.data, encoder, config.run.seed, quantization)
     adapter.task_weights.update(config.train.task_weights)
+    adapter.more_losses += [
+        (name, losses.load(name), weight) for name, weight in config.train.losses.items()
+    ]
     adapters = None
     if config.peft.method != "none":
         from raysft.models.peft import add_adapters  # peft takes 2 s to import

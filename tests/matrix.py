@@ -63,8 +63,9 @@ def write_gradient(job: Job) -> None:
     from raysft.train.step import forward_backward
 
     batch = next(job.stream.open(None))
-    tokens = job.world.sum([float(sum(turn.supervised for turn in batch.turns))]).item()
-    forward_backward(job.strategy, job.world, batch, job.tasks, tokens, job.config.run.seed)
+    local = batch.counts()
+    counts = dict(zip(local, job.world.sum(list(local.values())).tolist()))
+    forward_backward(job.strategy, job.world, batch, job.tasks, counts, job.config.run.seed)
     if hasattr(job.strategy, "reduce"):
         job.strategy.reduce()
     found = {}

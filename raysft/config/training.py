@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from raysft.config.marks import Fixed, Free, Length, PathKey, Weights
+from raysft.config import losses as token_losses
+from raysft.config.marks import Fixed, Free, Length, OneOf, PathKey, Weights
 from raysft.config.section import Section
 
 
@@ -73,6 +74,11 @@ class Train(Section):
     task_weights: Fixed[dict[str, PositiveFloat]] = Field(
         default_factory=dict,
         description="weight of a task's tokens in the loss, e.g. {asr: 1.0, tts: 0.5}; default 1",
+    )
+    losses: Fixed[dict[Annotated[str, OneOf(token_losses.choices)], PositiveFloat]] = Field(
+        default_factory=dict,
+        description="losses of every token beside its cross-entropy, with their weights, e.g. "
+        "{z_loss: 0.0001}",
     )
     precision: Fixed[Literal["fp32", "bf16", "fp16"]] = Field(
         "fp32",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -129,7 +130,8 @@ class Sequence:
     input_ids: int32 [T].
     labels: int32 [T]; labels[t] == input_ids[t] where position t is supervised, else -100
         (not shifted: the loss shifts).
-    features: one float32 [frames, mels] array a clip (empty for models that read units).
+    arrays: what else the model reads, by name: arrays of any lengths and one dtype, which agree in
+        all dimensions but the first ("features": float32 [frames, mels], one a clip).
     seconds: of audio behind it (units count with their frame rate where it is known).
     """
 
@@ -137,8 +139,40 @@ class Sequence:
     task: str
     input_ids: np.ndarray
     labels: np.ndarray
-    features: list[np.ndarray] = field(default_factory=list)
+    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Arrays of one name, one after the other.
+
+    values: [sum(lengths), ...]. lengths: int32 [arrays]. owners: int32 [arrays], ascending: the
+    sequence of the micro-batch that each belongs to.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+    owners: np.ndarray
+
+    @classmethod
+    def join(cls, of_sequences: list[list[np.ndarray]]) -> Ragged:
+        """The arrays of each sequence, of which there is at least one in all."""
+        counts = [len(arrays) for arrays in of_sequences]
+        arrays = list(chain.from_iterable(of_sequences))
+        return cls(
+            np.concatenate(arrays),
+            np.array([len(array) for array in arrays], np.int32),
+            np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+        )
+
+    def of_sequences(self, count: int) -> list[list[np.ndarray]]:
+        """The inverse of `join`: views, for each of `count` sequences."""
+        found: list[list[np.ndarray]] = [[] for _ in range(count)]
+        cuts = np.cumsum(self.lengths)[:-1]
+        for owner, array in zip(self.owners, np.split(self.values, cuts), strict=True):
+            found[owner].append(array)
+        return found
 
 
 @dataclass(slots=True)
@@ -146,7 +180,7 @@ class MicroBatch:
     """The examples of one (step, lane), concatenated; the adapter lays them out packed or padded.
 
     lengths: int32 [n], tokens of each sequence. input_ids, labels: int32 [sum(lengths)].
-    features: float32 [sum(feature_lengths), mels]; feature_lengths: int32 [clips].
+    arrays: what else the sequences have, by name; a name that none of them has is not there.
     slots: for each sequence its place among the planned examples; quarantined ones leave gaps.
     langs: of each sequence the language that its asr answer begins with; None: with none.
     tensors: digest of the arrays (`data.digest`), where it is to be recorded.
@@ -162,8 +196,7 @@ class MicroBatch:
     lengths: np.ndarray
     input_ids: np.ndarray
     labels: np.ndarray
-    features: np.ndarray
-    feature_lengths: np.ndarray
+    arrays: dict[str, Ragged] = field(default_factory=dict)
     seconds: float = 0.0
     slots: list[int] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
@@ -182,7 +215,7 @@ class MicroBatch:
         langs: list[str | None] | None = None,
     ) -> MicroBatch:
         """Concatenate `sequences` in the order given (`slots` default to 0, 1, ...)."""
-        features = [clip for sequence in sequences for clip in sequence.features]
+        names = sorted({name for s in sequences for name, arrays in s.arrays.items() if arrays})
         empty = np.zeros(0, np.int32)
         return cls(
             epoch=epoch,
@@ -193,8 +226,7 @@ class MicroBatch:
             lengths=np.array([len(s.input_ids) for s in sequences], np.int32),
             input_ids=np.concatenate([s.input_ids for s in sequences]) if sequences else empty,
             labels=np.concatenate([s.labels for s in sequences]) if sequences else empty,
-            features=np.concatenate(features) if features else np.zeros((0, 0), np.float32),
-            feature_lengths=np.array([len(clip) for clip in features], np.int32),
+            arrays={n: Ragged.join([s.arrays.get(n, []) for s in sequences]) for n in names},
             seconds=float(sum(s.seconds for s in sequences)),
             slots=list(range(len(sequences)) if slots is None else slots),
             quarantined=list(quarantined or []),

@@ -30,7 +30,7 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from raysft import failures, patience
-from raysft.data.example import MicroBatch, Quarantined
+from raysft.data.example import MicroBatch, Quarantined, Ragged
 from raysft.data.generations import Places, open_index
 from raysft.data.read import CHUNK, Reader, Work, chunks
 from raysft.data.stalled import MOST_STUCK, stuck
@@ -109,7 +109,8 @@ def _read(spec: ReaderSpec, chunk: list[Work]) -> Callable[[], Iterable[pa.Table
 
 
 _MISTAKE = "mistake"
-_ARRAYS = ("lengths", "input_ids", "labels", "features", "feature_lengths")
+_ARRAYS = ("lengths", "input_ids", "labels")
+_RAGGED = ("values", "lengths", "owners")
 _FACTS = ("epoch", "step", "lane", "ids", "tasks", "seconds", "slots", "langs", "tensors")
 
 
@@ -117,10 +118,13 @@ def to_table(batch: MicroBatch) -> pa.Table:
     """A micro-batch as a table of one row, without a copy of its arrays (nor any pickle)."""
     facts: dict[str, Any] = {name: getattr(batch, name) for name in _FACTS}
     facts["quarantined"] = [[q.id, q.source, q.path, q.reason, q.kind] for q in batch.quarantined]
-    facts["shape"] = batch.features.shape
+    facts["shapes"] = {name: ragged.values.shape for name, ragged in batch.arrays.items()}
     columns: dict[str, pa.Array] = {"facts": pa.array([json.dumps(facts)])}
-    for name in _ARRAYS:
-        values = pa.array(np.ascontiguousarray(getattr(batch, name)).reshape(-1))
+    arrays = {name: getattr(batch, name) for name in _ARRAYS}
+    for name, ragged in batch.arrays.items():
+        arrays |= {f"{name}/{field}": getattr(ragged, field) for field in _RAGGED}
+    for name, array in arrays.items():
+        values = pa.array(np.ascontiguousarray(array).reshape(-1))
         columns[name] = pa.LargeListArray.from_arrays(pa.array([0, len(values)]), values)
     return pa.table(columns)
 
@@ -133,10 +137,17 @@ def from_table(table: pa.Table) -> MicroBatch:
     if _MISTAKE in table.column_names:
         raise UserError(table[_MISTAKE][0].as_py())
     facts = json.loads(table["facts"][0].as_py())
-    arrays = {name: table[name].chunk(0).flatten().to_numpy() for name in _ARRAYS}
-    arrays["features"] = arrays["features"].reshape(facts.pop("shape"))
+
+    def array(name: str) -> np.ndarray:
+        return table[name].chunk(0).flatten().to_numpy()
+
+    ragged = {}
+    for name, shape in facts.pop("shapes").items():
+        values, lengths, owners = (array(f"{name}/{field}") for field in _RAGGED)
+        ragged[name] = Ragged(values.reshape(shape), lengths, owners)
     quarantined = [Quarantined(*each) for each in facts.pop("quarantined")]
-    return MicroBatch(**facts, **arrays, quarantined=quarantined)
+    own = {name: array(name) for name in _ARRAYS}
+    return MicroBatch(**facts, **own, arrays=ragged, quarantined=quarantined)
 
 
 class RayReader:

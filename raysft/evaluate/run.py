@@ -81,7 +81,7 @@ def prompts_of(adapter: Adapter, batch: MicroBatch) -> list[Encoded]:
                 document.task,
                 document.input_ids[:end],
                 np.full(end, -100, np.int32),
-                document.clips,
+                document.arrays,
             )
         )
     return found
@@ -134,7 +134,7 @@ def evaluate(
             unusable += batch.quarantined
             with autocast():
                 found = module(to_device(adapter.collate(batch), world.device))
-            for task, (loss, count) in found.by_task.items():
+            for task, (loss, count) in found[0].by_task.items():  # a model's first term
                 losses.setdefault(task, []).append(Loss(float(loss), float(count)))
             if settings.generate:
                 answered += _transcribe(adapter, corpus, batch, rows, settings, autocast, synced)

@@ -12,9 +12,9 @@ from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
 from raysft.models import balance, loading, proof, rope
 from raysft.models.attention import attach
-from raysft.models.base import PREFIX, Adapter, LossSum, Supervised
+from raysft.models.base import PREFIX, Adapter, Supervised
 
-__all__ = ["PREFIX", "Adapter", "Build", "LossSum", "Supervised", "build"]
+__all__ = ["PREFIX", "Adapter", "Build", "Supervised", "build"]
 
 
 class Build(Protocol):

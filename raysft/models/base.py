@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,53 +30,45 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
-from raysft.models import balance, generation, reach, targets
-from raysft.models.attention import document_mask
-from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
-from raysft.models.loss import (
+from raysft.losses.chunked import (
+    Kinds,
+    TokenLoss,
     chunk_rows,
     chunked_losses,
-    cross_entropy,
     head_is_last,
     in_one_call,
     weighted_sum,
 )
+from raysft.losses.term import CROSS_ENTROPY, Term
+from raysft.models import balance, generation, reach, targets
+from raysft.models.attention import document_mask
+from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
 
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
-
-
-class LossSum(NamedTuple):
-    """Cross-entropies summed over supervised tokens (float32), and how many those are.
-
-    sum: in training each is times its task's weight; by_task never is: it holds (detached sum,
-    count) for every task collated so far. penalty: on the weights, to be added once a step.
-    balance: how much of `sum` is the balance loss of a mixture's routers times `count` (see
-    `balance`), detached; None: nothing. A tuple, so that FSDP2 and DDP find the tensors in it.
-    """
-
-    sum: torch.Tensor
-    count: torch.Tensor
-    by_task: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    penalty: torch.Tensor | None = None
-    balance: torch.Tensor | None = None
 
 
 class Supervised(nn.Module):
     """The model with its loss as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
 
     tasks: names by task number; the adapter appends as it meets new ones. weights: of tasks in
-    the loss that is trained, 1 where none is given. penalty: gives the term that training adds to
-    the loss once a step. windows: see `attention.document_mask`.
+    the loss that is trained, 1 where none is given. more: losses of tokens beside the
+    cross-entropy: name, function, weight. penalty: gives the term that training adds to the loss
+    once a step. windows: see `attention.document_mask`.
     """
 
     def __init__(
-        self, net: PreTrainedModel, tasks: list[str], weights: Mapping[str, float] | None = None
+        self,
+        net: PreTrainedModel,
+        tasks: list[str],
+        weights: Mapping[str, float] | None = None,
+        more: Seq[tuple[str, TokenLoss, float]] = (),
     ) -> None:
         super().__init__()
         self.lm = net
         self.tasks = tasks
         self.weights = {} if weights is None else weights
+        self.more = more
         self.penalty: Callable[[], torch.Tensor] | None = None
         self.windows = False
         self.balance = balance.coefficient(net)
@@ -107,8 +99,15 @@ class Supervised(nn.Module):
         """Take the hook from the model's head: another module computes losses from here on."""
         self._hook.remove()
 
-    def forward(self, batch: Batch) -> LossSum:
-        """Losses of `batch`; the sum has a graph to every parameter even when nothing counts."""
+    def forward(self, batch: Batch) -> list[Term]:
+        """The terms of `batch`, the cross-entropy first; what is trained has a graph to every
+        parameter even when nothing counts.
+
+        Its sum is that of float32 cross-entropies over supervised tokens, in training each times
+        its task's weight; by task it never is. Then the other losses of tokens; the balance loss of
+        a mixture's routers, of which a micro-batch has its share of supervised tokens; and the
+        penalty on the weights, in training.
+        """
         inputs = {k: v for k, v in batch.items() if k not in ("keep", "targets", "tasks")}
         if "documents" in inputs:
             ends = inputs.pop("documents")
@@ -122,15 +121,26 @@ class Supervised(nn.Module):
         # By comparison, not by scattered additions: the same bits every time on a GPU too.
         numbers = torch.arange(len(names), device=losses.device).unsqueeze(1)
         chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
-        sums, counts = (chosen * losses.detach()).sum(1), chosen.sum(1).long()
-        by_task = {name: (sums[i], counts[i]) for i, name in enumerate(names)}
-        count = torch.full((), losses.numel(), device=losses.device)
-        penalty = self.penalty() if self.penalty is not None and self.training else None
-        balance = None
+        counts = chosen.sum(1).long()
+        count = torch.full((), losses.shape[1], device=losses.device)
+
+        def term(name: str, each: torch.Tensor, *rest: Any) -> Term:
+            sums = (chosen * each).sum(1)
+            by_task = {task: (sums[i], counts[i]) for i, task in enumerate(names)}
+            return Term(name, weighted_sum(each, weights), count, by_task, *rest)
+
+        first, *others = losses.detach()
+        terms = [term(CROSS_ENTROPY, first, total)]
+        for each, (name, _, weight) in zip(others, self.more, strict=True):
+            terms.append(term(name, each, None, "supervised", weight))
         if unbalanced is not None:
-            total = total + unbalanced * losses.numel()
-            balance = unbalanced.detach() * losses.numel()
-        return LossSum(total, count, by_task, penalty, balance)
+            found = unbalanced * count
+            terms.append(Term("balance", found.detach(), count, trained=found, reported=False))
+        if self.penalty is not None and self.training:
+            found = self.penalty()
+            once = torch.ones_like(count)
+            terms.append(Term("penalty", found.detach(), once, {}, found, None, reported=False))
+        return terms
 
     def _losses(
         self,
@@ -139,18 +149,19 @@ class Supervised(nn.Module):
         targets: torch.Tensor,
         weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Float32 losses [M] and their weighted sum, which has the graph; the balance loss.
+        """Float32 losses [kinds, M] and what is trained of them, with the graph; the balance loss.
 
-        Those of many rows are made inside the head, which returns them as logits [1, M + 1, 1]:
+        Those of many rows are made inside the head, which returns them as logits [1, kinds, M + 1]:
         whatever is hooked to the head sees one call, on every worker.
         """
+        kinds = Kinds(tuple((loss, weight) for _, loss, weight in self.more))
         head, rows = self._head[0], chunk_rows(self._vocabulary, keep.device)
         chunked = self._head_is_last and len(keep) > rows and not in_one_call(head)
         own, compute = head.__dict__.get("forward"), head.forward
         if chunked:
             head.forward = lambda hidden: chunked_losses(
-                head, compute, hidden[0], targets, rows, weights
-            ).view(1, -1, 1)
+                head, compute, hidden[0], targets, rows, weights, kinds
+            ).unsqueeze(0)
         self._keep, self._columns = keep, inputs["input_ids"].shape[1]
         try:
             found = self.lm(**inputs, use_cache=False)
@@ -164,9 +175,9 @@ class Supervised(nn.Module):
         if self.balance is not None:
             unbalanced = self.balance * found.aux_loss
         if chunked:
-            return logits[:-1, 0].detach(), logits[-1, 0], unbalanced
-        losses = cross_entropy(logits, targets)
-        return losses, weighted_sum(losses, weights), unbalanced
+            return logits[:, :-1].detach(), logits[0, -1], unbalanced
+        losses = kinds.of_logits(logits, targets)
+        return losses, kinds.total(losses, weights), unbalanced
 
 
 class Adapter(ABC):
@@ -201,7 +212,8 @@ class Adapter(ABC):
         self.mode = mode
         self.tasks: list[str] = []
         self.task_weights: dict[str, float] = {}  # in the loss that is trained
-        self.supervised = Supervised(net, self.tasks, self.task_weights)
+        self.more_losses: list[tuple[str, TokenLoss, float]] = []  # beside the cross-entropy
+        self.supervised = self._supervised(net)
         configured = net.generation_config.eos_token_id
         stops = {*stop_ids, tokenizer.eos_token_id}
         stops |= set(configured if isinstance(configured, list) else [configured])
@@ -220,8 +232,11 @@ class Adapter(ABC):
         """Compute with `model`, which holds `net` (or is it, changed), from here on."""
         self.supervised.release()
         self.model = model
-        self.supervised = Supervised(model, self.tasks, self.task_weights)
+        self.supervised = self._supervised(model)
         self.supervised.windows = self.verdict.windows
+
+    def _supervised(self, model: nn.Module) -> Supervised:
+        return Supervised(model, self.tasks, self.task_weights, self.more_losses)
 
     def take(self, verdict: Verdict) -> None:
         """Lay batches out, and answer them, as the proof says is exact."""
@@ -238,7 +253,11 @@ class Adapter(ABC):
         """Cut a micro-batch into its sequences."""
         cuts = np.cumsum(mb.lengths)[:-1]
         parts = zip(np.split(mb.input_ids, cuts), np.split(mb.labels, cuts), mb.tasks, strict=True)
-        return [Document(ids, labels, task) for ids, labels, task in parts]
+        found = [Document(ids, labels, task) for ids, labels, task in parts]
+        for name, ragged in mb.arrays.items():
+            for document, arrays in zip(found, ragged.of_sequences(len(found)), strict=True):
+                document.arrays[name] = arrays
+        return found
 
     def features(self, documents: list[Document]) -> Batch:
         """Model inputs besides tokens."""
@@ -288,8 +307,22 @@ class Adapter(ABC):
 
     # -- training --------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch) -> LossSum:
-        """Losses by the bare module; under a strategy call its wrapped module instead."""
+    def counts(self, mb: MicroBatch) -> dict[str, float]:
+        """What a micro-batch holds of what terms are divided by and costs are counted in; the same
+        names whatever it holds, an empty one too.
+
+        supervised: targets; the first token of a sequence is never one. squares: of the sequences'
+        lengths, pairs of positions that attention may see.
+        """
+        mask = mb.labels != IGNORED
+        starts = np.cumsum(mb.lengths) - mb.lengths
+        return {
+            "supervised": float(mask.sum() - mask[starts].sum()),
+            "squares": float(np.square(mb.lengths, dtype=np.float64).sum()),
+        }
+
+    def loss(self, batch: Batch) -> list[Term]:
+        """Terms by the bare module; under a strategy call its wrapped module instead."""
         return self.supervised(batch)
 
     def freeze(self, patterns: Seq[str]) -> list[str]:
@@ -341,7 +374,7 @@ class Adapter(ABC):
         are computed as one left-padded batch where the model allows it (see `proof`), else by
         batches of prompts of one length, or one by one.
         """
-        documents = [Document(s.input_ids, s.labels, s.task, s.features) for s in prompts]
+        documents = [Document(s.input_ids, s.labels, s.task, s.arrays) for s in prompts]
         batches = self._batches([len(d.input_ids) for d in documents], max_new_tokens)
         if synced_gpus:
             rounds = torch.tensor(len(batches), device=next(self.model.parameters()).device)

@@ -18,12 +18,12 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(slots=True)
 class Document:
-    """One sequence of a batch, with the mel features [frames, mels] of its clips."""
+    """One sequence of a batch, with its arrays as `data.example.Sequence` has them."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     task: str
-    clips: list[np.ndarray] = field(default_factory=list)
+    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
 def pack(documents: list[Document]) -> tuple[Batch, np.ndarray]:

@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
 from raysft.data.example import MicroBatch
 from raysft.data.generations import Generations
 from raysft.data.plan import Cursor, PlannedStep
@@ -128,23 +126,23 @@ class Feed:
                 close()
 
     def _assemble(self, step: PlannedStep, found: list[MicroBatch]) -> StepBatch:
-        turns = [self._turn(batch) for batch in found]
+        turns = [turn_of(self.adapter, batch) for batch in found]
         while len(turns) < self.turns:  # no such lane: a turn of weight zero
             lane = len(step.lanes) + len(turns)
-            turns.append(self._turn(MicroBatch.join(step.epoch, step.step, lane, [])))
+            empty = MicroBatch.join(step.epoch, step.step, lane, [])
+            turns.append(turn_of(self.adapter, empty))
         return StepBatch(step.epoch, step.step, step.after.to_json(), turns, found)
 
-    def _turn(self, batch: MicroBatch) -> Turn:
-        laid_out = self.adapter.collate(batch)
-        tokens = int(batch.lengths.sum())
-        positions = laid_out["input_ids"].numel() if tokens else 0
-        squares = float(np.square(batch.lengths, dtype=np.float64).sum())
-        clips = len(batch.feature_lengths)
-        return Turn(batch.lane, laid_out, supervised(batch), positions, tokens, squares, clips)
 
-
-def supervised(batch: MicroBatch) -> int:
-    """Targets in a micro-batch; the first token of a sequence is never one."""
-    mask = batch.labels != -100
-    starts = np.cumsum(batch.lengths) - batch.lengths
-    return int(mask.sum() - mask[starts].sum())
+def turn_of(adapter: Adapter, batch: MicroBatch) -> Turn:
+    """A micro-batch laid out for the model, with what it counts."""
+    laid_out = adapter.collate(batch)
+    tokens = float(batch.lengths.sum())
+    counts = {
+        "tokens": tokens,
+        "positions": float(laid_out["input_ids"].numel()) if tokens else 0.0,
+        "examples": float(len(batch.ids)),
+        "audio_seconds": batch.seconds,
+        "quarantined": float(len(batch.quarantined)),
+    }
+    return Turn(batch.lane, laid_out, counts | adapter.counts(batch))

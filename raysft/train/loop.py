@@ -137,10 +137,6 @@ class Job:
 
 
 ABANDON_S = 10.0  # a save in flight may wait for workers that are gone
-COUNTED = (
-    *("tokens", "positions", "supervised", "squares", "clips"),
-    *("examples", "audio_seconds", "quarantined"),
-)
 
 
 def train(job: Job) -> int:
@@ -178,7 +174,7 @@ def train(job: Job) -> int:
                 world,
                 batch,
                 job.tasks,
-                counts["supervised"],
+                counts,
                 config.run.seed,
             )
             step, cursor = batch.step, batch.after
@@ -188,7 +184,8 @@ def train(job: Job) -> int:
                 found = strategy.step(rate, partial(job.after_step, step))
             else:
                 strategy.drop()
-            totals.add(world.sum_tensor(sums), counts, found.skipped)
+            world.sum_tensor(sums.values)
+            totals.add(sums, counts, found.skipped)
             record.ledger(batch)
             record.skipped(step, totals, found)
             if step % config.log.every == 0 or step == job.total_steps:
@@ -413,17 +410,8 @@ def _restore(
 def _counts(world: World, batch: StepBatch, signal: int) -> tuple[dict[str, float], int]:
     """What this step holds over all workers, and rank 0's signal; one small collective, before the
     forward pass."""
-    local = [
-        float(sum(turn.tokens for turn in batch.turns)),
-        float(sum(turn.positions for turn in batch.turns)),
-        float(sum(turn.supervised for turn in batch.turns)),
-        float(sum(turn.squares for turn in batch.turns)),
-        float(sum(turn.clips for turn in batch.turns)),
-        float(sum(len(mb.ids) for mb in batch.micro_batches)),
-        float(sum(mb.seconds for mb in batch.micro_batches)),
-        float(sum(len(mb.quarantined) for mb in batch.micro_batches)),
-        float(signal if world.is_main else 0),
-    ]
-    # One worker's are already there: no way over its device and back.
-    found = world.sum(local).tolist() if world.size > 1 else local
-    return dict(zip(COUNTED, found)), int(found[-1])
+    local = batch.counts()
+    if world.size == 1:  # all is there already: no way over its device and back
+        return local, signal
+    *found, told = world.sum([*local.values(), float(signal if world.is_main else 0)]).tolist()
+    return dict(zip(local, found, strict=True)), int(told)

@@ -33,8 +33,9 @@ from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.models.base import Adapter
 from raysft.parallel import Strategy, World
+from raysft.train.feed import turn_of
 from raysft.train.memory import host_peak
-from raysft.train.step import StepBatch, Turn, forward_backward
+from raysft.train.step import StepBatch, forward_backward
 
 log = logging.getLogger(__name__)
 
@@ -201,13 +202,10 @@ class _Trials:
     def _step(self, batch: MicroBatch) -> None:
         """A whole step that leaves the weights alone. With several turns a worker the second one
         finds the gradients of the first."""
-        laid_out = self.adapter.collate(batch)
-        tokens = int(batch.lengths.sum())
-        turn = Turn(0, laid_out, len(laid_out["keep"]), laid_out["input_ids"].numel(), tokens)
-        turns = [turn] * min(2, self.world.turns(self.config.data.lanes))
+        turns = [turn_of(self.adapter, batch)] * min(2, self.world.turns(self.config.data.lanes))
         step = StepBatch(0, 1, {}, turns)
-        supervised = float(turn.supervised * len(turns) * self.world.size)
-        forward_backward(self.strategy, self.world, step, self.adapter.tasks, supervised, 0)
+        counts = {name: found * self.world.size for name, found in step.counts().items()}
+        forward_backward(self.strategy, self.world, step, self.adapter.tasks, counts, 0)
         self.strategy.step(0.0)
 
     def _batch(self, count: int, length: int) -> MicroBatch:
@@ -219,14 +217,13 @@ def _sequence(adapter: Adapter, length: int) -> Sequence:
     """An example of `length` positions, at least 2. After a clip, where the model hears one, all of
     it is supervised."""
     dummy = adapter.dummy_document()
-    clips = dummy.clips
     length = max(length, len(dummy.input_ids))
     ids = np.full(length, adapter.stop_ids[0], np.int32)
     labels = ids.copy()
-    if clips:
+    if dummy.arrays:
         ids[: len(dummy.input_ids) - 1] = dummy.input_ids[:-1]
         labels[: len(dummy.input_ids) - 1] = -100
-    return Sequence("probe", "probe", ids, labels, clips)
+    return Sequence("probe", "probe", ids, labels, dummy.arrays)
 
 
 def peak_bytes(device: torch.device) -> float:

@@ -18,6 +18,7 @@ import torch
 from raysft.config.schema import Config
 from raysft.data.quarantine import kind_of, kind_of_line, summary
 from raysft.errors import UserError
+from raysft.losses.term import CROSS_ENTROPY, Sums
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
 from raysft.run.ledger import Ledger, genesis
@@ -36,54 +37,56 @@ class Totals:
     """Running sums since the last logged line: identical on all workers, saved with checkpoints."""
 
     tasks: list[str]
-    sums: torch.Tensor = field(init=False)
+    sums: Sums | None = None  # of steps since then
     counts: dict[str, float] = field(default_factory=dict)
     skipped: int = 0  # steps in a row, up to now
     all_skipped: int = 0  # since the run began
 
-    def __post_init__(self) -> None:
-        self.reset()
-
     def reset(self) -> None:
         """Start a new interval."""
-        self.sums = torch.zeros(2, 1 + len(self.tasks), dtype=torch.float64)
+        self.sums = None
         self.counts = {}
 
-    def add(self, sums: torch.Tensor, counts: dict[str, float], skipped: bool) -> None:
+    def add(self, sums: Sums, counts: dict[str, float], skipped: bool) -> None:
         """Add one step. `sums` may be on a GPU: reading it back here would wait for the step.
 
         skipped: its gradient was not finite, and its loss may not be; it is in no mean.
         """
         self.skipped = self.skipped + 1 if skipped else 0
         self.all_skipped += skipped
+        if self.sums is None:
+            self.sums = replace(sums, values=torch.zeros_like(sums.values))
         if not skipped:
-            self.sums = self.sums.to(sums.device) + sums
+            known = self.sums.values.to(sums.values.device)
+            self.sums = replace(sums, values=known + sums.values)
         for key, value in counts.items():
             self.counts[key] = self.counts.get(key, 0.0) + value
 
     def losses(self) -> dict[str, float]:
-        """Loss per supervised token: in all, and by task for tasks that were there."""
-        sums = self.sums.cpu()
-        mean = (sums[0] / sums[1].clamp(min=1)).tolist()
-        found = {"loss": mean[0]}
-        for column, task in enumerate(self.tasks, start=1):
-            if sums[1, column] > 0:
-                found[f"loss/{task}"] = mean[column]
-        return found
+        """See `Sums.means`."""
+        assert self.sums is not None  # a step was added
+        return self.sums.means(self.tasks)
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: lists of exact float64."""
+        sums = self.sums
+        terms = [] if sums is None else list(zip(sums.names, sums.weights, sums.values.tolist()))
         return {
-            "sums": self.sums.tolist(),
+            "terms": terms,
             "counts": self.counts,
             "skipped": [self.skipped, self.all_skipped],
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        sums = torch.tensor(state["sums"], dtype=torch.float64)
-        self.sums = torch.zeros(2, 1 + len(self.tasks), dtype=torch.float64)
-        self.sums[:, : sums.shape[1]] = sums  # tasks that data.extend brought come last
+        """The inverse of `state`. Runs of before had one term, and called it `sums`."""
+        terms = state["terms"] if "terms" in state else [(CROSS_ENTROPY, 1.0, state["sums"])]
+        self.sums = None
+        if terms:
+            names, weights, values = zip(*terms)
+            known = torch.tensor(values, dtype=torch.float64)
+            found = torch.zeros(len(terms), 2, 1 + len(self.tasks), dtype=torch.float64)
+            found[..., : known.shape[-1]] = known  # tasks that data.extend brought come last
+            self.sums = Sums(names, weights, found)
         self.counts = dict(state["counts"])
         self.skipped, self.all_skipped = state["skipped"]
 

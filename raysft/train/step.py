@@ -1,34 +1,38 @@
 """One optimizer step: K micro-batches, one from each lane, whatever the number of workers.
 
-The loss of a step is the sum over all its supervised tokens, each times its task's weight
-(`train.task_weights`), divided by their global count. Workers average gradients, so each scales its
-sum by (workers / global tokens): the result does not depend on how many workers share the lanes,
-nor on how tokens fall to them.
+The loss of a step is a sum of terms (`losses.term`), each divided by the global count of what it is
+a sum over: the cross-entropy, in which a token counts as its task does (`train.task_weights`), by
+all supervised tokens. Workers average gradients, so each scales its sum by (workers / global
+count): the result does not depend on how many workers share the lanes, nor on how tokens fall to
+them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from raysft.data.example import MicroBatch
+from raysft.losses.term import Sums, Term
 from raysft.parallel import Strategy, World
 
 
 @dataclass(slots=True)
 class Turn:
-    """One forward and backward of one worker: a micro-batch laid out for the model."""
+    """One forward and backward of one worker: a micro-batch laid out for the model.
+
+    counts: what it holds, by name, the same names in every turn: tokens; positions computed, with
+    padding; examples, audio_seconds, quarantined; and what `Adapter.counts` adds. The terms of the
+    loss are divided by some of them.
+    """
 
     lane: int
     batch: dict[str, Any]
-    supervised: int
-    positions: int  # computed by the model, padding included
-    tokens: int  # real ones among them
-    squares: float = 0.0  # of the documents' lengths: pairs of positions that attention may see
-    clips: int = 0
+    counts: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -40,6 +44,11 @@ class StepBatch:
     after: dict[str, Any]  # the cursor once this step is done
     turns: list[Turn]
     micro_batches: list[MicroBatch] = field(default_factory=list)
+
+    def counts(self) -> dict[str, float]:
+        """Of all turns, by name."""
+        first, *rest = (turn.counts for turn in self.turns)
+        return {name: sum((each[name] for each in rest), first[name]) for name in first}
 
 
 def lane_seed(seed: int, epoch: int, step: int, lane: int) -> int:
@@ -64,37 +73,42 @@ def forward_backward(
     world: World,
     batch: StepBatch,
     tasks: list[str],
-    global_tokens: float,
+    counts: Mapping[str, float],
     seed: int,
-) -> torch.Tensor:
-    """Accumulate the gradient of the step's loss; returns float64 [2, 1 + tasks] of this worker.
+) -> Sums:
+    """Accumulate the gradient of the step's loss; returns the terms of this worker's micro-batches.
 
-    Row 0 holds summed losses, row 1 supervised tokens: in all (losses times their tasks' weights),
-    then by task (as they are). A penalty on the weights counts once a step, not once a token, and
-    is in no reported loss; nor is the balance loss of a mixture's routers, of which each
-    micro-batch has its share of supervised tokens.
+    counts: of this step over all workers, by name.
     """
-    sums = torch.zeros(2, 1 + len(tasks), dtype=torch.float64, device=world.device)
-    scale = world.size / max(1.0, global_tokens)
+    sums: Sums | None = None
     for number, turn in enumerate(batch.turns):
         seed_turn(lane_seed(seed, batch.epoch, batch.step, turn.lane), world.device)
         with strategy.accumulate(last=number == len(batch.turns) - 1):
             with strategy.autocast():
-                losses = strategy.module(to_device(turn.batch, world.device))
-            loss = losses.sum * scale
-            if losses.penalty is not None:
-                loss = loss + losses.penalty / len(batch.turns)
-            strategy.backward(loss)
-        sums[0, 0] += losses.sum.detach()
-        if losses.balance is not None:
-            sums[0, 0] -= losses.balance
-        sums[1, 0] += losses.count
-        for column, task in enumerate(tasks, start=1):
-            if task in losses.by_task:
-                loss, count = losses.by_task[task]
-                sums[0, column] += loss
-                sums[1, column] += count
+                terms: list[Term] = strategy.module(to_device(turn.batch, world.device))
+            strategy.backward(_loss(terms, counts, world.size, len(batch.turns)))
+        if sums is None:
+            sums = Sums.zeros(terms, len(tasks), world.device)
+        sums.add(terms, tasks)
+    assert sums is not None  # every worker has a turn
     return sums
+
+
+def _loss(terms: list[Term], counts: Mapping[str, float], workers: int, turns: int) -> torch.Tensor:
+    """What a turn differentiates; gradients are averaged over `workers`, and added over `turns`."""
+    loss: torch.Tensor | None = None
+    for term in terms:
+        if term.trained is None:
+            continue
+        if term.counted is None:
+            found = term.trained / turns
+        else:
+            found = term.trained * (workers / max(1.0, counts[term.counted]))
+        if term.weight != 1.0:
+            found = found * term.weight
+        loss = found if loss is None else loss + found
+    assert loss is not None, "a forward without a term to train"
+    return loss
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

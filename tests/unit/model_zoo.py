@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,10 @@ import torch
 from raysft.config import schema
 from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch, Sequence
+from raysft.families.audio_lm.encode import FEATURES
+from raysft.losses import Term
 from raysft.models import Adapter, build
+from raysft.models.layout import Batch
 
 torch.set_num_threads(2)
 
@@ -94,20 +98,36 @@ def sequences(adapter: Adapter, lengths: list[int], seed: int = 0, mels: int = 8
     for i, length in enumerate(lengths):
         ids = rng.integers(0, 256, length).astype(np.int32)
         labels = np.where(rng.random(length) < 0.5, ids, -100).astype(np.int32)
-        features = []
+        arrays: dict[str, list[np.ndarray]] = {}
         if audio_token is not None:
             tokens = 2 + i % 3
             ids = np.concatenate([np.full(tokens, audio_token, np.int32), ids])
             labels = np.concatenate([np.full(tokens, -100, np.int32), labels])
             frames = 4 * tokens - 1 + adapter.front_end.tail
-            features = [rng.standard_normal((frames, mels)).astype(np.float32)]
-        made.append(Sequence(f"s{i}", ("asr", "tts")[i % 2], ids, labels, features))
+            arrays = {FEATURES: [rng.standard_normal((frames, mels)).astype(np.float32)]}
+        made.append(Sequence(f"s{i}", ("asr", "tts")[i % 2], ids, labels, arrays))
     return made
 
 
 def batch_of(*items: Sequence) -> MicroBatch:
     """A micro-batch of the sequences given."""
     return MicroBatch.join(0, 1, 0, list(items))
+
+
+class Loss(NamedTuple):
+    """The terms of a micro-batch as one. sum: of what is trained."""
+
+    sum: torch.Tensor
+    count: torch.Tensor
+    by_task: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    terms: list[Term]
+
+
+def loss_of(adapter: Adapter, batch: Batch) -> Loss:
+    """By the bare module, each sum as if its count were 1."""
+    terms = adapter.loss(batch)
+    trained = [term.weight * term.trained for term in terms if term.trained is not None]
+    return Loss(sum(trained[1:], trained[0]), terms[0].count, terms[0].by_task, terms)
 
 
 def gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -136,8 +156,8 @@ def plain_loss(adapter: Adapter, item: Sequence) -> torch.Tensor:
         "input_ids": torch.tensor(item.input_ids[None].astype(np.int64)),
         "labels": torch.tensor(item.labels[None].astype(np.int64)),
     }
-    if item.features:
-        inputs |= clip_inputs(adapter, item.features[0])
+    if item.arrays:
+        inputs |= clip_inputs(adapter, item.arrays[FEATURES][0])
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     text = net.config.get_text_config()
     used = text._attn_implementation

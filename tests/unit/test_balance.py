@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from raysft.errors import UserError
+from raysft.losses import CROSS_ENTROPY
 from raysft.models import Adapter, balance
-from tests.unit.model_zoo import CONFIGS, SMALL, batch_of, gradients, make, sequences, worst
+from tests.unit.model_zoo import (
+    CONFIGS,
+    SMALL,
+    batch_of,
+    gradients,
+    loss_of,
+    make,
+    sequences,
+    worst,
+)
 
 ASKED = {"output_router_logits": True, "router_aux_loss_coef": 5.0}
 MIXTRAL = {
@@ -51,13 +61,14 @@ def reference(adapter: Adapter) -> tuple[float, dict[str, torch.Tensor]]:
 def test_a_micro_batch_is_worth_what_transformers_says(name: str, mode: str) -> None:
     adapter = make(name, mode, **ASKED)
     expected, wanted = reference(adapter)
-    found = adapter.loss(adapter.collate(batch_of(*sequences(adapter, LENGTHS))))
+    found = loss_of(adapter, adapter.collate(batch_of(*sequences(adapter, LENGTHS))))
     found.sum.backward()
     assert found.sum.item() == pytest.approx(expected, rel=1e-5)
     assert worst(gradients(adapter), wanted) < 1e-4
+    balance = next(term.sum for term in found.terms if term.name == "balance")
     plain = sum(loss.item() for loss, _ in found.by_task.values())
-    assert (found.sum - found.balance).item() == pytest.approx(plain, rel=1e-5)
-    assert found.balance.item() > 1
+    assert (found.sum - balance).item() == pytest.approx(plain, rel=1e-5)
+    assert balance.item() > 1
 
 
 def test_gradient_checkpointing_keeps_it() -> None:
@@ -67,22 +78,22 @@ def test_gradient_checkpointing_keeps_it() -> None:
         if recompute:
             adapter.enable_gradient_checkpointing()
         adapter.net.train()
-        adapter.loss(adapter.collate(batch_of(*sequences(adapter, LENGTHS)))).sum.backward()
+        loss_of(adapter, adapter.collate(batch_of(*sequences(adapter, LENGTHS)))).sum.backward()
         results.append(gradients(adapter))
     assert worst(*results) < 1e-6
 
 
 def test_a_turn_without_examples_adds_none() -> None:
     adapter = make("mixtral", **ASKED)
-    found = adapter.loss(adapter.dummy())
+    found = loss_of(adapter, adapter.dummy())
     found.sum.backward()
-    assert (found.sum.item(), found.balance.item()) == (0.0, 0.0)
+    assert [term.sum.item() for term in found.terms] == [0.0, 0.0]
     assert all(not g.any() for g in gradients(adapter).values())
 
 
 def test_without_being_asked_for_there_is_none() -> None:
     adapter = make("mixtral")
-    assert adapter.loss(adapter.dummy()).balance is None
+    assert [term.name for term in adapter.loss(adapter.dummy())] == [CROSS_ENTROPY]
 
 
 def test_one_that_a_model_does_not_have_is_refused() -> None:

@@ -110,7 +110,7 @@ def test_audio_becomes_units_on_either_side(speaking, samples):
     spoken = check(encoder, SPOKEN, [CLIP[:samples]])
     units = encoder.speech_tokens.encode(CLIP[:samples])
     assert learnt(encoder, spoken) == "".join(f"<|unit{u}|>" for u in units) + "<|eos|>"
-    assert heard.features == [] and heard.seconds == len(units) / 25
+    assert heard.arrays == {} and heard.seconds == len(units) / 25
 
 
 def test_a_clip_without_a_single_unit_is_refused_when_measured(speaking):
@@ -142,7 +142,7 @@ def test_two_numbers_of_units_are_a_contradiction(tmp_path):
 def test_a_clip_takes_its_audio_tokens_between_their_marks(audio_lm, samples):
     sequence = check(audio_lm, HEARD, [CLIP[:samples]])
     tokenizer = audio_lm.tokenizer
-    count = audio_tokens(len(sequence.features[0]) - audio_lm.front_end.tail)
+    count = audio_tokens(len(sequence.arrays["features"][0]) - audio_lm.front_end.tail)
     shown = tokenizer.decode(sequence.input_ids)
     assert shown == (
         "Transcribe the following speech into text.\n"
@@ -167,7 +167,7 @@ def test_audio_tokens_and_frames_are_those_of_the_models_own_processor(audio_lm)
         features = theirs["input_features"][0].T
         frames = int(theirs["feature_attention_mask"].sum())
         assert frames == audio_lm.front_end.frames(samples)
-        padded = audio_lm.front_end.pad(ours.features[0], audio_lm.max_frames)
+        padded = audio_lm.front_end.pad(ours.arrays["features"][0], audio_lm.max_frames)
         np.testing.assert_allclose(padded, features, atol=1e-4)
 
 
@@ -205,8 +205,8 @@ def test_audio_lm_says_what_it_cannot_do(audio_lm):
 def test_fbank_can_be_the_models_input(tmp_path):
     encoder = make_encoder(AUDIO_MODEL, Data(features="fbank"), tmp_path)
     sequence = check(encoder, HEARD, [CLIP])
-    assert sequence.features[0].shape == (98, 80)
-    np.testing.assert_allclose(sequence.features[0].mean(0), 0, atol=1e-4)
+    assert sequence.arrays["features"][0].shape == (98, 80)
+    np.testing.assert_allclose(sequence.arrays["features"][0].mean(0), 0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from raysft.data.example import Audio, Example
 from raysft.data.text import byte_tokenizer
 from raysft.errors import UserError
 from raysft.export import export
+from raysft.families.audio_lm.encode import FEATURES
 from raysft.models import PREFIX, Adapter, build
 from raysft.models.base import Document
 from raysft.models.loading import grow_vocabulary
@@ -34,8 +35,8 @@ def logits(net: torch.nn.Module, adapter: Adapter) -> torch.Tensor:
     documents = sequences(adapter, [9])
     ids = torch.tensor(documents[0].input_ids[None].astype(np.int64))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if documents[0].features:
-        inputs |= clip_inputs(adapter, documents[0].features[0])
+    if documents[0].arrays:
+        inputs |= clip_inputs(adapter, documents[0].arrays[FEATURES][0])
     with torch.no_grad():
         return net.eval()(**inputs).logits
 
@@ -92,7 +93,7 @@ def test_the_exported_processor_gives_the_inputs_that_were_trained_on(tmp_path: 
     wave = np.random.default_rng(0).standard_normal(3210).astype(np.float32)
     example = Example("a", "asr", (Audio("a.wav"),), ("yes",), instruction="Write.")
     prompt = encoder.prompt(example, [wave])
-    ours = adapter.features([Document(prompt.input_ids, prompt.labels, "asr", prompt.features)])
+    ours = adapter.features([Document(prompt.input_ids, prompt.labels, "asr", prompt.arrays)])
 
     processor = AutoProcessor.from_pretrained(folder)
     asked = [{"type": "text", "text": "Write."}, {"type": "audio", "audio": wave}]
@@ -121,7 +122,7 @@ def test_a_model_of_fbank_is_exported_with_its_extractor_in_place_of_a_processor
     wave = np.random.default_rng(0).standard_normal(3210).astype(np.float32)
     example = Example("a", "asr", (Audio("a.wav"),), ("yes",), instruction="")
     prompt = encoder.prompt(example, [wave])
-    ours = adapter.features([Document(prompt.input_ids, prompt.labels, "asr", prompt.features)])
+    ours = adapter.features([Document(prompt.input_ids, prompt.labels, "asr", prompt.arrays)])
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     theirs = extractor(
         wave, sampling_rate=16000, padding="max_length", max_length=100, return_tensors="pt"
@@ -135,12 +136,14 @@ def test_a_model_of_fbank_is_exported_with_its_extractor_in_place_of_a_processor
 
     # Training can go on from the folder, with the same features.
     path = schema.Model(path=str(folder))
-    for features in ("model", "fbank"):
-        again = make_encoder(path, schema.Data(features=features), "unused")
-        assert np.array_equal(again.prompt(example, [wave]).features[0], prompt.features[0])
-        twice = build(path, schema.Data(features=features), again, 0)
-        assert (export(twice, tmp_path / features) / "preprocessor_config.json").exists()
-        assert not (tmp_path / features / "processor_config.json").exists()
+    for kind in ("model", "fbank"):
+        again = make_encoder(path, schema.Data(features=kind), "unused")
+        assert np.array_equal(
+            again.prompt(example, [wave]).arrays[FEATURES], prompt.arrays[FEATURES]
+        )
+        twice = build(path, schema.Data(features=kind), again, 0)
+        assert (export(twice, tmp_path / kind) / "preprocessor_config.json").exists()
+        assert not (tmp_path / kind / "processor_config.json").exists()
 
 
 def test_a_model_with_a_template_of_its_own_is_exported_with_it_and_trained_on_by_it(

@@ -24,7 +24,7 @@ from raysft.run.lines import read_lines
 from raysft.train.loop import train
 from tests import outside
 from tests.models import AUDIO, CAUSAL
-from tests.unit.model_zoo import batch_of, sequences
+from tests.unit.model_zoo import batch_of, loss_of, sequences
 from tests.worlds import ROOT, start, tiny
 
 FAMILIES = ("auto", "causal_lm", "audio_lm")
@@ -167,7 +167,7 @@ def test_a_new_type_of_audio_model_is_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     for one in (adapter, plain):
         one.model.eval()
         heard = sequences(one, [5, 9], mels=80)
-        losses.append(one.loss(one.collate(batch_of(*heard))).sum.item())
+        losses.append(loss_of(one, one.collate(batch_of(*heard))).sum.item())
     assert losses[0] == losses[1]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,10 +12,10 @@ from raysft.models import Adapter
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train import flops
-from raysft.train.feed import supervised
+from raysft.train.feed import turn_of
 from raysft.train.loop import train
 from tests import worlds
-from tests.unit.model_zoo import CONFIGS, batch_of, make, sequences
+from tests.unit.model_zoo import CONFIGS, batch_of, loss_of, make, sequences
 
 LENGTHS = [40, 10, 33]
 
@@ -27,13 +26,8 @@ def counted(adapter: Adapter) -> tuple[float, float]:
     batch = batch_of(*items)
     laid_out = adapter.collate(batch)
     with FlopCounterMode(display=False) as counter:
-        adapter.loss(laid_out).sum.backward()
-    counts = {
-        "tokens": float(batch.lengths.sum()),
-        "supervised": float(supervised(batch)),
-        "squares": float(np.square(batch.lengths.astype(float)).sum()),
-        "clips": float(len(batch.feature_lengths)),
-    }
+        loss_of(adapter, laid_out).sum.backward()
+    counts = turn_of(adapter, batch).counts
     return float(counter.get_total_flops()), flops.cost_of(adapter.model).total(counts)
 
 

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from raysft.config import Config
-from raysft.models import PREFIX, Adapter, loss
+from raysft.config.losses import load
+from raysft.losses import CROSS_ENTROPY, Sums, Term
+from raysft.losses import chunked as loss
+from raysft.models import PREFIX, Adapter
 from raysft.parallel import World, make_strategy
-from tests.unit.model_zoo import batch_of, gradients, make, sequences, worst
+from tests.unit.model_zoo import batch_of, gradients, loss_of, make, sequences, worst
 from tests.worlds import fork
 
 LENGTHS = [9, 4, 17, 9, 12]
@@ -39,7 +42,7 @@ def loss_and_gradients(
     monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(rows))
     batch = adapter.collate(batch_of(*sequences(adapter, LENGTHS)))
     with torch.autocast("cpu", half) if half else nullcontext():
-        found = adapter.loss(batch)
+        found = loss_of(adapter, batch)
     (found.sum * factor).backward()
     values = [found.sum.item(), found.count.item()]
     values += [x.item() for task in sorted(found.by_task) for x in found.by_task[task]]
@@ -100,9 +103,9 @@ def test_the_loss_is_that_of_the_heads_weights_alone() -> None:
     for x in (hidden, *head.parameters()):
         x.grad = None
     found = loss.chunked_losses(head, head.forward, hidden, targets, rows=8)
-    (found[-1] * 0.3).backward()
-    torch.testing.assert_close(found[:-1], expected.detach(), rtol=1e-6, atol=1e-6)
-    assert found[-1].item() == pytest.approx(expected.sum().item(), rel=1e-6)
+    (found[0, -1] * 0.3).backward()
+    torch.testing.assert_close(found[0, :-1], expected.detach(), rtol=1e-6, atol=1e-6)
+    assert found[0, -1].item() == pytest.approx(expected.sum().item(), rel=1e-6)
     for x, gradient in zip((hidden, *head.parameters()), wanted, strict=True):
         torch.testing.assert_close(x.grad, gradient, rtol=1e-5, atol=1e-6)
 
@@ -136,7 +139,7 @@ def test_weights_of_tasks_are_those_of_a_plain_sum(
     for training in (False, True):
         adapter.supervised.train(training)
         with torch.autocast("cpu", half) if half else nullcontext():
-            found = adapter.loss(batch)
+            found = loss_of(adapter, batch)
         expected = total.item() if training else sum(loss.item() for _, loss in plain)
         assert found.sum.item() == pytest.approx(expected, rel=3e-3 if half else 1e-5)
         for task in ("asr", "tts", "other"):
@@ -146,14 +149,63 @@ def test_weights_of_tasks_are_those_of_a_plain_sum(
     assert worst(gradients(adapter), wanted) < (2e-2 if half else 1e-5)
 
 
+@pytest.mark.parametrize("half", [None, torch.float16])
+@pytest.mark.parametrize("rows", [CHUNKED, WHOLE])
+def test_a_second_loss_of_tokens_is_trained_by_its_weight_and_reported_by_its_name(
+    rows: int, half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make("llama")
+    documents = sequences(adapter, LENGTHS)
+    plain, log_z = [], []
+    with torch.autocast("cpu", half) if half else nullcontext():
+        for document in documents:  # one by one, by torch alone
+            ids, labels = (
+                torch.tensor(np.asarray(x)).long() for x in (document.input_ids, document.labels)
+            )
+            logits = adapter.model(ids[None]).logits[0, :-1].float()
+            plain.append(F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum"))
+            log_z.append(torch.log(logits.exp().sum(-1))[labels[1:] != -100].square().sum())
+    (0.5 * (sum(plain) + 0.3 * sum(log_z))).backward()
+    wanted = gradients(adapter)
+    adapter.more_losses.append(("z_loss", load("z_loss"), 0.3))
+    monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(rows))
+    with torch.autocast("cpu", half) if half else nullcontext():
+        found = loss_of(adapter, adapter.collate(batch_of(*documents)))
+    close = {"rel": 3e-3 if half else 1e-5}
+    first, second = found.terms
+    assert (first.name, second.name) == (CROSS_ENTROPY, "z_loss")
+    assert first.sum.item() == pytest.approx(sum(plain).item(), **close)
+    assert second.sum.item() == pytest.approx(sum(log_z).item(), **close)
+    assert second.weight == 0.3 and second.trained is None
+    by_task = sum(x.item() for x, _ in second.by_task.values())
+    assert by_task == pytest.approx(second.sum.item(), rel=1e-6)
+    (found.sum * 0.5).backward()
+    assert worst(gradients(adapter), wanted) < (2e-2 if half else 1e-5)
+
+
+def test_terms_are_each_divided_by_their_count_and_add_up_by_their_weights() -> None:
+    one, two = torch.tensor(6.0), torch.tensor(3.0)
+    terms = [
+        Term(CROSS_ENTROPY, one, torch.tensor(4), {"asr": (one, torch.tensor(2))}),
+        Term("flow", two, torch.tensor(10), {}, two, "frames", 0.5),
+        Term("penalty", two, torch.tensor(1), trained=two, counted=None, reported=False),
+    ]
+    sums = Sums.zeros(terms, 2, torch.device("cpu"))
+    for _ in range(2):
+        sums.add(terms, ["asr", "tts"])
+    assert sums.means(["asr", "tts"]) == pytest.approx(
+        {"loss": 1.65, "loss/asr": 3.0, "term/cross_entropy": 1.5, "term/flow": 0.3}
+    )
+
+
 def test_without_gradients_the_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make("qwen3")
     batch = adapter.collate(batch_of(*sequences(adapter, LENGTHS)))
-    whole = adapter.loss(batch)
+    whole = loss_of(adapter, batch)
     monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(CHUNKED))
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            chunked = adapter.loss(batch)
+            chunked = loss_of(adapter, batch)
         assert chunked.sum.item() == pytest.approx(whole.sum.item(), rel=1e-6)
 
 
@@ -202,7 +254,7 @@ def _worker(rank: int, size: int, store: str, strategy: str) -> None:
     for number in range(size):
         items = sequences(plain, [9 + 5 * number, 7], seed=number)
         batches.append(plain.collate(batch_of(*items)))
-    sum(plain.loss(batch).sum for batch in batches).backward()
+    sum(loss_of(plain, batch).sum for batch in batches).backward()
     wanted = gradients(plain)
 
     adapter = make("qwen3_tied")
@@ -213,7 +265,7 @@ def _worker(rank: int, size: int, store: str, strategy: str) -> None:
     found = {}
     for number, turn in enumerate(turns):
         with wrapped.accumulate(last=number == 1):
-            wrapped.backward(wrapped.module(turn).sum * (size if number == 0 else 0.0))
+            wrapped.backward(wrapped.module(turn)[0].trained * (size if number == 0 else 0.0))
     for name, parameter in adapter.supervised.named_parameters():
         gradient = parameter.grad
         found[name.removeprefix(PREFIX)] = getattr(gradient, "full_tensor", lambda g=gradient: g)()
@@ -246,7 +298,7 @@ def _peak(answer: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what it holds now
     before = peak()
     rows = loss.chunk_rows(head.out_features, hidden.device)
-    loss.chunked_losses(head, head.forward, hidden, targets, rows)[-1].backward()
+    loss.chunked_losses(head, head.forward, hidden, targets, rows)[0, -1].backward()
     Path(answer).write_text(str((peak() - before) // 1024))
 
 

@@ -20,11 +20,13 @@ from raysft.data.encode import make_encoder
 from raysft.data.example import Example, MicroBatch, Sequence
 from raysft.data.tokenizer import byte_tokenizer
 from raysft.errors import UserError
+from raysft.families.audio_lm.encode import FEATURES
 from raysft.models import PREFIX, Adapter, build
 from tests.unit.model_zoo import (
     CONFIGS,
     batch_of,
     gradients,
+    loss_of,
     make,
     plain_loss,
     sequences,
@@ -43,15 +45,15 @@ MODES = ["packed", "padded"]
 def test_left_and_right_padding_give_equal_losses(name: str) -> None:
     adapter = make(name, "padded")
     mb = batch_of(*sequences(adapter, LENGTHS))
-    right = adapter.loss(adapter.collate(mb, side="right")).sum.item()
-    left = adapter.loss(adapter.collate(mb, side="left")).sum.item()
+    right = loss_of(adapter, adapter.collate(mb, side="right")).sum.item()
+    left = loss_of(adapter, adapter.collate(mb, side="left")).sum.item()
     assert left == pytest.approx(right, rel=1e-5)
 
 
 def test_losses_by_task_add_up_to_the_whole() -> None:
     adapter = make("qwen3")
     items = sequences(adapter, LENGTHS)
-    losses = adapter.loss(adapter.collate(batch_of(*items)))
+    losses = loss_of(adapter, adapter.collate(batch_of(*items)))
     assert set(losses.by_task) == {"asr", "tts"}
     assert sum(s.item() for s, _ in losses.by_task.values()) == pytest.approx(losses.sum.item())
     for task, (total, count) in losses.by_task.items():
@@ -67,7 +69,7 @@ def test_the_first_token_of_a_document_is_never_predicted(mode: str) -> None:
     adapter = make("qwen3", mode)
     ids = np.arange(5, dtype=np.int32)
     items = [Sequence(str(i), "asr", ids, ids) for i in range(3)]
-    losses = adapter.loss(adapter.collate(batch_of(*items)))
+    losses = loss_of(adapter, adapter.collate(batch_of(*items)))
     assert losses.count.item() == 3 * 4
     assert losses.sum.item() == pytest.approx(3 * plain_loss(adapter, items[0]).item(), rel=1e-5)
 
@@ -76,16 +78,16 @@ def test_the_head_sees_supervised_positions_only() -> None:
     adapter = make("qwen3")
     seen: list[int] = []
     adapter.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[-2]))
-    losses = adapter.loss(adapter.collate(batch_of(*sequences(adapter, LENGTHS))))
+    losses = loss_of(adapter, adapter.collate(batch_of(*sequences(adapter, LENGTHS))))
     assert seen == [losses.count.item()]
 
 
 def test_losses_are_float32_under_bf16_autocast() -> None:
     adapter = make("qwen3")
     batch = adapter.collate(batch_of(*sequences(adapter, LENGTHS)))
-    exact = adapter.loss(batch)
+    exact = loss_of(adapter, batch)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = adapter.loss(batch)
+        losses = loss_of(adapter, batch)
     losses.sum.backward()
     assert losses.sum.dtype == torch.float32
     assert losses.sum.item() == pytest.approx(exact.sum.item(), rel=0.03)
@@ -96,7 +98,7 @@ def test_losses_are_float32_under_bf16_autocast() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_dummy_batch_has_no_loss_and_zero_gradients_everywhere(name: str, mode: str) -> None:
     adapter = make(name, mode)
-    losses = adapter.loss(adapter.dummy())
+    losses = loss_of(adapter, adapter.dummy())
     assert (losses.sum.item(), losses.count.item()) == (0.0, 0)
     losses.sum.backward()
     assert all(not g.any() for g in gradients(adapter).values())
@@ -107,7 +109,7 @@ def test_an_audio_model_reaches_its_encoder_whatever_the_batch(mode: str) -> Non
     adapter = make("qwen2_audio", mode)
     text = Sequence("text", "asr", *[np.arange(6, dtype=np.int32)] * 2)
     batch = adapter.collate(batch_of(text))
-    losses = adapter.loss(batch)
+    losses = loss_of(adapter, batch)
     losses.sum.backward()
     gradients(adapter)  # none is missing
     assert losses.sum.item() == pytest.approx(plain_loss(adapter, text).item(), rel=1e-5)
@@ -118,11 +120,11 @@ def test_a_clip_of_one_audio_token_trains() -> None:
     ids = np.array([adapter.audio_token_id, 1, 2], np.int32)
     labels = np.array([-100, -100, 2], np.int32)
     clip = np.ones((4 + adapter.front_end.tail, 8), np.float32)
-    tiny = Sequence("tiny", "asr", ids, labels, [clip])
+    tiny = Sequence("tiny", "asr", ids, labels, {FEATURES: [clip]})
     other = sequences(adapter, [5])[0]
-    alone = adapter.loss(adapter.collate(batch_of(tiny))).sum.item()
-    rest = adapter.loss(adapter.collate(batch_of(other))).sum.item()
-    both = adapter.loss(adapter.collate(batch_of(tiny, other))).sum.item()
+    alone = loss_of(adapter, adapter.collate(batch_of(tiny))).sum.item()
+    rest = loss_of(adapter, adapter.collate(batch_of(other))).sum.item()
+    both = loss_of(adapter, adapter.collate(batch_of(tiny, other))).sum.item()
     assert math.isfinite(alone)
     assert both == pytest.approx(alone + rest, rel=1e-5)
 
@@ -132,16 +134,16 @@ def test_clips_go_with_their_sequences_when_a_row_is_reordered() -> None:
     items = sequences(adapter, [12, 3, 7])
     items[0].input_ids = np.concatenate([items[0].input_ids, items[1].input_ids])  # two clips
     items[0].labels = np.concatenate([items[0].labels, items[1].labels])
-    items[0].features = [*items[0].features, *items[1].features]
-    alone = sum(adapter.loss(adapter.collate(batch_of(item))).sum.item() for item in items)
-    together = adapter.loss(adapter.collate(batch_of(*items))).sum.item()
+    items[0].arrays = {FEATURES: [item.arrays[FEATURES][0] for item in items[:2]]}
+    alone = sum(loss_of(adapter, adapter.collate(batch_of(item))).sum.item() for item in items)
+    together = loss_of(adapter, adapter.collate(batch_of(*items))).sum.item()
     assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_features_that_do_not_fit_the_audio_tokens_are_an_error() -> None:
     adapter = make("qwen2_audio")
     item = sequences(adapter, [6])[0]
-    item.features = []
+    item.arrays = {}
     with pytest.raises(ValueError, match="s0: 2 audio tokens have no features"):
         adapter.collate(batch_of(item))
 
@@ -163,7 +165,7 @@ def process_group() -> Iterator[None]:
 def test_wrapped_models_give_the_same_loss_and_gradient(name: str, strategy: str) -> None:
     plain = make(name)
     batch = plain.collate(batch_of(*sequences(plain, LENGTHS)))
-    expected = plain.loss(batch)
+    expected = loss_of(plain, batch)
     expected.sum.backward()
     wanted = gradients(plain)
 
@@ -180,8 +182,8 @@ def test_wrapped_models_give_the_same_loss_and_gradient(name: str, strategy: str
                 fully_shard(part, mesh=mesh)
         fully_shard(module, mesh=mesh)
     for turn in (again, adapter.dummy()):
-        losses = module(turn)
-        losses.sum.backward()
+        losses = module(turn)[0]
+        losses.trained.backward()
         if turn is again:
             assert losses.sum.item() == pytest.approx(expected.sum.item(), rel=1e-6)
     found = {}
@@ -331,7 +333,7 @@ def test_freezing_takes_patterns_and_names_what_is_near() -> None:
     adapter = make("qwen2_audio")
     frozen = adapter.freeze(["model.audio_tower.*", "lm_head.weight"])
     assert "lm_head.weight" in frozen
-    adapter.loss(adapter.dummy()).sum.backward()
+    loss_of(adapter, adapter.dummy()).sum.backward()
     trained = gradients(adapter)
     assert trained and not any(name in trained for name in frozen)
     with pytest.raises(UserError, match=r"model.audio_towr.\*.*audio_tower"):

@@ -12,6 +12,7 @@ from tests.unit.model_zoo import (
     SMALL,
     batch_of,
     gradients,
+    loss_of,
     make,
     plain_loss,
     sequences,
@@ -26,7 +27,7 @@ def test_packed_gradient_equals_the_sum_over_its_sequences_alone(name: str) -> N
     adapter = make(name)
     items = sequences(adapter, LENGTHS)
 
-    packed = adapter.loss(adapter.collate(batch_of(*items)))
+    packed = loss_of(adapter, adapter.collate(batch_of(*items)))
     packed.sum.backward()
     ours = gradients(adapter)
 
@@ -46,7 +47,7 @@ def test_padded_loss_and_gradient_equal_the_packed_ones(name: str) -> None:
     results = []
     for mode in ("packed", "padded"):
         adapter = make(name, mode)
-        losses = adapter.loss(adapter.collate(batch_of(*sequences(adapter, LENGTHS))))
+        losses = loss_of(adapter, adapter.collate(batch_of(*sequences(adapter, LENGTHS))))
         losses.sum.backward()
         results.append((losses.sum.item(), gradients(adapter)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -62,7 +63,7 @@ def test_gradient_checkpointing_changes_no_bit(name: str, mode: str) -> None:
         if recompute:
             adapter.enable_gradient_checkpointing()
         adapter.model.train()
-        losses = adapter.loss(adapter.collate(batch_of(*sequences(adapter, LENGTHS))))
+        losses = loss_of(adapter, adapter.collate(batch_of(*sequences(adapter, LENGTHS))))
         losses.sum.backward()
         results.append((losses.sum.item(), gradients(adapter)))
     assert results[0][0] == results[1][0]

@@ -15,7 +15,7 @@ from raysft.data.example import Sequence
 from raysft.errors import UserError
 from raysft.models import Adapter, build, copies, proof, rope
 from raysft.models.loading import make_config
-from tests.unit.model_zoo import SMALL, batch_of
+from tests.unit.model_zoo import SMALL, batch_of, loss_of
 
 LONGROPE = {
     "model_type": "phi3",
@@ -122,7 +122,7 @@ def test_documents_on_both_sides_of_every_length_are_worth_what_they_are_alone(
     for lengths in ([9, 40, 4, 17, 25], [3, 16, 20]):  # the second after the first
         items = documents(lengths)
         with torch.no_grad():
-            together = adapter.loss(adapter.collate(batch_of(*items))).sum.item()
+            together = loss_of(adapter, adapter.collate(batch_of(*items))).sum.item()
         assert together == pytest.approx(sum(alone(adapter, item) for item in items), rel=1e-5)
 
 

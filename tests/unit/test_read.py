@@ -139,7 +139,7 @@ def test_all_examples_quarantined_give_an_empty_micro_batch(corpus: Path) -> Non
         path.write_bytes(b"")
     batch = everything(reader)
     assert len(batch.quarantined) == CLIPS
-    assert (batch.ids, batch.slots, len(batch.lengths), batch.features.size) == ([], [], 0, 0)
+    assert (batch.ids, batch.slots, len(batch.lengths), batch.arrays) == ([], [], 0, {})
 
 
 @pytest.mark.parametrize("noise", [None, 0.5])

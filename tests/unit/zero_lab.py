@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from raysft.config import Config
-from raysft.models import loss as losses
+from raysft.losses import chunked as losses
 from raysft.parallel import Strategy, World, make_strategy, zero_state
 from raysft.parallel.ddp import Ddp
 from raysft.run.lines import read_lines

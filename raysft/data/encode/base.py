@@ -10,9 +10,9 @@ Costs 0.04 ms an example to measure, 0.06 ms to encode text and units, 0.5 ms a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,11 +29,15 @@ IGNORED = -100  # label of positions that are not learnt
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A part as the model reads it. seconds: of audio behind it, 0 where that is not known."""
+    """A part as the model reads it. seconds: of audio behind it, 0 where that is not known.
+
+    arrays: what the model reads of it besides, by name (see `Sequence`): the index, the stream and
+    the feed carry them without knowing them.
+    """
 
     ids: np.ndarray
     seconds: float = 0.0
-    features: np.ndarray | None = None
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Encoder(ABC):
@@ -74,7 +78,7 @@ class Encoder(ABC):
     def part_encoded(
         self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
     ) -> Encoded:
-        """Ids of a part, with features where the model reads them. rng: augment with it."""
+        """Ids of a part, with the arrays that the model reads of it. rng: augment with it."""
 
     def measure(self, example: Example, samples: Items[int]) -> int:
         """Positions the example takes, at its longest; samples: of each of example.audio() at
@@ -185,11 +189,15 @@ class Encoder(ABC):
         labels = input_ids.copy()
         labels[: sum(len(part.ids) for part in prompt)] = IGNORED
         parts = [*prompt, *answer]
+        arrays: dict[str, list[np.ndarray]] = {}
+        for part in parts:
+            for name, values in part.arrays.items():
+                arrays.setdefault(name, []).append(values)
         return Sequence(
             id=example.id,
             task=example.task,
             input_ids=input_ids,
             labels=labels,
-            features=[part.features for part in parts if part.features is not None],
+            arrays=arrays,
             seconds=sum(part.seconds for part in parts),
         )

@@ -27,6 +27,7 @@ from raysft.errors import BadExample, UserError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+FEATURES = "features"  # the name of a clip's frames among the arrays of an example
 FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
 FEWEST_TOKENS = 2  # with fewer adjacent audio tokens Qwen2-Audio takes its old path, which fails
 
@@ -112,7 +113,7 @@ class AudioLMEncoder(Encoder):
         features = self.front_end(clip)
         count = audio_tokens(self.front_end.frames(len(clip)))
         ids = np.full(count, self.audio_token_id, np.int32)
-        return Encoded(ids, len(clip) / self.sample_rate, features)
+        return Encoded(ids, len(clip) / self.sample_rate, {FEATURES: features})
 
 
 def audio_tokens(frames: int) -> int:

@@ -31,7 +31,7 @@ from raysft.data.encode import net_class
 from raysft.data.example import MicroBatch
 from raysft.data.features import Fbank, FrontEnd
 from raysft.errors import UserError
-from raysft.families.audio_lm.encode import AudioLMEncoder, audio_tokens
+from raysft.families.audio_lm.encode import FEATURES, AudioLMEncoder, audio_tokens
 from raysft.models import loading
 from raysft.models.base import IGNORED, Adapter, Batch, Document
 
@@ -72,27 +72,29 @@ class AudioLM(Adapter):
         """A silent clip of two audio tokens and an end token."""
         ids = np.array([self.audio_token_id] * 2 + [self.stop_ids[0]], np.int32)
         clip = np.zeros((DUMMY_FRAMES + self.front_end.tail, self.mels), np.float32)
-        return Document(ids, np.full(3, IGNORED, np.int32), "none", [clip])
+        return Document(ids, np.full(3, IGNORED, np.int32), "none", {FEATURES: [clip]})
 
     def documents(self, mb: MicroBatch) -> list[Document]:
-        """Sequences with their clips; a clip belongs where its audio tokens are."""
+        """Sequences with their clips. Raises ValueError where a sequence has not one audio token
+        for each position that its clips take."""
         documents = super().documents(mb)
-        clips = iter(np.split(mb.features, np.cumsum(mb.feature_lengths))[:-1])
         for name, document in zip(mb.ids, documents, strict=True):
             wanted = int((document.input_ids == self.audio_token_id).sum())
-            while wanted > 0:
-                clip = next(clips, None)
-                if clip is None:
-                    raise ValueError(f"{name}: {wanted} audio tokens have no features")
-                document.clips.append(clip)
-                wanted -= audio_tokens(self.frames(clip))
+            wanted -= sum(audio_tokens(self.frames(clip)) for clip in clips_of(document))
+            if wanted > 0:
+                raise ValueError(f"{name}: {wanted} audio tokens have no features")
             if wanted < 0:
                 raise ValueError(f"{name}: its clips give {-wanted} more audio tokens than it has")
         return documents
 
+    def counts(self, mb: MicroBatch) -> dict[str, float]:
+        """As `Adapter.counts`, and clips: how many the encoder reads."""
+        clips = mb.arrays.get(FEATURES)
+        return super().counts(mb) | {"clips": 0.0 if clips is None else float(len(clips.lengths))}
+
     def touches_everything(self, documents: list[Document]) -> bool:
         """Whether the encoder runs, by transformers' present path (two adjacent audio tokens)."""
-        return any(audio_tokens(self.frames(clip)) > 1 for d in documents for clip in d.clips)
+        return any(audio_tokens(self.frames(c)) > 1 for d in documents for c in clips_of(d))
 
     def frames(self, clip: np.ndarray) -> int:
         """Frames of a clip's features [frames + tail, mels] that the clip itself fills."""
@@ -100,7 +102,7 @@ class AudioLM(Adapter):
 
     def features(self, documents: list[Document]) -> Batch:
         """Clips padded to the one length the encoder takes, and where they are real."""
-        clips = [clip for document in documents for clip in document.clips]
+        clips = [clip for document in documents for clip in clips_of(document)]
         # Not zeros: the encoder's convolutions look across a clip's end, at what the model's own
         # processor has there: frames that still hear the clip, then silence.
         padded = np.stack([self.front_end.pad(clip, self.frames_limit).T for clip in clips])
@@ -131,6 +133,11 @@ class AudioLM(Adapter):
         """As `Adapter.save_processor`, with the feature extractor."""
         super().save_processor(folder)
         self.preprocessor.save_pretrained(folder)
+
+
+def clips_of(document: Document) -> list[np.ndarray]:
+    """Features [frames + tail, mels] of each of its clips."""
+    return document.arrays.get(FEATURES, [])
 
 
 def make_adapter(

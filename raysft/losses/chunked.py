@@ -1,8 +1,9 @@
-"""Cross-entropy of a head's logits without holding all of them.
+"""Losses of tokens from a head's logits, the cross-entropy first, without holding all of them.
 
-Stands in the step, inside the head: `base.Supervised` lets the head return losses where it would
-return logits. 8,192 tokens of a vocabulary of 150,000 are 4.9 GB of float32 logits, and three times
-that with their softmax and gradient. Here the rows go through the head in chunks of CHUNK_BYTES.
+Stands in the step, inside the head: `models.base.Supervised` lets the head return losses where it
+would return logits. 8,192 tokens of a vocabulary of 150,000 are 4.9 GB of float32 logits, and three
+times that with their softmax and gradient. Here the rows go through the head in chunks of
+CHUNK_BYTES.
 
 - The gradients of a chunk are computed along with its losses, so nothing is computed twice. Until
   the backward pass the head's gradient is held: as much as the head itself, if it trains.
@@ -14,7 +15,7 @@ that with their softmax and gradient. Here the rows go through the head in chunk
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 Forward = Callable[..., torch.Tensor]
+TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of logits [M, V] and targets [M]: losses [M]."""
 
 # Bytes of a chunk's float32 logits. On a GPU smaller products would leave it idle: 1,000 rows.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 600 * 2**20}
@@ -67,13 +70,39 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _of_hidden(forward: Forward, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(forward(hidden), targets)
+class Kinds(NamedTuple):
+    """The losses of a token: the cross-entropy, and others by (function, weight)."""
+
+    more: tuple[tuple[TokenLoss, float], ...] = ()
+
+    def of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Float32 [1 + more, M] of logits [M, V]."""
+        logits = logits.float()
+        return torch.stack(
+            [cross_entropy(logits, targets), *(found(logits, targets) for found, _ in self.more)]
+        )
+
+    def total(self, losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """What is trained: all losses [1 + more, M], each times its kind's weight and its token's
+        (float32 [M]; None: all are 1)."""
+        first, *rest = (weighted_sum(each, weights) for each in losses)
+        for found, (_, weight) in zip(rest, self.more, strict=True):
+            first = first + weight * found
+        return first
+
+
+CROSS_ENTROPY_ALONE = Kinds()
 
 
 def weighted_sum(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Sum of losses [M], each times its weight (float32 [M]; None: all are 1)."""
     return losses.sum() if weights is None else (losses * weights).sum()
+
+
+def _of_hidden(
+    kinds: Kinds, forward: Forward, hidden: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    return kinds.of_logits(forward(hidden), targets)
 
 
 def chunked_losses(
@@ -83,32 +112,37 @@ def chunked_losses(
     targets: torch.Tensor,
     rows: int,
     weights: torch.Tensor | None = None,
+    kinds: Kinds = CROSS_ENTROPY_ALONE,
 ) -> torch.Tensor:
-    """Of hidden [M, H]: [M + 1], `cross_entropy` without a gradient and, last, its sum with one.
+    """Of hidden [M, H]: [1 + kinds.more, M + 1], the losses without a gradient and, last in the
+    first row, what is trained, with one.
 
     rows: how many have logits at a time. forward: what the head computes, without its hooks, whose
-    work is done when this is called. weights: of each loss in the sum, float32 [M]; None: 1.
+    work is done when this is called. weights: of each token in the sum, float32 [M]; None: 1.
     """
     parts = list(zip(hidden.split(rows), targets.split(rows), strict=True))
     if not torch.is_grad_enabled():
-        losses = torch.cat([_of_hidden(forward, *part) for part in parts])
-        return torch.cat([losses, weighted_sum(losses, weights).unsqueeze(0)])
-    if not _in_float16(hidden):
+        losses = torch.cat([_of_hidden(kinds, forward, *part) for part in parts], 1)
+        total = kinds.total(losses, weights)
+    elif not _in_float16(hidden):
         trained = [p for p in head.parameters() if p.requires_grad]
-        losses, total = _Ahead.apply(forward, rows, targets, weights, hidden, *trained)
+        losses, total = _Ahead.apply(kinds, forward, rows, targets, weights, hidden, *trained)
     else:
-        found = [checkpoint(_of_hidden, forward, *part, use_reentrant=False) for part in parts]
-        losses = torch.cat(found)
-        total = weighted_sum(losses, weights)
-    return torch.cat([losses.detach(), total.unsqueeze(0)])
+        losses = torch.cat(
+            [checkpoint(_of_hidden, kinds, forward, *p, use_reentrant=False) for p in parts], 1
+        )
+        total = kinds.total(losses, weights)
+    last = torch.cat([total.unsqueeze(0), losses.new_zeros(len(kinds.more))])
+    return torch.cat([losses.detach(), last.unsqueeze(1)], 1)
 
 
 class _Ahead(torch.autograd.Function):
-    """Losses [M], their sum, and along with them the sum's gradients."""
+    """Losses [kinds, M], what is trained of them, and along with it its gradients."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        kinds: Kinds,
         forward: Forward,
         rows: int,
         targets: torch.Tensor,
@@ -122,8 +156,8 @@ class _Ahead(torch.autograd.Function):
         for part, wanted, weight in zip(parts, targets.split(rows), each, strict=True):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                found = _of_hidden(forward, leaf, wanted)
-                total = weighted_sum(found, weight)
+                found = _of_hidden(kinds, forward, leaf, wanted)
+                total = kinds.total(found, weight)
             first, *rest = torch.autograd.grad(total, (leaf, *trained))
             losses.append(found.detach())
             by_hidden.append(first)
@@ -132,14 +166,14 @@ class _Ahead(torch.autograd.Function):
             else:
                 by_trained = rest
         ctx.save_for_backward(torch.cat(by_hidden), *by_trained)
-        joined = torch.cat(losses)
+        joined = torch.cat(losses, 1)
         ctx.mark_non_differentiable(joined)
-        return joined, weighted_sum(joined, weights)
+        return joined, kinds.total(joined, weights)
 
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor, factor: torch.Tensor) -> tuple[Any, ...]:
         # In place, for the head's gradient is large. A second backward pass would be refused.
-        return (None, None, None, None, *(g.mul_(factor) for g in ctx.saved_tensors))
+        return (None, None, None, None, None, *(g.mul_(factor) for g in ctx.saved_tensors))
 
 
 def _in_float16(hidden: torch.Tensor) -> bool:

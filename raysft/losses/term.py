@@ -1,0 +1,86 @@
+"""A term of the loss: a sum over a micro-batch, and the count over all workers that divides it.
+
+The loss of a step is the sum over its terms, each its `weight` times its sum over all micro-batches
+divided by their count. So it depends neither on how many workers share the lanes nor on how
+examples fall to them, whatever a term is counted in: tokens, frames of speech, answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+CROSS_ENTROPY = "cross_entropy"  # the term every language model has
+
+
+class Term(NamedTuple):
+    """One term of one micro-batch. A tuple, so that FSDP2, DDP and DeepSpeed find its tensors.
+
+    name: as metrics call it. sum: float32 [], detached, over what it counts. count: of that [].
+    by_task: of every task the same two; without the weights that tasks may have in `sum`.
+    trained: what is differentiated, with a graph to every parameter it uses, in every micro-batch;
+        None: this sum is part of another term's `trained`.
+    counted: the name among `Turn.counts` of what it is divided by, over all workers; None: it is
+        of the weights and not of the data, and counts once a step.
+    weight: in the loss. reported: whether `loss` and metrics hold it.
+    """
+
+    name: str
+    sum: torch.Tensor
+    count: torch.Tensor
+    by_task: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    trained: torch.Tensor | None = None
+    counted: str | None = "supervised"
+    weight: float = 1.0
+    reported: bool = True
+
+
+@dataclass
+class Sums:
+    """Reported terms, summed. values: float64 [terms, 2, 1 + tasks]: sums, and the counts behind
+    them; in all, then by task. weights: of the terms in the loss."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    values: torch.Tensor
+
+    @classmethod
+    def zeros(cls, terms: Sequence[Term], tasks: int, device: torch.device) -> Sums:
+        """Of the reported among `terms`, nothing yet."""
+        own = [term for term in terms if term.reported]
+        values = torch.zeros(len(own), 2, 1 + tasks, dtype=torch.float64, device=device)
+        return cls(tuple(t.name for t in own), tuple(t.weight for t in own), values)
+
+    def add(self, terms: Sequence[Term], tasks: Sequence[str]) -> None:
+        """Add the terms of a micro-batch; tasks: of the columns."""
+        for place, term in enumerate(term for term in terms if term.reported):
+            values = self.values[place]
+            values[0, 0] += term.sum
+            values[1, 0] += term.count
+            for column, task in enumerate(tasks, start=1):
+                if task in term.by_task:
+                    found, count = term.by_task[task]
+                    values[0, column] += found
+                    values[1, column] += count
+
+    def means(self, tasks: Sequence[str]) -> dict[str, float]:
+        """The loss, in all and by task for tasks that were there; each term where there are more
+        than one."""
+        values = self.values.cpu()
+        means = values[:, 0] / values[:, 1].clamp(min=1)
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        if len(self.names) == 1 and self.weights == (1.0,):
+            totals = means[0].tolist()  # the bits of a plain mean
+        else:
+            totals = (weights.unsqueeze(1) * means).sum(0).tolist()
+        found = {"loss": totals[0]}
+        there = (values[:, 1] > 0).any(0).tolist()
+        for column, task in enumerate(tasks, start=1):
+            if there[column]:
+                found[f"loss/{task}"] = totals[column]
+        if len(self.names) > 1:
+            found |= {f"term/{n}": mean for n, mean in zip(self.names, means[:, 0].tolist())}
+        return found
