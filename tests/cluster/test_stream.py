@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from raysft.data.plan import Plan
 from raysft.data.read import Reader, Work
 from raysft.errors import UserError
 from raysft.session import ray_session
+from tests.batches import differences
 from tests.cluster.conftest import wait_until
 from tests.models import AUDIO
 
@@ -115,11 +116,7 @@ def assert_same(found: list[MicroBatch], expected: list[MicroBatch]) -> None:
     """Equal in number, order and every field, to the bit."""
     assert [(b.step, b.lane) for b in found] == [(b.step, b.lane) for b in expected]
     for one, other in zip(found, expected, strict=True):
-        for field in fields(MicroBatch):
-            a, b = getattr(one, field.name), getattr(other, field.name)
-            assert np.array_equal(a, b), (one.step, one.lane, field.name)
-            if isinstance(a, np.ndarray):
-                assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert differences(one, other) == [], (one.step, one.lane)
 
 
 def reading() -> list[psutil.Process]:

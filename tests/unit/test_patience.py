@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from raysft.data.index import Index, build_index
 from raysft.data.read import Reader, Work
 from raysft.data.sources import json_lines, resolve
 from raysft.errors import BadExample, UserError
+from tests.batches import differences
 from tests.conftest import tone
 from tests.models import AUDIO
 from tests.unit.audio_files import KINDS, encoded, ffmpeg
@@ -111,12 +111,6 @@ def make_reader(manifest: Path, seed: int = 0) -> Reader:
 
 def everything(reader: Reader) -> MicroBatch:
     return next(reader.read_chunk([Work(0, 1, 0, np.arange(len(reader.index)))]))
-
-
-def same(one: MicroBatch, other: MicroBatch) -> bool:
-    return all(
-        np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(MicroBatch)
-    )
 
 
 def failing_times(count: int, number: int = errno.EIO) -> Callable[[], str]:
@@ -209,7 +203,7 @@ def test_an_indexed_clip_is_read_when_its_storage_is_back(tmp_path: Path, faults
     for place, number in enumerate(MOMENT):
         for call in ("stat", "open", "fstat", "pread"):
             faults(SUFFIXES[place], number, **{call: 2})
-            assert same(everything(reader), before)
+            assert differences(everything(reader), before) == []
             assert not faults.left[call]
 
 
@@ -241,7 +235,7 @@ def test_a_mount_that_is_away_for_a_moment_drops_no_clip(tmp_path: Path) -> None
     os.rename(tmp_path / "data", tmp_path / "away")
     timer = threading.Timer(0.5, os.rename, (tmp_path / "away", tmp_path / "data"))
     timer.start()
-    assert same(everything(reader), before)
+    assert differences(everything(reader), before) == []
     timer.join()
 
 
@@ -373,7 +367,7 @@ def test_data_files_and_index_are_waited_for(tmp_path: Path, faults: Faults, num
     for call in ("open", "pread"):
         reader.index = Index.load(folder)
         faults("train.jsonl", number, **{call: 2})
-        assert same(everything(reader), before)
+        assert differences(everything(reader), before) == []
         assert faults.left[call] == 0
     faults("train.jsonl", number, open=10_000, pread=10_000)
     with pytest.raises(UserError, match=r"train\.jsonl: its storage does not give it"):
@@ -388,7 +382,7 @@ def test_a_short_read_of_records_is_not_taken_for_a_change(tmp_path: Path, fault
     with pytest.raises(UserError, match=r"train\.jsonl: its storage does not give it .* bytes"):
         reader.index.examples(np.arange(len(SUFFIXES)))
     faults.short = False
-    assert same(everything(reader), before)
+    assert differences(everything(reader), before) == []
     (tmp_path / "data" / "train.jsonl").write_text("")
     with pytest.raises(UserError, match="has changed since it was indexed"):
         everything(reader)
