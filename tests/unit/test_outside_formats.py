@@ -31,11 +31,11 @@ from raysft.parallel import World
 from raysft.prepare import prepare
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
+from tests.batches import differences
 from tests.conftest import tone
 from tests.models import AUDIO, CAUSAL
 from tests.outside_formats import ParquetRows, Ratings, Segments, write_rows
 from tests.unit.indexes import aged, recorded_probes
-from tests.unit.test_read import same
 
 ROWS = 21
 
@@ -154,7 +154,7 @@ def test_rows_are_read_as_files_of_the_same_clips_are(tmp_path: Path) -> None:
     for column in ("tokens", "seconds", "task"):
         np.testing.assert_array_equal(getattr(ours.index, column), getattr(theirs.index, column))
     order = np.random.default_rng(0).permutation(ROWS).tolist()
-    assert same(batch_of(ours, order=order), batch_of(theirs, order=order))
+    assert differences(batch_of(ours, order=order), batch_of(theirs, order=order)) == []
     assert ours.index.ids(np.array(order)) == [f"r{number}" for number in order]
 
 
@@ -300,7 +300,7 @@ def test_segments_of_recordings_are_read_as_clips_cut_from_them(
         manifest.append({"wav_path": f"{record['id']}.wav", "text": record["text"]})
         manifest[-1] |= {"task_type": "asr", "id": record["id"]}
     theirs = indexed(lines(tmp_path / "files.jsonl", manifest), tmp_path / "theirs")
-    assert same(batch_of(ours), batch_of(theirs))
+    assert differences(batch_of(ours), batch_of(theirs)) == []
 
     seen.clear()
     again = indexed(tmp_path / "segments.jsonl", tmp_path / "ours")
