@@ -22,6 +22,7 @@ FUNCTIONS = (
     *("rename", "unlink", "mkdir", "rmdir", "truncate"),
 )
 FOR_EVER = 1 << 40
+MISSED = "never called"
 
 pytestmark = pytest.mark.timeout(3600)  # a function has up to sixty sites, of a run each
 
@@ -126,7 +127,7 @@ def problems(
     missed = [fault.site for fault in faults if fault.site not in failed]
     # Of two workers the one may find in the cache what the other has just measured.
     if missed and (workers == 1 or not failed):
-        found.append(f"never called: {missed}")
+        found.append(f"{MISSED}: {missed}")
     result, calm = lab.result(name), undisturbed(lab, workers)
     found += [
         f"{field} differs: {getattr(result, field)} instead of {getattr(calm, field)}"[:2000]
@@ -197,17 +198,29 @@ def classes(lab: Lab, kill_at: int) -> dict[str, tuple[str, int]]:
 def test_whichever_call_fails_a_run_ends_as_if_none_had(
     long_lab: Lab, function: str, kill_at: int
 ) -> None:
-    """In its first start, or in one that goes on after a kill."""
-    found = {}
+    """In its first start, or in one that goes on after a kill.
+
+    How often some calls are made depends on the clock (of data files younger than two seconds
+    nothing is cached; a beat comes or does not): where one was not made so often, the first is
+    taken, and a few sites may not be met at all.
+    """
+    found, never = {}, []
     for place, (site, nth) in enumerate(classes(long_lab, kill_at).values()):
         if site.split(" ")[0] != function:
             continue
-        name = f"{function}{kill_at}_{place}"
-        fault = Fault(site, nth, error=error_of(site))
-        wrong = problems(long_lab, name, fault, kill_at=kill_at)
+        for number in sorted({nth, 1}, reverse=True):
+            name = f"{function}{kill_at}_{place}_{number}"
+            fault = Fault(site, number, error=error_of(site))
+            wrong = problems(long_lab, name, fault, kill_at=kill_at)
+            if not any(text.startswith(MISSED) for text in wrong):
+                break
+        else:
+            never.append(site)
+            wrong = [text for text in wrong if not text.startswith(MISSED)]
         if wrong:
-            found[site, nth] = wrong
+            found[site, number] = wrong
     assert found == {}
+    assert len(never) <= 2, never
 
 
 @pytest.mark.slow
