@@ -46,9 +46,9 @@ from matplotlib import pyplot
 
 from raysft.audit import audit
 from raysft.config.schema import Checkpoint
-from raysft.data.verify import Report
+from raysft.data.plan.verify import Report
+from raysft.run.catalogue import Catalogue
 from raysft.run.lines import read_lines
-from raysft.train.catalogue import Catalogue
 
 DIGITS = ROOT / "examples" / "spoken_digits"
 POLL_S = 0.03

@@ -119,11 +119,11 @@ def ours(case: Case, profile: Path | None) -> dict[str, Any]:
     import torch
 
     from raysft import models, remarks
+    from raysft.adapters.attach import add_adapters
     from raysft.config.schema import Config
-    from raysft.data import pack
     from raysft.data.encode import make_encoder
     from raysft.data.example import MicroBatch, Sequence
-    from raysft.models.peft import add_adapters
+    from raysft.data.plan import pack
     from raysft.parallel import World, make_strategy
     from raysft.train.feed import turn_of
     from raysft.train.step import StepBatch, forward_backward

@@ -87,11 +87,11 @@ def ours(corpus: Path, reads: int, processes: int) -> dict[str, Any]:
     from raysft import models
     from raysft.config.schema import Data, Model, Source
     from raysft.data.encode import make_encoder
-    from raysft.data.index import build_index
-    from raysft.data.plan import Plan
-    from raysft.data.stream import RayReader, ReaderSpec
+    from raysft.data.index.build import build_index
+    from raysft.data.plan.plan import Plan
+    from raysft.data.read.stream import RayReader, ReaderSpec
+    from raysft.driver.session import ray_session
     from raysft.parallel import World
-    from raysft.session import ray_session
     from raysft.train.feed import Feed
 
     torch.set_num_threads(1)

@@ -38,7 +38,7 @@ from matplotlib import pyplot
 
 from raysft.config import Config
 from raysft.data.encode import Encoder
-from raysft.data.index import Index
+from raysft.data.index.build import Index
 
 UNITS = 500
 LAP = 10  # steps
@@ -136,9 +136,9 @@ def make_config(folder: Path, name: str, size: Size, mode: str = "packed") -> Co
 
 def ours(folder: Path, size: Size, number: int) -> dict[str, Any]:
     """The whole job, as `jobs/sft.py` runs it; timed by its own metrics.jsonl."""
-    from raysft import launch
+    from raysft.driver import launch
+    from raysft.driver.session import ray_session
     from raysft.run.lines import read_lines
-    from raysft.session import ray_session
 
     config = make_config(folder, _name(number), size)
     began = time.perf_counter()
@@ -175,8 +175,8 @@ def bare_loop(folder: Path, size: Size, number: int) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from raysft import models
-    from raysft.data.plan import Plan
-    from raysft.data.read import Reader, Work
+    from raysft.data.plan.plan import Plan
+    from raysft.data.read.reader import Reader, Work
     from raysft.models.attention import document_mask
 
     torch.set_num_threads(size.threads)
@@ -252,7 +252,7 @@ def _trainer(folder: Path, size: Size, sampling: str, number: int) -> dict[str, 
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     from raysft import models
-    from raysft.data.read import Reader, Work
+    from raysft.data.read.reader import Reader, Work
 
     torch.set_num_threads(size.threads)
     config = make_config(folder, "trainer", size, mode="padded")
@@ -328,7 +328,7 @@ def _trainer(folder: Path, size: Size, sampling: str, number: int) -> dict[str, 
 
 
 def _prepared(config: Config) -> tuple[Encoder, Index]:
-    from raysft.prepare import prepare
+    from raysft.driver.preflight import prepare
     from raysft.remarks import quiet
 
     quiet()

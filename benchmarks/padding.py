@@ -23,7 +23,7 @@ import results_io
 from matplotlib import pyplot
 
 from raysft.config.schema import Data
-from raysft.data.plan import Plan
+from raysft.data.plan.plan import Plan
 
 BUDGET = 600  # seconds
 RATE = 100  # positions a second

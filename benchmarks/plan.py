@@ -23,7 +23,7 @@ import results_io
 from matplotlib import pyplot
 
 from raysft.config.schema import Data
-from raysft.data.plan import Cursor, Plan
+from raysft.data.plan.plan import Cursor, Plan
 
 SOURCES = 10
 REPEATS = 9

@@ -63,7 +63,7 @@ def save_costs(folder: Path, shape: Shape) -> dict[str, Any]:
     from raysft.config.schema import Checkpoint, Config
     from raysft.parallel import World
     from raysft.parallel.ddp import Ddp
-    from raysft.train.catalogue import Catalogue
+    from raysft.run.catalogue import Catalogue
     from raysft.train.checkpoint import Saver
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process
@@ -154,7 +154,7 @@ def save_costs(folder: Path, shape: Shape) -> dict[str, Any]:
 
 def make_index(folder: Path, n: int) -> None:
     """The folder of an index of n examples in one file, which is not there: none is read."""
-    from raysft.data import part
+    from raysft.data.index import part
 
     folder.mkdir()
     make_columns(folder, n)
@@ -182,10 +182,10 @@ def make_index(folder: Path, n: int) -> None:
 
 def resume_costs(folder: Path, n: int, repeats: int) -> dict[str, Any]:
     """All numbers of going on from 1% and from 99%, in turn, in a fresh process."""
-    from raysft import history
-    from raysft.data import pack
-    from raysft.data.index import Index
-    from raysft.data.plan import Cursor, Plan
+    from raysft.data.index.build import Index
+    from raysft.data.plan import pack
+    from raysft.data.plan.plan import Cursor, Plan
+    from raysft.run import plans as history
 
     index = Index.load(folder / "index")
     plan_hash = Plan.of(index, DATA, 0).hash

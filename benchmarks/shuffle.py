@@ -31,7 +31,7 @@ import results_io
 from matplotlib import pyplot
 
 from raysft.config.schema import Data, Model, Source
-from raysft.data.plan import ALGORITHM, Plan, PlannedStep
+from raysft.data.plan.plan import ALGORITHM, Plan, PlannedStep
 
 SPEAKER = 64  # examples
 NAMES = {1: "version 1", ALGORITHM: "now"}
@@ -118,8 +118,8 @@ def dealing(n: int, budget: int, algorithm: int) -> dict[str, float]:
 def ingest(records: int, rounds: int) -> dict[str, float]:
     """Records a second of processor time, each order in turn; the best of some rounds."""
     from raysft.data.encode import make_encoder
-    from raysft.data.index import build_index
-    from raysft.data.read import Reader, Work
+    from raysft.data.index.build import build_index
+    from raysft.data.read.reader import Reader, Work
 
     model = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 512}
     model |= {"num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 32}

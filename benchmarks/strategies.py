@@ -79,10 +79,10 @@ def one_worker(size: Size, strategy: str, method: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from raysft import models, remarks
+    from raysft.adapters.attach import add_adapters
     from raysft.config.schema import Config
     from raysft.data.encode import make_encoder
     from raysft.data.example import MicroBatch, Sequence
-    from raysft.models.peft import add_adapters
     from raysft.parallel import World, make_strategy
     from raysft.train.feed import turn_of
     from raysft.train.step import StepBatch, forward_backward

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raysft import paths
 from raysft.cli import ProgressLine, guarded, parse
-from raysft.rundir import reopen
+from raysft.run.folder import reopen
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,12 +31,12 @@ def main(argv: Sequence[str]) -> None:
     step = str(arguments.flags.get("step", "last"))
     config = reopen(run, [*overrides, "checkpoint.resume=auto"])
 
-    from raysft import prepare
+    from raysft.driver import preflight as prepare
 
     config = prepare.check_evaluation(config, run, step)
 
-    from raysft import launch  # imports Ray and torch, 10 s: not before a mistake is said
-    from raysft.session import ray_session
+    from raysft.driver import launch  # imports Ray and torch, 10 s: not before a mistake is said
+    from raysft.driver.session import ray_session
 
     with ray_session():
         outcome = launch.evaluate(config, run.absolute(), ProgressLine(), step)

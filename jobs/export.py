@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
     run, out = map(paths.argument, arguments.positional, ("RUN", "OUT"))
     wanted = str(arguments.flags.get("step", "last"))
 
-    from raysft import prepare, remarks
+    from raysft import remarks
+    from raysft.driver import preflight as prepare
 
     prepare.check_export(run, out, wanted)
 

@@ -22,13 +22,13 @@ def main(argv: Sequence[str]) -> None:
     show = ProgressLine()
     show.say(f"{arguments.positional[0]}: checking config, sources and model")
 
-    from raysft import prepare
+    from raysft.driver import preflight as prepare
 
     dry = "dry-run" in arguments.flags
     checked = prepare.check(config, writes=not dry)
 
-    from raysft import launch  # imports Ray and torch, 10 s: not before a mistake is said
-    from raysft.session import destination, ray_session
+    from raysft.driver import launch  # imports Ray and torch, 10 s: not before a mistake is said
+    from raysft.driver.session import destination, ray_session
 
     show.say(destination())
     with ray_session():

@@ -24,17 +24,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysft import history, paths, patience
+from raysft import paths, patience
 from raysft.cli import guarded, parse
 from raysft.config.load import read_tree
 from raysft.config.schema import Checkpoint
-from raysft.data.generations import open_index
-from raysft.data.verify import Line, Report, check
+from raysft.data.plan.generations import open_index
+from raysft.data.plan.verify import Line, Report, check
 from raysft.errors import UserError
 from raysft.reread import Sample, reread
+from raysft.run import plans as history
+from raysft.run.catalogue import Catalogue
 from raysft.run.ledger import Chains, Heads, files
 from raysft.run.lines import parse as parse_line
-from raysft.train.catalogue import Catalogue
 
 USAGE = """usage: python -m raysft.audit RUN [--deep [--sample N]]
 

@@ -15,7 +15,7 @@ from raysft.config.aliases import our_key, our_value
 from raysft.config.load import all_keys, describe
 from raysft.errors import UserError
 from raysft.failures import told
-from raysft.train.evaluations import table
+from raysft.run.evaluations import table
 
 
 @dataclass

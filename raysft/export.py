@@ -19,20 +19,21 @@ from pathlib import Path
 
 import torch
 
-from raysft import history, models
+from raysft import models
+from raysft.adapters.attach import FOLDER as ADAPTER
+from raysft.adapters.attach import VIRTUAL, merge_adapters
 from raysft.config import Config
 from raysft.data.encode import make_encoder, require_template
 from raysft.errors import UserError
 from raysft.models.base import Adapter
-from raysft.models.peft import FOLDER as ADAPTER
-from raysft.models.peft import VIRTUAL, merge_adapters
 from raysft.parallel.native import HALF
 from raysft.paths import check_new_folder
 from raysft.run import identity
-from raysft.rundir import base_in, base_of, read_config
-from raysft.train.catalogue import Saved
+from raysft.run import plans as history
+from raysft.run.catalogue import Saved
+from raysft.run.evaluations import choose
+from raysft.run.folder import base_in, base_of, read_config
 from raysft.train.checkpoint import read_weights
-from raysft.train.evaluations import choose
 
 log = logging.getLogger(__name__)
 

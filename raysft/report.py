@@ -12,8 +12,8 @@ from typing import Any
 
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
-from raysft.evaluate.scorers import figure_of, of_losses
 from raysft.run.lines import read_lines
+from raysft.scorers import figure_of, of_losses
 
 
 def draw(folder: Path, target: Path | None = None) -> Path:

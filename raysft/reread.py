@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from raysft import history, rundir
-from raysft.data.audio import Limits
+from raysft.data.clips.audio import Limits
 from raysft.data.encode import make_encoder
-from raysft.data.generations import open_index
-from raysft.data.plan import PlannedStep
-from raysft.data.read import Reader, Work
-from raysft.data.verify import Line, Report
+from raysft.data.plan.generations import open_index
+from raysft.data.plan.plan import PlannedStep
+from raysft.data.plan.verify import Line, Report
+from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
+from raysft.run import folder as rundir
+from raysft.run import plans as history
 from raysft.run.versions import versions
 
 DECODING = ("numpy", "soundfile", "soxr", "torch", "transformers")

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from raysft import history, models
+from raysft import models
 from raysft.config import Config, losses
 from raysft.config.strategies import traits_of
 from raysft.data.encode import Encoder
 from raysft.data.example import MicroBatch
-from raysft.data.generations import open_index
-from raysft.data.index import Index
-from raysft.data.read import Reader, Work
+from raysft.data.index.build import Index
+from raysft.data.plan.generations import open_index
+from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.attention import used as attention_used
@@ -32,16 +32,17 @@ from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, determinism, make_strategy
 from raysft.parallel.blocks import blocks
 from raysft.patience import patient
-from raysft.rundir import check_base, initial_weights
-from raysft.train.catalogue import Catalogue, Saved
+from raysft.run import plans as history
+from raysft.run.catalogue import Catalogue, Saved
+from raysft.run.evaluations import Measure
+from raysft.run.folder import check_base, initial_weights
 from raysft.train.checkpoint import load_weights, newest_sound
-from raysft.train.evaluations import Measure
 from raysft.train.feed import Feed
 from raysft.train.flops import cost_of, formula_holds
 from raysft.train.loop import Job
 
 if TYPE_CHECKING:
-    from raysft.models.peft import PeftAdapters
+    from raysft.adapters.attach import PeftAdapters
 
 Progress = Callable[[dict[str, Any]], None]
 Read = Callable[[Iterator[Work]], Iterator[MicroBatch]]
@@ -94,7 +95,7 @@ def build_model(
     ]
     adapters = None
     if config.peft.method != "none":
-        from raysft.models.peft import add_adapters  # peft takes 2 s to import
+        from raysft.adapters.attach import add_adapters  # peft takes 2 s to import
 
         adapters = add_adapters(adapter, config, total_steps)
     elif config.train.freeze:

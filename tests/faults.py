@@ -277,9 +277,9 @@ def _arm(case: dict[str, Any]) -> None:
 
 def _result(case: dict[str, Any]) -> dict[str, str]:
     from raysft.audit import audit
-    from raysft.train.catalogue import Catalogue
+    from raysft.run.catalogue import Catalogue
+    from raysft.run.storage import open_storage
     from raysft.train.checkpoint import read_weights
-    from raysft.train.storage import open_storage
 
     run = Path(case["folder"]) / "runs" / "run"
     saved, _ = Catalogue(open_storage(run, None)).newest()
@@ -364,7 +364,7 @@ def main() -> None:
     import transformers.models.qwen2_audio.modeling_qwen2_audio  # noqa: F401
 
     import raysft.audit
-    import raysft.prepare
+    import raysft.driver.preflight
     import raysft.worker  # noqa: F401
     from tests import worlds  # noqa: F401
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from raysft.config.schema import Data
-from raysft.data.generations import Generation, Generations
-from raysft.data.plan import Cursor, Plan, PlannedStep
-from raysft.data.verify import Report, check
+from raysft.data.plan.generations import Generation, Generations
+from raysft.data.plan.plan import Cursor, Plan, PlannedStep
+from raysft.data.plan.verify import Report, check
 
 TASKS = ["asr", "tts", "edit"]
 

@@ -105,7 +105,7 @@ def tiny(folder: Path, name: str = "run", **changes: Any) -> Config:
 
 def resolved(config: Config) -> Config:
     """`config` as a start of its run has it."""
-    from raysft.rundir import resolve, run_folder
+    from raysft.run.folder import resolve, run_folder
 
     return resolve(config, run_folder(config))
 
@@ -119,8 +119,8 @@ def start(
     """The job of one process, made as a Ray Train worker's is, with an in-process reader.
 
     permit: of the driver that owns the run; None: nobody owns it before it trains."""
+    from raysft.run.folder import open_run
     from raysft.run.ownership import ANYONE
-    from raysft.rundir import open_run
 
     if world.is_main:
         open_run(config, permit or ANYONE)
@@ -138,11 +138,11 @@ def join(
     import torch
 
     from raysft import patience, remarks, worker
-    from raysft.data.plan import Cursor
-    from raysft.prepare import prepare
+    from raysft.data.plan.plan import Cursor
+    from raysft.driver.preflight import prepare
+    from raysft.run.catalogue import Catalogue
+    from raysft.run.folder import run_folder
     from raysft.run.ownership import ANYONE
-    from raysft.rundir import run_folder
-    from raysft.train.catalogue import Catalogue
 
     torch.set_num_threads(1)
     patience.allow(config.patience_s)
@@ -165,8 +165,8 @@ def drive(
     run, open it, plan, train. Exit code 5 where it is another's; `said` then has the words."""
     from raysft.errors import UserError
     from raysft.parallel import World
+    from raysft.run.folder import check_run, run_folder
     from raysft.run.ownership import Ownership
-    from raysft.rundir import check_run, run_folder
     from raysft.train.loop import train
 
     try:

@@ -28,9 +28,10 @@ def main(argv: Sequence[str]) -> None:
     overrides = [word for word in argv if not word.startswith("--")]
     config = load_config("examples/spoken_digits/asr.yaml", overrides)
 
-    from raysft import launch, prepare
+    from raysft.driver import launch
+    from raysft.driver import preflight as prepare
+    from raysft.driver.session import ray_session
     from raysft.report import draw
-    from raysft.session import ray_session
 
     prepare.check(config)
     with ray_session():

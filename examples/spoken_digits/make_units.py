@@ -20,8 +20,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 import numpy as np
 
 from raysft.config.schema import SpeechTokens
-from raysft.data.audio import load
-from raysft.data.speech_tokens import SAMPLE_RATE, KMeans, SpeechTokenizer
+from raysft.data.clips.audio import load
+from raysft.data.clips.speech_tokens import SAMPLE_RATE, KMeans, SpeechTokenizer
 
 SPLITS = ("train", "dev", "test", "test_unseen")
 SETTINGS = SpeechTokens(clusters=100, stack=4, fit_clips=500)

@@ -23,7 +23,7 @@ from raysft.config import families, strategies
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
 from raysft.config.section import Section
 from raysft.config.training import Optim, Peft, Train
-from raysft.evaluate.scorers import figure_of
+from raysft.scorers import figure_of
 
 _READ = PathKey(read=True)
 _MODEL = PathKey("model", read=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 
-from raysft.evaluate.normalize import plain
+from raysft.scorers.normalize import plain
 
 MOST_NEW_TOKENS = 4096  # that the default limit allows, however long a reference is
 

@@ -3,7 +3,7 @@
 Batches are a function of the index and the budget alone, so results do not depend on the number of
 workers. Loss comes from the whole sequence (teacher-forced); what compares texts (WER, CER) goes by
 what the model generates from the sequence up to its first supervised token. What is counted, and
-which figures come of the sums of all workers, is the scorers' (`raysft.evaluate.scorers`).
+which figures come of the sums of all workers, is the scorers' (`raysft.scorers`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from raysft.config.schema import Evaluate
-from raysft.data import pack
 from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.example import Sequence as Encoded
+from raysft.data.plan import pack
 from raysft.evaluate.answers import keeps_tab, limit_for, transcript
-from raysft.evaluate.scorers import Answer, Loss, Sums, added, answered_tasks, scorers
 from raysft.models.base import Adapter
 from raysft.parallel import World
 from raysft.patience import patient
 from raysft.run.lines import encoded
+from raysft.scorers import Answer, Loss, Sums, added, answered_tasks, scorers
 from raysft.train.step import to_device
 
 Read = Callable[[list[np.ndarray]], Iterator[MicroBatch]]

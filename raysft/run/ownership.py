@@ -34,7 +34,7 @@ from typing import Any, Protocol
 
 from raysft.errors import UserError
 from raysft.patience import patiently
-from raysft.train.storage import write_whole
+from raysft.run.storage import write_whole
 
 POINTER, FOLDER = "owner.json", "owner"
 BEAT_S = 2.0

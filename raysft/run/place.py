@@ -16,9 +16,9 @@ from typing import Any
 
 from raysft.config.schema import Checkpoint
 from raysft.errors import UserError
+from raysft.run.catalogue import Catalogue, Saved, unreadable
 from raysft.run.ownership import Permit
-from raysft.train.catalogue import Catalogue, Saved, unreadable
-from raysft.train.storage import CLAIM, Storage, open_storage
+from raysft.run.storage import CLAIM, Storage, open_storage
 
 
 def new_id() -> str:

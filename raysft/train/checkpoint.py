@@ -33,10 +33,10 @@ from torch.futures import Future
 from raysft import patience
 from raysft.errors import UserError
 from raysft.parallel import Strategy, World
+from raysft.run.catalogue import MARKER, Catalogue, Saved
 from raysft.run.ownership import ANYONE, Permit
+from raysft.run.storage import Folder, Storage, digest
 from raysft.train import shards
-from raysft.train.catalogue import MARKER, Catalogue, Saved
-from raysft.train.storage import Folder, Storage, digest
 
 _MODEL = "model."  # what the names of weights begin with in a state
 _SUMS = ".sums"  # beside the shards of a worker: [[name, sha256, bytes]]

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from raysft.data.example import MicroBatch
-from raysft.data.generations import Generations
-from raysft.data.plan import Cursor, PlannedStep
-from raysft.data.read import Work
+from raysft.data.plan.generations import Generations
+from raysft.data.plan.plan import Cursor, PlannedStep
+from raysft.data.read.reader import Work
 from raysft.models.base import Adapter
 from raysft.parallel import World
 from raysft.train.step import StepBatch, Turn

@@ -24,13 +24,13 @@ from raysft.errors import UserError
 from raysft.parallel import Strategy, World
 from raysft.parallel.strategy import Stepped
 from raysft.run import place
+from raysft.run.catalogue import Catalogue, Saved
+from raysft.run.evaluations import Evaluation, Measure, progress_of
 from raysft.run.ownership import Lease, Permit
-from raysft.train.catalogue import Catalogue, Saved
+from raysft.run.signals import LEAVE
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
-from raysft.train.evaluations import Evaluation, Measure, progress_of
 from raysft.train.flops import Cost
 from raysft.train.metrics import cut_back_run, last_recorded, last_sign_of_life
-from raysft.train.monitor import LEAVE
 from raysft.train.record import Clock, Record, Totals
 from raysft.train.step import StepBatch, forward_backward
 from raysft.train.watchdog import Watchdog

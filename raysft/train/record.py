@@ -21,11 +21,11 @@ from raysft.errors import UserError
 from raysft.losses.term import CROSS_ENTROPY, Sums
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
+from raysft.run.evaluations import Evaluation, Evaluations
 from raysft.run.ledger import Ledger, genesis
 from raysft.run.lines import Lines, read_lines
 from raysft.run.ownership import Lease, Ownership, Process
 from raysft.train.checkpoint import Save
-from raysft.train.evaluations import Evaluation, Evaluations
 from raysft.train.flops import Cost, peak_flops
 from raysft.train.memory import peak_memory
 from raysft.train.metrics import quarantine_key, quarantine_line

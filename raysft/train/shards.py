@@ -33,7 +33,7 @@ from torch.futures import Future
 
 from raysft.errors import UserError
 from raysft.patience import patiently
-from raysft.train.storage import Folder, Storage
+from raysft.run.storage import Folder, Storage
 
 LIST = ".metadata"
 _TORCH = "torch.distributed.checkpoint"

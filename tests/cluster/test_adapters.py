@@ -17,8 +17,8 @@ from raysft.config import Config
 from raysft.data.encode import make_encoder
 from raysft.export import export
 from raysft.models import build
+from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
-from raysft.rundir import read_config
 from tests.cluster import jobs
 from tests.models import CAUSAL
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from raysft.audit import audit
+from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
-from raysft.rundir import read_config
 from tests.cluster import jobs
 from tests.cluster.conftest import ROOT, without_ray_settings
 from tests.models import AUDIO, CAUSAL

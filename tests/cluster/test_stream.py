@@ -17,11 +17,11 @@ import pytest
 from raysft.config.schema import Data, Model, Source
 from raysft.data.encode import Encoder, make_encoder
 from raysft.data.example import MicroBatch, Quarantined
-from raysft.data.index import Index, build_index
-from raysft.data.plan import Plan
-from raysft.data.read import Reader, Work
+from raysft.data.index.build import Index, build_index
+from raysft.data.plan.plan import Plan
+from raysft.data.read.reader import Reader, Work
+from raysft.driver.session import ray_session
 from raysft.errors import UserError
-from raysft.session import ray_session
 from tests.batches import differences
 from tests.cluster.conftest import wait_until
 from tests.models import AUDIO
@@ -78,7 +78,7 @@ class Corpus:
         """Read through Ray on 2 CPUs."""
         import ray
 
-        from raysft.data.stream import RayReader, ReaderSpec
+        from raysft.data.read.stream import RayReader, ReaderSpec
 
         encoder = ray.put(Slow(self.encoder, delay))
         spec = ReaderSpec((self.index.place,), encoder, BUDGET, 0, patience_s)
@@ -104,7 +104,7 @@ def session() -> Iterator[None]:
 @pytest.fixture
 def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of some 6 and 12 examples, 2 and 4 chunks a span: a stream of many spans."""
-    from raysft.data import stream
+    from raysft.data.read import stream
 
     monkeypatch.setattr(stream, "CHUNK", 6)
     monkeypatch.setattr(stream, "LARGE", 12)
@@ -157,7 +157,7 @@ def test_data_that_is_away_for_a_moment_is_waited_for_and_else_ends_the_stream_i
 
 
 def test_a_table_carries_a_micro_batch_unchanged(corpus: Corpus) -> None:
-    from raysft.data.stream import from_table, to_table
+    from raysft.data.read.stream import from_table, to_table
 
     empty = MicroBatch.join(1, 2, 3, [], quarantined=[Quarantined("a", "b", "c", "d")])
     batches = [*corpus.expected(corpus.works(2)), empty]

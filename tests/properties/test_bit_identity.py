@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
+from raysft.run.catalogue import Catalogue
 from raysft.run.lines import read_lines
+from raysft.run.storage import open_storage
 from raysft.train import shards
-from raysft.train.catalogue import Catalogue
-from raysft.train.storage import open_storage
 from tests import worlds
 from tests.models import CAUSAL
 

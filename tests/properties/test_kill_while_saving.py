@@ -27,11 +27,11 @@ from raysft.audit import audit
 from raysft.config import Config
 from raysft.errors import UserError
 from raysft.parallel import World
+from raysft.run.catalogue import Catalogue, Saved
 from raysft.run.lines import read_lines
-from raysft.train.catalogue import Catalogue, Saved
+from raysft.run.storage import open_storage
 from raysft.train.checkpoint import load, newest_sound
 from raysft.train.loop import train
-from raysft.train.storage import open_storage
 from tests.properties.test_world_sizes import ledger
 from tests.unit.test_checkpoint import Trained
 from tests.worlds import die_at, fork, start, tiny

@@ -25,9 +25,9 @@ from raysft.config.combinations import contradictions
 from raysft.data.encode import make_encoder
 from raysft.export import export, export_run
 from raysft.models import build
+from raysft.run.catalogue import Catalogue
+from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
-from raysft.rundir import read_config
-from raysft.train.catalogue import Catalogue
 from raysft.train.checkpoint import read_weights
 from raysft.worker import build_model
 from tests import worlds

@@ -19,9 +19,9 @@ import pytest
 
 from raysft.config import Config
 from raysft.parallel import World
+from raysft.run.folder import run_folder
 from raysft.run.lines import read_lines
 from raysft.run.ownership import BEAT_S, Ownership, Process
-from raysft.rundir import run_folder
 from raysft.train.loop import train
 from raysft.train.watchdog import EXIT_CODE, Orphaned
 from tests.objects import ObjectStore

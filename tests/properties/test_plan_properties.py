@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysft.config.schema import Data
-from raysft.data.plan import ALGORITHM, Cursor, Plan, PlannedStep
+from raysft.data.plan.plan import ALGORITHM, Cursor, Plan, PlannedStep
 
 BUDGETS = st.integers(4, 60)
 MANY = settings(max_examples=60, deadline=None)

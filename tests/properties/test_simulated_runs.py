@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysft.config.schema import Data
-from raysft.data import pack
-from raysft.data.plan import Cursor
+from raysft.data.plan import pack
+from raysft.data.plan.plan import Cursor
 from raysft.errors import UserError
 from tests.simulated import TASKS, Corpus, Ledger, Run, Start
 

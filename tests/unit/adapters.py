@@ -26,14 +26,14 @@ from transformers import (
 
 from raysft import worker
 from raysft.config import Config
-from raysft.data.audio import load
+from raysft.data.clips.audio import load
 from raysft.data.encode import make_encoder
+from raysft.driver.preflight import Prepared, prepare
 from raysft.export import export
 from raysft.models import build
 from raysft.parallel import World
-from raysft.prepare import Prepared, prepare
+from raysft.run.folder import open_run
 from raysft.run.lines import read_lines
-from raysft.rundir import open_run
 from raysft.train.loop import Job, train
 from tests.models import AUDIO, CAUSAL
 from tests.unit.model_zoo import CONFIGS

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysft import history
 from raysft.config.schema import Data, Source
-from raysft.data.generations import Generations, open_index
-from raysft.data.index import Index
-from raysft.data.plan import Cursor
+from raysft.data.index.build import Index
+from raysft.data.plan.generations import Generations, open_index
+from raysft.data.plan.plan import Cursor
 from raysft.errors import UserError
+from raysft.run import plans as history
 from tests.unit.indexes import Encoder, build
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import soundfile
 
 from raysft.config.schema import Source
-from raysft.data import audio
-from raysft.data.index import build_index
+from raysft.data.clips import audio
+from raysft.data.index.build import build_index
 from raysft.data.sources import json_items, json_lines
 from raysft.errors import BadExample, UserError
 

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from raysft.config.schema import Data
-from raysft.data import audio
+from raysft.data.clips import audio
 from raysft.errors import BadExample
 
 

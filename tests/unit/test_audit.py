@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raysft import history
 from raysft.audit import audit, main
 from raysft.config import Config, to_yaml
 from raysft.config.schema import Data
-from raysft.data.generations import Generation, Generations, open_index
-from raysft.data.plan import Cursor, Plan, PlannedStep
-from raysft.data.verify import Report, check
+from raysft.data.plan.generations import Generation, Generations, open_index
+from raysft.data.plan.plan import Cursor, Plan, PlannedStep
+from raysft.data.plan.verify import Report, check
 from raysft.errors import UserError
+from raysft.run import plans as history
 from raysft.run.ledger import Ledger, genesis
 from raysft.run.lines import read_lines
 from raysft.train.metrics import cut_back_run

@@ -18,9 +18,9 @@ from raysft.config.schema import Config, Optim
 from raysft.errors import UserError
 from raysft.parallel import World
 from raysft.parallel.ddp import Ddp
-from raysft.train.catalogue import MARKER, Catalogue, best_step
+from raysft.run.catalogue import MARKER, Catalogue, best_step
+from raysft.run.storage import Folder, Storage, Store, open_storage
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
-from raysft.train.storage import Folder, Storage, Store, open_storage
 from tests.unit import test_storage  # noqa: F401 - makes objects:// known
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

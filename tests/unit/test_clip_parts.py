@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from raysft.data import audio
-from raysft.data.audio import Limits, Shared, load, probe
+from raysft.data.clips import audio
+from raysft.data.clips.audio import Limits, Shared, load, probe
 from raysft.data.example import Audio
 from raysft.errors import BadExample
 from tests.unit.audio_files import KINDS, encoded, speech

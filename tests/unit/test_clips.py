@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from raysft.data import audio
+from raysft.data.clips import audio
 from raysft.data.clips.file import Sound
 from raysft.data.quarantine import kind as kind_of
 from raysft.errors import BadExample
@@ -412,7 +412,7 @@ def test_a_channel_that_is_no_number_is_refused_beside_one_that_is(tmp_path):
 
 def test_reading_clips_needs_neither_torch_nor_ray():
     code = (
-        "import sys, raysft.data.audio; "
+        "import sys, raysft.data.clips.audio; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'av', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

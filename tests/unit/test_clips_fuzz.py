@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from raysft.data.audio import Limits, load, probe, resampled_length
+from raysft.data.clips.audio import Limits, load, probe, resampled_length
 from raysft.data.clips.file import MISSING_SHARE
+from raysft.data.clips.stalled import ClipReader
 from raysft.data.encode.base import EXCESS
 from raysft.data.quarantine import OTHER, kind
-from raysft.data.stalled import ClipReader
 from raysft.errors import BadExample
 from tests.unit.audio_files import KINDS, damaged, encoded, ffmpeg_samples
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from raysft.data import audio
+from raysft.data.clips import audio
 from raysft.data.quarantine import kind as kind_of
 from tests.unit.audio_files import ffmpeg, ffmpeg_samples, speech
 from tests.unit.test_clips import FLOW, RATE, load, put, refused, seconds

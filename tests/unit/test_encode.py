@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raysft.config.schema import Data, Model, SpeechTokens
-from raysft.data import speech_tokens
+from raysft.data.clips import speech_tokens
 from raysft.data.encode import make_encoder, model_family
 from raysft.data.example import Audio, Example, Units
 from raysft.data.text import byte_tokenizer

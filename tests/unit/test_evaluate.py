@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from raysft.config.schema import Data, Evaluate, Model, Source
 from raysft.data.encode import Encoder, make_encoder
 from raysft.data.example import MicroBatch, Sequence
-from raysft.data.index import build_index
-from raysft.data.read import Reader, Work
+from raysft.data.index.build import build_index
+from raysft.data.read.reader import Reader, Work
 from raysft.data.text import byte_tokenizer
 from raysft.evaluate.answers import MOST_NEW_TOKENS, limit_for, transcript
 from raysft.evaluate.run import Corpus, evaluate

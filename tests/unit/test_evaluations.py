@@ -13,15 +13,15 @@ import pytest
 
 from raysft import worker
 from raysft.config import Config
-from raysft.data.read import Reader
+from raysft.data.read.reader import Reader
+from raysft.driver.preflight import read_eval
 from raysft.errors import UserError
 from raysft.export import export_run
 from raysft.parallel import World
-from raysft.prepare import read_eval
+from raysft.run.catalogue import Catalogue, Saved, best_step, unreadable
+from raysft.run.evaluations import NAME, Evaluation, Evaluations, Measure, choose, table
+from raysft.run.folder import new_evaluation, reopen, run_folder
 from raysft.run.lines import read_lines
-from raysft.rundir import new_evaluation, reopen, run_folder
-from raysft.train.catalogue import Catalogue, Saved, best_step, unreadable
-from raysft.train.evaluations import NAME, Evaluation, Evaluations, Measure, choose, table
 from raysft.train.loop import train
 from tests import worlds
 

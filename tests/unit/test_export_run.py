@@ -24,17 +24,18 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
 )
 
-from raysft import prepare, worker
+from raysft import worker
 from raysft.config import Config, load_config
 from raysft.data.encode import TEMPLATE
 from raysft.data.example import MicroBatch
-from raysft.data.read import Work
+from raysft.data.read.reader import Work
+from raysft.driver import preflight as prepare
 from raysft.errors import UserError
 from raysft.export import export_run
 from raysft.models.attention import document_mask
 from raysft.models.base import Adapter
 from raysft.parallel import World
-from raysft.rundir import open_run, read_config
+from raysft.run.folder import open_run, read_config
 from raysft.train.loop import train
 from tests.conftest import WORDS
 from tests.models import AUDIO, CAUSAL

@@ -99,11 +99,11 @@ def test_a_message_for_the_user_stays_as_it_is_and_others_name_type_and_place() 
 
 
 def test_the_place_is_the_innermost_of_raysft_and_not_the_librarys_below() -> None:
-    from raysft.data import pack
+    from raysft.data.plan import pack
 
     with pytest.raises(Exception) as caught:
         pack.choose(np.array(["long", "short"]), 3)
-    assert failures.place(caught.value).startswith("raysft/data/pack.py, line ")
+    assert failures.place(caught.value).startswith("raysft/data/plan/pack.py, line ")
 
 
 def test_what_a_task_of_ray_raised_is_seen_through_its_wrapping() -> None:

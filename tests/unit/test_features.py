@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from raysft.data.features import Fbank, LogMel, ModelExtractor
+from raysft.data.clips.features import Fbank, LogMel, ModelExtractor
 
 
 def clip(samples: int, seed: int = 0) -> np.ndarray:
@@ -90,8 +90,8 @@ def test_another_extractor_is_called_as_it_is():
 
 def test_log_mel_and_speech_tokens_need_no_torch():
     code = (
-        "import sys, numpy as np; from raysft.data.features import LogMel; "
-        "import raysft.data.encode.base, raysft.data.speech_tokens; "
+        "import sys, numpy as np; from raysft.data.clips.features import LogMel; "
+        "import raysft.data.encode.base, raysft.data.clips.speech_tokens; "
         "LogMel()(np.zeros(4000, np.float32)); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'ray')))"
     )

@@ -13,7 +13,7 @@ import soundfile
 from raysft.config.schema import Data, Model, Source
 from raysft.data import sources
 from raysft.data.encode import make_encoder
-from raysft.data.index import build_index
+from raysft.data.index.build import build_index
 from raysft.errors import UserError
 
 ASR = {"task_type": "asr", "wav_path": "clips/a.wav", "text": "hello"}

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysft import history
 from raysft.config.schema import Source
-from raysft.data import part
-from raysft.data.generations import open_index
-from raysft.data.index import Index
+from raysft.data.index import part
+from raysft.data.index.build import Index
+from raysft.data.plan.generations import open_index
 from raysft.errors import UserError
+from raysft.run import plans as history
 from tests.unit.generations import Run, names, refusal
 from tests.unit.indexes import Encoder, asr, clip, jsonl, most
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysft import history
 from raysft.config.schema import Data, Source
-from raysft.data import plan
-from raysft.data.changes import facts
-from raysft.data.plan import Plan
+from raysft.data.plan import plan
+from raysft.data.plan.changes import facts
+from raysft.data.plan.plan import Plan
 from raysft.errors import UserError
+from raysft.run import plans as history
 from tests.unit.generations import Run, names, refusal
 from tests.unit.indexes import most
 

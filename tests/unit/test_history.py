@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from raysft import history
 from raysft.config import Config
-from raysft.data.plan import Cursor, PlannedStep
+from raysft.data.plan.plan import Cursor, PlannedStep
+from raysft.driver.preflight import prepare
 from raysft.errors import UserError
-from raysft.prepare import prepare
-from raysft.rundir import open_run
+from raysft.run import plans as history
+from raysft.run.folder import open_run
 from tests.worlds import tiny
 
 

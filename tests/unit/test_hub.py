@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import huggingface_hub.constants as constants
 import pytest
 
-from raysft import hub, prepare
+from raysft import hub
 from raysft.config import load_config
+from raysft.driver import preflight as prepare
 from raysft.errors import UserError
 
 

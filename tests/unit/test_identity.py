@@ -21,8 +21,8 @@ from raysft.errors import UserError
 from raysft.export import export_run
 from raysft.parallel import World
 from raysft.run import identity
+from raysft.run.folder import base_in, open_run
 from raysft.run.lines import read_lines
-from raysft.rundir import base_in, open_run
 from raysft.train.loop import train
 from tests.worlds import resolved, start, tiny
 

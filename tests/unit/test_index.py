@@ -15,9 +15,11 @@ import pytest
 import soundfile
 
 from raysft.config.schema import Source
-from raysft.data import audio, part, sources, table
+from raysft.data import sources
+from raysft.data.clips import audio
 from raysft.data.example import Quarantined
-from raysft.data.index import Index
+from raysft.data.index import part, table
+from raysft.data.index.build import Index
 from raysft.data.sources import json_items, json_lines, records
 from raysft.errors import UserError
 from tests.unit.indexes import (

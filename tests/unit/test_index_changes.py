@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from raysft.data import part
+from raysft.data.index import part
 from raysft.data.sources import json_items, json_lines
 from tests.unit.indexes import (
     aged,

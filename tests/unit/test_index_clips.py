@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from raysft.data import hope
+from raysft.data.index import hope
 from raysft.errors import UserError
 from tests.unit.indexes import (
     aged,

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from raysft import prepare, preview
 from raysft.config import Config
-from raysft.launch import Start
+from raysft.driver import preflight as prepare
+from raysft.driver import preview
+from raysft.driver.launch import Start
 from raysft.train.loop import train
 from tests.cluster.conftest import ROOT, default_interrupt
 from tests.models import AUDIO
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.slow
 def test_who_only_drives_or_controls_a_run_loads_no_models() -> None:
     """Ray's controller unpickles what `launch` hands it: seconds at every start, where it does."""
-    code = "import sys, raysft.launch, raysft.budget; sys.exit('transformers' in sys.modules)"
+    code = "import sys, raysft.driver.launch; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

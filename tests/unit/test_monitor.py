@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from raysft.cli import ProgressLine
-from raysft.train.monitor import LEAVE, LONGEST_BACKOFF_S, SAVE, Monitor
+from raysft.driver.monitor import LONGEST_BACKOFF_S, Monitor
+from raysft.run.signals import LEAVE, SAVE
 
 
 def fail(monitor: Monitor, reason: str = "worker 1: died", workers: int = 2) -> dict[str, Any]:

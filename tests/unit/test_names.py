@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from raysft import history
 from raysft.audit import audit
 from raysft.config import Config
 from raysft.config.schema import Data, Source
 from raysft.data import names
-from raysft.data.generations import open_index
+from raysft.data.index.table import Index
 from raysft.data.names import labels, name_of, repeated
-from raysft.data.table import Index
+from raysft.data.plan.generations import open_index
 from raysft.parallel import World
+from raysft.run import plans as history
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
 from tests.models import AUDIO

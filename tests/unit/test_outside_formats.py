@@ -20,15 +20,15 @@ from raysft import worker
 from raysft.config import Config
 from raysft.config.schema import Data, Model, Source
 from raysft.data import sources
-from raysft.data.audio import load
+from raysft.data.clips.audio import load
 from raysft.data.encode import make_encoder
 from raysft.data.example import Audio, Example, MicroBatch, Units
-from raysft.data.index import Index, build_index
-from raysft.data.read import Reader, Work
+from raysft.data.index.build import Index, build_index
+from raysft.data.read.reader import Reader, Work
 from raysft.data.sources.records import OpenFile, Place, fetch
+from raysft.driver.preflight import prepare
 from raysft.errors import BadExample, UserError
 from raysft.parallel import World
-from raysft.prepare import prepare
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
 from tests.batches import differences

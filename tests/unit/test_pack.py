@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from raysft.data import pack
+from raysft.data.plan import pack
 
 
 def ints(*values: int) -> np.ndarray:

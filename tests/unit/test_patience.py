@@ -21,11 +21,12 @@ import soundfile
 from raysft import patience
 from raysft.config import Config
 from raysft.config.schema import Data, Model, Source
-from raysft.data import audio, part
+from raysft.data.clips import audio
 from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch
-from raysft.data.index import Index, build_index
-from raysft.data.read import Reader, Work
+from raysft.data.index import part
+from raysft.data.index.build import Index, build_index
+from raysft.data.read.reader import Reader, Work
 from raysft.data.sources import json_lines, resolve
 from raysft.errors import BadExample, UserError
 from tests.batches import differences

@@ -14,9 +14,9 @@ from transformers import (
 )
 
 from raysft.config import Config
+from raysft.driver.preflight import check
 from raysft.errors import UserError
 from raysft.export import export_run
-from raysft.prepare import check
 from tests.models import CAUSAL
 from tests.unit.adapters import (
     LINEAR,

@@ -13,10 +13,10 @@ import yaml
 from raysft.audit import audit
 from raysft.config import Config
 from raysft.errors import UserError
-from raysft.rundir import check_run, open_run, run_folder, run_id
-from raysft.train.catalogue import MARKER, Catalogue
+from raysft.run.catalogue import MARKER, Catalogue
+from raysft.run.folder import check_run, open_run, run_folder, run_id
+from raysft.run.storage import CLAIM
 from raysft.train.loop import train
-from raysft.train.storage import CLAIM
 from tests.unit.test_checkpoint import ONE
 from tests.worlds import start, tiny
 

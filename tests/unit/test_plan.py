@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from raysft.config.schema import Data
-from raysft.data import blocks, windows
-from raysft.data.plan import Cursor, Plan, PlannedStep
+from raysft.data.plan import blocks, windows
+from raysft.data.plan.plan import Cursor, Plan, PlannedStep
 from raysft.errors import UserError
 
 
@@ -108,7 +108,7 @@ def test_plan_is_the_same_in_another_process_and_as_ever() -> None:
     code = (
         "import numpy as np\n"
         "from raysft.config.schema import Data\n"
-        "from raysft.data.plan import Plan\n"
+        "from raysft.data.plan.plan import Plan\n"
         "z = np.zeros(40, np.int16)\n"
         "data = Data(lanes=2, tokens_per_batch=30, window=16)\n"
         "plan = Plan(np.arange(40, dtype=np.int32) % 11 + 1, z, ['a'], z, [1.0], 'i', data, 7)\n"

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from raysft.config.schema import Data
-from raysft.data.generations import Generation, Generations
-from raysft.data.plan import Plan, PlannedStep
+from raysft.data.plan.generations import Generation, Generations
+from raysft.data.plan.plan import Plan, PlannedStep
 
 CASES: dict[str, dict[str, Any]] = {
     "packed": {"n": 3000},

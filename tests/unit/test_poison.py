@@ -22,16 +22,16 @@ import soundfile
 
 from raysft.config import Config
 from raysft.config.schema import Data, Model, Run, Source, SpeechTokens
-from raysft.data import stalled
-from raysft.data.audio import Limits, load
+from raysft.data.clips import stalled
+from raysft.data.clips.audio import Limits, load
+from raysft.data.clips.stalled import ClipReader, stuck
 from raysft.data.encode import make_encoder
 from raysft.data.example import Quarantined
-from raysft.data.index import build_index
+from raysft.data.index.build import build_index
 from raysft.data.quarantine import kind
-from raysft.data.read import Reader, Work
-from raysft.data.stalled import ClipReader, stuck
+from raysft.data.read.reader import Reader, Work
+from raysft.driver.preflight import _clips, prepare
 from raysft.errors import BadExample, UserError
-from raysft.prepare import _clips, prepare
 from tests.conftest import tone
 from tests.models import AUDIO, CAUSAL
 

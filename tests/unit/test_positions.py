@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from raysft.data import quarantine
+from raysft.driver.preflight import prepare
 from raysft.errors import UserError
-from raysft.prepare import prepare
-from raysft.rundir import open_run
+from raysft.run.folder import open_run
 from tests import worlds
 from tests.unit.test_proof import documents, made
 

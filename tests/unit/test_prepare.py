@@ -14,11 +14,11 @@ from tokenizers import AddedToken
 
 from raysft.config import Config, load_config
 from raysft.data.encode import TEMPLATE
-from raysft.data.plan import Cursor
+from raysft.data.plan.plan import Cursor
 from raysft.data.text import byte_tokenizer
+from raysft.driver.preflight import Prepared, prepare, read_eval
 from raysft.errors import UserError
-from raysft.prepare import Prepared, prepare, read_eval
-from raysft.rundir import open_run
+from raysft.run.folder import open_run
 from tests.models import CAUSAL
 
 DATED = (

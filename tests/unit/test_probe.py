@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from raysft.config import Config
+from raysft.driver.preview import dry_run
 from raysft.errors import UserError
 from raysft.models import Adapter
 from raysft.parallel import Strategy, World, make_strategy
-from raysft.preview import dry_run
-from raysft.rundir import check_run, open_run, read_config, write_config
+from raysft.run.folder import check_run, open_run, read_config, write_config
 from raysft.train.loop import train
 from raysft.train.probe import (
     FREE,
@@ -193,7 +193,7 @@ def _exact() -> None:
 def _probe(folder: Path, room: int) -> None:
     """Writes the limit and the budget found under it."""
     from raysft import worker
-    from raysft.prepare import read_train
+    from raysft.driver.preflight import read_train
 
     _exact()
     config = _config(folder, "probe", "auto")
@@ -232,7 +232,7 @@ def _by_hand(folder: Path, budget: int) -> None:
     """Writes the peak of plain steps on the longest, the middle and the shortest examples."""
     from raysft import worker
     from raysft.data.example import MicroBatch, Sequence
-    from raysft.prepare import read_train
+    from raysft.driver.preflight import read_train
 
     _exact()
     config = _config(folder, "hand", budget)

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raysft.config.families import named
+from raysft.driver.preflight import check
 from raysft.errors import UserError
 from raysft.models.quantized import INPUTS, OUTPUTS, refuse_widths
-from raysft.prepare import check
 from tests.unit.adapters import Bench, inputs_of, logits_of, make_bench, plain_base, step_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from raysft.ray_folder import LONGEST_PARENT, RayFolder, sweep
+from raysft.driver.ray_folder import LONGEST_PARENT, RayFolder, sweep
 from tests.cluster.conftest import wait_until
 
 HOLD = """

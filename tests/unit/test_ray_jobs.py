@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from raysft import prepare
+from raysft.driver import preflight as prepare
+from raysft.driver.session import check_kept, ray_session
 from raysft.errors import UserError
-from raysft.session import check_kept, ray_session
 from tests.worlds import tiny
 
 

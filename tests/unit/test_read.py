@@ -12,13 +12,13 @@ import pytest
 import soundfile
 
 from raysft.config.schema import Data, Model, Source, SpeechTokens
-from raysft.data import speech_tokens
-from raysft.data.audio import load
+from raysft.data.clips import speech_tokens
+from raysft.data.clips.audio import load
 from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch
-from raysft.data.index import build_index
-from raysft.data.plan import Plan
-from raysft.data.read import Reader, Work, chunks
+from raysft.data.index.build import build_index
+from raysft.data.plan.plan import Plan
+from raysft.data.read.reader import Reader, Work, chunks
 from tests.batches import differences
 from tests.conftest import tone
 from tests.models import AUDIO, CAUSAL

@@ -18,7 +18,7 @@ remarks.quiet(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
 logging.getLogger("transformers.modeling_utils").warning("some weights are new")
 logging.getLogger("bitsandbytes.autograd").warning("the gemm_4bit path is slow")
 logging.getLogger("peft.tuners").error("this adapter is broken")
-logging.getLogger("raysft.prepare").warning("said by raysft")
+logging.getLogger("raysft.driver.preflight").warning("said by raysft")
 warnings.warn("a table is tied")
 warnings.warn("will be removed", FutureWarning)
 """

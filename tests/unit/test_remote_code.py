@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from raysft.config.schema import Data, Model
 from raysft.data import remote_code
+from raysft.data.clips.features import ModelExtractor
 from raysft.data.encode import make_encoder
-from raysft.data.features import ModelExtractor
 from raysft.data.text import byte_tokenizer
 from raysft.export import export
 from raysft.models import build

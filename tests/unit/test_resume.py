@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from transformers import AutoFeatureExtractor, AutoTokenizer
 
-from raysft import history
 from raysft.audit import audit
 from raysft.config.schema import Model
-from raysft.data.plan import Cursor
+from raysft.data.plan.plan import Cursor
 from raysft.errors import UserError
+from raysft.run import plans as history
+from raysft.run.catalogue import MARKER, Catalogue
 from raysft.run.lines import read_lines
-from raysft.train.catalogue import MARKER, Catalogue
+from raysft.run.storage import Store, open_storage
 from raysft.train.checkpoint import newest_sound
 from raysft.train.loop import train
-from raysft.train.storage import Store, open_storage
 from tests.models import AUDIO
 from tests.objects import ObjectStore
 from tests.properties.test_world_sizes import ledger

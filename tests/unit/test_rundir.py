@@ -13,15 +13,15 @@ import yaml
 
 from raysft.audit import audit
 from raysft.config import Config
+from raysft.driver.preflight import check
 from raysft.errors import UserError
 from raysft.parallel import World
-from raysft.prepare import check
+from raysft.run.catalogue import Catalogue, Saved
+from raysft.run.folder import check_run, initial_weights, open_run, read_config, reopen
 from raysft.run.lines import read_lines
-from raysft.rundir import check_run, initial_weights, open_run, read_config, reopen
-from raysft.train.catalogue import Catalogue, Saved
+from raysft.run.storage import open_storage
 from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.loop import Job, train
-from raysft.train.storage import open_storage
 from tests.properties.test_world_sizes import ledger
 from tests.unit.test_checkpoint import ONE, flip
 from tests.worlds import die_at, fork, start, tiny

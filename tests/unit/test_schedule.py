@@ -14,8 +14,8 @@ from raysft.config.schedule import another_length, rate
 from raysft.config.schema import Optim
 from raysft.errors import UserError
 from raysft.parallel import World
+from raysft.run.folder import open_run
 from raysft.run.lines import read_lines
-from raysft.rundir import open_run
 from raysft.train.loop import train
 from tests.properties.test_world_sizes import ledger
 from tests.worlds import start, tiny
@@ -204,7 +204,7 @@ def test_a_checkpoint_that_does_not_know_its_length_is_not_lengthened_unseen(
 ) -> None:
     """As of a run that an older raysft began."""
     train(start(tiny(tmp_path, train__max_steps=4, **COSINE), ONE))
-    from raysft.train.catalogue import Saved
+    from raysft.run.catalogue import Saved
 
     known = Saved.meta
     monkeypatch.setattr(

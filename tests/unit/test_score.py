@@ -10,8 +10,8 @@ import jiwer
 import pytest
 
 from raysft.errors import UserError
-from raysft.evaluate.normalize import normalize, read_spelling, words
-from raysft.evaluate.scorers.error_rates import error_rates
+from raysft.scorers.error_rates import error_rates
+from raysft.scorers.normalize import normalize, read_spelling, words
 
 STEPS = ["lower", "punctuation", "whitespace"]
 NONE = {"wer": 0.0, "cer": 0.0}

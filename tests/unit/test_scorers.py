@@ -22,25 +22,25 @@ import numpy as np
 import pytest
 import torch
 
+from raysft import scorers as table
 from raysft.cli import ProgressLine
 from raysft.config.schema import Checkpoint, Data, Evaluate, Model, Source
 from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch
-from raysft.data.index import build_index
-from raysft.data.read import Reader, Work
+from raysft.data.index.build import build_index
+from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
-from raysft.evaluate import scorers as table
 from raysft.evaluate.run import Corpus, evaluate
-from raysft.evaluate.scorers import Answer, Figure, Loss, Scorer, Sums, added, register, scorers
-from raysft.evaluate.scorers.error_rates import error_rates
 from raysft.models.base import Adapter
 from raysft.parallel import World
 from raysft.report import draw
+from raysft.run.catalogue import Catalogue, Saved
+from raysft.run.evaluations import Measure, choose
+from raysft.run.evaluations import table as shown_as_table
+from raysft.run.folder import reopen, run_folder
 from raysft.run.lines import read_lines
-from raysft.rundir import reopen, run_folder
-from raysft.train.catalogue import Catalogue, Saved
-from raysft.train.evaluations import Measure, choose
-from raysft.train.evaluations import table as shown_as_table
+from raysft.scorers import Answer, Figure, Loss, Scorer, Sums, added, register, scorers
+from raysft.scorers.error_rates import error_rates
 from raysft.train.loop import train
 from tests.models import CAUSAL
 from tests.unit.test_evaluate import Losses, Oracle
@@ -294,7 +294,7 @@ def test_figures_and_predictions_do_not_depend_on_the_number_of_workers(
 
 def test_the_table_loads_nothing_that_scores() -> None:
     code = """
-import sys, raysft.evaluate.scorers, raysft.config, raysft.cli
+import sys, raysft.scorers, raysft.config, raysft.cli
 assert not {"torch", "transformers", "jiwer", "ray"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata
 
 from raysft.errors import UserError
+from raysft.run.storage import Storage, open_storage
 from raysft.train import shards
-from raysft.train.storage import Storage, open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
@@ -169,8 +169,8 @@ def test_a_list_cannot_name_files_elsewhere(storage: Storage) -> None:
 
 
 def test_an_index_whose_columns_hide_objects_is_not_unpickled(tmp_path: Path) -> None:
-    from raysft.data import part
-    from raysft.data.table import _COLUMNS, Index
+    from raysft.data.index import part
+    from raysft.data.index.table import _COLUMNS, Index
 
     proof = tmp_path / "ran"
     meta = {"version": part.VERSION, "hash": "", "tasks": [], "sources": [], "files": []}

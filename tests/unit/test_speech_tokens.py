@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from raysft.config.schema import SpeechTokens
-from raysft.data import speech_tokens
-from raysft.data.speech_tokens import KMeans
+from raysft.data.clips import speech_tokens
+from raysft.data.clips.speech_tokens import KMeans
 from raysft.errors import UserError
 
 

@@ -17,8 +17,8 @@ import pytest
 
 from raysft import patience
 from raysft.errors import UserError
-from raysft.train.catalogue import MARKER, Catalogue, Saved
-from raysft.train.storage import Folder, Storage, Store, digest, open_storage
+from raysft.run.catalogue import MARKER, Catalogue, Saved
+from raysft.run.storage import Folder, Storage, Store, digest, open_storage
 from tests.objects import ObjectStore
 
 KINDS = ("folder", "memory", "objects")

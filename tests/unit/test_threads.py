@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from raysft.config import Config
+from raysft.run.folder import open_run, read_config, reopen, run_folder, write_config
 from raysft.run.threads import tight, with_threads
-from raysft.rundir import open_run, read_config, reopen, run_folder, write_config
 from tests.worlds import resolved, tiny
 
 

@@ -25,11 +25,11 @@ from raysft import worker
 from raysft.config import Config
 from raysft.config.schedule import rate
 from raysft.config.schema import Optim
-from raysft.data.audio import load
+from raysft.data.clips.audio import load
+from raysft.driver.preflight import Prepared, prepare
 from raysft.errors import UserError
 from raysft.models import PREFIX
 from raysft.parallel import World
-from raysft.prepare import Prepared, prepare
 from raysft.run.lines import read_lines
 from raysft.train.loop import Job, train
 from tests.models import AUDIO, CAUSAL

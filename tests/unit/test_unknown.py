@@ -10,8 +10,8 @@ import pytest
 
 from raysft.config.schema import Data, Model, Source
 from raysft.data.encode import make_encoder
-from raysft.data.index import build_index
-from raysft.data.unknown import unknown_text
+from raysft.data.index.build import build_index
+from raysft.driver.unknown import unknown_text
 from tests.cluster.conftest import ROOT
 from tests.models import CAUSAL
 

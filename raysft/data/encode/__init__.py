@@ -11,7 +11,7 @@ from typing import Protocol
 
 from raysft import patience
 from raysft.config.schema import Data, Model
-from raysft.data.audio import Limits
+from raysft.data.clips.audio import Limits
 from raysft.data.encode.base import Encoder
 from raysft.data.encode.families import model_family, net_class
 from raysft.errors import UserError

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from raysft.data.audio import SHORTEST_S, Limits
+from raysft.data.clips.audio import SHORTEST_S, Limits
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import Audio, Example, Sequence, Units
 from raysft.data.text import Segment, Template

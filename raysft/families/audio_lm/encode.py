@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysft.config.schema import Data, Model
+from raysft.data.clips.features import Fbank, FrontEnd, LogMel, ModelExtractor
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.encode.families import model_family
 from raysft.data.example import Audio, Units
-from raysft.data.features import Fbank, FrontEnd, LogMel, ModelExtractor
 from raysft.data.text import Template, load_tokenizer
 from raysft.errors import BadExample, UserError, first_line
 

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from raysft.config import schema
+from raysft.data.clips.features import Fbank, FrontEnd
 from raysft.data.encode import net_class
 from raysft.data.example import MicroBatch
-from raysft.data.features import Fbank, FrontEnd
 from raysft.errors import UserError
 from raysft.families.audio_lm.encode import FEATURES, AudioLMEncoder, audio_tokens
 from raysft.models import loading

@@ -18,9 +18,9 @@ import numpy as np
 
 from raysft.config.families import families
 from raysft.config.schema import Data, Model
+from raysft.data.clips.speech_tokens import SpeechTokenizer, load
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
-from raysft.data.speech_tokens import SpeechTokenizer, load
 from raysft.data.text import Template, add_units, load_tokenizer, unit_ids, unit_pattern
 from raysft.errors import BadExample, UserError
 

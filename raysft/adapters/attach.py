@@ -1,0 +1,339 @@
+"""Adapters: what `peft.method` trains instead of all weights, through the peft library.
+
+Stands between the built model and the strategy: `add_adapters` wraps a model that has its weights
+(and the attention of packed rows) already. Every worker makes the same adapters: their random
+numbers come from `run.seed`. A checkpoint holds what trains, and beside it the folder `adapter/`
+in peft's own layout.
+
+Rows of tokens that the run added to the tokenizer (speech units) train too, with lora, qlora and
+adalora: input and output rows, which are one where the model ties them.
+
+Costs nothing but the adapters' own memory. In half precision frozen matrices are stored in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from torch import nn
+from transformers import PreTrainedModel
+
+from raysft.adapters import adalora
+from raysft.adapters.start import fill, find
+from raysft.config.combinations import contradictions
+from raysft.config.families import Family
+from raysft.config.schema import Config
+from raysft.data.encode import model_family
+from raysft.errors import UserError
+from raysft.models.base import PREFIX, Adapter
+from raysft.models.loading import line_of, seeded, skeleton
+from raysft.models.quantized import refuse_widths
+from raysft.models.targets import Targets, modules_named, resolve
+from raysft.parallel.native import HALF
+
+FOLDER = "adapter"  # in a checkpoint
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
+VIRTUAL = ("prefix", "prompt")  # methods whose adapters are positions, not layers
+NEW_ROWS = ("lora", "qlora", "adalora")  # methods for which peft trains single rows
+
+
+class PeftAdapters:
+    """Adapters of one model: their state beside the weights, and their files."""
+
+    def __init__(self, model: PeftModel) -> None:
+        """model: with its adapters, before a strategy changes its parameters."""
+        self._settings = _settings_of(model)
+        self._layout, self._constants = _layout(model)
+        self._ranks = adalora.Ranks(model) if "lora_E" in str(self._layout) else None
+
+    @property
+    def ranks(self) -> adalora.Ranks | None:
+        """AdaLoRA's schedule; None for other methods."""
+        return self._ranks
+
+    def after_step(self, step: int) -> None:
+        """See `Adapters.after_step`."""
+        if self._ranks is not None:
+            self._ranks.after_step(step)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """See `Adapters.tensors`."""
+        return self._ranks.tensors() if self._ranks is not None else {}
+
+    def facts(self) -> dict[str, Any]:
+        """See `Adapters.facts`."""
+        return self._ranks.facts() if self._ranks is not None else {}
+
+    def load_facts(self, facts: dict[str, Any]) -> None:
+        """See `Adapters.load_facts`."""
+        if self._ranks is not None:
+            self._ranks.load_facts(facts)
+
+    def files(self, weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+        """The folder that PeftModel.from_pretrained loads, as path -> content.
+
+        weights: as a checkpoint holds them. Reads nothing of the model, which may be training.
+        """
+        named = {key: weights[PREFIX + name] for key, name in self._layout.items()}
+        settings = copy.deepcopy(self._settings)
+        if self._ranks is not None:
+            named, pattern = adalora.cut(named)
+            settings.rank_pattern = pattern
+        content = {key: tensor.contiguous() for key, tensor in (named | self._constants).items()}
+        saved = safetensors.torch.save(content, metadata={"format": "pt"})
+        with tempfile.TemporaryDirectory() as scratch:
+            settings.save_pretrained(scratch, auto_mapping_dict=settings.auto_mapping)
+            written = (Path(scratch) / CONFIG).read_bytes()
+        return {f"{FOLDER}/{CONFIG}": written, f"{FOLDER}/{WEIGHTS}": saved}
+
+
+def check(config: Config, new_ids: Sequence[int] = (), total_steps: int = 0) -> None:
+    """Raises UserError where `add_adapters` would for what shows without weights: layers that are
+    not there, rows that the method cannot train, another adapter than the config's."""
+    if config.peft.method != "none":
+        family, net = model_family(config.model), skeleton(config.model)
+        if config.peft.method == "qlora":
+            refuse_widths(net, family)
+        settings, names = _settings(config, net, family, new_ids, total_steps)
+        find(config, settings, names, net)
+
+
+def add_adapters(adapter: Adapter, config: Config, total_steps: int) -> PeftAdapters:
+    """Put the adapters of `config.peft` into `adapter`; from here on only they train.
+
+    adapter: just built; its `model` and `supervised` become those with adapters. total_steps: of
+    the run, for AdaLoRA's schedule; 0: it is not to be trained to an end. Raises UserError
+    where the method cannot train this model, or `peft.path` is an adapter of something else.
+    """
+    model = _inject(adapter, config, total_steps, begin=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.peft.method in VIRTUAL:
+        adapter.virtual = config.peft.virtual_tokens
+    if config.peft.method == "prompt":
+        adapter.prepends = True
+        model.register_forward_pre_hook(_without_positions, with_kwargs=True)
+    try:
+        adapter.wrap(model)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        if config.peft.method not in VIRTUAL:
+            raise
+        raise UserError(
+            f"peft.method: {config.peft.method} does not work with {type(adapter.net).__name__} "
+            f"({line_of(error)}); use lora"
+        ) from error
+    adapter.freeze_unreached()
+    adapters = PeftAdapters(model)
+    if adapters.ranks is not None:
+        adapter.supervised.penalty = adapters.ranks.penalty
+    # Last, for outside of a strategy's autocast half-precision matrices multiply nothing.
+    _halve(model, HALF.get(config.train.precision))
+    return adapters
+
+
+def merge_adapters(
+    adapter: Adapter, config: Config, total_steps: int, weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Make `adapter` (just built, in float32) a plain model that says what the base says with
+    adapters of these weights, named as a checkpoint names them. Not for methods in VIRTUAL."""
+    model = _inject(adapter, config, total_steps)
+    adapter.wrap(model)
+    adapter.freeze_unreached()  # as training did: a checkpoint may lack what it froze
+    given = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    lacking = {name for name, p in model.named_parameters() if p.requires_grad} - given.keys()
+    if lacking:
+        raise ValueError(f"the checkpoint lacks {len(lacking)} weights, such as {min(lacking)}")
+    model.load_state_dict(given, strict=False)
+    adapter.wrap(model.merge_and_unload())
+
+
+def _inject(adapter: Adapter, config: Config, total_steps: int, begin: bool = False) -> PeftModel:
+    """The model of `adapter` inside a peft model. begin: with the weights at `peft.path`."""
+    net, family = adapter.net, model_family(config.model)
+    settings, names = _settings(config, net, family, adapter.new_ids, total_steps)
+    start = find(config, settings, names, net) if begin else None
+    # peft copies modules that train whole, with all that hangs on them.
+    adapter.supervised.release()
+    with seeded(config.run.seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls
+        model = get_peft_model(net, settings)
+    if names and (differ := set(model.targeted_module_names) ^ set(names)):
+        raise ValueError(f"peft and raysft differ on {len(differ)} targets, such as {min(differ)}")
+    if start is not None:
+        fill(model, start)
+    settings.base_model_name_or_path = config.model.path
+    return model
+
+
+def _settings(
+    config: Config, net: PreTrainedModel, family: Family, new_ids: Sequence[int], total_steps: int
+) -> tuple[PeftConfig, tuple[str, ...]]:
+    """peft's config for the plain model `net` of `family`, and the layers that get adapters."""
+    for refused in contradictions(config):
+        if refused.key.startswith(("peft.", "train.")):
+            raise UserError(refused.text)
+    method = config.peft.method
+    if (why := family.refusal(method)) is not None:
+        raise UserError(f"peft.method: {why}")
+    rows = _new_rows(config, net, new_ids)
+    names: tuple[str, ...] = ()
+    if method in VIRTUAL:
+        settings = _positions(config, net)
+    else:
+        targets = resolve(config.peft, net)
+        names = targets.names
+        settings = _layers_settings(config, targets, total_steps)
+        if rows:
+            settings.trainable_token_indices = rows
+    settings.task_type = TaskType.CAUSAL_LM if family.every_causal_lm else None
+    return settings, names
+
+
+def _layers_settings(config: Config, targets: Targets, total_steps: int) -> PeftConfig:
+    """Of the methods that change layers."""
+    peft = config.peft
+    shared: dict[str, Any] = {
+        "target_modules": targets.wanted,
+        "exclude_modules": list(peft.exclude_modules) or None,
+        "modules_to_save": list(peft.modules_to_save) or None,
+    }
+    if peft.method == "ia3":
+        return IA3Config(**shared, feedforward_modules=targets.feedforward)
+    shared |= {"lora_alpha": peft.alpha, "lora_dropout": peft.dropout}
+    if peft.method == "adalora":
+        return AdaLoraConfig(**shared, **adalora.schedule(peft, total_steps))
+    return LoraConfig(**shared, r=peft.r, use_rslora=peft.rslora, use_dora=peft.dora)
+
+
+def _positions(config: Config, net: PreTrainedModel) -> PeftConfig:
+    """Of the methods that put positions in front of a sequence."""
+    text = net.config.get_text_config()
+    if config.peft.method == "prompt":
+        # Random tokens of the vocabulary: random numbers are far from what layers are used to.
+        return PromptTuningConfig(
+            num_virtual_tokens=config.peft.virtual_tokens,
+            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+        )
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return PrefixTuningConfig(
+        num_virtual_tokens=config.peft.virtual_tokens,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        token_dim=heads * width,
+    )
+
+
+def _new_rows(config: Config, net: PreTrainedModel, new_ids: Sequence[int]) -> dict[str, list[int]]:
+    """Tokens whose rows train, by the name of the table; none where the tables train whole."""
+    method = config.peft.method
+    ids = [int(i) for i in new_ids]
+    tables = {"get_input_embeddings": net.get_input_embeddings()}
+    tables["get_output_embeddings"] = net.get_output_embeddings()
+    names = {
+        next(name for name, module in net.named_modules() if module is table): table
+        for table in tables.values()
+    }
+    whole = set(modules_named("modules_to_save", config.peft.modules_to_save, net))
+    tied = len({id(table.weight) for table in names.values()}) == 1
+    if tied and whole & names.keys():
+        raise UserError(
+            f"peft.modules_to_save: {_leaf(min(whole & names.keys()))} shares its weights with "
+            "another table (tie_word_embeddings), which would no longer be the same; leave it out: "
+            "rows of new tokens train with lora, qlora and adalora by themselves"
+        )
+    left = [name for name in names if name not in whole]
+    if not ids or not left:
+        return {}
+    if method not in NEW_ROWS:
+        tables_named = ", ".join(_leaf(name) for name in names)
+        remedy = f"peft.modules_to_save: [{tables_named}], or "
+        if tied or method in VIRTUAL:
+            remedy = ""
+        raise UserError(
+            f"peft.method: {method} cannot train single rows, and {len(ids)} unit tokens are new "
+            f"to the tokenizer of this model; use {remedy}lora, qlora or adalora, or a model whose "
+            "tokenizer has them (model.path)"
+        )
+    biased = [name for name in left if getattr(names[name], "bias", None) is not None]
+    if biased:
+        raise UserError(
+            f"peft.method: peft trains no single rows of {_leaf(biased[0])}, which has a bias, and "
+            f"{len(ids)} unit tokens are new; use peft.modules_to_save: "
+            f"[{', '.join(_leaf(name) for name in names)}]"
+        )
+    return dict.fromkeys(left, ids)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _settings_of(model: PeftModel) -> PeftConfig:
+    """A copy of the adapter's config as peft's save_pretrained writes it."""
+    settings = copy.deepcopy(model.active_peft_config)
+    settings.inference_mode = True
+    for key, value in vars(settings).items():
+        if isinstance(value, set):  # which would be written in another order every time
+            setattr(settings, key, sorted(value))
+    if settings.task_type is None:
+        base = type(model.get_base_model())
+        settings.auto_mapping = {
+            "base_model_class": base.__name__,
+            "parent_library": base.__module__,
+        }
+    return settings
+
+
+def _layout(model: PeftModel) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Name in an adapter's file -> name of the parameter that is it, and what is no parameter.
+
+    Worked out once: later the parameters are sharded, or just then being trained.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        return {"prompt_embeddings": "prompt_encoder.default.embedding.weight"}, {}
+    canonical = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    state = dict(model.named_buffers(remove_duplicate=False))
+    state |= dict(model.named_parameters(remove_duplicate=False))
+    found = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    layout = {key: canonical[id(value)] for key, value in found.items() if id(value) in canonical}
+    constants = {key: v.detach().clone() for key, v in found.items() if id(v) not in canonical}
+    return layout, constants
+
+
+def _without_positions(
+    _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """peft numbers positions anew, virtual ones first, and would say so in every pass."""
+    return args, {name: value for name, value in kwargs.items() if name != "position_ids"}
+
+
+def _halve(model: nn.Module, half: torch.dtype | None) -> None:
+    """Store frozen float32 matrices in half precision; norms and biases stay."""
+    if half is None:
+        return
+    for parameter in model.parameters():
+        frozen = not parameter.requires_grad and parameter.dtype == torch.float32
+        if frozen and parameter.ndim >= 2:
+            parameter.data = parameter.data.to(half)

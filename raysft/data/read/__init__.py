@@ -1,0 +1,1 @@
+"""Reading: planned rows become micro-batches, in process or through Ray Data."""

@@ -1,0 +1,173 @@
+"""Read planned micro-batches: bytes -> waveforms -> sequences -> `MicroBatch`.
+
+The one place where training data is decoded and featurised. It runs inside Ray Data tasks
+(`stream.py`) and, for tests and benchmarks, in process. Costs one decode and one feature pass a
+clip; memory is that of one chunk of works' records and one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
+
+import numpy as np
+
+from raysft.data.clips.audio import Shared, load
+from raysft.data.clips.file import MISSING_SHARE
+from raysft.data.clips.stalled import ClipReader
+from raysft.data.encode import Encoder
+from raysft.data.example import Example, MicroBatch, Quarantined, Sequence
+from raysft.data.index.build import Index
+from raysft.data.read import digest
+from raysft.errors import BadExample
+
+CLIP_S = 2.0  # seconds of audio that take about as long to read as the rest of an example
+CHUNK = 128  # examples of at most CLIP_S a chunk of work should hold: a quarter of a second's work
+GROWN = 2.0  # times its length in the index above which a clip is not even decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One micro-batch to be read: the index rows of a (step, lane), but for those at the places
+    `skip`."""
+
+    epoch: int
+    step: int
+    lane: int
+    rows: np.ndarray
+    skip: frozenset[int] = frozenset()
+
+
+@dataclass
+class Reader:
+    """Reads works with an index and an encoder; the same works give the same micro-batches.
+
+    Raises UserError where data files have changed, or where the storage of a file that the index
+    knows, clips included, answers no more.
+
+    budget: positions a micro-batch may take, where examples turn out longer than planned.
+    seed: of augmentation in training, drawn by (seed, epoch, step, lane, slot); None in evaluation.
+    """
+
+    index: Index
+    encoder: Encoder
+    budget: int
+    seed: int | None
+    _clips: ClipReader = field(init=False, repr=False)
+    _shared: Shared = field(init=False, repr=False, default_factory=Shared)
+
+    def __post_init__(self) -> None:
+        self._clips = ClipReader(self.encoder.limits)
+
+    def read(self, works: Iterator[Work]) -> Iterator[MicroBatch]:
+        """Micro-batches in the order of `works`, each as soon as it is ready."""
+        for chunk in chunks(works, self.index.seconds):
+            yield from self.read_chunk(chunk)
+
+    def read_chunk(self, works: list[Work]) -> Iterator[MicroBatch]:
+        """As `read`; the records of all works are fetched in one pass over their files."""
+        self._clips.refresh()
+        rows = np.concatenate([work.rows for work in works]) if works else np.zeros(0, np.int64)
+        examples = iter(self.index.examples(rows))
+        for work in works:
+            yield self._micro_batch(work, [next(examples) for _ in work.rows])
+        self._shared.clear()
+
+    def _micro_batch(self, work: Work, examples: list[Example]) -> MicroBatch:
+        sequences: list[Sequence] = []
+        slots: list[int] = []
+        langs: list[str | None] = []
+        rejected: list[Quarantined] = []
+        planned = self.index.tokens[work.rows].tolist()
+        spare = max(0, self.budget - sum(planned))
+        for slot, example in enumerate(examples):
+            if slot in work.skip:
+                continue
+            try:
+                clips = self._load(example, work.rows[slot])
+                rng = self._rng(work, slot)
+                sequence = self.encoder.encode(example, clips, rng, promised=planned[slot])
+                excess = len(sequence.input_ids) - planned[slot]
+                if excess > spare:
+                    raise BadExample(
+                        f"takes {len(sequence.input_ids)} positions, {planned[slot]} were planned "
+                        "from its header; it no longer fits its micro-batch",
+                        "longer than indexed",
+                    )
+            except BadExample as error:
+                rejected.append(self._quarantined(work.rows[slot], example, error))
+                continue
+            spare -= max(0, excess)
+            sequences.append(sequence)
+            slots.append(slot)
+            langs.append(example.lang if example.task == "asr" else None)
+        batch = MicroBatch.join(
+            work.epoch,
+            work.step,
+            work.lane,
+            sequences,
+            quarantined=rejected,
+            slots=slots,
+            langs=langs,
+        )
+        if self.seed is not None:  # to be trained on, and recorded
+            batch.tensors = digest.tensors(batch)
+        return batch
+
+    def _rng(self, work: Work, slot: int) -> np.random.Generator | None:
+        """Of each example its own, so that a quarantined one changes no other."""
+        if self.seed is None:
+            return None
+        # Counter-based, thus made in 10 us; the counter's first number is that of the draws.
+        counter = [0, work.step, work.lane, slot]
+        key = [self.seed % 2**64, work.epoch]
+        return np.random.Generator(np.random.Philox(counter=counter, key=key))
+
+    def _load(self, example: Example, row: int) -> list[np.ndarray]:
+        audio = example.audio()
+        if not audio:
+            return []
+        rate, limits = self.encoder.sample_rate, self.encoder.limits
+        assert rate is not None  # an encoder that takes audio names its rate
+        most = GROWN * float(self.index.seconds[row]) + 1.0
+        decode = partial(
+            load, rate=rate, limits=limits, most_seconds=most, indexed=True, shared=self._shared
+        )
+        clips = [self._clips.call(decode, clip) for clip in audio]
+        seconds, planned = sum(map(len, clips)) / rate, float(self.index.seconds[row])
+        if seconds < planned * (1 - MISSING_SHARE):
+            raise BadExample(
+                f"{audio[0].path}: shorter than indexed: {seconds:.2f} s, expected {planned:.2f} "
+                "s: was the file replaced? A new run measures it again",
+                "shorter than indexed",
+            )
+        return clips
+
+    def _quarantined(self, row: int, example: Example, error: BadExample) -> Quarantined:
+        audio = example.audio()
+        path = audio[0].path if audio else ""
+        source = self.index.source_name(row)
+        return Quarantined(example.id, source, path, str(error), error.kind)
+
+
+def chunks(
+    works: Iterator[Work], seconds: np.ndarray, sizes: Iterable[int] = repeat(CHUNK)
+) -> Iterator[list[Work]]:
+    """Join works until they hold about as much to do as `sizes` examples of `CLIP_S`, each in turn.
+
+    seconds: of audio by row, the index's column.
+    """
+    sizes = iter(sizes)
+    size = next(sizes)
+    chunk: list[Work] = []
+    held = 0.0
+    for work in works:
+        chunk.append(work)
+        held += max(len(work.rows), float(seconds[work.rows].sum()) / CLIP_S)
+        if held >= size:
+            yield chunk
+            chunk, held, size = [], 0.0, next(sizes)
+    if chunk:
+        yield chunk

@@ -1,0 +1,1 @@
+"""The driver: Ray, before a run, around it and after it. Nothing below imports Ray but reading."""

@@ -1,0 +1,442 @@
+"""Config -> a running job: index and plan on the driver, Ray Train workers, one outcome.
+
+prepare   encoder, index, plan (see `prepare`)
+train     TorchTrainer with restarts; every worker runs `train.loop.train` on its lanes
+outcome   where the run's folder is and what the last evaluation said
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysft.config import Config
+from raysft.config.schedule import another_length
+from raysft.data.example import Quarantined
+from raysft.data.index.build import Index
+from raysft.data.plan.plan import Cursor
+from raysft.driver import budget, entry, preview
+from raysft.driver import preflight as prepare
+from raysft.driver.group import Shares, died, interruptible, make_trainer, reason_of
+from raysft.driver.monitor import Monitor
+from raysft.driver.preflight import Prepared
+from raysft.errors import UserError
+from raysft.run import plans as history
+from raysft.run.catalogue import Catalogue, Saved, unreadable
+from raysft.run.evaluations import Evaluations, Measure, choose, table
+from raysft.run.folder import (
+    check_run,
+    new_evaluation,
+    open_run,
+    resolve,
+    run_folder,
+    with_budget,
+    write_config,
+)
+from raysft.run.lines import Lines, read_lines
+from raysft.run.ownership import ANYONE, Ownership, Permit, Process
+from raysft.run.signals import SAVE
+from raysft.run.threads import tight, with_threads
+from raysft.train.metrics import quarantine_key, quarantine_line
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[dict[str, Any]], None]
+ROOM_WITHIN_S = 10.0
+
+
+@dataclass
+class Outcome:
+    """How a run, or an evaluation, ended."""
+
+    folder: Path
+    step: int
+    evaluation: dict[str, Any]  # the last line of eval.jsonl; {}: there is none
+    shown: bool = False  # the user has seen it
+    what: str = "run"
+
+    def describe(self) -> str:
+        """What the user sees at the end."""
+        folder = f"{self.what} folder: {self.folder} (step {self.step})"
+        if not self.evaluation or self.shown:
+            return folder
+        return f"evaluation at step {self.evaluation['step']}\n{table(self.evaluation)}\n{folder}"
+
+
+def run(config: Config, progress: Progress) -> Outcome:
+    """Train (or continue) the run, which this process owns meanwhile: see `run.ownership`.
+
+    config: as it was asked for: what `resolve` makes of it is certain only once the folder is this
+    start's. Raises UserError where another start holds it. Ctrl-C and SIGTERM: saves, then raises
+    KeyboardInterrupt or SystemExit.
+    """
+    folder = run_folder(config)
+    check_run(resolve(config, folder))  # nothing is left in a folder that is not for this run
+
+    def say(text: str) -> None:
+        progress({"doing": text})
+
+    with Ownership.take(folder, say) as owner:
+        config = resolve(config, folder)
+        start = Start(open_run(config, owner), owner)
+        try:
+            return _run(config, start, progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(start.left(config)) from None
+        except SystemExit:
+            print(start.left(config), file=sys.stderr, flush=True)
+            raise
+
+
+def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") -> Outcome:
+    """Evaluate a checkpoint of the run in `run`, as `config` says, into a folder of its own below
+    it; nothing else there is written. config: as `prepare.check_evaluation` returns it. step: a
+    step, `best` or `last`.
+
+    Raises UserError where there is no such checkpoint, or nothing to evaluate it on.
+    """
+    Shares.of(config)
+    saved, skipped = choose(run, config.checkpoint, step, unreadable)
+    for reason in skipped:
+        log.warning("skipped: %s", reason)
+
+    def say(text: str) -> None:
+        progress({"doing": text})
+
+    say(f"evaluating step {saved.step} of {run}")
+    folder = new_evaluation(run, saved.step, config)
+    try:
+        encoder, index = prepare.read_eval(config, run, folder, say)
+        _record_rejected(folder, index.rejected)
+        settings = {
+            "eval": (index.place,),
+            "encoder": ray.put(encoder),
+            "evaluated": {"run": str(run), "step": saved.step},
+        }
+        _workers(config, folder, settings, saved.step, progress)
+        (line,) = read_lines(folder / "eval.jsonl")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; nothing was recorded, the run is as it was") from None
+    finally:
+        shutil.rmtree(folder / "ray_train", ignore_errors=True)
+        if not (folder / "eval.jsonl").exists():  # it holds no figures
+            shutil.rmtree(folder, ignore_errors=True)
+    return Outcome(folder, saved.step, line, what="evaluation")
+
+
+def dry_run(config: Config, progress: Progress) -> str:
+    """What a run would do on this cluster, as text; see `preview.dry_run`.
+
+    config: as `prepare.check` returns it.
+    """
+    Shares.of(config)
+    return preview.dry_run(config, lambda text: progress({"doing": text}))
+
+
+@dataclass
+class Start:
+    """One submission: since when, of what; and where it leaves the run when it is interrupted."""
+
+    folder: Path
+    owner: Ownership | None = None
+    at: float = field(default_factory=time.time)
+    total_steps: int | None = None  # once there is a plan
+
+    def left(self, config: Config) -> str:
+        """Where the run stands, and what the same command does then."""
+        try:
+            saved, _ = Catalogue.of(config.checkpoint, self.folder).newest()
+        except (OSError, UserError) as error:
+            return f"interrupted; the run's checkpoints cannot be read just now: {error}"
+        if saved is None:
+            return "interrupted before the first checkpoint; the same command begins at step 1"
+        if self.total_steps is None or saved.step < self.total_steps:
+            of = f" of {self.total_steps}" if self.total_steps else ""
+            return f"interrupted; the same command continues from step {saved.step}{of}"
+        if _evaluation_due(config, self.folder, saved.step):
+            return (
+                f"interrupted; the last step, {saved.step}, is trained and saved; the same command "
+                "makes the evaluation that is left"
+            )
+        return (
+            f"interrupted; the run is finished all the same: its last step, {saved.step}, is saved"
+        )
+
+
+def _run(config: Config, start: Start, progress: Progress) -> Outcome:
+    folder, owner = start.folder, start.owner
+    assert owner is not None
+    catalogue = Catalogue.of(config.checkpoint, folder)
+
+    def say(text: str) -> None:
+        progress({"doing": text})
+
+    shares = Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
+    if not shares.gpu and config.parallel.threads is None:
+        config = with_threads(config, shares.threads)
+        owner.require()
+        write_config(config, folder)
+    if config.data.tokens_per_batch == "auto":
+        encoder, index = prepare.read_train(config, folder, say, owner)
+        say("trying budgets for data.tokens_per_batch: auto, with real steps")
+        config = with_budget(config, budget.find(config, folder, encoder, index))
+        owner.require()
+        write_config(config, folder)
+    saved, _ = catalogue.newest()
+    cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
+    prepared = prepare.prepare(config, folder, cursor, say, owner)
+    start.total_steps = prepared.total_steps
+    owner.require()
+    _record_rejected(folder, prepared.rejected)
+    if saved is not None:
+        before = saved.meta()
+        another_length(  # for its refusals
+            *(config, saved.step, before.get("total_steps"), prepared.total_steps),
+            before.get("asked"),
+        )
+        if _nothing_left(prepared, folder, catalogue):
+            say(f"{folder} is finished: all {prepared.total_steps} steps are trained")
+            return _outcome(folder, catalogue)
+        if saved.step < prepared.total_steps:
+            say(f"continuing {folder} from step {saved.step}")
+        else:
+            say(f"{folder} is trained to its last step, {saved.step}; its evaluation is left")
+    settings = {
+        "train": tuple(history.places(folder)),
+        "eval": (prepared.eval.place,) if prepared.eval else None,
+        "encoder": ray.put(prepared.encoder),
+        "total_steps": prepared.total_steps,
+        "examples": len(prepared.train) + len(prepared.train.rejected),
+        "submitted": start.at,
+        "summary": preview.summary(prepared, folder),
+        "lease": owner.lease,
+        "driver": Process.this(),
+    }
+    try:
+        _workers(config, folder, settings, saved.step if saved else -1, progress, owner)
+    except UserError as error:
+        # A full disk is what it may be about, or that the run is another's now.
+        with contextlib.suppress(OSError, UserError):
+            owner.require()
+            events = Lines(folder / "events.jsonl")
+            events.write({"time": round(time.time(), 3), "event": "failed", "reason": str(error)})
+            events.close()
+        raise
+    return _outcome(folder, catalogue, shown=True)
+
+
+def _workers(
+    config: Config,
+    folder: Path,
+    settings: dict[str, Any],
+    step: int,
+    progress: Progress,
+    permit: Permit = ANYONE,
+) -> None:
+    """Start workers, and start them again, until they have done what `settings` say.
+
+    permit: asked meanwhile. step: of the checkpoint they begin with, -1 for none. Raises UserError
+    where it cannot be done.
+    """
+    # On this node: while the driver lives, so does the monitor, whatever other nodes are lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = (
+        ray.remote(Monitor)
+        .options(num_cpus=0, scheduling_strategy=here)
+        .remote(
+            *(config.parallel.max_failures, config.parallel.backoff_s, step),
+            "evaluated" not in settings,
+        )
+    )
+    watch = Watch(monitor, progress)
+    progress({"doing": f"starting workers ({config.parallel.strategy})"})
+    try:
+        _fit(config, folder, settings, monitor, permit)
+        _raise_mistake(monitor)
+    finally:
+        watch.close()
+
+
+def _outcome(folder: Path, catalogue: Catalogue, shown: bool = False) -> Outcome:
+    lines = read_lines(folder / "eval.jsonl")
+    saved, _ = catalogue.newest()
+    return Outcome(folder, saved.step if saved else 0, lines[-1] if lines else {}, shown)
+
+
+def _nothing_left(prepared: Prepared, folder: Path, catalogue: Catalogue) -> bool:
+    """Whether the last step is saved, to the last byte, and evaluated where it is to be."""
+    newest, _ = catalogue.newest()
+    if newest is None or newest.step < prepared.total_steps:
+        return False
+    if _evaluation_due(prepared.config, folder, newest.step, prepared.eval):
+        return False
+    sound, _ = catalogue.newest(Saved.damage)
+    return sound is not None and sound.step == newest.step
+
+
+def _evaluation_due(config: Config, folder: Path, step: int, index: Index | None = None) -> bool:
+    """Whether the evaluation of the last step is still to be made. index: of data.eval, where that
+    was read already; without it any evaluation of all examples counts as that one."""
+    if not config.data.eval or not config.evaluate.at_end:
+        return False
+    done = Evaluations.load(folder)
+    if index is not None:
+        return not done.known(step, Measure.taken(index, config.evaluate, final=True))
+    return not any(item.step == step and item.whole for item in done.items)
+
+
+def _raise_mistake(monitor: Any) -> None:
+    """Raises the UserError that no restart mends, if there was one; with its traceback as cause."""
+    message, details = ray.get([monitor.ended.remote(), monitor.details.remote()])
+    if message and details:  # for --debug
+        raise UserError(message) from RuntimeError(f"in a worker:\n{details}")
+    if message:
+        raise UserError(message)
+
+
+def _fit(
+    config: Config, folder: Path, settings: dict[str, Any], monitor: Any, permit: Permit
+) -> None:
+    shares = Shares.of(config)
+    if not shares.gpu and (line := tight(shares.threads, shares.room)) is not None:
+        log.warning("%s", line)
+    # Ray's own watch over workers sees one that is frozen; `Watchdog` one whose thread is.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.parallel.timeout_s))
+    # How long to wait for room for all workers. An elastic run asks for as many as there seems to
+    # be room for, a moment after a node was lost for too many: soon it has to count again.
+    elastic = config.parallel.elastic
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_WITHIN_S) if elastic else "300"
+    )
+    settings = {
+        **settings,
+        "folder": str(folder),
+        "data_cpus": shares.data_cpus,
+        "worker_cpus": shares.per_worker["CPU"],
+        "monitor": monitor,
+    }
+    fewest, most = config.parallel.min_workers, config.parallel.max_workers
+    trainer = make_trainer(
+        "start",
+        entry.work,
+        settings,
+        config,
+        shares,
+        folder,
+        workers=(fewest, most) if elastic else most,
+        log_level="WARNING",
+        callbacks=[Failures(monitor)],
+        failures=Restarts(monitor, elastic),
+    )
+    try:
+        grace_s = 0.0 if "evaluated" in settings else config.checkpoint.grace_s
+        interruptible(trainer.fit, lambda: ray.get(monitor.leave.remote()), grace_s, permit)
+    except ray.train.TrainingFailedError as error:
+        _raise_mistake(monitor)
+        raise UserError(f"training cannot go on: {reason_of(error)}") from error
+
+
+class Restarts(ray.train.FailureConfig):
+    """Any number of restarts: `Monitor` counts them, for it knows whether the run gets on between
+    them. None after a mistake: Ray Train asks at every failure, in its controller."""
+
+    def __init__(self, monitor: Any, elastic: bool) -> None:
+        self._monitor = monitor
+        super().__init__(
+            max_failures=-1,
+            max_preemption_failures=-1,
+            controller_failure_limit=-1 if elastic else 3,
+        )
+
+    def _limit(self) -> int:
+        return 0 if ray.get(self._monitor.ended.remote()) else -1
+
+    # Ray's own, a number for all of the run, is not kept.
+    max_failures = property(_limit, lambda self, limit: None)
+    max_preemption_failures = property(_limit, lambda self, limit: None)
+
+
+class Failures(ray.train.UserCallback):
+    """Tells the monitor why a worker group ended; runs in Ray Train's controller."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # the controller's process unpacks it
+        # On a busy machine it warns of an answer that is late, with a traceback, and asks again.
+        scaling = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
+        # A filter: Ray sets the levels of its loggers anew after this.
+        logging.getLogger(scaling).addFilter(lambda record: record.levelno >= logging.ERROR)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train."""
+        # Its pages of traceback about workers that are gone: the reason is told in one line.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        for rank, error in sorted(worker_exceptions.items()):
+            said = f"worker {rank}: {reason_of(error)}"
+            ray.get(self._monitor.failed.remote(said, first=died(error)))
+
+
+class Watch:
+    """The driver's eyes while workers train: shows what they report, and sees nodes that are about
+    to be taken away, whose workers then save."""
+
+    def __init__(self, monitor: Any, progress: Progress) -> None:
+        self._monitor, self._progress = monitor, progress
+        self._stop = threading.Event()
+        self._draining: set[str] = set()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Show what is left, and stop."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while True:
+            last = self._stop.wait(0.5)
+            try:
+                for line in ray.get(self._monitor.take.remote()):
+                    self._progress(line)
+                draining = _draining()
+                if draining - self._draining:
+                    self._monitor.tell.remote(SAVE)
+                self._draining = draining
+            except ray.exceptions.RayError as error:  # the session ends: a signal, a lost head
+                log.warning("no more progress can be shown: %s", type(error).__name__)
+                return
+            if last:
+                return
+
+
+def _draining() -> set[str]:
+    """Ids of nodes that Ray has been told will go away."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def _record_rejected(folder: Path, rejected: list[Quarantined]) -> None:
+    """Name examples found unusable before training, once."""
+    path = folder / "quarantine.jsonl"
+    known = {quarantine_key(line) for line in read_lines(path, {"id": str})}
+    lines = Lines(path)
+    for found in rejected:
+        line = quarantine_line(found, 0)
+        if quarantine_key(line) not in known:
+            known.add(quarantine_key(line))
+            lines.write(line)
+    lines.close()

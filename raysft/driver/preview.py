@@ -1,0 +1,136 @@
+"""What a run is about to do, in words: the dry run, and the summary before the first step.
+
+Runs on the driver, on what `prepare` has prepared; trains nothing.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from raysft.config import Config
+from raysft.config.strategies import traits_of
+from raysft.data.encode import TEMPLATE, Encoder, kept_template
+from raysft.data.index.build import Index
+from raysft.data.plan.plan import Summary
+from raysft.data.quarantine import kind_of
+from raysft.data.quarantine import summary as quarantined
+from raysft.driver.preflight import Prepared, Say, prepare, silent
+from raysft.run.folder import is_trained, run_folder, with_budget
+
+ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
+
+
+def dry_run(config: Config, say: Say = silent) -> str:
+    """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing.
+
+    config: as `rundir.resolve` gives it.
+    """
+    assumed = []
+    if config.data.tokens_per_batch == "auto":
+        config = with_budget(config, ASSUMED)
+        assumed = [
+            f"tokens_per_batch {ASSUMED:,} is assumed here; auto: the run finds it at its start"
+        ]
+    with tempfile.TemporaryDirectory() as scratch:
+        _as_the_run(config, Path(scratch))
+        prepared = prepare(config, Path(scratch), say=say)
+        epoch = prepared.plan.summary(0)
+        index = prepared.train
+        lines = [
+            *assumed,
+            f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable"
+            + (f": {quarantined(map(kind_of, prepared.rejected))}" if prepared.rejected else ""),
+            f"audio           {_duration(index)}",
+            *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
+            f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
+            f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
+            f"tokens          {epoch.tokens:,} an epoch ({_by_task(epoch)})",
+            f"padding         {epoch.padding:.2%} of computed positions",
+            f"unfilled        {epoch.unfilled:.2%} of the budget",
+            *_memory(config, prepared.encoder, prepared.total_steps),
+        ]
+        lines += [f"unusable        {q.id}: {q.reason}" for q in prepared.rejected[:10]]
+        return "\n".join(lines)
+
+
+def _as_the_run(config: Config, scratch: Path) -> None:
+    """Prompts of the run that is there already: of another day they would be indexed anew."""
+    kept = kept_template(run_folder(config))
+    if kept is not None and is_trained(config):
+        (scratch / TEMPLATE).write_text(kept, encoding="utf-8")
+
+
+def summary(prepared: Prepared, folder: Path) -> list[str]:
+    """What a run is about to train on, and where: shown before its first step."""
+    config = prepared.config
+    steps = f"{prepared.total_steps:,}" if prepared.total_steps else "none"
+    unused = []
+    if prepared.rejected:
+        reasons = quarantined(map(kind_of, prepared.rejected))
+        unused = [f"unused  {_examples(len(prepared.rejected))}: {reasons}"]
+    lines = [
+        f"train   {_amount(prepared.train)}",
+        *([f"eval    {_amount(prepared.eval)}"] if prepared.eval is not None else []),
+        *unused,
+        f"steps   {steps}, of {config.data.lanes} micro-batches of up to "
+        f"{config.data.tokens_per_batch:,} tokens",
+        *([f"units   {prepared.encoder.units}"] if prepared.encoder.units else []),
+        f"run     {folder}",
+    ]
+    if config.log.tensorboard:
+        lines.append(f"curves  tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}")
+    return lines
+
+
+def _amount(index: Index) -> str:
+    """Examples, and how long they are where there is audio."""
+    said = _examples(len(index))
+    return f"{said}, {_duration(index)} of audio" if np.any(index.seconds) else said
+
+
+def _examples(count: int) -> str:
+    return f"{count:,} example" + ("" if count == 1 else "s")
+
+
+def _duration(index: Index) -> str:
+    seconds = float(np.sum(index.seconds, dtype=np.float64))
+    if seconds < 360:
+        return f"{seconds:,.0f} seconds"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
+def _by_task(epoch: Summary) -> str:
+    return ", ".join(f"{task} {tokens:,}" for task, tokens in epoch.tokens_by_task.items())
+
+
+def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
+    """Weights as they are stored, gradients and AdamW's two moments in float32; activations by the
+    rule of Korthikanti et al. 2022 (34 bytes a position, layer and hidden unit in 16 bit, attention
+    scores not kept), doubled in float32; one layer's and every layer's input under checkpointing.
+    """
+    from raysft import worker
+
+    adapter, _ = worker.build_model(config, encoder, total_steps)
+    parameters = list(adapter.model.parameters())
+    stored = sum(p.numel() * p.element_size() for p in parameters)
+    sizes = worker.sizes_of(adapter)
+    trained = sizes["trained"]
+    workers = config.parallel.min_workers // config.parallel.replicate
+    sharded = traits_of(config.parallel.strategy).shards
+    held = {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained}
+    state = sum(size / (workers if part in sharded else 1) for part, size in held.items())
+    text = adapter.net.config.get_text_config()
+    width = 4 if config.train.precision == "fp32" else 2
+    row = config.data.tokens_per_batch * text.hidden_size
+    layer = row * 17 * width
+    kept = row * width * text.num_hidden_layers + layer
+    activations = kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers
+    return [
+        f"parameters      {sizes['parameters']:,} ({trained:,} trained)",
+        f"memory          {state / 2**20:,.0f} MiB of state and about "
+        f"{activations / 2**20:,.0f} MiB of activations a worker (estimate)",
+    ]

@@ -1,0 +1,305 @@
+"""evaluations.json: what the evaluations of a run found, and what they measured.
+
+State that `checkpoint.best` is decided by; eval.jsonl is the log that people read. Each keeps to
+itself: a line of the log that is edited or deleted changes no state. Lines of steps that the state
+does not know are taken into it: those of runs from before there was one, and the last line of a
+start that was killed between the two.
+
+A figure is compared only with figures of the same measure: the same examples of the same data,
+normalised the same way. Needs no torch: the driver and the export read it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysft.config.schema import Checkpoint, Evaluate
+from raysft.data.index.table import Index
+from raysft.errors import UserError
+from raysft.patience import patiently
+from raysft.run.catalogue import Catalogue, Saved, best_step
+from raysft.run.lines import read_lines
+from raysft.run.storage import write_whole
+from raysft.scorers import figure_of, of_losses, scorers
+
+NAME = "evaluations.json"
+_RULES = 3  # counts up with every change of how texts are compared
+_DECIDING = ("normalize", "spelling", "max_new_tokens")  # keys of `evaluate` that do so too
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What an evaluation measures.
+
+    sources: by name {"data": digest of the source's files, "examples": how many of them are
+    evaluated, "of": how many there are}. rules: digest of how texts are made and compared.
+    """
+
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rules: str = ""
+
+    def of(self, metric: str) -> tuple[Any, ...]:
+        """What `metric` depends on: its source's entry, where its name ends in one, or all."""
+        source = self.sources.get(metric.partition("/")[2])
+        data = self.sources if source is None else source
+        return (data,) if of_losses(metric) else (data, self.rules)
+
+    @classmethod
+    def taken(cls, index: Index, settings: Evaluate, final: bool) -> Measure:
+        """Of an evaluation on `index`. final: of all examples, whatever evaluate.max_examples."""
+        counts = np.bincount(index.source, minlength=len(index.sources)).tolist()
+        found = {}
+        for number, (source, count) in enumerate(zip(index.described, counts)):
+            files = [[file.digest, file.part] for file in index.files if file.source == number]
+            facts = [source["format"], source["task"], files]
+            digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+            limit = count if final else settings.max_examples or count
+            found[source["name"]] = {"data": digest, "examples": min(limit, count), "of": count}
+        rules = json.dumps([_RULES, *(getattr(settings, key) for key in _DECIDING)])
+        return cls(found, hashlib.sha256(rules.encode()).hexdigest()[:16])
+
+
+def metrics_of(index: Index, settings: Evaluate) -> list[str]:
+    """Names of what an evaluation on `index` gives, where its clips can be read."""
+    texts = [scorer for scorer in scorers() if scorer.wants == "text"]
+    losses = [scorer for scorer in scorers() if scorer.wants == "losses"]
+    found = []
+    for number, source in enumerate(index.sources if settings.generate else []):
+        tasks = {index.tasks[task] for task in np.unique(index.task[index.source == number])}
+        asking = [scorer for scorer in texts if not tasks.isdisjoint(scorer.tasks)]
+        found += [f"{figure.name}/{source.name}" for row in asking for figure in row.figures]
+    for task in index.tasks:
+        found += [f"{figure.name}/{task}" for row in losses for figure in row.figures]
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run.
+
+    measure: None where it was not recorded (runs of older versions): taken for the same as any.
+    final: that of all data at the end, not one of the series that evaluate.every asks for.
+    """
+
+    step: int
+    figures: dict[str, float]
+    measure: Measure | None = None
+    final: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether all examples were evaluated, as far as is known."""
+        sources = self.measure.sources.values() if self.measure is not None else ()
+        return all(source["examples"] == source["of"] for source in sources)
+
+    def line(self, checkpoint: bool) -> dict[str, Any]:
+        """As a line of eval.jsonl. checkpoint: whether one of its step was saved."""
+        measure = asdict(self.measure) if self.measure is not None else {}
+        facts = {"final": self.final, "checkpoint": checkpoint}
+        return {"step": self.step, **self.figures, **measure, **facts}
+
+    @classmethod
+    def from_line(cls, line: dict[str, Any]) -> Evaluation:
+        """The inverse of `line`, of any version."""
+        measure = None
+        if "sources" in line:
+            measure = Measure(line["sources"], line["rules"])
+        return cls(line["step"], figures(line), measure, line.get("final", False))
+
+
+def figures(line: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a line of eval.jsonl: wer/SOURCE, loss/TASK and their kind."""
+    return {name: value for name, value in line.items() if "/" in name}
+
+
+def table(line: dict[str, Any]) -> str:
+    """A line of eval.jsonl for people: what texts are measured by, by source; losses by task."""
+    found = figures(line)
+    sources = line.get("sources", {})
+    parts = []
+
+    def counted(source: str) -> str:
+        if source not in sources:  # a task, of a figure whose scorer is not registered here
+            return "-"
+        used, there = sources[source]["examples"], sources[source]["of"]
+        return f"{there:,}" if used == there else f"{used:,} of {there:,}"
+
+    for title, by_task in (("source", False), ("task", True)):
+        mine = {n: v for n, v in found.items() if of_losses(n) == by_task}
+        kinds = list(dict.fromkeys(name.partition("/")[0] for name in mine))
+        names = list(dict.fromkeys(name.partition("/")[2] for name in mine))
+        rows = [[title, *kinds]] if mine else []
+        for name in names:
+            rows.append([name, *(_shown(kind, mine.get(f"{kind}/{name}")) for kind in kinds)])
+        if sources and not by_task and mine:
+            rows = [[*row, cell] for row, cell in zip(rows, ["examples", *map(counted, names)])]
+        wide = max((len(row[0]) for row in rows), default=0)
+        parts += [
+            f"  {row[0]:<{wide}}" + "".join(f"  {cell:>10}" for cell in row[1:]) for row in rows
+        ]
+    return "\n".join(parts)
+
+
+def _shown(kind: str, value: float | None) -> str:
+    return "-" if value is None else figure_of(kind).shown(value)
+
+
+def progress_of(
+    report: Callable[[dict[str, Any]], None] | None, every_s: float = 10.0
+) -> Callable[[int, int], None]:
+    """Tells now and then how many batches of an evaluation are done; with None, nobody."""
+    told = time.monotonic()
+
+    def seen(done: int, total: int) -> None:
+        nonlocal told
+        if report is not None and done and time.monotonic() - told >= every_s:
+            told = time.monotonic()
+            report({"doing": f"evaluated {done:,} of {total:,} batches"})
+
+    return seen
+
+
+class Evaluations:
+    """All evaluations of a run, oldest first."""
+
+    def __init__(self, items: Iterable[Evaluation] = ()) -> None:
+        self.items = list(items)
+
+    @classmethod
+    def load(cls, run: Path) -> Evaluations:
+        """Of the run in folder `run`. Raises UserError where the file is damaged."""
+        path = run / NAME
+        found = cls()
+        if patiently(path.exists, path):
+            try:
+                for item in json.loads(patiently(path.read_bytes, path)):
+                    measure = item["measure"] and Measure(**item["measure"])
+                    found.items.append(Evaluation(**{**item, "measure": measure}))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{path}: cannot be read ({error}); restore it, or delete it: the figures are "
+                    "then taken from eval.jsonl"
+                ) from error
+        known = {item.step for item in found.items}
+        old = {}
+        for line in read_lines(run / "eval.jsonl", {"step": int}):
+            said = Evaluation.from_line(line)
+            if said.step not in known:
+                # Of older lines the first of a step is the run's own: jobs/evaluate.py wrote later.
+                old.setdefault((said.step, repr(said.measure)), said)
+        found.items = sorted([*found.items, *old.values()], key=lambda item: item.step)
+        return found
+
+    def save(self, run: Path) -> None:
+        """Write it, whole or not at all."""
+        write_whole(run / NAME, json.dumps([asdict(item) for item in self.items]).encode())
+
+    def until(self, step: int) -> Evaluations:
+        """Those up to a step: what is known where a run goes on from it."""
+        return Evaluations(item for item in self.items if item.step <= step)
+
+    def add(self, new: Evaluation) -> None:
+        """Take in one more; it replaces an earlier one of its step and measure."""
+        self.items = [
+            item for item in self.items if (item.step, item.measure) != (new.step, new.measure)
+        ] + [new]
+
+    def known(self, step: int, measure: Measure) -> bool:
+        """Whether this was measured at `step` already."""
+        return any(item.step == step and item.measure in (None, measure) for item in self.items)
+
+    def best(self, metric: str, mode: str, steps: Iterable[int]) -> int | None:
+        """The best of `steps` (those with a checkpoint) by a metric; None where none is measured.
+
+        Compared are the figures that measure the same as the newest of the run's series; figures
+        that are no number (a loss of NaN) are in no comparison.
+        """
+        series = self._series(metric)
+        return self._best(series[-1].measure, metric, mode, steps) if series else None
+
+    def bests(self, metric: str, mode: str, steps: Iterable[int]) -> set[int]:
+        """Those of `steps` that must not go: the best by each measure that the series has had.
+
+        Figures of two measures do not say which of their bests is the better one, so that a change
+        of data.eval or of how texts are compared is no reason to delete a checkpoint.
+        """
+        there = list(steps)
+        measures = {
+            repr(item.measure.of(metric)): item.measure
+            for item in self._series(metric)
+            if item.measure is not None
+        }
+        found = {self._best(measure, metric, mode, there) for measure in measures.values()}
+        return {step for step in (*found, self.best(metric, mode, there)) if step is not None}
+
+    def _having(self, metric: str) -> list[Evaluation]:
+        return [item for item in self.items if math.isfinite(item.figures.get(metric, math.nan))]
+
+    def _series(self, metric: str) -> list[Evaluation]:
+        having = self._having(metric)
+        return [item for item in having if not item.final] or having
+
+    def _best(
+        self, wanted: Measure | None, metric: str, mode: str, steps: Iterable[int]
+    ) -> int | None:
+        there = set(steps)
+        same = {
+            item.step: item.figures
+            for item in self._having(metric)
+            if item.step in there
+            and (
+                item.measure is None
+                or wanted is None
+                or item.measure.of(metric) == wanted.of(metric)
+            )
+        }
+        return best_step(same, metric, mode)
+
+
+def choose(
+    run: Path, settings: Checkpoint, word: str, damage: Callable[[Saved], str | None]
+) -> tuple[Saved, list[str]]:
+    """The checkpoint that `--step word` names: a step, `best` or `last`; and why newer ones than
+    the last sound one were passed over.
+
+    damage: what is wrong with a checkpoint, or None. Raises UserError where there is none such.
+    """
+    catalogue = Catalogue.of(settings, run)
+    if word == "last":
+        newest, skipped = catalogue.newest(damage)
+        if newest is None:
+            raise UserError(f"{run}: no committed checkpoint; train first")
+        return newest, skipped
+    kept = {saved.step: saved for saved in catalogue.committed()}
+    there = ", ".join(map(str, kept)) or "none"
+    if word == "best":
+        if settings.best is None:
+            raise UserError(
+                f"--step best: {run} has no checkpoint.best, so no figure says which; set it "
+                f"(checkpoint.best: wer/NAME) and go on, or give a step; kept are {there}"
+            )
+        step = Evaluations.load(run).best(settings.best, settings.best_mode, kept)
+        if step is None:
+            raise UserError(
+                f"--step best: no checkpoint of {run} has a figure of {settings.best}; give a "
+                f"step; kept are {there}"
+            )
+    elif word.isdecimal():
+        step = int(word)
+    else:
+        raise UserError(f"--step {word}: has to be a step, best or last")
+    if step not in kept:
+        raise UserError(f"--step {step}: {run} keeps no checkpoint of it; kept are {there}")
+    reason = damage(kept[step])
+    if reason is not None:
+        raise UserError(f"{kept[step].where}: {reason}; kept are {there}")
+    return kept[step], []

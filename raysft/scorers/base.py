@@ -1,0 +1,87 @@
+"""What a scorer is: a row that says what is measured, of what, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Wants = Literal["text", "losses"]
+Better = Literal["min", "max"]
+Sums = dict[str, Any]  # by name; values add up with +, over parts of a corpus and over workers
+
+
+class Settings(Protocol):
+    """What scorers are asked to do: the keys of `evaluate` that they look at."""
+
+    normalize: str
+    spelling: str | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that a scorer gives: `NAME/SOURCE` or `NAME/TASK` in eval.jsonl.
+
+    unit: percent: a share, which people read times 100; none: the number as it is.
+    better: which of two values is the better one, for checkpoint.best.
+    """
+
+    name: str
+    unit: Literal["percent", "none"] = "none"
+    better: Better = "min"
+
+    def shown(self, value: float) -> str:
+        """`value` for people."""
+        return f"{value:.2%}" if self.unit == "percent" else f"{value:,.4g}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a scorer of texts is given: an example's transcript, and what the model made of it.
+
+    lang: as the example has it. hypothesis: without the name of a language before it.
+    """
+
+    id: str
+    source: str
+    task: str
+    lang: str | None
+    reference: str
+    hypothesis: str
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a scorer of losses is given, of a batch: the sum in nats over `tokens` tokens."""
+
+    sum: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One kind of measurement of an evaluation. Needs neither torch nor jiwer to be made.
+
+    figures: those it can give.
+    count: of some `Answer`s of a source, or `Loss`es of a task, never none of them: their sums.
+        Called on the worker that has them.
+    result: figures by name, of the sums of all workers; what cannot be divided is left out.
+    wants: text: what the model generates, by source; losses: those of right answers, by task.
+    tasks: of the examples whose texts are wanted.
+    """
+
+    name: str
+    figures: tuple[Figure, ...]
+    count: Callable[[Sequence[Any], Settings], Sums]
+    result: Callable[[Sums], dict[str, float]]
+    wants: Wants = "text"
+    tasks: tuple[str, ...] = ("asr",)
+
+
+def added(parts: Iterable[Sums]) -> Sums:
+    """The sums of all parts, each name's values added in their order."""
+    total: Sums = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total
