@@ -185,11 +185,11 @@ def resume_costs(folder: Path, n: int, repeats: int) -> dict[str, Any]:
     from raysft.data.index.build import Index
     from raysft.data.plan import pack
     from raysft.data.plan.plan import Cursor, Plan
-    from raysft.run import plans as history
+    from raysft.run import plans
 
     index = Index.load(folder / "index")
     plan_hash = Plan.of(index, DATA, 0).hash
-    history.follow(folder, index, DATA, 0, None)
+    plans.follow(folder, index, DATA, 0, None)
     windows = n / DATA.window - 1
     # A cursor names a window, so one late in the epoch can be written down without planning to it.
     cursors = {
@@ -204,7 +204,7 @@ def resume_costs(folder: Path, n: int, repeats: int) -> dict[str, Any]:
             cursor = Cursor.from_json(cursors[share])
             index = Index.load(folder / "index")
             times.append(time.perf_counter())
-            plan = history.follow(folder, index, DATA, 0, cursor)
+            plan = plans.follow(folder, index, DATA, 0, cursor)
             times.append(time.perf_counter())
             steps = plan.steps(cursor)
             next(steps)

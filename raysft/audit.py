@@ -32,7 +32,7 @@ from raysft.data.plan.generations import open_index
 from raysft.data.plan.verify import Line, Report, check
 from raysft.errors import UserError
 from raysft.reread import Sample, reread
-from raysft.run import plans as history
+from raysft.run import plans
 from raysft.run.catalogue import Catalogue
 from raysft.run.ledger import Chains, Heads, files
 from raysft.run.lines import parse as parse_line
@@ -48,12 +48,12 @@ def audit(run: Path, sample: int = 0) -> Report:
     """Audit the run in folder `run`; sample: batches to be read again. Raises UserError where the
     folder is not a run's, or where what it trained on (an index, a data file) cannot be read any
     more."""
-    generations = history.load(run)
+    generations = plans.load(run)
     report = Report(generations.parts[0].plan.settings["lanes"])
     # First the checkpoints, then the ledger: a run that goes on writes them the other way round.
     committed, heads = _saved(run, report)
-    chains = Chains(history.identity(run), heads, history.chained(run))
-    index = open_index(history.places(run))
+    chains = Chains(plans.identity(run), heads, plans.chained(run))
+    index = open_index(plans.places(run))
     quarantined = _Quarantine(run / "quarantine.jsonl", report)
     some = Sample(sample)
     check(

@@ -28,8 +28,7 @@ from raysft.errors import UserError
 from raysft.models.base import Adapter
 from raysft.parallel.native import HALF
 from raysft.paths import check_new_folder
-from raysft.run import identity
-from raysft.run import plans as history
+from raysft.run import identity, plans
 from raysft.run.catalogue import Saved
 from raysft.run.evaluations import choose
 from raysft.run.folder import base_in, base_of, read_config
@@ -106,7 +105,7 @@ def export_run(run: Path, folder: Path, merge: bool = False, step: str = "last")
 def prompts(run: Path) -> dict[str, str]:
     """What examples without an instruction of their own were asked, by task."""
     known = read_config(run).data.prompts
-    return {task: known[task] for task in history.tasks(run) if task in known}
+    return {task: known[task] for task in plans.tasks(run) if task in known}
 
 
 def _check_base(config: Config, found: Saved, run: Path) -> None:

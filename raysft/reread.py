@@ -21,8 +21,8 @@ from raysft.data.plan.plan import PlannedStep
 from raysft.data.plan.verify import Line, Report
 from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
-from raysft.run import folder as rundir
-from raysft.run import plans as history
+from raysft.run import plans
+from raysft.run.folder import read_config, versions_of
 from raysft.run.versions import versions
 
 DECODING = ("numpy", "soundfile", "soxr", "torch", "transformers")
@@ -57,13 +57,13 @@ class Sample:
 def reread(run: Path, sample: Sample, report: Report) -> None:
     """Read the sample's batches again; adds what differs to `report`. Raises UserError where the
     data, or the model's tokenizer, cannot be read any more."""
-    config = rundir.read_config(run)
+    config = read_config(run)
     budget = config.data.tokens_per_batch
     if not isinstance(budget, int):
         raise UserError(f"{run}: has no data.tokens_per_batch yet: it has not begun to train")
     encoder = make_encoder(config.model, config.data, run)
     encoder.limits = Limits.of(config.data)
-    reader = Reader(open_index(history.places(run)), encoder, budget, config.run.seed)
+    reader = Reader(open_index(plans.places(run)), encoder, budget, config.run.seed)
     others = _other_versions(run)
     report.reread = 0
     for work, planned, line in sorted(sample.lines, key=lambda item: (item[0].step, item[0].lane)):
@@ -103,7 +103,7 @@ def _left_out(planned: Sequence[str], trained: Sequence[str]) -> frozenset[int]:
 
 
 def _other_versions(run: Path) -> list[str]:
-    then, now = rundir.versions_of(run), versions()
+    then, now = versions_of(run), versions()
     return [
         f"{name} {now[name]}, was {then[name]}"
         for name in DECODING

@@ -32,7 +32,7 @@ from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, determinism, make_strategy
 from raysft.parallel.blocks import blocks
 from raysft.patience import patient
-from raysft.run import plans as history
+from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved
 from raysft.run.evaluations import Measure
 from raysft.run.folder import check_base, initial_weights
@@ -70,7 +70,7 @@ class Data:
         read_eval = None
         if evaluation is not None:
             read_eval = Reader(evaluation, encoder, config.evaluate.tokens_per_batch, None).read
-        index = open_index(history.places(folder))
+        index = open_index(plans.places(folder))
         reader = Reader(index, encoder, budget, config.run.seed)
         examples = len(train) + len(train.rejected)
         return cls(examples, evaluation, encoder, reader.read, read_eval)
@@ -119,7 +119,7 @@ def build_job(
     """
     check_base(config, folder)
     adapter, adapters = build_model(config, data.encoder, total_steps)
-    adapter.tasks[:] = history.tasks(folder)
+    adapter.tasks[:] = plans.tasks(folder)
     sizes = sizes_of(adapter)
     cost = None
     if world.is_main and formula_holds(adapter.net):  # it writes the metrics
@@ -128,7 +128,7 @@ def build_job(
     settings, half = config.data, config.train.precision != "fp32"
     assert data.read_train is not None  # what trains reads
     feed = Feed(
-        history.load(folder),
+        plans.load(folder),
         settings.lanes,
         adapter,
         data.read_train,
@@ -151,7 +151,7 @@ def build_job(
         else None,
         progress=progress if world.is_main else None,
         weights=initial_weights(folder),
-        identity=history.identity(folder),
+        identity=plans.identity(folder),
         adapters=adapters,
         cost=cost,
         start={

@@ -28,13 +28,12 @@ from raysft.config.schedule import another_length
 from raysft.data.example import Quarantined
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Cursor
-from raysft.driver import budget, entry, preview
-from raysft.driver import preflight as prepare
+from raysft.driver import budget, entry, preflight, preview
 from raysft.driver.group import Shares, died, interruptible, make_trainer, reason_of
 from raysft.driver.monitor import Monitor
 from raysft.driver.preflight import Prepared
 from raysft.errors import UserError
-from raysft.run import plans as history
+from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved, unreadable
 from raysft.run.evaluations import Evaluations, Measure, choose, table
 from raysft.run.folder import (
@@ -103,7 +102,7 @@ def run(config: Config, progress: Progress) -> Outcome:
 
 def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") -> Outcome:
     """Evaluate a checkpoint of the run in `run`, as `config` says, into a folder of its own below
-    it; nothing else there is written. config: as `prepare.check_evaluation` returns it. step: a
+    it; nothing else there is written. config: as `preflight.check_evaluation` returns it. step: a
     step, `best` or `last`.
 
     Raises UserError where there is no such checkpoint, or nothing to evaluate it on.
@@ -119,7 +118,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
     say(f"evaluating step {saved.step} of {run}")
     folder = new_evaluation(run, saved.step, config)
     try:
-        encoder, index = prepare.read_eval(config, run, folder, say)
+        encoder, index = preflight.read_eval(config, run, folder, say)
         _record_rejected(folder, index.rejected)
         settings = {
             "eval": (index.place,),
@@ -140,7 +139,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
 def dry_run(config: Config, progress: Progress) -> str:
     """What a run would do on this cluster, as text; see `preview.dry_run`.
 
-    config: as `prepare.check` returns it.
+    config: as `preflight.check` returns it.
     """
     Shares.of(config)
     return preview.dry_run(config, lambda text: progress({"doing": text}))
@@ -190,14 +189,14 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         owner.require()
         write_config(config, folder)
     if config.data.tokens_per_batch == "auto":
-        encoder, index = prepare.read_train(config, folder, say, owner)
+        encoder, index = preflight.read_train(config, folder, say, owner)
         say("trying budgets for data.tokens_per_batch: auto, with real steps")
         config = with_budget(config, budget.find(config, folder, encoder, index))
         owner.require()
         write_config(config, folder)
     saved, _ = catalogue.newest()
     cursor = Cursor.from_json(saved.meta()["cursor"]) if saved else None
-    prepared = prepare.prepare(config, folder, cursor, say, owner)
+    prepared = preflight.prepare(config, folder, cursor, say, owner)
     start.total_steps = prepared.total_steps
     owner.require()
     _record_rejected(folder, prepared.rejected)
@@ -215,7 +214,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         else:
             say(f"{folder} is trained to its last step, {saved.step}; its evaluation is left")
     settings = {
-        "train": tuple(history.places(folder)),
+        "train": tuple(plans.places(folder)),
         "eval": (prepared.eval.place,) if prepared.eval else None,
         "encoder": ray.put(prepared.encoder),
         "total_steps": prepared.total_steps,

@@ -40,7 +40,7 @@ from raysft.data.quarantine import summary as quarantined
 from raysft.driver.session import check_kept
 from raysft.driver.unknown import unknown_text
 from raysft.errors import BadExample, UserError
-from raysft.run import plans as history
+from raysft.run import plans
 from raysft.run.catalogue import unreadable
 from raysft.run.evaluations import choose, metrics_of
 from raysft.run.folder import check_run, read_config, resolve, run_folder
@@ -76,7 +76,7 @@ def silent(text: str) -> None:
 
 def check(config: Config, writes: bool = True) -> Config:
     """Look for mistakes that show without reading data or weights: run folder, sources, layers
-    that are to have adapters. Returns the config as `rundir.resolve` gives it.
+    that are to have adapters. Returns the config as `folder.resolve` gives it.
 
     writes: into the run's folder. Raises UserError.
     """
@@ -192,8 +192,8 @@ def prepare(
     say("planning batches")
     newest = Plan.of(index, config.data, config.run.seed)
     _check_usable(config, index, newest)
-    plan = history.follow(folder, index, config.data, config.run.seed, cursor, permit)
-    _check_task_weights(config, history.tasks(folder))
+    plan = plans.follow(folder, index, config.data, config.run.seed, cursor, permit)
+    _check_task_weights(config, plans.tasks(folder))
     rejected = [*index.rejected, *_oversize(newest, index, config)]
     rejected += evaluation.rejected if evaluation is not None else []
     steps = total_steps(config, plan)

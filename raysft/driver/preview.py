@@ -27,7 +27,7 @@ ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find 
 def dry_run(config: Config, say: Say = silent) -> str:
     """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing.
 
-    config: as `rundir.resolve` gives it.
+    config: as `folder.resolve` gives it.
     """
     assumed = []
     if config.data.tokens_per_batch == "auto":

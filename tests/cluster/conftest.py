@@ -73,7 +73,7 @@ def spawn(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 HOLD = """
 import sys
-from raysft.session import ray_session
+from raysft.driver.session import ray_session
 with ray_session() as session:
     print(session.address, flush=True)
     sys.stdin.read()

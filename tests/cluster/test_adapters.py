@@ -19,8 +19,8 @@ from raysft.export import export
 from raysft.models import build
 from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
-from tests.cluster import jobs
-from tests.models import CAUSAL
+from tests.support import jobs
+from tests.support.models import CAUSAL
 
 pytestmark = [pytest.mark.usefixtures("joined"), pytest.mark.timeout(600)]
 UNITS = 20

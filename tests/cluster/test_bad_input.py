@@ -15,9 +15,9 @@ import soundfile
 import yaml
 
 from raysft.run.lines import read_lines
-from tests.cluster import jobs
-from tests.models import AUDIO
 from tests.properties.test_world_sizes import ledger
+from tests.support import jobs
+from tests.support.models import AUDIO
 
 pytestmark = pytest.mark.usefixtures("joined")
 

@@ -13,9 +13,9 @@ import yaml
 
 from raysft.audit import audit
 from raysft.run.lines import read_lines
-from tests.cluster import jobs
-from tests.models import AUDIO
 from tests.properties.test_world_sizes import ledger
+from tests.support import jobs
+from tests.support.models import AUDIO
 
 pytestmark = [pytest.mark.usefixtures("joined"), pytest.mark.timeout(600)]
 STEPS = 20

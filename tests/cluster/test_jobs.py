@@ -17,10 +17,10 @@ import yaml
 from raysft.audit import audit
 from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
-from tests.cluster import jobs
 from tests.cluster.conftest import ROOT, without_ray_settings
-from tests.models import AUDIO, CAUSAL
 from tests.properties.test_world_sizes import ledger
+from tests.support import jobs
+from tests.support.models import AUDIO, CAUSAL
 
 # Every container, rate and channel count that must train, in one manifest.
 KINDS = (

@@ -18,7 +18,7 @@ from raysft.audit import audit
 from raysft.run.lines import read_lines
 from tests.cluster.conftest import PYTHON, alive, wait_until
 from tests.cluster.test_local_cluster import RAY, SCRIPT, Cluster, holders
-from tests.models import AUDIO
+from tests.support.models import AUDIO
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 # A job that is told to stop gets this long to save.

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from raysft.config import load_config
-from tests.cluster import jobs
 from tests.cluster.conftest import ROOT
+from tests.support import jobs
 
 README = (ROOT / "README.md").read_text()
 SHORT = ["train.max_steps=6", "evaluate.every=0", "evaluate.max_new_tokens=2"]

@@ -19,7 +19,7 @@ Spawn = Callable[..., "subprocess.Popen[str]"]
 SHOW = """
 from pathlib import Path
 import ray
-from raysft.session import ray_session
+from raysft.driver.session import ray_session
 
 @ray.remote
 def imports():
@@ -35,7 +35,7 @@ with ray_session() as session:
 BUSY = """
 import time
 import ray
-from raysft.session import ray_session
+from raysft.driver.session import ray_session
 
 @ray.remote
 def busy():
@@ -50,14 +50,14 @@ with ray_session():
 """
 
 FAIL = """
-from raysft.session import ray_session
+from raysft.driver.session import ray_session
 with ray_session():
     raise RuntimeError("a defect")
 """
 
 REFUSED = """
 from raysft.errors import UserError
-from raysft.session import ray_session
+from raysft.driver.session import ray_session
 try:
     with ray_session():
         print("connected")

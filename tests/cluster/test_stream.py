@@ -22,9 +22,9 @@ from raysft.data.plan.plan import Plan
 from raysft.data.read.reader import Reader, Work
 from raysft.driver.session import ray_session
 from raysft.errors import UserError
-from tests.batches import differences
 from tests.cluster.conftest import wait_until
-from tests.models import AUDIO
+from tests.support.batches import differences
+from tests.support.models import AUDIO
 
 CLIPS, LANES, BUDGET = 60, 4, 500
 

@@ -11,7 +11,7 @@ import torch
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from tests.worlds import start, tiny
+from tests.support.worlds import start, tiny
 
 pytestmark = [
     pytest.mark.gpu,

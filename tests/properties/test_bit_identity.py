@@ -21,8 +21,8 @@ from raysft.run.catalogue import Catalogue
 from raysft.run.lines import read_lines
 from raysft.run.storage import open_storage
 from raysft.train import shards
-from tests import worlds
-from tests.models import CAUSAL
+from tests.support import worlds
+from tests.support.models import CAUSAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 12

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import AGAIN, DONE, SAID, Fault, Lab, Result, compiled
+from tests.support.faults import AGAIN, DONE, SAID, Fault, Lab, Result, compiled
 
 FUNCTIONS = (
     *("open", "create", "stat", "fstat", "read", "listdir", "write", "fsync"),

@@ -33,8 +33,8 @@ from raysft.run.storage import open_storage
 from raysft.train.checkpoint import load, newest_sound
 from raysft.train.loop import train
 from tests.properties.test_world_sizes import ledger
-from tests.unit.test_checkpoint import Trained
-from tests.worlds import die_at, fork, start, tiny
+from tests.support.worlds import die_at, fork, start, tiny
+from tests.unit.train.test_checkpoint import Trained
 
 LAST = 12  # steps of `whole`, the undisturbed run
 ENDLESS = 10_000

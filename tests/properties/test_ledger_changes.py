@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from raysft.audit import audit
-from tests.unit.indexes import most
+from tests.support.indexes import most
 from tests.unit.test_audit import Run
 
 Files = dict[str, list[bytes]]

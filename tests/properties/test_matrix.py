@@ -1,8 +1,8 @@
 """Every strategy with every PEFT method and both families: the same losses, the same checkpoints.
 
 Two gloo processes and three lanes (so the second worker has a turn of weight zero) against one
-process; what a combination cannot do is refused in tests/unit/test_combinations.py. `make test`
-runs one whole pair and one step of all strategies; the slow test runs all of them.
+process; what a combination cannot do is refused in tests/unit/config/test_combinations.py. `make
+test` runs one whole pair and one step of all strategies; the slow test runs all of them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
 from raysft.train.checkpoint import read_weights
 from raysft.worker import build_model
-from tests import worlds
-from tests.models import AUDIO, CAUSAL
+from tests.support import worlds
+from tests.support.models import AUDIO, CAUSAL
 
 STEPS = 10
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -127,12 +127,12 @@ def check(bench: Bench, cases: list[Case]) -> None:
     one = {}
     for _, method, family in cases:
         one[method, family] = bench.config(("ddp", method, family), f"one_{method}_{family}")
-    assert worlds.run(1, *one.values(), module="tests.matrix") == 0
+    assert worlds.run(1, *one.values(), module="tests.support.matrix") == 0
     for strategy in dict.fromkeys(strategy for strategy, _, _ in cases):
         mine = [case for case in cases if case[0] == strategy]
         whole = [bench.config(case, "_".join(case)) for case in mine]
         again = [bench.config(case, "again_" + "_".join(case)) for case in mine]
-        assert worlds.run(2, *whole, *again, kill_at=7, module="tests.matrix") == 0
+        assert worlds.run(2, *whole, *again, kill_at=7, module="tests.support.matrix") == 0
     for case in cases:
         compare(bench, case)
 
@@ -222,8 +222,8 @@ def test_gradients_of_adapters_are_those_of_the_whole_global_batch(bench: Bench)
         for _, method, family in GRADIENTS
     }
     shared = [bench.config(case, "gradient_" + "_".join(case)) for case in GRADIENTS]
-    assert worlds.run(1, *alone.values(), kill_at=-1, module="tests.matrix") == 0
-    assert worlds.run(2, *shared, kill_at=-1, module="tests.matrix") == 0
+    assert worlds.run(1, *alone.values(), kill_at=-1, module="tests.support.matrix") == 0
+    assert worlds.run(2, *shared, kill_at=-1, module="tests.support.matrix") == 0
     for case, path in zip(GRADIENTS, shared, strict=True):
         found = load_file(bench.run(path.stem) / "gradient.safetensors")
         expected = load_file(bench.run(alone[case[1:]].stem) / "gradient.safetensors")
@@ -251,10 +251,10 @@ def test_a_run_moves_between_strategies_and_numbers_of_workers(
     """Left in the middle twice, each time without a word, and taken up by others."""
     name = f"left_{method}_{stages[0][0]}"
     whole = bench.config(("ddp", method, "causal_lm"), f"whole_{name}", checkpoint={"every": 3})
-    assert worlds.run(1, whole, module="tests.matrix") == 0
+    assert worlds.run(1, whole, module="tests.support.matrix") == 0
     for (strategy, size), leave_at in zip(stages, (5, 8, 0), strict=True):
         config = bench.config((strategy, method, "causal_lm"), name, checkpoint={"every": 3})
-        assert worlds.run(size, config, kill_at=leave_at, module="tests.matrix") == 0
+        assert worlds.run(size, config, kill_at=leave_at, module="tests.support.matrix") == 0
     expected = column(bench.run(whole.stem), "loss")
     assert column(bench.run(name), "loss") == pytest.approx(expected, rel=1e-4)
     assert audit(bench.run(name)).clean

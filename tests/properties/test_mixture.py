@@ -8,9 +8,9 @@ import pytest
 
 from raysft.config import to_yaml
 from raysft.run.lines import read_lines
-from tests import worlds
-from tests.models import CAUSAL
-from tests.worlds import tiny
+from tests.support import worlds
+from tests.support.models import CAUSAL
+from tests.support.worlds import tiny
 
 MOE = {
     **CAUSAL["config"],

@@ -24,9 +24,9 @@ from raysft.run.lines import read_lines
 from raysft.run.ownership import BEAT_S, Ownership, Process
 from raysft.train.loop import train
 from raysft.train.watchdog import EXIT_CODE, Orphaned
-from tests.objects import ObjectStore
 from tests.properties.test_kill_while_saving import home, same, sound, undisturbed, whole
-from tests.worlds import drive, fork, join, start, tiny
+from tests.support.objects import ObjectStore
+from tests.support.worlds import drive, fork, join, start, tiny
 
 __all__ = ["home", "undisturbed"]
 LAST = 12

@@ -23,7 +23,7 @@ from raysft.config.schema import Data
 from raysft.data.plan import pack
 from raysft.data.plan.plan import Cursor
 from raysft.errors import UserError
-from tests.simulated import TASKS, Corpus, Ledger, Run, Start
+from tests.support.simulated import TASKS, Corpus, Ledger, Run, Start
 
 MANY = settings(max_examples=250, deadline=None)
 SOME = settings(max_examples=80, deadline=None)

@@ -18,8 +18,8 @@ import yaml
 
 from raysft.audit import audit
 from raysft.run.lines import read_lines
-from tests import worlds
-from tests.models import AUDIO
+from tests.support import worlds
+from tests.support.models import AUDIO
 
 STEPS = 20
 

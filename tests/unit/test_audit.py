@@ -25,11 +25,11 @@ from raysft.data.plan.generations import Generation, Generations, open_index
 from raysft.data.plan.plan import Cursor, Plan, PlannedStep
 from raysft.data.plan.verify import Report, check
 from raysft.errors import UserError
-from raysft.run import plans as history
+from raysft.run import plans
 from raysft.run.ledger import Ledger, genesis
 from raysft.run.lines import read_lines
 from raysft.train.metrics import cut_back_run
-from tests.unit.indexes import build, most
+from tests.support.indexes import build, most
 
 LANES = 3
 QUARANTINED = ("m7", "m20")
@@ -50,12 +50,12 @@ class Run:
         """Some steps in one more start of the run."""
         index = build(self.home / "index", *corpora)
         data = Data(lanes=LANES, tokens_per_batch=40, window=8, extend=True)
-        generations = history.follow(self.folder, index, data, 0, self.cursor)
-        rows = open_index(history.places(self.folder))
+        generations = plans.follow(self.folder, index, data, 0, self.cursor)
+        rows = open_index(plans.places(self.folder))
         cursor = self.cursor or generations.start()
         cut_back_run(self.folder, cursor.step)
         known = {line["id"] for line in read_lines(self.folder / "quarantine.jsonl")}
-        begun = {lane: genesis(history.identity(self.folder), lane) for lane in range(LANES)}
+        begun = {lane: genesis(plans.identity(self.folder), lane) for lane in range(LANES)}
         ledger = Ledger(self.folder, range(LANES), cursor.step + 1, self.heads or begun)
         for step in itertools.islice(generations.steps(cursor), steps):
             for lane, planned in enumerate(step.lanes):

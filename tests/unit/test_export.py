@@ -28,7 +28,7 @@ from raysft.families.audio_lm.encode import FEATURES
 from raysft.models import PREFIX, Adapter, build
 from raysft.models.base import Document
 from raysft.models.loading import grow_vocabulary
-from tests.unit.model_zoo import CONFIGS, clip_inputs, make, sequences, settings
+from tests.support.model_zoo import CONFIGS, clip_inputs, make, sequences, settings
 
 
 def logits(net: torch.nn.Module, adapter: Adapter) -> torch.Tensor:

@@ -29,7 +29,7 @@ from raysft.config import Config, load_config
 from raysft.data.encode import TEMPLATE
 from raysft.data.example import MicroBatch
 from raysft.data.read.reader import Work
-from raysft.driver import preflight as prepare
+from raysft.driver import preflight
 from raysft.errors import UserError
 from raysft.export import export_run
 from raysft.models.attention import document_mask
@@ -38,7 +38,7 @@ from raysft.parallel import World
 from raysft.run.folder import open_run, read_config
 from raysft.train.loop import train
 from tests.conftest import WORDS
-from tests.models import AUDIO, CAUSAL
+from tests.support.models import AUDIO, CAUSAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 README = Path(__file__).parents[2] / "README.md"
@@ -80,7 +80,7 @@ def trained(folder: Path, data: Path, model: dict[str, Any], name: str) -> Run:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     config = load_config(folder / f"{name}.yaml", [])
     run = open_run(config)
-    prepared = prepare.prepare(config, run)
+    prepared = preflight.prepare(config, run)
     assert not prepared.rejected
     data_of_run = worker.Data.in_process(
         config, prepared.encoder, run, prepared.train, prepared.eval

@@ -15,7 +15,7 @@ import pytest
 
 from raysft import hub
 from raysft.config import load_config
-from raysft.driver import preflight as prepare
+from raysft.driver import preflight
 from raysft.errors import UserError
 
 
@@ -154,5 +154,5 @@ def test_every_key_that_names_a_model_is_looked_at_before_anything_starts(
     )
     began = time.monotonic()
     with pytest.raises(UserError, match=f"{key}: "):
-        prepare.check(load_config(config, [override]))
+        preflight.check(load_config(config, [override]))
     assert time.monotonic() - began < 10

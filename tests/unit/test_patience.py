@@ -29,10 +29,10 @@ from raysft.data.index.build import Index, build_index
 from raysft.data.read.reader import Reader, Work
 from raysft.data.sources import json_lines, resolve
 from raysft.errors import BadExample, UserError
-from tests.batches import differences
 from tests.conftest import tone
-from tests.models import AUDIO
-from tests.unit.audio_files import KINDS, encoded, ffmpeg
+from tests.support.audio_files import KINDS, encoded, ffmpeg
+from tests.support.batches import differences
+from tests.support.models import AUDIO
 
 RATE = 16000
 SUFFIXES = ("wav", "flac", "ogg", "mp3", "aiff", "au")

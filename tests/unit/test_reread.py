@@ -15,9 +15,9 @@ from raysft.audit import audit, main
 from raysft.config import Config
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from tests.models import AUDIO
-from tests.unit.test_checkpoint import ONE
-from tests.worlds import start, tiny
+from tests.support.models import AUDIO
+from tests.support.worlds import start, tiny
+from tests.unit.train.test_checkpoint import ONE
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ALL = 1000

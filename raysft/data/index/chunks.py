@@ -1,6 +1,6 @@
 """A data file that has changed: what was measured of the chunks that are still in it.
 
-Between a cached part and what is left to measure (index.py). A chunk is known again by its digest,
+Between a cached part and what is left to measure (build.py). A chunk is known again by its digest,
 wherever it lies by now: lines that were appended, changed, inserted or taken out cost the chunks
 they are in, and most often no other (sources.base.ends_chunk). Costs: moving the places of all
 examples, 50 ns each; items that came to nothing are looked at again where their line is another,

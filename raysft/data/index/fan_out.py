@@ -1,6 +1,6 @@
 """Many small jobs at once: as Ray tasks where Ray runs, else in processes, else here.
 
-Under index.py, which surveys files, looks at clips and measures examples with it. Results come in
+Under build.py, which surveys files, looks at clips and measures examples with it. Results come in
 the order of the jobs; an error of one ends them all.
 """
 

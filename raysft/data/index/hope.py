@@ -1,6 +1,6 @@
 """When indexing has no hope: a wrong root, or far more unusable examples than are allowed.
 
-Under index.py, which shows it every result. A corpus of a million lines under a wrong folder would
+Under build.py, which shows it every result. A corpus of a million lines under a wrong folder would
 else be looked at to its end, and leave 190 MB of reasons that are all the same.
 """
 

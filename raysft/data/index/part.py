@@ -1,6 +1,6 @@
 """The part of an index that one file makes: measured in chunks, cached until the file changes.
 
-Stands between sources and the index (index.py joins parts; measuring is spread over processes
+Stands between sources and the index (build.py joins parts; measuring is spread over processes
 there). For each item: parse it, probe its clips' headers, ask the encoder how long it will be.
 Two things are cached below the index's folder:
 
@@ -11,7 +11,7 @@ Two things are cached below the index's folder:
 
 Of a file that has changed only those chunks are measured that are new (chunks.py). Of the others
 those clips are measured again that could not be used, so that a repaired file comes back, and those
-that were replaced (clip_states.py). Costs: 0.3 ms an item and core, 0.2 of it the clip's header on
+that were replaced (clips/states.py). Costs: 0.3 ms an item and core, 0.2 of it the clip's header on
 a local disk; 60 bytes an example.
 """
 

@@ -1,6 +1,6 @@
 """The index as it lies on disk: columns that every node maps, and records read by their place.
 
-Made by index.py, read by the plan (its columns) and the stream (`Index.examples`). A folder:
+Made by build.py, read by the plan (its columns) and the stream (`Index.examples`). A folder:
 
     <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc,again}.npy
                         rejected.jsonl   meta.json

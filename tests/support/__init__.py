@@ -1,0 +1,1 @@
+"""What tests share: configs, corpora, models, processes, whole lives of runs."""

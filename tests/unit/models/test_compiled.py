@@ -1,0 +1,78 @@
+"""train.compile changes how a step is computed, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raysft.errors import UserError
+from raysft.models.compiled import compile_blocks
+from raysft.parallel import World
+from raysft.parallel.blocks import blocks
+from raysft.run.lines import read_lines
+from raysft.train.loop import train
+from tests.support import worlds
+from tests.support.model_zoo import make
+
+CPU = torch.device("cpu")
+
+
+def lines(folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
+    config = worlds.tiny(folder, name, train__max_steps=5, **changes)
+    train(worlds.start(config, World.current()))
+    return read_lines(folder / "runs" / name / "metrics.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_are_those_of_what_is_not_compiled(checkpointing: bool, tmp_path: Path) -> None:
+    same = {"train__gradient_checkpointing": checkpointing}
+    plain = lines(tmp_path, "plain", **same)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = lines(tmp_path, "compiled", train__compile=True, **same)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in found] == pytest.approx(
+            [line[key] for line in plain], rel=1e-4
+        )
+
+
+@pytest.mark.slow
+def test_lengths_are_compiled_once(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    lines(tmp_path, "short", train__compile=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    lines(tmp_path, "other", train__compile=True, data__tokens_per_batch=173)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_names_of_parameters_stay() -> None:
+    adapter = make("qwen3")
+    before = list(adapter.supervised.state_dict())
+    compile_blocks(blocks(adapter.supervised), CPU)
+    assert list(adapter.supervised.state_dict()) == before
+
+
+def test_evaluation_is_not_compiled() -> None:
+    adapter = make("qwen3")
+    ids = torch.arange(6).unsqueeze(0)
+    adapter.model.eval()
+    before = adapter.model(ids).logits
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(blocks(adapter.supervised), CPU)
+    assert torch.equal(adapter.model(ids).logits, before)
+    assert not torch._dynamo.utils.counters["frames"]
+
+
+def test_without_a_compiler_it_is_a_readable_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config, cpp_builder
+
+    cpp_builder.cpp_compiler_search.cache_clear()
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match=r"train\.compile: needs a C\+\+ compiler"):
+        compile_blocks([], CPU)

@@ -1,0 +1,104 @@
+"""A process without progress ends itself in time and says where it stood; others live."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from raysft.train.watchdog import EXIT_CODE
+
+ROOT = Path(__file__).resolve().parents[3]
+TIMEOUT = 0.5  # seconds
+
+HEAD = f"""
+import sys, threading, time
+from raysft.train.watchdog import Watchdog
+
+def tell(reason):
+    print("told:", reason, flush=True)
+
+dog = Watchdog({TIMEOUT}, tell)
+print("watched", flush=True)
+"""
+
+
+def started(body: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEAD + body],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "watched\n"
+    return process
+
+
+def end(body: str) -> tuple[int, str, str, float]:
+    """Exit code, stdout, stderr, and seconds from the start of the watch."""
+    process, begun = started(body), time.monotonic()
+    said, errors = process.communicate(timeout=20)
+    return process.returncode, said, errors, time.monotonic() - begun
+
+
+def test_a_process_blocked_in_a_lock_ends_with_its_stack_and_the_reason_told() -> None:
+    code, said, errors, seconds = end("""
+def stuck_here():
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+dog.beat("in step 7")
+stuck_here()
+""")
+    reason = f"no progress for 1 s while in step 7 (parallel.timeout_s={TIMEOUT:g})"
+    assert code == EXIT_CODE == 75
+    assert TIMEOUT < seconds < TIMEOUT + 2.5
+    assert said == f"told: {reason}\n"
+    assert errors.startswith(f"{reason}; this worker ends, the threads stood at:\n")
+    assert "in stuck_here" in errors
+
+
+def test_one_that_never_begins_and_one_that_cannot_tell_end_too() -> None:
+    body = """
+dog._hung = lambda reason: time.sleep(60)  # whom it tells does not answer
+time.sleep(60)
+"""
+    code, _, errors, seconds = end(body)
+    assert code == EXIT_CODE
+    assert "while starting" in errors
+    assert seconds < TIMEOUT + 3.5
+
+
+def test_one_that_beats_lives_and_a_closed_watch_ends_nothing() -> None:
+    code, said, errors, _ = end(f"""
+end = time.monotonic() + 4 * {TIMEOUT}
+while time.monotonic() < end:
+    dog.beat("working")
+    time.sleep({TIMEOUT} / 10)
+dog.close()
+time.sleep(3 * {TIMEOUT})
+print("done")
+""")
+    assert (code, said, errors) == (0, "done\n", "")
+
+
+def test_a_process_that_was_stopped_and_goes_on_does_not_end_itself() -> None:
+    """Others saw it hang and may have ended it; where they have not, it has done nothing wrong."""
+    process = started(f"""
+for _ in range(8):
+    dog.beat("working")
+    time.sleep({TIMEOUT} / 2)
+print("done")
+""")
+    time.sleep(TIMEOUT / 4)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(4 * TIMEOUT)
+    os.kill(process.pid, signal.SIGCONT)
+    said, errors = process.communicate(timeout=20)
+    assert (process.returncode, said, errors) == (0, "done\n", "")
