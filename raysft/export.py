@@ -25,7 +25,7 @@ from raysft.adapters.attach import VIRTUAL, merge_adapters
 from raysft.config import Config
 from raysft.data.encode import make_encoder, require_template
 from raysft.errors import UserError
-from raysft.models.base import Adapter
+from raysft.models.base import SpeechModel
 from raysft.parallel.native import HALF
 from raysft.paths import check_new_folder
 from raysft.run import identity, plans
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 
 
 def export(
-    adapter: Adapter, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None
+    speech_model: SpeechModel, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None
 ) -> Path:
-    """Write the adapter's model (or `state_dict` in its place) to `folder`; returns the folder.
+    """Write the model (or `state_dict` in its place) to `folder`; returns the folder.
 
     With it go tokenizer, chat template, generation config and, for audio_lm, the processor (of
     data.features: fbank the feature extractor alone, with a warning: see `AudioLM.save`).
     Raises UserError if `folder` exists and is not an empty folder, or cannot be written.
     """
-    return _write(Path(folder), lambda partial: adapter.save(partial, state_dict))
+    return _write(Path(folder), lambda partial: speech_model.save(partial, state_dict))
 
 
 def _write(folder: Path, fill: Callable[[Path], None]) -> Path:
@@ -90,15 +90,15 @@ def export_run(run: Path, folder: Path, merge: bool = False, step: str = "last")
         _export_adapter(config, found, folder)
         return found.step
     encoder = make_encoder(config.model, config.data, run)
-    adapter = models.build(config.model, config.data, encoder, config.run.seed)
+    speech_model = models.build(config.model, config.data, encoder, config.run.seed)
     weights: dict[str, torch.Tensor] | None = read_weights(found)
     if merge:
         settings = json.loads(found.read(f"{ADAPTER}/adapter_config.json"))
-        merge_adapters(adapter, config, settings.get("total_step") or 0, weights or {})
+        merge_adapters(speech_model, config, settings.get("total_step") or 0, weights or {})
         weights = None
         if config.train.precision in HALF:
-            adapter.net.to(HALF[config.train.precision])
-    export(adapter, folder, weights)
+            speech_model.net.to(HALF[config.train.precision])
+    export(speech_model, folder, weights)
     return found.step
 
 

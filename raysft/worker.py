@@ -27,7 +27,7 @@ from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.models.attention import used as attention_used
-from raysft.models.base import Adapter
+from raysft.models.base import SpeechModel
 from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, determinism, make_strategy
 from raysft.parallel.blocks import blocks
@@ -78,7 +78,7 @@ class Data:
 
 def build_model(
     config: Config, encoder: Encoder, total_steps: int
-) -> tuple[Adapter, PeftAdapters | None]:
+) -> tuple[SpeechModel, PeftAdapters | None]:
     """The model on the CPU, as a strategy takes it: with what `peft` and `train` do to it.
 
     total_steps: of the run; 0: it is not to be trained to an end.
@@ -88,21 +88,21 @@ def build_model(
         from raysft.models.quantized import nf4
 
         quantization = nf4(config)
-    adapter = models.build(config.model, config.data, encoder, config.run.seed, quantization)
-    adapter.task_weights.update(config.train.task_weights)
-    adapter.more_losses += [
+    speech_model = models.build(config.model, config.data, encoder, config.run.seed, quantization)
+    speech_model.task_weights.update(config.train.task_weights)
+    speech_model.more_losses += [
         (name, losses.load(name), weight) for name, weight in config.train.losses.items()
     ]
     adapters = None
     if config.peft.method != "none":
         from raysft.adapters.attach import add_adapters  # peft takes 2 s to import
 
-        adapters = add_adapters(adapter, config, total_steps)
+        adapters = add_adapters(speech_model, config, total_steps)
     elif config.train.freeze:
-        adapter.freeze(config.train.freeze)
+        speech_model.freeze(config.train.freeze)
     if config.train.gradient_checkpointing:
-        adapter.enable_gradient_checkpointing()
-    return adapter, adapters
+        speech_model.enable_gradient_checkpointing()
+    return speech_model, adapters
 
 
 def build_job(
@@ -118,19 +118,19 @@ def build_job(
     Raises UserError where this machine has another base at model.path than the run began with.
     """
     check_base(config, folder)
-    adapter, adapters = build_model(config, data.encoder, total_steps)
-    adapter.tasks[:] = plans.tasks(folder)
-    sizes = sizes_of(adapter)
+    speech_model, adapters = build_model(config, data.encoder, total_steps)
+    speech_model.tasks[:] = plans.tasks(folder)
+    sizes = sizes_of(speech_model)
     cost = None
-    if world.is_main and formula_holds(adapter.net):  # it writes the metrics
-        cost = cost_of(adapter.model, adapter.unreached)
-    strategy = wrap(config, adapter, world)
+    if world.is_main and formula_holds(speech_model.net):  # it writes the metrics
+        cost = cost_of(speech_model.model, speech_model.unreached)
+    strategy = wrap(config, speech_model, world)
     settings, half = config.data, config.train.precision != "fp32"
     assert data.read_train is not None  # what trains reads
     feed = Feed(
         plans.load(folder),
         settings.lanes,
-        adapter,
+        speech_model,
         data.read_train,
         world,
         total_steps,
@@ -142,11 +142,11 @@ def build_job(
         world=world,
         strategy=strategy,
         stream=feed,
-        tasks=list(adapter.tasks),
+        tasks=list(speech_model.tasks),
         total_steps=total_steps,
         examples=data.examples,
         catalogue=Catalogue.of(config.checkpoint, folder),
-        evaluate=Evaluation(config, world, data, adapter, strategy)
+        evaluate=Evaluation(config, world, data, speech_model, strategy)
         if data.eval is not None
         else None,
         progress=progress if world.is_main else None,
@@ -155,18 +155,18 @@ def build_job(
         adapters=adapters,
         cost=cost,
         start={
-            "attention": attention_used(adapter.model, world.device, half),
-            "proof": adapter.verdict.describe(),
-            **({"unreached": list(adapter.unreached)} if adapter.unreached else {}),
+            "attention": attention_used(speech_model.model, world.device, half),
+            "proof": speech_model.verdict.describe(),
+            **({"unreached": list(speech_model.unreached)} if speech_model.unreached else {}),
             **sizes,
         },
-        extras=_extras(adapter, folder) if world.is_main else {},
+        extras=_extras(speech_model, folder) if world.is_main else {},
     )
 
 
-def sizes_of(adapter: Adapter) -> dict[str, int]:
+def sizes_of(speech_model: SpeechModel) -> dict[str, int]:
     """Parameters, and those of them that train; two of 4 bits lie in each byte."""
-    parameters = list(adapter.model.parameters())
+    parameters = list(speech_model.model.parameters())
     return {
         "parameters": sum(p.numel() * (1 if p.is_floating_point() else 2) for p in parameters),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
@@ -184,25 +184,25 @@ def describe(job: Job) -> str:
     return said
 
 
-def wrap(config: Config, adapter: Adapter, world: World) -> Strategy:
+def wrap(config: Config, speech_model: SpeechModel, world: World) -> Strategy:
     """The model in its strategy, compiled where `train.compile` says so; torch as
     `train.deterministic` says."""
     determinism.settle(config.train.deterministic, world.device)
     if config.train.compile:
         from raysft.models.compiled import compile_blocks
 
-        compile_blocks(blocks(adapter.supervised), world.device)
-    return make_strategy(config, adapter.supervised, world)
+        compile_blocks(blocks(speech_model.supervised), world.device)
+    return make_strategy(config, speech_model.supervised, world)
 
 
 @patient
-def _extras(adapter: Adapter, folder: Path) -> dict[str, bytes]:
+def _extras(speech_model: SpeechModel, folder: Path) -> dict[str, bytes]:
     """What goes into each checkpoint beside the state: config, tokenizer, feature extractor."""
     found = {}
     if (folder / "config.yaml").is_file():
         found["config.yaml"] = (folder / "config.yaml").read_bytes()
     with tempfile.TemporaryDirectory() as scratch:
-        adapter.save_processor(Path(scratch))
+        speech_model.save_processor(Path(scratch))
         for path in sorted(Path(scratch).rglob("*")):
             if path.is_file():
                 found[f"processor/{path.relative_to(scratch)}"] = path.read_bytes()
@@ -216,7 +216,7 @@ class Evaluation:
     config: Config
     world: World
     data: Data
-    adapter: Adapter
+    speech_model: SpeechModel
     strategy: Strategy
 
     def measure(self, final: bool) -> Measure:
@@ -245,7 +245,7 @@ class Evaluation:
         with strategy.whole():
             return evaluate(
                 strategy.module,
-                self.adapter,
+                self.speech_model,
                 Corpus(index.tokens, index.source, names, references),
                 batches,
                 self.config.evaluate,
@@ -272,9 +272,9 @@ class Evaluator:
 def build_evaluator(config: Config, run: Path, world: World, data: Data) -> Evaluator:
     """Model and strategy of one worker, for checkpoints of the run in `run`."""
     check_base(config, run)
-    adapter, _ = build_model(config, data.encoder, 0)
-    strategy = wrap(config, adapter, world)
-    evaluation = Evaluation(config, world, data, adapter, strategy)
+    speech_model, _ = build_model(config, data.encoder, 0)
+    strategy = wrap(config, speech_model, world)
+    evaluation = Evaluation(config, world, data, speech_model, strategy)
     return Evaluator(world, strategy, Catalogue.of(config.checkpoint, run), evaluation)
 
 

@@ -45,7 +45,7 @@ from raysft.config.families import Family
 from raysft.config.schema import Config
 from raysft.data.encode import model_family
 from raysft.errors import UserError
-from raysft.models.base import PREFIX, Adapter
+from raysft.models.base import PREFIX, SpeechModel
 from raysft.models.loading import line_of, seeded, skeleton
 from raysft.models.quantized import refuse_widths
 from raysft.models.targets import Targets, modules_named, resolve
@@ -118,63 +118,65 @@ def check(config: Config, new_ids: Sequence[int] = (), total_steps: int = 0) -> 
         find(config, settings, names, net)
 
 
-def add_adapters(adapter: Adapter, config: Config, total_steps: int) -> PeftAdapters:
-    """Put the adapters of `config.peft` into `adapter`; from here on only they train.
+def add_adapters(speech_model: SpeechModel, config: Config, total_steps: int) -> PeftAdapters:
+    """Put the adapters of `config.peft` into `speech_model`; from here on only they train.
 
-    adapter: just built; its `model` and `supervised` become those with adapters. total_steps: of
-    the run, for AdaLoRA's schedule; 0: it is not to be trained to an end. Raises UserError
+    speech_model: just built; its `model` and `supervised` become those with adapters. total_steps:
+    of the run, for AdaLoRA's schedule; 0: it is not to be trained to an end. Raises UserError
     where the method cannot train this model, or `peft.path` is an adapter of something else.
     """
-    model = _inject(adapter, config, total_steps, begin=True)
+    model = _inject(speech_model, config, total_steps, begin=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if config.peft.method in VIRTUAL:
-        adapter.virtual = config.peft.virtual_tokens
+        speech_model.virtual = config.peft.virtual_tokens
     if config.peft.method == "prompt":
-        adapter.prepends = True
+        speech_model.prepends = True
         model.register_forward_pre_hook(_without_positions, with_kwargs=True)
     try:
-        adapter.wrap(model)
+        speech_model.wrap(model)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         if config.peft.method not in VIRTUAL:
             raise
         raise UserError(
-            f"peft.method: {config.peft.method} does not work with {type(adapter.net).__name__} "
-            f"({line_of(error)}); use lora"
+            f"peft.method: {config.peft.method} does not work with "
+            f"{type(speech_model.net).__name__} ({line_of(error)}); use lora"
         ) from error
-    adapter.freeze_unreached()
+    speech_model.freeze_unreached()
     adapters = PeftAdapters(model)
     if adapters.ranks is not None:
-        adapter.supervised.penalty = adapters.ranks.penalty
+        speech_model.supervised.penalty = adapters.ranks.penalty
     # Last, for outside of a strategy's autocast half-precision matrices multiply nothing.
     _halve(model, HALF.get(config.train.precision))
     return adapters
 
 
 def merge_adapters(
-    adapter: Adapter, config: Config, total_steps: int, weights: Mapping[str, torch.Tensor]
+    speech_model: SpeechModel, config: Config, total_steps: int, weights: Mapping[str, torch.Tensor]
 ) -> None:
-    """Make `adapter` (just built, in float32) a plain model that says what the base says with
+    """Make `speech_model` (just built, in float32) a plain model that says what the base says with
     adapters of these weights, named as a checkpoint names them. Not for methods in VIRTUAL."""
-    model = _inject(adapter, config, total_steps)
-    adapter.wrap(model)
-    adapter.freeze_unreached()  # as training did: a checkpoint may lack what it froze
+    model = _inject(speech_model, config, total_steps)
+    speech_model.wrap(model)
+    speech_model.freeze_unreached()  # as training did: a checkpoint may lack what it froze
     given = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     lacking = {name for name, p in model.named_parameters() if p.requires_grad} - given.keys()
     if lacking:
         raise ValueError(f"the checkpoint lacks {len(lacking)} weights, such as {min(lacking)}")
     model.load_state_dict(given, strict=False)
-    adapter.wrap(model.merge_and_unload())
+    speech_model.wrap(model.merge_and_unload())
 
 
-def _inject(adapter: Adapter, config: Config, total_steps: int, begin: bool = False) -> PeftModel:
-    """The model of `adapter` inside a peft model. begin: with the weights at `peft.path`."""
-    net, family = adapter.net, model_family(config.model)
-    settings, names = _settings(config, net, family, adapter.new_ids, total_steps)
+def _inject(
+    speech_model: SpeechModel, config: Config, total_steps: int, begin: bool = False
+) -> PeftModel:
+    """The model of `speech_model` inside a peft model. begin: with the weights at `peft.path`."""
+    net, family = speech_model.net, model_family(config.model)
+    settings, names = _settings(config, net, family, speech_model.new_ids, total_steps)
     start = find(config, settings, names, net) if begin else None
     # peft copies modules that train whole, with all that hangs on them.
-    adapter.supervised.release()
+    speech_model.supervised.release()
     with seeded(config.run.seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls
         model = get_peft_model(net, settings)

@@ -26,7 +26,7 @@ class Family:
 
     name: as `model.family` has it.
     encode: module with `make_encoder`, see `raysft.data.encode.Encode`.
-    model: module with `make_adapter`, see `raysft.models.Build`.
+    model: module with `make_model`, see `raysft.models.Build`.
     types: model type -> the class that builds it, "module:class".
     every_causal_lm: whether it takes all types of AutoModelForCausalLM as well.
     hears: whether its models read audio as it is.

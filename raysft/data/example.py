@@ -177,7 +177,7 @@ class Ragged:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """The examples of one (step, lane), concatenated; the adapter lays them out packed or padded.
+    """The examples of one (step, lane), concatenated; the model lays them out packed or padded.
 
     lengths: int32 [n], tokens of each sequence. input_ids, labels: int32 [sum(lengths)].
     arrays: what else the sequences have, by name; a name that none of them has is not there.

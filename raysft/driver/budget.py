@@ -79,16 +79,16 @@ def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
 def _worker(settings: dict[str, Any]) -> None:
     """What each worker of the group runs."""
     from raysft import worker
-    from raysft.models.base import Adapter
+    from raysft.models.base import SpeechModel
     from raysft.parallel import Strategy
     from raysft.train.probe import Lengths, find_budget
 
     config, world = join(settings, log_folder=None)
     encoder = ray.get(settings["encoder"])
 
-    def factory() -> tuple[Adapter, Strategy]:
-        adapter, _ = worker.build_model(config, encoder, total_steps=0)
-        return adapter, worker.wrap(config, adapter, world)
+    def factory() -> tuple[SpeechModel, Strategy]:
+        speech_model, _ = worker.build_model(config, encoder, total_steps=0)
+        return speech_model, worker.wrap(config, speech_model, world)
 
     try:
         budget = find_budget(config, factory, Lengths(**settings["lengths"]), world)

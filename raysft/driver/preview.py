@@ -114,16 +114,16 @@ def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
     """
     from raysft import worker
 
-    adapter, _ = worker.build_model(config, encoder, total_steps)
-    parameters = list(adapter.model.parameters())
+    speech_model, _ = worker.build_model(config, encoder, total_steps)
+    parameters = list(speech_model.model.parameters())
     stored = sum(p.numel() * p.element_size() for p in parameters)
-    sizes = worker.sizes_of(adapter)
+    sizes = worker.sizes_of(speech_model)
     trained = sizes["trained"]
     workers = config.parallel.min_workers // config.parallel.replicate
     sharded = traits_of(config.parallel.strategy).shards
     held = {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained}
     state = sum(size / (workers if part in sharded else 1) for part, size in held.items())
-    text = adapter.net.config.get_text_config()
+    text = speech_model.net.config.get_text_config()
     width = 4 if config.train.precision == "fp32" else 2
     row = config.data.tokens_per_batch * text.hidden_size
     layer = row * 17 * width

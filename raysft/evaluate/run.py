@@ -22,7 +22,7 @@ from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.example import Sequence as Encoded
 from raysft.data.plan import pack
 from raysft.evaluate.answers import keeps_tab, limit_for, transcript
-from raysft.models.base import Adapter
+from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.patience import patient
 from raysft.run.lines import encoded
@@ -69,10 +69,10 @@ def batches(corpus: Corpus, budget: int, limit: int | None) -> list[np.ndarray]:
     return found
 
 
-def prompts_of(adapter: Adapter, batch: MicroBatch) -> list[Encoded]:
+def prompts_of(speech_model: SpeechModel, batch: MicroBatch) -> list[Encoded]:
     """The sequences of a micro-batch, each cut before its first supervised token."""
     found = []
-    for id_, document in zip(batch.ids, adapter.documents(batch) if batch.ids else []):
+    for id_, document in zip(batch.ids, speech_model.documents(batch) if batch.ids else []):
         supervised = np.flatnonzero(document.labels != -100)
         end = int(supervised[0]) if len(supervised) else len(document.labels)
         found.append(
@@ -99,7 +99,7 @@ def answer_lengths(batch: MicroBatch) -> list[int]:
 
 def evaluate(
     module: torch.nn.Module,
-    adapter: Adapter,
+    speech_model: SpeechModel,
     corpus: Corpus,
     read: Read,
     settings: Evaluate,
@@ -133,12 +133,14 @@ def evaluate(
             batch = next(stream) if number < len(mine) else MicroBatch.join(0, 0, 0, [])
             unusable += batch.quarantined
             with autocast():
-                found = module(to_device(adapter.collate(batch), world.device))
+                found = module(to_device(speech_model.collate(batch), world.device))
             for task, (loss, count) in found[0].by_task.items():  # a model's first term
                 losses.setdefault(task, []).append(Loss(float(loss), float(count)))
             if settings.generate:
-                answered += _transcribe(adapter, corpus, batch, rows, settings, autocast, synced)
-    spaced = settings.generate and not keeps_tab(adapter.tokenizer)
+                answered += _transcribe(
+                    speech_model, corpus, batch, rows, settings, autocast, synced
+                )
+    spaced = settings.generate and not keeps_tab(speech_model.tokenizer)
     answered = _transcripts(world, answered, spaced)
     counted = _count(losses, answered, settings)
     parts = world.gather((counted, answered, unusable))
@@ -152,7 +154,7 @@ def evaluate(
 
 
 def _transcribe(
-    adapter: Adapter,
+    speech_model: SpeechModel,
     corpus: Corpus,
     batch: MicroBatch,
     rows: np.ndarray,
@@ -162,14 +164,16 @@ def _transcribe(
 ) -> list[Answered]:
     """The answers to those examples of a batch that have a transcript and a scorer, as the model
     gives them. By place: ids may repeat."""
-    prompts, tasks = prompts_of(adapter, batch), answered_tasks()
+    prompts, tasks = prompts_of(speech_model, batch), answered_tasks()
     wanted = [place for place, prompt in enumerate(prompts) if prompt.task in tasks]
     if not wanted and not synced:
         return []
     lengths = answer_lengths(batch)
     limit = limit_for([lengths[place] for place in wanted], settings.max_new_tokens)
     with autocast():
-        texts = adapter.generate([prompts[place] for place in wanted], limit, synced_gpus=synced)
+        texts = speech_model.generate(
+            [prompts[place] for place in wanted], limit, synced_gpus=synced
+        )
     if not wanted:
         return []
     rows = rows[np.array(batch.slots, np.int64)[wanted]]

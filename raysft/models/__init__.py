@@ -1,5 +1,4 @@
-"""Models: one adapter a family (see `Build`), built from the config. See `base` for what an adapter
-is."""
+"""Models: one `SpeechModel` (see `base`) a family, built from the config by its `Build`."""
 
 from __future__ import annotations
 
@@ -12,23 +11,23 @@ from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
 from raysft.models import balance, loading, proof, rope
 from raysft.models.attention import attach
-from raysft.models.base import PREFIX, Adapter, Supervised
+from raysft.models.base import PREFIX, SpeechModel, Supervised
 
-__all__ = ["PREFIX", "Adapter", "Build", "Supervised", "build"]
+__all__ = ["PREFIX", "Build", "SpeechModel", "Supervised", "build"]
 
 
 class Build(Protocol):
     """The module of a family that makes its models (`Family.model`)."""
 
-    def make_adapter(
+    def make_model(
         self,
         model: schema.Model,
         data: schema.Data,
         encoder: Encoder,
         seed: int,
         quantization: BitsAndBytesConfig | None = None,
-    ) -> Adapter:
-        """The adapter of `model` on the CPU, in float32, with an embedding for every token of the
+    ) -> SpeechModel:
+        """The model of `model` on the CPU, in float32, with an embedding for every token of the
         encoder's tokenizer. Random weights come from `seed` alone.
 
         encoder: made by the family's encoder module. quantization: as in `build`. Raises UserError
@@ -43,8 +42,8 @@ def build(
     encoder: Encoder,
     seed: int,
     quantization: BitsAndBytesConfig | None = None,
-) -> Adapter:
-    """The adapter of `model` on the CPU, with float32 weights that are the same on every worker.
+) -> SpeechModel:
+    """The model of `model` on the CPU, with float32 weights that are the same on every worker.
     What no batch reaches does not train.
 
     encoder: of the same config; gives the tokenizer and, for audio_lm, the front end.
@@ -54,17 +53,17 @@ def build(
     if model.path is not None and model.config is not None:
         raise UserError("model: found both model.path and model.config; give exactly one")
     module: Build = model_family(model).model_module()
-    adapter = module.make_adapter(model, data, encoder, seed, quantization)
-    adapter.new_ids = encoder.new_ids
-    adapter.answer_of = encoder.template.answer_of
-    loading.refuse_layer_drop(model, adapter.model.config)
-    proof.refuse_early(adapter.net, data.mode)
-    verdict = encoder.verdict or proof.prove(adapter.net)
+    speech_model = module.make_model(model, data, encoder, seed, quantization)
+    speech_model.new_ids = encoder.new_ids
+    speech_model.answer_of = encoder.template.answer_of
+    loading.refuse_layer_drop(model, speech_model.model.config)
+    proof.refuse_early(speech_model.net, data.mode)
+    verdict = encoder.verdict or proof.prove(speech_model.net)
     proof.check(verdict, data.mode)
-    rope.attach(adapter.net)
-    balance.attach(adapter.net)
+    rope.attach(speech_model.net)
+    balance.attach(speech_model.net)
     if data.mode == "packed":
-        attach(adapter.net, verdict.windows)
-    adapter.take(verdict)
-    adapter.freeze_unreached()
-    return adapter
+        attach(speech_model.net, verdict.windows)
+    speech_model.take(verdict)
+    speech_model.freeze_unreached()
+    return speech_model

@@ -1,4 +1,4 @@
-"""One adapter a model family: micro-batch -> tensors -> summed losses, generation, saving.
+"""One `SpeechModel` a family: micro-batch -> tensors -> summed losses, generation, saving.
 
 Stands between stream and step: `collate` lays a micro-batch out, `Supervised` (the module that a
 strategy wraps) turns it into losses, `generate` serves evaluation, `save` serves export.
@@ -51,7 +51,7 @@ PREFIX = "lm."
 class Supervised(nn.Module):
     """The model with its loss as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
 
-    tasks: names by task number; the adapter appends as it meets new ones. weights: of tasks in
+    tasks: names by task number; `SpeechModel` appends as it meets new ones. weights: of tasks in
     the loss that is trained, 1 where none is given. more: losses of tokens beside the
     cross-entropy: name, function, weight. penalty: gives the term that training adds to the loss
     once a step. windows: see `attention.document_mask`.
@@ -180,7 +180,7 @@ class Supervised(nn.Module):
         return losses, kinds.total(losses, weights), unbalanced
 
 
-class Adapter(ABC):
+class SpeechModel(ABC):
     """A transformers model and what turns micro-batches into its inputs.
 
     net: the transformers model. model: what computes: that, or a peft model around it. new_ids:

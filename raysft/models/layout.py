@@ -1,6 +1,6 @@
 """Documents laid out as a model's rows: packed into one, or padded to the longest.
 
-Stands in `base.Adapter.collate`, which says what a batch holds.
+Stands in `base.SpeechModel.collate`, which says what a batch holds.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from raysft.data.example import MicroBatch
 from raysft.data.plan.generations import Generations
 from raysft.data.plan.plan import Cursor, PlannedStep
 from raysft.data.read.reader import Work
-from raysft.models.base import Adapter
+from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.train.step import StepBatch, Turn
 
@@ -30,14 +30,14 @@ class Feed:
         self,
         plan: Generations,
         lanes: int,
-        adapter: Adapter,
+        speech_model: SpeechModel,
         read: Read,
         world: World,
         total_steps: int,
         prefetch: int,
     ) -> None:
         self.plan = plan
-        self.adapter = adapter
+        self.speech_model = speech_model
         self.read = read
         self.world = world
         self.total_steps = total_steps
@@ -126,17 +126,17 @@ class Feed:
                 close()
 
     def _assemble(self, step: PlannedStep, found: list[MicroBatch]) -> StepBatch:
-        turns = [turn_of(self.adapter, batch) for batch in found]
+        turns = [turn_of(self.speech_model, batch) for batch in found]
         while len(turns) < self.turns:  # no such lane: a turn of weight zero
             lane = len(step.lanes) + len(turns)
             empty = MicroBatch.join(step.epoch, step.step, lane, [])
-            turns.append(turn_of(self.adapter, empty))
+            turns.append(turn_of(self.speech_model, empty))
         return StepBatch(step.epoch, step.step, step.after.to_json(), turns, found)
 
 
-def turn_of(adapter: Adapter, batch: MicroBatch) -> Turn:
+def turn_of(speech_model: SpeechModel, batch: MicroBatch) -> Turn:
     """A micro-batch laid out for the model, with what it counts."""
-    laid_out = adapter.collate(batch)
+    laid_out = speech_model.collate(batch)
     tokens = float(batch.lengths.sum())
     counts = {
         "tokens": tokens,
@@ -145,4 +145,4 @@ def turn_of(adapter: Adapter, batch: MicroBatch) -> Turn:
         "audio_seconds": batch.seconds,
         "quarantined": float(len(batch.quarantined)),
     }
-    return Turn(batch.lane, laid_out, counts | adapter.counts(batch))
+    return Turn(batch.lane, laid_out, counts | speech_model.counts(batch))

@@ -44,7 +44,7 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-class Adapters(Protocol):
+class AdapterState(Protocol):
     """State of adapters beside their weights (the ranks of AdaLoRA), and what is made of them."""
 
     def after_step(self, step: int) -> None:
@@ -121,7 +121,7 @@ class Job:
     progress: Callable[[dict[str, Any]], None] | None = None
     signal: Callable[[], int] = lambda: 0
     weights: Saved | None = None
-    adapters: Adapters | None = None
+    adapters: AdapterState | None = None
     cost: Cost | None = None
     extras: dict[str, bytes] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from raysft.config.schema import Config
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
-from raysft.models.base import Adapter
+from raysft.models.base import SpeechModel
 from raysft.parallel import Strategy, World
 from raysft.train.feed import turn_of
 from raysft.train.memory import host_peak
@@ -45,7 +45,7 @@ CLOSE = 0.03  # a search ends when the budgets that fit and do not are this clos
 GROWTH = 4
 TIME_S = 60.0
 
-Factory = Callable[[], tuple[Adapter, Strategy]]
+Factory = Callable[[], tuple[SpeechModel, Strategy]]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class _Trials:
         self._build()
 
     def _build(self) -> None:
-        self.adapter, self.strategy = self.factory()
+        self.speech_model, self.strategy = self.factory()
         self.strategy.module.train()
 
     def smallest(self) -> tuple[int, float]:
@@ -190,7 +190,7 @@ class _Trials:
             found = self._worst(found)
             if found == float("inf"):
                 # What is half done, under sharding too, is not to be gone on with.
-                self.adapter = self.strategy = None  # type: ignore[assignment]
+                self.speech_model = self.strategy = None  # type: ignore[assignment]
                 _restart_peak(self.world.device)
                 self._build()
                 return found
@@ -202,23 +202,25 @@ class _Trials:
     def _step(self, batch: MicroBatch) -> None:
         """A whole step that leaves the weights alone. With several turns a worker the second one
         finds the gradients of the first."""
-        turns = [turn_of(self.adapter, batch)] * min(2, self.world.turns(self.config.data.lanes))
+        turns = [turn_of(self.speech_model, batch)] * min(
+            2, self.world.turns(self.config.data.lanes)
+        )
         step = StepBatch(0, 1, {}, turns)
         counts = {name: found * self.world.size for name, found in step.counts().items()}
-        forward_backward(self.strategy, self.world, step, self.adapter.tasks, counts, 0)
+        forward_backward(self.strategy, self.world, step, self.speech_model.tasks, counts, 0)
         self.strategy.step(0.0)
 
     def _batch(self, count: int, length: int) -> MicroBatch:
-        sequences = [_sequence(self.adapter, length) for _ in range(count)]
+        sequences = [_sequence(self.speech_model, length) for _ in range(count)]
         return MicroBatch.join(0, 1, 0, sequences)
 
 
-def _sequence(adapter: Adapter, length: int) -> Sequence:
+def _sequence(speech_model: SpeechModel, length: int) -> Sequence:
     """An example of `length` positions, at least 2. After a clip, where the model hears one, all of
     it is supervised."""
-    dummy = adapter.dummy_document()
+    dummy = speech_model.dummy_document()
     length = max(length, len(dummy.input_ids))
-    ids = np.full(length, adapter.stop_ids[0], np.int32)
+    ids = np.full(length, speech_model.stop_ids[0], np.int32)
     labels = ids.copy()
     if dummy.arrays:
         ids[: len(dummy.input_ids) - 1] = dummy.input_ids[:-1]

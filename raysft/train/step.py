@@ -26,8 +26,8 @@ class Turn:
     """One forward and backward of one worker: a micro-batch laid out for the model.
 
     counts: what it holds, by name, the same names in every turn: tokens; positions computed, with
-    padding; examples, audio_seconds, quarantined; and what `Adapter.counts` adds. The terms of the
-    loss are divided by some of them.
+    padding; examples, audio_seconds, quarantined; and what `SpeechModel.counts` adds. The terms of
+    the loss are divided by some of them.
     """
 
     lane: int

@@ -131,7 +131,7 @@ class Trained:
 
     @property
     def adapter(self) -> Any:
-        return self.job.stream.adapter
+        return self.job.stream.speech_model
 
 
 def base_of(method: str, family: str) -> str:

@@ -13,7 +13,7 @@ from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch, Sequence
 from raysft.families.audio_lm.encode import FEATURES
 from raysft.losses import Term
-from raysft.models import Adapter, build
+from raysft.models import SpeechModel, build
 from raysft.models.layout import Batch
 
 torch.set_num_threads(2)
@@ -84,13 +84,15 @@ def settings(name: str, **changes: Any) -> schema.Model:
     return schema.Model(config={**CONFIGS[name], **changes}, tokenizer="bytes", **audio)
 
 
-def make(name: str, mode: str = "packed", seed: int = 0, **changes: Any) -> Adapter:
+def make(name: str, mode: str = "packed", seed: int = 0, **changes: Any) -> SpeechModel:
     """The adapter of CONFIGS[name], with `changes` to its config."""
     model, data = settings(name, **changes), schema.Data(mode=mode)
     return build(model, data, make_encoder(model, data, "unused"), seed)
 
 
-def sequences(adapter: Adapter, lengths: list[int], seed: int = 0, mels: int = 8) -> list[Sequence]:
+def sequences(
+    adapter: SpeechModel, lengths: list[int], seed: int = 0, mels: int = 8
+) -> list[Sequence]:
     """Random sequences; with audio where the model hears; about half the tokens supervised."""
     rng = np.random.default_rng(seed)
     audio_token = getattr(adapter, "audio_token_id", None)
@@ -123,14 +125,14 @@ class Loss(NamedTuple):
     terms: list[Term]
 
 
-def loss_of(adapter: Adapter, batch: Batch) -> Loss:
+def loss_of(adapter: SpeechModel, batch: Batch) -> Loss:
     """By the bare module, each sum as if its count were 1."""
     terms = adapter.loss(batch)
     trained = [term.weight * term.trained for term in terms if term.trained is not None]
     return Loss(sum(trained[1:], trained[0]), terms[0].count, terms[0].by_task, terms)
 
 
-def gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
+def gradients(adapter: SpeechModel) -> dict[str, torch.Tensor]:
     """The gradient of every trained parameter; asserts that none is missing. Clears them."""
     found = {}
     for name, parameter in adapter.model.named_parameters():
@@ -141,7 +143,7 @@ def gradients(adapter: Adapter) -> dict[str, torch.Tensor]:
     return found
 
 
-def clip_inputs(adapter: Adapter, clip: np.ndarray) -> dict[str, torch.Tensor]:
+def clip_inputs(adapter: SpeechModel, clip: np.ndarray) -> dict[str, torch.Tensor]:
     """What the model takes of one clip's features [frames + tail, mels]."""
     mask = torch.zeros(1, adapter.frames_limit, dtype=torch.long)
     mask[0, : len(clip) - adapter.front_end.tail] = 1
@@ -149,7 +151,7 @@ def clip_inputs(adapter: Adapter, clip: np.ndarray) -> dict[str, torch.Tensor]:
     return {"input_features": torch.tensor(padded.T[None]), "feature_attention_mask": mask}
 
 
-def plain_loss(adapter: Adapter, item: Sequence) -> torch.Tensor:
+def plain_loss(adapter: SpeechModel, item: Sequence) -> torch.Tensor:
     """The reference: transformers alone on one sequence, by its own sdpa and its own loss."""
     net = adapter.model
     inputs: dict[str, Any] = {

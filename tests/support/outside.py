@@ -66,7 +66,7 @@ def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -
     return OutsideEncoder(model, data, None, kept)
 
 
-def make_adapter(
+def make_model(
     model: Model,
     data: Data,
     encoder: Encoder,

@@ -25,13 +25,13 @@ from raysft.data.text import byte_tokenizer
 from raysft.errors import UserError
 from raysft.export import export
 from raysft.families.audio_lm.encode import FEATURES
-from raysft.models import PREFIX, Adapter, build
+from raysft.models import PREFIX, SpeechModel, build
 from raysft.models.base import Document
 from raysft.models.loading import grow_vocabulary
 from tests.support.model_zoo import CONFIGS, clip_inputs, make, sequences, settings
 
 
-def logits(net: torch.nn.Module, adapter: Adapter) -> torch.Tensor:
+def logits(net: torch.nn.Module, adapter: SpeechModel) -> torch.Tensor:
     documents = sequences(adapter, [9])
     ids = torch.tensor(documents[0].input_ids[None].astype(np.int64))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -33,7 +33,7 @@ from raysft.driver import preflight
 from raysft.errors import UserError
 from raysft.export import export_run
 from raysft.models.attention import document_mask
-from raysft.models.base import Adapter
+from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.run.folder import open_run, read_config
 from raysft.train.loop import train
@@ -94,13 +94,13 @@ def trained(folder: Path, data: Path, model: dict[str, Any], name: str) -> Run:
     assert data_of_run.read_eval is not None and prepared.eval is not None
     every = np.arange(len(prepared.eval))
     batch = next(data_of_run.read_eval(iter([Work(0, 0, 0, every)])))
-    logits = packed_logits(job.stream.adapter, batch)
+    logits = packed_logits(job.stream.speech_model, batch)
     assert export_run(run, folder / "out") == STEPS
     return Run(read_config(run), folder / "out", scores, said, logits)
 
 
 @torch.no_grad()
-def packed_logits(adapter: Adapter, batch: MicroBatch) -> dict[str, np.ndarray]:
+def packed_logits(adapter: SpeechModel, batch: MicroBatch) -> dict[str, np.ndarray]:
     """Logits of a micro-batch laid out as in training: one packed row."""
     inputs = adapter.collate(batch)
     for name in ("keep", "targets", "tasks"):

@@ -33,7 +33,7 @@ from raysft.data.example import MicroBatch
 from raysft.errors import UserError
 from raysft.families.audio_lm.encode import FEATURES, AudioLMEncoder, audio_tokens
 from raysft.models import loading
-from raysft.models.base import IGNORED, Adapter, Batch, Document
+from raysft.models.base import IGNORED, Batch, Document, SpeechModel
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ POSITION_SCALE = 0.3
 DUMMY_FRAMES = 7
 
 
-class AudioLM(Adapter):
+class AudioLM(SpeechModel):
     """Qwen2-Audio: features go through its encoder and take the place of the audio tokens."""
 
     def __init__(
@@ -88,7 +88,7 @@ class AudioLM(Adapter):
         return documents
 
     def counts(self, mb: MicroBatch) -> dict[str, float]:
-        """As `Adapter.counts`, and clips: how many the encoder reads."""
+        """As `SpeechModel.counts`, and clips: how many the encoder reads."""
         clips = mb.arrays.get(FEATURES)
         return super().counts(mb) | {"clips": 0.0 if clips is None else float(len(clips.lengths))}
 
@@ -114,7 +114,7 @@ class AudioLM(Adapter):
         }
 
     def save(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """As `Adapter.save`, with the processor (feature extractor, tokenizer, template).
+        """As `SpeechModel.save`, with the processor (feature extractor, tokenizer, template).
 
         Qwen2AudioProcessor works with Whisper's log-mel only. Beside other features goes their
         extractor alone, with a warning.
@@ -130,7 +130,7 @@ class AudioLM(Adapter):
             )
 
     def save_processor(self, folder: Path) -> None:
-        """As `Adapter.save_processor`, with the feature extractor."""
+        """As `SpeechModel.save_processor`, with the feature extractor."""
         super().save_processor(folder)
         self.preprocessor.save_pretrained(folder)
 
@@ -140,7 +140,7 @@ def clips_of(document: Document) -> list[np.ndarray]:
     return document.arrays.get(FEATURES, [])
 
 
-def make_adapter(
+def make_model(
     model: schema.Model,
     data: schema.Data,
     encoder: AudioLMEncoder,

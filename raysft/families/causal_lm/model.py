@@ -11,10 +11,10 @@ from transformers import BitsAndBytesConfig
 from raysft.config import schema
 from raysft.data.encode import Encoder, net_class
 from raysft.models import loading
-from raysft.models.base import IGNORED, Adapter, Document
+from raysft.models.base import IGNORED, Document, SpeechModel
 
 
-class CausalLM(Adapter):
+class CausalLM(SpeechModel):
     """Tokens in, tokens out."""
 
     def dummy_document(self) -> Document:
@@ -23,7 +23,7 @@ class CausalLM(Adapter):
         return Document(ids, np.full(2, IGNORED, np.int32), "none")
 
 
-def make_adapter(
+def make_model(
     model: schema.Model,
     data: schema.Data,
     encoder: Encoder,

@@ -125,7 +125,7 @@ def test_other_models_of_transformers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", families.families(), ids=lambda family: family.name)
 def test_what_a_row_names_is_there(family: Family) -> None:
     assert callable(family.encode_module().make_encoder)
-    assert callable(family.model_module().make_adapter)
+    assert callable(family.model_module().make_model)
     for kind in family.types:
         assert family.net_class(kind).config_class.model_type == kind
         assert families.owner(kind) == family
@@ -181,7 +181,7 @@ def test_a_new_family_is_a_folder_and_a_row(tmp_path: Path) -> None:
         job = start(config, World.current())
         train(job)
         runs[family] = job
-    assert type(runs["outside_lm"].stream.adapter) is outside.OutsideLM
+    assert type(runs["outside_lm"].stream.speech_model) is outside.OutsideLM
     losses = [
         [line["loss"] for line in read_lines(job.folder / "metrics.jsonl")] for job in runs.values()
     ]

@@ -18,7 +18,7 @@ from raysft.config import Config
 from raysft.config.losses import load
 from raysft.losses import CROSS_ENTROPY, Sums, Term
 from raysft.losses import chunked as loss
-from raysft.models import PREFIX, Adapter
+from raysft.models import PREFIX, SpeechModel
 from raysft.parallel import World, make_strategy
 from tests.support.model_zoo import batch_of, gradients, loss_of, make, sequences, worst
 from tests.support.worlds import fork
@@ -34,7 +34,7 @@ def rows_at_a_time(rows: int) -> Callable[..., int]:
 
 def loss_and_gradients(
     monkeypatch: pytest.MonkeyPatch,
-    adapter: Adapter,
+    adapter: SpeechModel,
     rows: int,
     half: torch.dtype | None = None,
     factor: float = 0.5,

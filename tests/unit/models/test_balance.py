@@ -7,7 +7,7 @@ import torch
 
 from raysft.errors import UserError
 from raysft.losses import CROSS_ENTROPY
-from raysft.models import Adapter, balance
+from raysft.models import SpeechModel, balance
 from tests.support.model_zoo import (
     CONFIGS,
     SMALL,
@@ -35,7 +35,7 @@ def mixtral(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONFIGS, "mixtral", MIXTRAL)
 
 
-def reference(adapter: Adapter) -> tuple[float, dict[str, torch.Tensor]]:
+def reference(adapter: SpeechModel) -> tuple[float, dict[str, torch.Tensor]]:
     """transformers' own loss of a padded batch, balance loss included, times its tokens."""
     items = sequences(adapter, LENGTHS)
     longest = max(LENGTHS)

@@ -21,7 +21,7 @@ from raysft.data.example import Example, MicroBatch, Sequence
 from raysft.data.tokenizer import byte_tokenizer
 from raysft.errors import UserError
 from raysft.families.audio_lm.encode import FEATURES
-from raysft.models import PREFIX, Adapter, build
+from raysft.models import PREFIX, SpeechModel, build
 from tests.support.model_zoo import (
     CONFIGS,
     batch_of,
@@ -224,12 +224,12 @@ def test_random_audio_encoders_have_sinusoid_positions() -> None:
     )
 
 
-def saved(adapter: Adapter, folder: Path) -> schema.Model:
+def saved(adapter: SpeechModel, folder: Path) -> schema.Model:
     adapter.save(folder)
     return schema.Model(path=str(folder))
 
 
-def build_anew(model: schema.Model, seed: int = 0) -> Adapter:
+def build_anew(model: schema.Model, seed: int = 0) -> SpeechModel:
     return build(model, schema.Data(), make_encoder(model, schema.Data(), "unused"), seed)
 
 

@@ -13,7 +13,7 @@ from raysft.config import schema
 from raysft.data.encode import make_encoder
 from raysft.data.example import Sequence
 from raysft.errors import UserError
-from raysft.models import Adapter, build, copies, proof, rope
+from raysft.models import SpeechModel, build, copies, proof, rope
 from raysft.models.loading import make_config
 from tests.support.model_zoo import SMALL, batch_of, loss_of
 
@@ -77,7 +77,7 @@ STATES = {
 }
 
 
-def made(config: dict[str, Any], mode: str = "packed") -> Adapter:
+def made(config: dict[str, Any], mode: str = "packed") -> SpeechModel:
     model, data = schema.Model(config=config, tokenizer="bytes"), schema.Data(mode=mode)
     adapter = build(model, data, make_encoder(model, data, "unused"), 0)
     with torch.no_grad():  # some begin at zero, and say the same everywhere
@@ -93,7 +93,7 @@ def documents(lengths: list[int]) -> list[Sequence]:
     return [Sequence(f"s{i}", "asr", ids, ids.copy(), []) for i, ids in enumerate(every)]
 
 
-def alone(adapter: Adapter, item: Sequence) -> float:
+def alone(adapter: SpeechModel, item: Sequence) -> float:
     """The summed loss of one document by transformers, in a model of its own that has seen none."""
     net = AutoModelForCausalLM.from_config(
         make_config_of(adapter), dtype=torch.float32, attn_implementation="sdpa"
@@ -104,7 +104,7 @@ def alone(adapter: Adapter, item: Sequence) -> float:
         return float(net(input_ids=ids, labels=ids, use_cache=False).loss) * (len(item.labels) - 1)
 
 
-def make_config_of(adapter: Adapter) -> Any:
+def make_config_of(adapter: SpeechModel) -> Any:
     settings = adapter.net.config.to_dict()
     kind = settings.pop("model_type")
     config = type(adapter.net.config)(**settings)

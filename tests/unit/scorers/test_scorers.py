@@ -32,7 +32,7 @@ from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.losses import Term
-from raysft.models.base import Adapter
+from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.report import draw
 from raysft.run.catalogue import Catalogue, Saved
@@ -109,12 +109,12 @@ def test_a_scorer_from_outside_is_logged_shown_and_decides_the_best(
 ) -> None:
     evaluations = 0
 
-    def generate(self: Adapter, prompts: list[Any], limit: int, synced_gpus: bool) -> list[str]:
+    def generate(self: SpeechModel, prompts: list[Any], limit: int, synced_gpus: bool) -> list[str]:
         nonlocal evaluations  # of one batch each; every answer is right in the first
         evaluations += 1
         return [f"text {prompt.id[1:]}"[: evaluations > 1 or None] for prompt in prompts]
 
-    monkeypatch.setattr(Adapter, "generate", generate)
+    monkeypatch.setattr(SpeechModel, "generate", generate)
     out = io.StringIO()
     folder = run(tmp_path, "exact/dev", ProgressLine(out))
     lines = read_lines(folder / "eval.jsonl")

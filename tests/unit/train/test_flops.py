@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from raysft.models import Adapter
+from raysft.models import SpeechModel
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train import flops
@@ -20,7 +20,7 @@ from tests.support.model_zoo import CONFIGS, batch_of, loss_of, make, sequences
 LENGTHS = [40, 10, 33]
 
 
-def counted(adapter: Adapter) -> tuple[float, float]:
+def counted(adapter: SpeechModel) -> tuple[float, float]:
     """What torch sees of a forward and backward pass, and what we say of it."""
     items = sequences(adapter, LENGTHS)
     batch = batch_of(*items)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from raysft.config import Config
 from raysft.driver.preview import dry_run
 from raysft.errors import UserError
-from raysft.models import Adapter
+from raysft.models import SpeechModel
 from raysft.parallel import Strategy, World, make_strategy
 from raysft.run.folder import check_run, open_run, read_config, write_config
 from raysft.train.loop import train
@@ -94,7 +94,7 @@ def _found(config: Config, name: str, room: int, world: World) -> int:
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
     changes = shape if name == "qwen3" else {}
 
-    def factory() -> tuple[Adapter, Strategy]:
+    def factory() -> tuple[SpeechModel, Strategy]:
         adapter = make(name, config.data.mode, **changes)
         return adapter, make_strategy(config, adapter.supervised, world)
 
@@ -200,7 +200,7 @@ def _probe(folder: Path, room: int) -> None:
     encoder, index = read_train(config, folder)
     world = World.current()
 
-    def factory() -> tuple[Adapter, Strategy]:
+    def factory() -> tuple[SpeechModel, Strategy]:
         adapter, _ = worker.build_model(config, encoder, 1)
         return adapter, make_strategy(config, adapter.supervised, world)
 
