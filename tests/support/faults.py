@@ -366,7 +366,7 @@ def main() -> None:
     import raysft.audit
     import raysft.driver.preflight
     import raysft.worker  # noqa: F401
-    from tests import worlds  # noqa: F401
+    from tests.support import worlds  # noqa: F401
 
     with _answers() as answers:
         for line in sys.stdin:
