@@ -1,31 +1,35 @@
-"""README's commands and snippets are run as they stand, in a folder that looks like the repository.
+"""Commands and snippets of README and docs are run as they stand, in a folder that looks like the
+repository.
 
 Only the length of training is shortened.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from raysft.config import load_config
 from tests.cluster.conftest import ROOT
-from tests.support import jobs
+from tests.support import documents, jobs
+from tests.support.documents import Block, blocks
 
-README = (ROOT / "README.md").read_text()
 SHORT = ["train.max_steps=6", "evaluate.every=0", "evaluate.max_new_tokens=2"]
+SAME_RUN = ("README.md", "docs/evaluation.md", "docs/failures.md")  # they go on with one run
 
 pytestmark = pytest.mark.usefixtures("joined")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder in which commands find what they find in the repository."""
+    for name in ("jobs", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
 
 
 def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -34,36 +38,54 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-def test_commands_and_python_run_as_written(tmp_path: Path) -> None:
-    for name in ("jobs", "examples"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for line in "".join(blocks("sh")).splitlines():
-        first, *words = shlex.split(line, comments=True)
-        assert first == "python"
-        if words[0].startswith("jobs/"):
-            job, short = Path(words[0]).stem, SHORT if "sft.py" in line else []
-            done = jobs.call(job, *words[1:], *short, cwd=tmp_path)
-        else:
-            done = run(*words, cwd=tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-    assert (tmp_path / "runs" / "spoken_digits_asr" / "eval.jsonl").is_file()
-    (snippet,) = blocks("python")
-    done = run("-c", snippet, cwd=tmp_path)
+def commands(found: Iterable[Block]) -> list[tuple[Block, str]]:
+    """Every command of these blocks, once: pages repeat those that one has just read."""
+    lines = [(block, line) for block in found for line in block.text.splitlines() if line.strip()]
+    first: dict[str, tuple[Block, str]] = {}
+    for block, line in lines:
+        first.setdefault(" ".join(shlex.split(line, comments=True)), (block, line))
+    return [pair for words, pair in first.items() if words]
+
+
+def do(block: Block, line: str, cwd: Path) -> None:
+    """Run one command, which has to succeed."""
+    first, *words = shlex.split(line, comments=True)
+    assert first == "python", f"{block}: {line}"
+    if words[0].startswith("jobs/"):
+        job, short = Path(words[0]).stem, SHORT if "sft.py" in line else []
+        done = jobs.call(job, *words[1:], *short, cwd=cwd)
+    else:
+        done = run(*words, cwd=cwd)
+    assert done.returncode == 0, f"{block}: {line}\n{done.stdout}{done.stderr}"
+
+
+def test_commands_and_python_run_as_written(here: Path) -> None:
+    for block, line in commands(b for page in SAME_RUN for b in blocks(page, "sh")):
+        do(block, line, here)
+    assert (here / "runs" / "spoken_digits_asr" / "eval.jsonl").is_file()
+    (snippet,) = blocks("README.md", "python")
+    done = run("-c", snippet.text, cwd=here)
     assert done.returncode == 0, done.stderr
+    (again,) = blocks("docs/evaluation.md", "python")
+    assert again.text == snippet.text
 
 
-def test_configs_are_valid_once_they_name_a_source_and_a_model(tmp_path: Path) -> None:
-    found = blocks("yaml")
-    assert found
-    for number, text in enumerate(found):
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(text)
-        assert load_config(path).model.path == yaml.safe_load(text)["model"]["path"]
+@pytest.mark.slow
+def test_a_run_with_adapters_is_exported_as_written(here: Path) -> None:
+    config, model = "examples/spoken_digits/asr.yaml", "model={path: base}"
+    lora = ("run.name=my_run", model, "peft.method=lora", "peft.r=2", "evaluate.at_end=false")
+    for job, *words in (
+        ("sft", config, "run.name=base", "evaluate.at_end=false", *SHORT),
+        ("export", "runs/base", "base"),
+        ("sft", config, *lora, *SHORT),
+    ):
+        done = jobs.call(job, *words, cwd=here)
+        assert done.returncode == 0, done.stderr
+    for block, line in commands(blocks("docs/strategies.md", "sh")):
+        do(block, line, here)
 
 
-def test_the_tree_names_every_module_that_is_there() -> None:
-    for path in sorted((ROOT / "raysft").rglob("*.py")):
-        place = path.relative_to(ROOT / "raysft")
-        known = place.name == "__init__.py" or place.name in README
-        known = known or f"{place.parts[0]}/" in README or f"{'/'.join(place.parts[:2])}/" in README
-        assert known or place.name in ("errors.py",), f"README's tree lacks {place}"
+def test_every_command_of_a_page_is_run_by_a_test_here() -> None:
+    covered = {*SAME_RUN, "docs/strategies.md"}
+    for page in documents.pages():
+        assert page in covered or not blocks(page, "sh"), f"no test runs the commands of {page}"
