@@ -22,7 +22,6 @@ import heapq
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from raysft import paths, patience
 from raysft.cli import guarded, parse
@@ -31,6 +30,7 @@ from raysft.config.schema import Checkpoint
 from raysft.data.plan.generations import open_index
 from raysft.data.plan.verify import Line, Report, check
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.reread import Sample, reread
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue
@@ -110,7 +110,7 @@ def _saved(run: Path, report: Report) -> tuple[int, dict[int, Heads]]:
     return (found[-1].step if found else 0), heads
 
 
-def _section(run: Path, name: str) -> dict[str, Any]:
+def _section(run: Path, name: str) -> JsonObject:
     """Of the run's config, alone: of older versions the rest may not be valid any more."""
     path = run / "config.yaml"
     if not path.is_file():

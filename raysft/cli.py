@@ -8,13 +8,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from raysft import environment
 from raysft.config.aliases import our_key, our_value
 from raysft.config.load import all_keys, describe
 from raysft.errors import UserError
 from raysft.failures import told
+from raysft.json_types import JsonObject
 from raysft.run.evaluations import table
 
 
@@ -128,7 +129,7 @@ class ProgressLine:
         self._time_left = TimeLeft()
         self._printed = 0.0
 
-    def __call__(self, line: dict[str, Any]) -> None:
+    def __call__(self, line: JsonObject) -> None:
         """Show one report: of the driver before there are workers, then of a worker."""
         if "doing" in line:
             self.say(line["doing"])
@@ -149,7 +150,7 @@ class ProgressLine:
         self._out.write(text + "\n")
         self._out.flush()
 
-    def _step(self, line: dict[str, Any]) -> None:
+    def _step(self, line: JsonObject) -> None:
         now = time.monotonic()
         self._time_left.add(line["step"], line["steps"], line.get("at", time.time()))
         last = line["step"] >= line["total_steps"]
@@ -164,7 +165,7 @@ class ProgressLine:
             self._out.write(text + "\n")
         self._out.flush()
 
-    def _event(self, line: dict[str, Any]) -> None:
+    def _event(self, line: JsonObject) -> None:
         """What a user wants to know of starts and saves; the rest is in events.jsonl."""
         kind = line["event"]
         if kind == "continued" and line["step"]:
@@ -216,7 +217,7 @@ class TimeLeft:
         return took / steps * (total - self._last[0])
 
 
-def step_line(line: dict[str, Any], left: float | None) -> str:
+def step_line(line: JsonObject, left: float | None) -> str:
     """A report of training in at most 80 columns; what matters least is left out first.
 
     left: seconds to the last step; None: not known yet.

@@ -12,6 +12,7 @@ from typing import Any
 
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.run.lines import read_lines
 from raysft.scorers import figure_of, of_losses
 
@@ -54,7 +55,7 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     return target
 
 
-def _losses(axis: Any, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+def _losses(axis: Any, metrics: list[JsonObject], evaluations: list[JsonObject]) -> None:
     axis.set_title("loss per supervised token")
     names = [name for name in _names(metrics) if name.startswith("loss")]
     for name in names if len(names) != 2 else ["loss"]:  # one task: its loss is the loss
@@ -68,7 +69,7 @@ def _losses(axis: Any, metrics: list[dict[str, Any]], evaluations: list[dict[str
     axis.legend(fontsize=8)
 
 
-def _shares(axis: Any, evaluations: list[dict[str, Any]], names: list[str]) -> None:
+def _shares(axis: Any, evaluations: list[JsonObject], names: list[str]) -> None:
     errors = all(figure_of(name).better == "min" for name in names)
     axis.set_title("error rates, evaluation (%)" if errors else "evaluation (%)")
     _compared(axis, evaluations, names, times=100, shown=".1f")
@@ -77,7 +78,7 @@ def _shares(axis: Any, evaluations: list[dict[str, Any]], names: list[str]) -> N
 
 def _compared(
     axis: Any,
-    evaluations: list[dict[str, Any]],
+    evaluations: list[JsonObject],
     names: list[str],
     times: float = 1,
     shown: str = ".3g",
@@ -89,7 +90,7 @@ def _compared(
         axis.legend(fontsize=8)
 
 
-def _speed(axis: Any, metrics: list[dict[str, Any]]) -> None:
+def _speed(axis: Any, metrics: list[JsonObject]) -> None:
     axis.set_title("tokens a second, and share of time waiting for data (%)")
     steps = [line["step"] for line in metrics]
     axis.plot(steps, [line["tokens_per_s"] for line in metrics], label="tokens/s", linewidth=1.2)
@@ -100,7 +101,7 @@ def _speed(axis: Any, metrics: list[dict[str, Any]]) -> None:
     wait.set_ylim(0, 100)
 
 
-def _names(lines: list[dict[str, Any]]) -> list[str]:
+def _names(lines: list[JsonObject]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line))
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from raysft.data.plan.generations import open_index
 from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
 from raysft.evaluate.run import Corpus, evaluate
+from raysft.json_types import JsonObject
 from raysft.models.attention import used as attention_used
 from raysft.models.base import SpeechModel
 from raysft.models.reach import summary
@@ -44,7 +45,7 @@ from raysft.train.loop import Job
 if TYPE_CHECKING:
     from raysft.adapters.attach import PeftAdapters
 
-Progress = Callable[[dict[str, Any]], None]
+Progress = Callable[[JsonObject], None]
 Read = Callable[[Iterator[Work]], Iterator[MicroBatch]]
 
 

@@ -6,14 +6,13 @@ term of the loss, a call after every step, and its state, which is in no adapter
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel
 
 from raysft.config import schema
 from raysft.config.schedule import steps_of
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 MANY = 10**9  # steps into which any schedule fits
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # of the importance, and of how uncertain it is
@@ -98,11 +97,11 @@ class Ranks:
                 found[f"{kind}.{name}"] = average.setdefault(name, torch.zeros_like(p).detach())
         return found
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """Which ranks are there, and as of which step."""
         return {"rank_pattern": self._config.rank_pattern, "step": self._step}
 
-    def load_facts(self, facts: dict[str, Any]) -> None:
+    def load_facts(self, facts: JsonObject) -> None:
         """The inverse of `facts`."""
         self._config.rank_pattern, self._step = facts["rank_pattern"], facts["step"]
 

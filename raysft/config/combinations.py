@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from raysft.config.deepspeed import check as check_deepspeed
 from raysft.config.deepspeed import wrong_stage
@@ -15,6 +14,7 @@ from raysft.config.families import AUTO, named, owner
 from raysft.config.schema import Config, Optim, Peft, Section
 from raysft.config.strategies import StrategyTraits, names, traits_of
 from raysft.errors import Mistake
+from raysft.json_types import JsonObject
 
 # Which keys of `peft` a method reads; `path` and `method` go with every one.
 _TARGETS = ("target_modules", "exclude_modules", "modules_to_save")
@@ -153,7 +153,7 @@ def _strategy(config: Config) -> list[Mistake]:
     return found
 
 
-def _no_experts(traits: StrategyTraits, settings: dict[str, Any] | None) -> str | None:
+def _no_experts(traits: StrategyTraits, settings: JsonObject | None) -> str | None:
     """Why a model's experts cannot be shared. settings: of model.config."""
     if settings is not None and not any(key in settings for key in EXPERTS):
         return f"{settings.get('model_type')} has none (of {', '.join(EXPERTS)}, none is set)"
@@ -222,5 +222,5 @@ def _optim(config: Config) -> list[Mistake]:
 def _set_keys(section: Section, default: Section) -> list[str]:
     """Keys whose value is not the default one. Not those that were written out: a run's own
     config has every key."""
-    values: dict[str, Any] = section.model_dump()
+    values: JsonObject = section.model_dump()
     return [key for key, value in values.items() if value != getattr(default, key)]

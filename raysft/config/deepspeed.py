@@ -19,6 +19,7 @@ from raysft import paths
 from raysft.config.schema import Config
 from raysft.config.strategies import names, traits_of
 from raysft.errors import Mistake, UserError
+from raysft.json_types import JsonObject
 
 AUTO = "auto"  # what transformers and accelerate write where they fill a value in: so do we
 _ANY = object()  # a rule's value where none of the user's would do
@@ -268,7 +269,7 @@ def unused(config: Config) -> list[str]:
     return found
 
 
-def _against(config: Config, tree: dict[str, Any]) -> Iterator[tuple[str, Any, Rule]]:
+def _against(config: Config, tree: JsonObject) -> Iterator[tuple[str, Any, Rule]]:
     """What the file says that is not what happens: key, value, and the rule."""
     ours, precision = rules(config), config.train.precision
     scheduler = tree.get("scheduler")
@@ -287,7 +288,7 @@ def _against(config: Config, tree: dict[str, Any]) -> Iterator[tuple[str, Any, R
             yield key, value, rule
 
 
-def filled(tree: dict[str, Any]) -> dict[str, Any]:
+def filled(tree: JsonObject) -> JsonObject:
     """A config's plain tree with the file's values where it has none of its own: the strategy,
     offloading, precision, clipping, AdamW's numbers, the schedule.
 
@@ -314,7 +315,7 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _meant(theirs: dict[str, Any]) -> dict[str, Any]:
+def _meant(theirs: JsonObject) -> JsonObject:
     """What a file's values are by our keys."""
     zero = "zero_optimization"
     found = {}
@@ -346,7 +347,7 @@ def _meant(theirs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def added(config: Config) -> dict[str, Any]:
+def added(config: Config) -> JsonObject:
     """What the user's JSON adds to what raysft sets: dotted key -> value."""
     if config.parallel.deepspeed is None:
         return {}
@@ -354,7 +355,7 @@ def added(config: Config) -> dict[str, Any]:
     return {k: v for k, v in leaves(tree) if v != AUTO and _rule(ours, k) is None}
 
 
-def read(path: str) -> dict[str, Any]:
+def read(path: str) -> JsonObject:
     """The JSON at `path`. Raises UserError where there is none, or where a key comes twice."""
     where = f"parallel.deepspeed {path}"
     try:
@@ -363,7 +364,7 @@ def read(path: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{where}: cannot be read: {reason}; name a DeepSpeed JSON") from None
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> JsonObject:
         keys = [key for key, _ in pairs]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
@@ -379,7 +380,7 @@ def read(path: str) -> dict[str, Any]:
     return tree
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every value that is no section; an empty section has none."""
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -397,7 +398,7 @@ def _below(key: str, section: str) -> bool:
     return key == section or key.startswith(f"{section}.")
 
 
-def _unknown(tree: dict[str, Any]) -> dict[str, str]:
+def _unknown(tree: JsonObject) -> dict[str, str]:
     """Keys that DeepSpeed does not have, or that are no section, and what is wrong with each."""
     found = {}
     for section, known in KNOWN.items():
@@ -455,7 +456,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _mistyped(tree: dict[str, Any]) -> dict[str, str]:
+def _mistyped(tree: JsonObject) -> dict[str, str]:
     """Keys whose value is not of the kind DeepSpeed has there, and what is wrong with each."""
     found = {}
     for key, (wanted, fits) in _KINDS.items():
@@ -485,7 +486,7 @@ def _plain(text: str) -> bool:
         return False
 
 
-def _switched_off(tree: dict[str, Any], key: str, rule: Rule) -> bool:
+def _switched_off(tree: JsonObject, key: str, rule: Rule) -> bool:
     """Whether a section above `key` says `enabled: false`, and may: nothing in it counts then."""
     if rule.key.endswith(".enabled"):
         return False

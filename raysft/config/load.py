@@ -25,6 +25,7 @@ from raysft.config.marks import OneOf
 from raysft.config.overrides import Dumper, apply_override, read_tree, section_of
 from raysft.config.schema import Config
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 __all__ = [
     "all_keys",
@@ -51,7 +52,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     return validate(tree, str(path), file.parent)
 
 
-def validate(tree: dict[str, Any], where: str, beside: Path | None = None) -> Config:
+def validate(tree: JsonObject, where: str, beside: Path | None = None) -> Config:
     """Check a plain tree against the schema; `where` names its origin in errors.
 
     beside: the folder of a config file, where a user may have meant relative paths to begin.
@@ -87,7 +88,7 @@ def _concerns(key: str, wrong: set[str]) -> bool:
     return any(f"{key}.".startswith(f"{w}.") or f"{w}.".startswith(f"{key}.") for w in wrong)
 
 
-def _without(tree: dict[str, Any], locations: list[tuple[Any, ...]]) -> Config | None:
+def _without(tree: JsonObject, locations: list[tuple[Any, ...]]) -> Config | None:
     """The config without the values at `locations`; None where the rest cannot stand alone."""
     tree = copy.deepcopy(tree)
     for location in locations:
@@ -122,7 +123,7 @@ class Change(typing.NamedTuple):
         return f"{self.key} (was {self.was!r}, now {self.now!r})"
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[Change]:
+def changed_keys(old: JsonObject, new: JsonObject, prefix: str = "") -> list[Change]:
     """Dotted keys whose values differ between two config trees."""
     found: list[Change] = []
     for key in dict.fromkeys([*old, *new]):
@@ -134,7 +135,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     try:
         there = paths.exists(path)
     except UserError as error:
@@ -154,7 +155,7 @@ def _read(path: Path) -> dict[str, Any]:
     return read_tree(text, str(path))
 
 
-def _expand(tree: dict[str, Any]) -> dict[str, Any]:
+def _expand(tree: JsonObject) -> JsonObject:
     """A source given as a plain path, or a single source instead of a list."""
     data = tree.get("data")
     if not isinstance(data, dict):

@@ -18,6 +18,7 @@ import yaml
 from raysft.config.marks import PathKey
 from raysft.config.schema import Config, Section
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 
 class Loader(yaml.SafeLoader):
@@ -79,7 +80,7 @@ class Dumper(yaml.SafeDumper):
     }
 
 
-def read_tree(text: str, where: str) -> dict[str, Any]:
+def read_tree(text: str, where: str) -> JsonObject:
     """Parse YAML text into a mapping; a UserError names file and line where it does not parse."""
     tree = _load(text, where, joint=": ")
     if tree is None:
@@ -89,7 +90,7 @@ def read_tree(text: str, where: str) -> dict[str, Any]:
     return tree
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: JsonObject, override: str) -> None:
     """Set one `a.b.c=value` in a plain tree; numbers address the entries of a list."""
     key, equals, value = override.partition("=")
     if not equals or not key or not key.isprintable():

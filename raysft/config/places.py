@@ -15,6 +15,7 @@ from raysft.config.marks import PathKey
 from raysft.config.overrides import section_of
 from raysft.config.schema import Config, Section
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 BYTES = "bytes"  # model.tokenizer: no path
 
@@ -30,7 +31,7 @@ def absolute(config: Config, beside: Path | None = None) -> tuple[Config, list[s
 
 
 def _section(section: Any, prefix: str, beside: Path | None, problems: list[str]) -> Any:
-    update: dict[str, Any] = {}
+    update: JsonObject = {}
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{prefix}{name}"
         mark = next((item for item in field.metadata if isinstance(item, PathKey)), None)
@@ -72,9 +73,7 @@ def _place(given: str, mark: PathKey, key: str, beside: Path | None) -> str:
     return place
 
 
-def keep_same(
-    old: dict[str, Any], new: dict[str, Any], section: type[Section] = Config
-) -> dict[str, Any]:
+def keep_same(old: JsonObject, new: JsonObject, section: type[Section] = Config) -> JsonObject:
     """The tree `old` of a run, with the paths of `new` where those mean what its own do: a run may
     be continued from another folder, and with what it reads in another place."""
     found = dict(old)

@@ -23,6 +23,7 @@ from raysft.config import families, strategies
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
 from raysft.config.section import Section
 from raysft.config.training import Optim, Peft, Train
+from raysft.json_types import JsonObject
 from raysft.scorers import figure_of
 
 _READ = PathKey(read=True)
@@ -179,7 +180,7 @@ class Model(Section):
         description="of a hub id: branch, tag or commit; default: the newest. A run stays with the "
         "commit it began with",
     )
-    config: Weights[dict[str, Any] | None] = Field(
+    config: Weights[JsonObject | None] = Field(
         None,
         description="a transformers config with its model_type: random weights, for small models",
     )
@@ -189,7 +190,7 @@ class Model(Section):
     tokenizer: Weights[Annotated[str | None, _MODEL]] = Field(
         None, description="folder or hub id; default model.path; `bytes`: a built-in byte tokenizer"
     )
-    feature_extractor: Weights[dict[str, Any]] = Field(
+    feature_extractor: Weights[JsonObject] = Field(
         default_factory=dict, description="audio_lm from config: settings of its feature extractor"
     )
     speech_units: Weights[NonNegativeInt] = Field(
@@ -214,7 +215,7 @@ class Model(Section):
         return value
 
     @property
-    def hub(self) -> dict[str, Any]:
+    def hub(self) -> JsonObject:
         """What every `from_pretrained` of `path` is told beside it."""
         revision = {"revision": self.revision} if self.revision else {}
         return {"trust_remote_code": self.trust_remote_code, **revision}

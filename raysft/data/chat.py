@@ -16,9 +16,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -266,7 +267,7 @@ class Chat:
     def _content(self, parts: list[Part]) -> list[Part] | str:
         return list(parts) if self.parts else "".join(part["text"] for part in parts)
 
-    def _render(self, messages: list[dict[str, Any]], ask: bool) -> str:
+    def _render(self, messages: list[JsonObject], ask: bool) -> str:
         import jinja2
 
         try:

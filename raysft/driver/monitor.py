@@ -7,8 +7,8 @@ worker groups, so it is where failures are counted. Knows nothing of Ray.
 from __future__ import annotations
 
 import time
-from typing import Any
 
+from raysft.json_types import JsonObject
 from raysft.run.signals import LEAVE, SAVE
 
 LONGEST_BACKOFF_S = 60.0
@@ -25,7 +25,7 @@ class Monitor:
         evaluates."""
         self._training = training
         self._max, self._backoff = max_failures, backoff_s
-        self._lines: list[dict[str, Any]] = []
+        self._lines: list[JsonObject] = []
         self._mistake: str | None = None
         self._details = ""
         self._seen: dict[str, int] = {}  # failures that may be certain -> the start they came in
@@ -37,14 +37,14 @@ class Monitor:
         self._saved = saved  # step of the newest checkpoint known here
         self._new = False  # whether this submission has written it
 
-    def report(self, line: dict[str, Any]) -> None:
+    def report(self, line: JsonObject) -> None:
         """Called by rank 0: something to show. A new checkpoint renews the failure budget."""
         if line.get("event") == "saved" and line["step"] > self._saved:
             self._saved, self._failures, self._new = line["step"], 0, True
             self._seen.clear()
         self._lines.append({"at": time.time(), **line})
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[JsonObject]:
         """What was reported since the last call."""
         lines, self._lines = self._lines, []
         return lines
@@ -93,12 +93,12 @@ class Monitor:
         else:
             self._reasons.append(reason)
 
-    def enter(self, workers: int) -> tuple[int, dict[str, Any]]:
+    def enter(self, workers: int) -> tuple[int, JsonObject]:
         """`begin`, with the number of the group, counted from 1."""
         told = self.begin(workers)
         return self._starts, told
 
-    def begin(self, workers: int) -> dict[str, Any]:
+    def begin(self, workers: int) -> JsonObject:
         """Called by rank 0 of each worker group when it starts: what ended the one before, and how
         long to pause. {"end": message} where the failure budget is used up."""
         self._starts += 1

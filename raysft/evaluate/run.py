@@ -104,7 +104,7 @@ def evaluate(
     read: Read,
     settings: Evaluate,
     world: World,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Callable[[], AbstractContextManager[object]],
     final: bool,
     predictions: Path | None = None,
     synced: bool = False,
@@ -159,7 +159,7 @@ def _transcribe(
     batch: MicroBatch,
     rows: np.ndarray,
     settings: Evaluate,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Callable[[], AbstractContextManager[object]],
     synced: bool,
 ) -> list[Answered]:
     """The answers to those examples of a batch that have a transcript and a scorer, as the model

@@ -30,6 +30,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.losses.chunked import (
     Kinds,
     TokenLoss,
@@ -454,7 +455,7 @@ class SpeechModel(ABC):
         """
         if self.model is not self.net:
             raise ValueError("the model has adapters: merge them, or save their own files")
-        weights: dict[str, Any] = dict(state_dict or self.net.state_dict())
+        weights: JsonObject = dict(state_dict or self.net.state_dict())
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
         lacking = self.net.state_dict().keys() - weights.keys()
         if lacking:

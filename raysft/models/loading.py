@@ -28,6 +28,7 @@ from raysft.config import schema
 from raysft.data import remote_code
 from raysft.data.encode import net_class
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 # New rows start at the mean of the old ones, plus noise of this share of their spread: the mean
 # keeps new tokens from dominating the softmax, the noise tells them apart.
@@ -88,7 +89,7 @@ def _fetch_code(model: schema.Model, auto: Any) -> None:
             get_class_from_dynamic_module(found, model.path, revision=model.revision)
 
 
-def from_config(settings: dict[str, Any], auto: Any, seed: int) -> PreTrainedModel:
+def from_config(settings: JsonObject, auto: Any, seed: int) -> PreTrainedModel:
     """A model of random weights: `settings` is a transformers config with its model_type."""
     config = make_config(settings)
     make = getattr(auto, "from_config", None) or auto._from_config
@@ -119,7 +120,7 @@ def skeleton(model: schema.Model) -> PreTrainedModel:
         raise UserError(f"{where}: {line_of(error)}") from error
 
 
-def make_config(settings: dict[str, Any]) -> PreTrainedConfig:
+def make_config(settings: JsonObject) -> PreTrainedConfig:
     """The transformers config of `settings`; raises UserError on keys its class does not have."""
     kind = settings["model_type"]
     if kind not in CONFIG_MAPPING:
@@ -138,7 +139,7 @@ def make_config(settings: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _refuse_unknown(where: str, given: dict[str, Any], config: PreTrainedConfig) -> None:
+def _refuse_unknown(where: str, given: JsonObject, config: PreTrainedConfig) -> None:
     """transformers keeps unknown keys as they are: a typing error would train another model."""
     known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
     known |= UNDECLARED
@@ -148,9 +149,7 @@ def _refuse_unknown(where: str, given: dict[str, Any], config: PreTrainedConfig)
         raise UserError(f"{where}.{key}: unknown key for {config.model_type}{hint}")
 
 
-def fill_from_tokenizer(
-    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def fill_from_tokenizer(settings: JsonObject, tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     """`settings` of a text model with the tokenizer's special ids and room for all its tokens."""
     filled = dict(settings)
     filled["vocab_size"] = max(filled.get("vocab_size") or 0, len(tokenizer))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,13 +28,13 @@ class Ddp(Native):
             _settle_buckets(module)
         super().__init__(config, module, world)
 
-    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+    def accumulate(self, last: bool) -> AbstractContextManager[object]:
         """Turns before the last one keep their gradients to themselves."""
         if last or not isinstance(self.module, DistributedDataParallel):
             return nullcontext()
         return self.module.no_sync()
 
-    def whole(self) -> AbstractContextManager[Any]:
+    def whole(self) -> AbstractContextManager[object]:
         """Parameters are whole already."""
         return nullcontext()
 

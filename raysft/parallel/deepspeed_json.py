@@ -12,13 +12,14 @@ from raysft.config.deepspeed import added, check
 from raysft.config.schema import Config
 from raysft.config.strategies import traits_of
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.parallel.scale import START
 
 # Elements reduced together. DeepSpeed's 500 million would hold 2 GB for it.
 BUCKET = 50_000_000
 
 
-def make_settings(config: Config, pin_memory: bool) -> dict[str, Any]:
+def make_settings(config: Config, pin_memory: bool) -> JsonObject:
     """DeepSpeed's config for a run.
 
     pin_memory: of what is offloaded to the host. Raises UserError where the user's JSON contradicts
@@ -33,9 +34,9 @@ def make_settings(config: Config, pin_memory: bool) -> dict[str, Any]:
     return settings
 
 
-def _defaults(config: Config, pin_memory: bool) -> dict[str, Any]:
+def _defaults(config: Config, pin_memory: bool) -> JsonObject:
     """What a user may change."""
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
         "zero_optimization": {"reduce_bucket_size": BUCKET},
@@ -50,10 +51,10 @@ def _defaults(config: Config, pin_memory: bool) -> dict[str, Any]:
     return settings
 
 
-def _own(config: Config) -> dict[str, Any]:
+def _own(config: Config) -> JsonObject:
     """What follows from the config, by dotted key."""
     precision = config.train.precision
-    found: dict[str, Any] = {
+    found: JsonObject = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.clip,
@@ -79,7 +80,7 @@ def _offloads(config: Config) -> dict[str, bool]:
     return found
 
 
-def _put(settings: dict[str, Any], key: str, value: Any) -> None:
+def _put(settings: JsonObject, key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
         settings = settings.setdefault(section, {})

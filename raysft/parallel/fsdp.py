@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from torch.distributed.fsdp import (
 
 from raysft.config.schema import Config
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.parallel.blocks import blocks
 from raysft.parallel.native import HALF, Native
 from raysft.parallel.world import World
@@ -39,7 +39,7 @@ class Fsdp(Native):
         offload = config.parallel.offload == "parameters"
         if not offload:
             module = module.to(world.device)
-        settings: dict[str, Any] = {"mesh": _mesh(config.parallel.replicate, world)}
+        settings: JsonObject = {"mesh": _mesh(config.parallel.replicate, world)}
         if (half := HALF.get(config.train.precision)) is not None:
             settings["mp_policy"] = MixedPrecisionPolicy(half, torch.float32)
         if offload:

@@ -45,7 +45,7 @@ class Native:
         # torchao compiles its step. A CPU gains little by that, and may have no compiler.
         self._eager = config.optim.optimizer == "adamw8bit" and world.device.type == "cpu"
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Matrix products in half precision over the weights as they are; fp32: nothing."""
         if self._half is None:
             return nullcontext()
@@ -112,7 +112,7 @@ class Native:
                 state["step"].zero_()
         return found
 
-    def _uncompiled(self) -> AbstractContextManager[Any]:
+    def _uncompiled(self) -> AbstractContextManager[object]:
         return torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
 
     def _weights(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from raysft.json_types import JsonObject
 
 START = 65536.0
 GROW_AFTER = 2000  # steps in a row that were finite
@@ -30,11 +30,11 @@ class LossScale:
         elif self._finite == GROW_AFTER:
             self.value, self._finite = self.value * 2, 0
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """For the checkpoint."""
         return {"value": self.value, "finite": self._finite}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: JsonObject) -> None:
         """Go on from a checkpoint; one of another precision has nothing to say."""
         if self.dynamic and state["value"] != 1.0:
             self.value, self._finite = state["value"], state["finite"]

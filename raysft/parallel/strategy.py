@@ -32,11 +32,11 @@ class Strategy(Protocol):
 
     module: nn.Module
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Around a forward pass: computes in `train.precision`."""
         ...
 
-    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+    def accumulate(self, last: bool) -> AbstractContextManager[object]:
         """Around the forward and backward of one turn; gradients meet in the `last` one only."""
         ...
 
@@ -56,7 +56,7 @@ class Strategy(Protocol):
         """Forget the gradient of a step in which nothing was supervised."""
         ...
 
-    def whole(self) -> AbstractContextManager[Any]:
+    def whole(self) -> AbstractContextManager[object]:
         """Around evaluation: submodules may be called on their own, not through `module`."""
         ...
 

@@ -27,6 +27,7 @@ from torch import nn
 from raysft.config.deepspeed import unused
 from raysft.config.schema import Config
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.parallel.deepspeed_json import make_settings
 from raysft.parallel.optim import make_optimizer, set_rate
 from raysft.parallel.scale import LossScale
@@ -69,7 +70,7 @@ class Zero:
         # doubles the scale, divide by the new one what was multiplied by the old one.
         self._scale = LossScale(dynamic=config.train.precision == "fp16")
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Nothing: the weights are in half precision themselves."""
         return nullcontext()
 
@@ -113,7 +114,7 @@ class Zero:
             delattr(self._zero, name)
         assert self._zero.overflow, "the dropped gradient has moved weights"
 
-    def whole(self) -> AbstractContextManager[Any]:
+    def whole(self) -> AbstractContextManager[object]:
         """Modules gather their parameters as they run."""
         return nullcontext()
 
@@ -121,7 +122,7 @@ class Zero:
         """See `Strategy.state`: whole tensors on the CPU, each from one worker."""
         return self._state.gather()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The loss scale."""
         return {"loss_scale": self._scale.state()}
 
@@ -129,7 +130,7 @@ class Zero:
         """See `Strategy.load`; reads in parts."""
         self._state.scatter(read, weights_only)
 
-    def load_facts(self, facts: dict[str, Any]) -> None:
+    def load_facts(self, facts: JsonObject) -> None:
         """See `Strategy.load_facts`."""
         self._scale.load(facts["loss_scale"])
 

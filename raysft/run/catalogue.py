@@ -28,6 +28,7 @@ from typing import Any
 from raysft import patience
 from raysft.config.schema import Checkpoint
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.run.storage import Storage, digest, open_storage
 
 MARKER = "COMMITTED"
@@ -58,7 +59,7 @@ class Saved:
         roots = self.storage.roots(self.name)
         return next((root for root in roots if marked(self.storage, root)), self.name)
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> JsonObject:
         """meta.json. Raises UserError where it is not what was committed."""
         try:
             content = self.read("meta.json")

@@ -25,6 +25,7 @@ import numpy as np
 from raysft.config.schema import Checkpoint, Evaluate
 from raysft.data.index.table import Index
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.patience import patiently
 from raysft.run.catalogue import Catalogue, Saved, best_step
 from raysft.run.lines import read_lines
@@ -44,7 +45,7 @@ class Measure:
     evaluated, "of": how many there are}. rules: digest of how texts are made and compared.
     """
 
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, JsonObject] = field(default_factory=dict)
     rules: str = ""
 
     def of(self, metric: str) -> tuple[Any, ...]:
@@ -101,14 +102,14 @@ class Evaluation:
         sources = self.measure.sources.values() if self.measure is not None else ()
         return all(source["examples"] == source["of"] for source in sources)
 
-    def line(self, checkpoint: bool) -> dict[str, Any]:
+    def line(self, checkpoint: bool) -> JsonObject:
         """As a line of eval.jsonl. checkpoint: whether one of its step was saved."""
         measure = asdict(self.measure) if self.measure is not None else {}
         facts = {"final": self.final, "checkpoint": checkpoint}
         return {"step": self.step, **self.figures, **measure, **facts}
 
     @classmethod
-    def from_line(cls, line: dict[str, Any]) -> Evaluation:
+    def from_line(cls, line: JsonObject) -> Evaluation:
         """The inverse of `line`, of any version."""
         measure = None
         if "sources" in line:
@@ -116,12 +117,12 @@ class Evaluation:
         return cls(line["step"], figures(line), measure, line.get("final", False))
 
 
-def figures(line: dict[str, Any]) -> dict[str, float]:
+def figures(line: JsonObject) -> dict[str, float]:
     """The metrics of a line of eval.jsonl: wer/SOURCE, loss/TASK and their kind."""
     return {name: value for name, value in line.items() if "/" in name}
 
 
-def table(line: dict[str, Any]) -> str:
+def table(line: JsonObject) -> str:
     """A line of eval.jsonl for people: what texts are measured by, by source; losses by task."""
     found = figures(line)
     sources = line.get("sources", {})
@@ -154,7 +155,7 @@ def _shown(kind: str, value: float | None) -> str:
 
 
 def progress_of(
-    report: Callable[[dict[str, Any]], None] | None, every_s: float = 10.0
+    report: Callable[[JsonObject], None] | None, every_s: float = 10.0
 ) -> Callable[[int, int], None]:
     """Tells now and then how many batches of an evaluation are done; with None, nobody."""
     told = time.monotonic()

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -31,6 +30,7 @@ from raysft.config.resume import rule_of, rules
 from raysft.config.schema import Checkpoint
 from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.patience import patient, patiently
 from raysft.run import identity, ownership, place, threads
 from raysft.run.catalogue import Catalogue, Saved
@@ -109,7 +109,7 @@ def new_evaluation(run: Path, step: int, config: Config) -> Path:
 def write_config(config: Config, folder: Path, run: str | None = None) -> None:
     """config.yaml, with the versions of the packages it runs with, the run's id (None: what it has;
     an evaluation has none), and its base."""
-    beside: dict[str, Any] = {"versions": versions()}
+    beside: JsonObject = {"versions": versions()}
     if (kept := run or run_id(folder)) is not None:
         beside["id"] = kept
     if (base := identity.of(config.model)) is not None:
@@ -326,7 +326,7 @@ def read_config(folder: Path) -> Config:
     return validate(_read_tree(written), str(written))
 
 
-def _read_tree(written: Path) -> dict[str, Any]:
+def _read_tree(written: Path) -> JsonObject:
     tree = read_tree(written.read_text(encoding="utf-8"), str(written))
     for key in ("versions", "id", "base"):
         tree.pop(key, None)

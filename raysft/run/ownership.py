@@ -30,9 +30,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.patience import patiently
 from raysft.run.storage import write_whole
 
@@ -225,7 +226,7 @@ def _beat(folder: Path, number: int) -> bytes | None:
         return None
 
 
-def _group(folder: Path, number: int) -> dict[str, Any]:
+def _group(folder: Path, number: int) -> JsonObject:
     try:
         return json.loads((folder / FOLDER / f"{number}.group.json").read_bytes())
     except FileNotFoundError:

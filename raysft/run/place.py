@@ -12,10 +12,10 @@ import json
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from raysft.config.schema import Checkpoint
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.run.catalogue import Catalogue, Saved, unreadable
 from raysft.run.ownership import Permit
 from raysft.run.storage import CLAIM, Storage, open_storage
@@ -56,12 +56,12 @@ def refuse(saved: Saved, run: Path, ours: str | None, began: bool = True) -> Non
     )
 
 
-def _told(claim: dict[str, Any], run: str | None) -> str:
+def _told(claim: JsonObject, run: str | None) -> str:
     folder = claim.get("folder", "whose folder is not known")
     return f"{folder} (id {run[:12]})" if run else f"{folder} (without an id)"
 
 
-def _claimed(storage: Storage) -> dict[str, Any]:
+def _claimed(storage: Storage) -> JsonObject:
     try:
         with storage.open(CLAIM) as stream:
             return json.loads(stream.read())

@@ -12,7 +12,6 @@ import json
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from raysft import patience
 from raysft.config.schema import Data
@@ -23,6 +22,7 @@ from raysft.data.plan.changes import changed_data, changed_settings, facts, over
 from raysft.data.plan.generations import Generation, Generations
 from raysft.data.plan.plan import ALGORITHMS, Cursor, Plan
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.run.folder import run_id
 from raysft.run.ownership import ANYONE, Permit
 from raysft.run.storage import write_whole
@@ -54,7 +54,7 @@ def places(run: Path) -> list[tuple[str, int, Naming | None]]:
     return [(item["index"], item["examples"], _naming(item)) for item in _read(run)]
 
 
-def _naming(item: dict[str, Any]) -> Naming | None:
+def _naming(item: JsonObject) -> Naming | None:
     """What a generation calls its examples; None: by their ids, as runs did that began before
     these were made unique."""
     if "names" not in item:
@@ -128,7 +128,7 @@ def _current(run: Path, index: Index, data: Data, seed: int, cursor: Cursor | No
     return next((plan for plan in plans if plan.owns(cursor)), plans[0])
 
 
-def _known(run: Path, item: dict[str, Any]) -> int:
+def _known(run: Path, item: JsonObject) -> int:
     """The planning of a generation."""
     number = item["settings"]["algorithm"]
     if number not in ALGORITHMS:
@@ -140,9 +140,7 @@ def _known(run: Path, item: dict[str, Any]) -> int:
     return number
 
 
-def _redated(
-    run: Path, known: list[dict[str, Any]], cursor: Cursor, plan: Plan
-) -> list[dict[str, Any]]:
+def _redated(run: Path, known: list[JsonObject], cursor: Cursor, plan: Plan) -> list[JsonObject]:
     """The generations, where the run has gone beyond the epoch that one of them was to begin with
     on the plan before it: that one begins where the run stands. Two drivers at once did that, in
     versions that let them."""
@@ -163,7 +161,7 @@ def _redated(
     return [*known[: owner + 1], {**late[-1], "from_epoch": first}, *after]
 
 
-def _same_files(old: dict[str, Any], new: dict[str, Any]) -> bool:
+def _same_files(old: JsonObject, new: JsonObject) -> bool:
     """Whether only clips can have changed: the same bytes in the same files, read the same way."""
     if old["encoder"] != new["encoder"] or changed_settings(old, new):
         return False
@@ -176,12 +174,12 @@ def _same_files(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def _extended(
     run: Path,
-    known: list[dict[str, Any]],
-    now: dict[str, Any],
+    known: list[JsonObject],
+    now: JsonObject,
     index: Index,
     data: Data,
     cursor: Cursor,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """The generations once the data there is now is the newest one's. Raises UserError."""
     last = known[-1]
     fixed = changed_settings(last, now, fixed=True)
@@ -218,7 +216,7 @@ def _extended(
     return begun
 
 
-def _labels(known: list[dict[str, Any]]) -> dict[names.Entry, str]:
+def _labels(known: list[JsonObject]) -> dict[names.Entry, str]:
     """What the files of these generations are called."""
     found: dict[names.Entry, str] = {}
     for item in known:
@@ -236,7 +234,7 @@ _ANEW = (
 )
 
 
-def _generations(run: Path, known: list[dict[str, Any]], newest: Plan | None = None) -> Generations:
+def _generations(run: Path, known: list[JsonObject], newest: Plan | None = None) -> Generations:
     return Generations(
         [
             Generation(item["from_epoch"], item["examples"], partial(_plan, run, item, newest))
@@ -245,7 +243,7 @@ def _generations(run: Path, known: list[dict[str, Any]], newest: Plan | None = N
     )
 
 
-def _plan(run: Path, item: dict[str, Any], made: Plan | None) -> Plan:
+def _plan(run: Path, item: JsonObject, made: Plan | None) -> Plan:
     if made is not None and made.hash == item["plan_hash"]:
         return made
     settings = {
@@ -274,7 +272,7 @@ def _there(index: str | Path) -> bool:
     return patience.known(Path(index).exists, index)
 
 
-def _read(run: Path) -> list[dict[str, Any]]:
+def _read(run: Path) -> list[JsonObject]:
     path = run / NAME
     try:
         found = json.loads(patience.patiently(path.read_bytes, path))
@@ -290,7 +288,7 @@ def _read(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _write(run: Path, known: list[dict[str, Any]]) -> None:
+def _write(run: Path, known: list[JsonObject]) -> None:
     path = run / NAME
     content = json.dumps(known, indent=1).encode()
 

@@ -32,6 +32,7 @@ from torch.futures import Future
 
 from raysft import patience
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.parallel import Strategy, World
 from raysft.run.catalogue import MARKER, Catalogue, Saved
 from raysft.run.ownership import ANYONE, Permit
@@ -95,7 +96,7 @@ class Saver:
         self,
         step: int,
         strategy: Strategy,
-        meta: dict[str, Any],
+        meta: JsonObject,
         more: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Begin to save; returns once the state is copied. A collective.
@@ -157,7 +158,7 @@ class Saver:
             ) from save.error
         self._done.append(save)
 
-    def _run(self, save: Save, staged: dict[str, Any], meta: dict[str, Any]) -> None:
+    def _run(self, save: Save, staged: JsonObject, meta: JsonObject) -> None:
         name = f"step_{save.step}"
         draft = self._storage.draft(name, self._token)
         ours = self.world.is_main  # to be cleared away where it fails: nothing half-written stays
@@ -193,7 +194,7 @@ class Saver:
             return error if isinstance(error, UserError) else None
         return None
 
-    def _prepare(self, draft: str, meta: dict[str, Any]) -> int:
+    def _prepare(self, draft: str, meta: JsonObject) -> int:
         """All that a checkpoint holds but its marker, `self._mark`; returns its bytes."""
         files: dict[str, list[Any]] = {}
         for path in self._storage.files(draft):
@@ -222,7 +223,7 @@ class Saver:
 
 def load(
     saved: Saved, strategy: Strategy, more: dict[str, torch.Tensor] | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Load model and optimizer in place (any strategy, any world size), and `more` as it was given
     to the save; returns meta.json. A collective."""
     strategy.load(partial(_fill, saved))
@@ -251,7 +252,7 @@ def _weights(storage: Storage, root: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _fill(saved: Saved, state: dict[str, Any]) -> None:
+def _fill(saved: Saved, state: JsonObject) -> None:
     root = f"{saved.root}/state"
     shards.fill(saved.storage, root, state, alone=not dist.is_initialized())
 

@@ -10,12 +10,12 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from raysft.data.example import MicroBatch
 from raysft.data.plan.generations import Generations
 from raysft.data.plan.plan import Cursor, PlannedStep
 from raysft.data.read.reader import Work
+from raysft.json_types import JsonObject
 from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.train.step import StepBatch, Turn
@@ -49,7 +49,7 @@ class Feed:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def open(self, cursor: dict[str, Any] | None) -> Iterator[StepBatch]:
+    def open(self, cursor: JsonObject | None) -> Iterator[StepBatch]:
         """Step batches from the cursor (None: the start) to the last step."""
         start = self.plan.start() if cursor is None else Cursor.from_json(cursor)
         self._thread = threading.Thread(target=self._fill, args=(start,), daemon=True, name="feed")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -21,6 +21,7 @@ from raysft.config.schedule import another_length, asked
 from raysft.config.schedule import rate as rate_at
 from raysft.config.schema import Config
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.parallel import Strategy, World
 from raysft.parallel.strategy import Stepped
 from raysft.run import place
@@ -39,7 +40,7 @@ from raysft.train.watchdog import Watchdog
 class Stream(Protocol):
     """Ready step batches of this worker, in order, from a cursor on."""
 
-    def open(self, cursor: dict[str, Any] | None) -> Iterator[StepBatch]: ...
+    def open(self, cursor: JsonObject | None) -> Iterator[StepBatch]: ...
 
     def close(self) -> None: ...
 
@@ -55,11 +56,11 @@ class AdapterState(Protocol):
         """State to save, and to be filled on loading; the same on every worker."""
         ...
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The rest of the state, as JSON."""
         ...
 
-    def load_facts(self, facts: dict[str, Any]) -> None:
+    def load_facts(self, facts: JsonObject) -> None:
         """The inverse of `facts`."""
         ...
 
@@ -118,13 +119,13 @@ class Job:
     examples: int  # in the index and rejected from it: what max_quarantined is a share of
     catalogue: Catalogue
     evaluate: Evaluate | None = None
-    progress: Callable[[dict[str, Any]], None] | None = None
+    progress: Callable[[JsonObject], None] | None = None
     signal: Callable[[], int] = lambda: 0
     weights: Saved | None = None
     adapters: AdapterState | None = None
     cost: Cost | None = None
     extras: dict[str, bytes] = field(default_factory=dict)
-    start: dict[str, Any] = field(default_factory=dict)
+    start: JsonObject = field(default_factory=dict)
     submitted: float | None = None
     identity: str = ""
     lease: Lease | None = None
@@ -265,7 +266,7 @@ class Keeper:
         if self.watchdog is not None:
             self.watchdog.beat(doing)
 
-    def save(self, step: int, cursor: dict[str, Any] | None, wait: bool) -> None:
+    def save(self, step: int, cursor: JsonObject | None, wait: bool) -> None:
         """Begin a checkpoint; with `wait` return when it is published."""
         with self.clock.aside():
             meta = {
@@ -365,7 +366,7 @@ def _restore(
     totals: Totals,
     clock: Clock,
     permit: Permit,
-) -> tuple[int, dict[str, Any] | None]:
+) -> tuple[int, JsonObject | None]:
     """Load the newest sound checkpoint; cut what was recorded after it; open the records."""
     found, skipped = newest_sound(job.catalogue, job.world)
     step, cursor, meta, length = 0, None, {}, None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from raysft.data.example import Quarantined
+from raysft.json_types import JsonObject
 from raysft.patience import patient
 from raysft.run.ledger import files as ledger_files
 from raysft.run.lines import cut_back, stream_lines
@@ -54,7 +54,7 @@ def last_sign_of_life(folder: Path) -> float | None:
     return max((path.stat().st_mtime for path in files if path.exists()), default=None)
 
 
-def quarantine_line(found: Quarantined, step: int) -> dict[str, Any]:
+def quarantine_line(found: Quarantined, step: int) -> JsonObject:
     """A line of quarantine.jsonl; step 0 means found before training."""
     return {
         "id": found.id,
@@ -66,6 +66,6 @@ def quarantine_line(found: Quarantined, step: int) -> dict[str, Any]:
     }
 
 
-def quarantine_key(line: dict[str, Any]) -> tuple[str, ...]:
+def quarantine_key(line: JsonObject) -> tuple[str, ...]:
     """Which example a line of quarantine.jsonl is about: data.eval may call one as data.train."""
     return tuple(str(line.get(name)) for name in ("source", "path", "id"))

@@ -18,6 +18,7 @@ import torch
 from raysft.config.schema import Config
 from raysft.data.quarantine import kind_of, kind_of_line, summary
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.losses.term import CROSS_ENTROPY, Sums
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
@@ -67,7 +68,7 @@ class Totals:
         assert self.sums is not None  # a step was added
         return self.sums.means(self.tasks)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """For the checkpoint: lists of exact float64."""
         sums = self.sums
         terms = [] if sums is None else list(zip(sums.names, sums.weights, sums.values.tolist()))
@@ -77,7 +78,7 @@ class Totals:
             "skipped": [self.skipped, self.all_skipped],
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: JsonObject) -> None:
         """The inverse of `state`. Runs of before had one term, and called it `sums`."""
         terms = state["terms"] if "terms" in state else [(CROSS_ENTROPY, 1.0, state["sums"])]
         self.sums = None
@@ -164,7 +165,7 @@ class Record:
         world: World,
         examples: int,
         total_steps: int,
-        progress: Callable[[dict[str, Any]], None] | None,
+        progress: Callable[[JsonObject], None] | None,
         cost: Cost | None = None,
     ) -> None:
         """examples: what data.max_quarantined is a share of. cost: of what is counted."""
@@ -252,7 +253,7 @@ class Record:
         last: int,
         saved_at: float | None,
         before: int | None,
-        facts: dict[str, Any],
+        facts: JsonObject,
         idle: float = 0.0,
     ) -> None:
         """Record that this start goes on after `step`.
@@ -298,7 +299,7 @@ class Record:
             bytes=save.bytes,
         )
 
-    def _count(self, line: dict[str, Any]) -> None:
+    def _count(self, line: JsonObject) -> None:
         if line["event"] == "continued":
             self._lost["restarts"] += 1
             self._lost["steps_again"] += line.get("steps_again") or 0
@@ -427,7 +428,7 @@ class Record:
             line = found.line(checkpoint)
             self.progress({"total_steps": self.total_steps, "eval": line, "step": found.step})
 
-    def _scalars(self, values: dict[str, Any], step: int) -> None:
+    def _scalars(self, values: JsonObject, step: int) -> None:
         if self.tensorboard is not None:
             for key, value in values.items():
                 if isinstance(value, int | float) and key != "train/step":

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "raysft"
 
 # From the bottom up. A folder, or a module beside them; "" is the package itself.
 ROOMS = (
-    *("errors", "remarks", "environment", "", "paths", "patience", "failures", "hub"),
+    *("json_types", "errors", "remarks", "environment", "", "paths", "patience", "failures", "hub"),
     *("scorers", "config", "data", "losses", "parallel", "models", "adapters", "families"),
     *("run", "train", "evaluate", "worker", "export", "reread", "cli", "audit", "report"),
     "driver",

@@ -14,6 +14,7 @@ from typing import Any
 from raysft.config.families import AUTO, Family, any_text, families, named, owner
 from raysft.config.schema import Model
 from raysft.errors import UserError, first_line
+from raysft.json_types import JsonObject
 
 TYPO = 0.85  # likeness from which a name is offered: another model of its kin is no typing error
 
@@ -50,7 +51,7 @@ def _family_and_type(model: Model) -> tuple[Family, str | None]:
     return _family_of(model.family, settings, where), settings.get("model_type")
 
 
-def _family_of(given: str, settings: dict[str, Any], where: str) -> Family:
+def _family_of(given: str, settings: JsonObject, where: str) -> Family:
     """The family of a model whose config holds `settings`, given as model.family.
 
     where: the key that names the model, and its value, for the message. Raises UserError for a
@@ -82,7 +83,7 @@ def _family_of(given: str, settings: dict[str, Any], where: str) -> Family:
     )
 
 
-def _known(kind: str, settings: dict[str, Any]) -> tuple[bool, set[str]]:
+def _known(kind: str, settings: JsonObject) -> tuple[bool, set[str]]:
     """Whether a type hears or speaks, and the types that are language models of text."""
     from transformers.models.auto import modeling_auto
 
@@ -91,7 +92,7 @@ def _known(kind: str, settings: dict[str, Any]) -> tuple[bool, set[str]]:
     return hears, set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - listed
 
 
-def _settings(model: Model) -> dict[str, Any]:
+def _settings(model: Model) -> JsonObject:
     """What the model's config.json holds."""
     if model.config is not None:
         return dict(model.config)

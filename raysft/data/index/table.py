@@ -38,6 +38,7 @@ from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Item, default_id
 from raysft.data.sources.records import OpenFile, Place, fetch
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 _COLUMNS = {
     "tokens": "<i4",
@@ -103,7 +104,7 @@ class Index:
         self.hash: str = meta["hash"]
         self.tasks: list[str] = meta["tasks"]
         self.sources = [IndexedSource(item["name"], item["weight"]) for item in meta["sources"]]
-        self.described: list[dict[str, Any]] = meta["sources"]
+        self.described: list[JsonObject] = meta["sources"]
         self.encoder: str = meta["encoder"]
         self.files = [IndexedFile(*file) for file in meta["files"]]
         self._files = [(Path(file.path), file.source) for file in self.files]

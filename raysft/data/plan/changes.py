@@ -23,6 +23,7 @@ from raysft.data.plan.plan import Plan
 from raysft.data.sources.base import Format
 from raysft.data.sources.records import OpenFile, Place, fetch
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 NAMED = 3
 """Files, examples or keys that a message names before it only counts."""
@@ -32,7 +33,7 @@ _KEYS = {"seed": "run.seed", "weights": "data.train"}
 _ITS_OWN = ("algorithm",)  # of the planning, no key
 
 
-def facts(from_epoch: int, index: Index, plan: Plan) -> dict[str, Any]:
+def facts(from_epoch: int, index: Index, plan: Plan) -> JsonObject:
     """What a run trains on from an epoch on, as json can write it."""
     return {
         "from_epoch": from_epoch,
@@ -49,7 +50,7 @@ def facts(from_epoch: int, index: Index, plan: Plan) -> dict[str, Any]:
     }
 
 
-def changed_settings(old: dict[str, Any], new: dict[str, Any], fixed: bool = False) -> list[str]:
+def changed_settings(old: JsonObject, new: JsonObject, fixed: bool = False) -> list[str]:
     """Settings that differ between two `facts`, each with its value now and before.
 
     fixed: only those that data.extend cannot change.
@@ -76,7 +77,7 @@ def _extendable(setting: str) -> bool:
     )
 
 
-def changed_data(old: dict[str, Any], new: dict[str, Any], index: Index) -> list[str]:
+def changed_data(old: JsonObject, new: JsonObject, index: Index) -> list[str]:
     """What of the data differs between two `facts`; index: the one of `new`."""
     if old["index_hash"] == new["index_hash"]:
         return []
@@ -107,7 +108,7 @@ def changed_data(old: dict[str, Any], new: dict[str, Any], index: Index) -> list
     return found
 
 
-def overwritten(old: dict[str, Any], index: Index) -> list[str]:
+def overwritten(old: JsonObject, index: Index) -> list[str]:
     """Files that no longer hold the records that the old index reads from them."""
     now = {file.path: (number, file) for number, file in enumerate(index.files)}
     before = _index(old)
@@ -248,11 +249,11 @@ def _of_other_lengths(
     return found
 
 
-def _files(side: dict[str, Any]) -> list[IndexedFile]:
+def _files(side: JsonObject) -> list[IndexedFile]:
     return [IndexedFile(**file) for file in side["files"]]
 
 
-def _index(side: dict[str, Any]) -> Index | None:
+def _index(side: JsonObject) -> Index | None:
     """The index of `facts`, where it is still there: a message can then say more."""
     meta = Path(side["index"], "meta.json")
     if not patience.known(meta.exists, meta):

@@ -37,6 +37,7 @@ from raysft.data.plan import plan_v1
 from raysft.data.plan.blocks import Blocks, permutation, single, together
 from raysft.data.plan.windows import InOrder, Shuffled, Windows
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
     from raysft.data.index.build import Index
@@ -57,7 +58,7 @@ class Cursor:
     step: int
     streams: tuple[tuple[int, int, int], ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As a dict that json can write."""
         return {
             "plan": self.plan_hash,
@@ -67,7 +68,7 @@ class Cursor:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Cursor:
+    def from_json(cls, value: JsonObject) -> Cursor:
         """The inverse of `to_json`. Raises UserError for anything else."""
         try:
             streams = tuple((int(c), int(w), int(m)) for c, w, m in value["streams"])
@@ -400,7 +401,7 @@ def _windows(columns: tuple[Any, ...], data: Data, seed: int, algorithm: int) ->
     return _SHUFFLED[algorithm](blocks, data, seed) if shuffled else InOrder(blocks, data)
 
 
-def _settings(data: Data, weights: Sequence[float], seed: int, algorithm: int) -> dict[str, Any]:
+def _settings(data: Data, weights: Sequence[float], seed: int, algorithm: int) -> JsonObject:
     """What the plan depends on beside the index."""
     return {
         "algorithm": algorithm,
@@ -415,7 +416,7 @@ def _settings(data: Data, weights: Sequence[float], seed: int, algorithm: int) -
     }
 
 
-def _hash(index_hash: str, settings: dict[str, Any]) -> str:
+def _hash(index_hash: str, settings: JsonObject) -> str:
     """What the plan depends on, as 64 hex digits."""
     facts = {"index": index_hash, **settings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

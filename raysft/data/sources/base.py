@@ -21,6 +21,7 @@ from raysft.data.example import Example
 from raysft.data.sources.json_errors import explain
 from raysft.data.sources.records import OpenFile, Place, byte_ranges
 from raysft.errors import BadExample
+from raysft.json_types import JsonObject
 
 Split = Literal["train", "eval"]
 
@@ -160,7 +161,7 @@ def default_id(file: Path, line: int) -> str:
     return f"{file.stem}:{line}"
 
 
-def load_record(raw: bytes) -> dict[str, Any]:
+def load_record(raw: bytes) -> JsonObject:
     """The JSON object in `raw` (utf-8). Raises BadExample where it is none."""
     text = ""
     try:
@@ -187,7 +188,7 @@ def load_record(raw: bytes) -> dict[str, Any]:
     return record
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> JsonObject:
     """An object; of a field that is given twice a parser would keep the last, in silence."""
     record = dict(pairs)
     if len(record) != len(pairs):
@@ -205,7 +206,7 @@ def kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def text_field(record: dict[str, Any], name: str) -> str:
+def text_field(record: JsonObject, name: str) -> str:
     """A field that must be a text (it may be empty). Raises BadExample naming the field."""
     if name not in record:
         raise BadExample(
@@ -218,7 +219,7 @@ def text_field(record: dict[str, Any], name: str) -> str:
     return value
 
 
-def id_field(record: dict[str, Any], file: Path, line: int) -> str:
+def id_field(record: JsonObject, file: Path, line: int) -> str:
     """The record's `id` (text or number), else one made of the file's name and the line."""
     value = record.get("id")
     if value is None or value == "":

@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from raysft.data.sources.base import BOM
 from raysft.data.sources.fields import refuse_unread
 from raysft.data.sources.json_errors import explain
 from raysft.errors import BadExample
+from raysft.json_types import JsonObject
 
 HEAD = 1 << 16
 
@@ -161,7 +161,7 @@ def foreign(path: Path, head: bytes) -> str:
     return _of_table(path, lines)
 
 
-def _first_record(text: str, lines: list[str]) -> dict[str, Any] | None:
+def _first_record(text: str, lines: list[str]) -> JsonObject | None:
     for line in lines[:20]:
         try:
             found = json.loads(line.strip().rstrip(","))
@@ -180,7 +180,7 @@ def _first_record(text: str, lines: list[str]) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _of_fields(record: dict[str, Any]) -> str:
+def _of_fields(record: JsonObject) -> str:
     names = ", ".join(list(record)[:8]) or "none"
     for wanted, whose, remedy in _RECORDS:
         if all(name in record for name in wanted):

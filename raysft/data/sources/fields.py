@@ -21,6 +21,7 @@ from pathlib import PurePath
 from typing import Any
 
 from raysft.errors import BadExample
+from raysft.json_types import JsonObject
 
 METADATA = "metadata"
 
@@ -90,7 +91,7 @@ _AUDIO_TYPE = re.compile(r"(?:input_)?audio(?:$|[_/])", re.IGNORECASE)
 _PICTURE_TYPE = re.compile(r"(?:input_)?(?:image|video)(?:$|[_/])", re.IGNORECASE)
 
 
-def refuse_unread(record: dict[str, Any], read: frozenset[str], clip: str | None = None) -> None:
+def refuse_unread(record: JsonObject, read: frozenset[str], clip: str | None = None) -> None:
     """Raise BadExample where `record` has a field that is not among `read` and not harmless.
 
     clip: the path of the clip that is read: a field that names the same file is harmless.

@@ -17,7 +17,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from raysft.data.example import Example, Part, Units
 from raysft.data.sources import json_items, json_lines
@@ -34,6 +33,7 @@ from raysft.data.sources.base import (
 )
 from raysft.data.sources.fields import METADATA, refuse_placeholders, refuse_unread
 from raysft.errors import BadExample, UserError
+from raysft.json_types import JsonObject
 
 TASK_FIELDS = ("task", "task_type")
 READ = frozenset(["id", "instruction", "input", "output", *TASK_FIELDS])
@@ -145,7 +145,7 @@ def split_units(field: str, name: str = "field") -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _task(record: dict[str, Any], source: tuple[Part, ...], target: tuple[Part, ...]) -> str:
+def _task(record: JsonObject, source: tuple[Part, ...], target: tuple[Part, ...]) -> str:
     metadata = record.get(METADATA)
     if metadata is not None and not isinstance(metadata, dict):
         raise BadExample(

@@ -71,7 +71,7 @@ def fetch(
     form: Format,
     file: OpenFile,
     places: Sequence[Place],
-    lock: contextlib.AbstractContextManager[Any] | None = None,
+    lock: contextlib.AbstractContextManager[object] | None = None,
 ) -> Iterator[bytes]:
     """The records at `places`, as `Format.fetch` gives them, with patience: where the storage
     fails, the file is opened anew, and what is left of the places is fetched again.

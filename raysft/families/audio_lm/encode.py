@@ -23,6 +23,7 @@ from raysft.data.encode.families import model_family
 from raysft.data.example import Audio, Units
 from raysft.data.text import Template, load_tokenizer
 from raysft.errors import BadExample, UserError, first_line
+from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -171,9 +172,7 @@ def _model_config(model: Model) -> Any:
     return config
 
 
-def _front_end(
-    model: Model, data: Data, mels: int, max_frames: int
-) -> tuple[FrontEnd, dict[str, Any]]:
+def _front_end(model: Model, data: Data, mels: int, max_frames: int) -> tuple[FrontEnd, JsonObject]:
     """The front end, and the settings of a WhisperFeatureExtractor for export."""
     from transformers import AutoFeatureExtractor, WhisperFeatureExtractor
 
