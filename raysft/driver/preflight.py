@@ -245,7 +245,7 @@ def read_train(
         if not speech_tokens.location(units, folder).exists():
             permit.require()
             say(f"fitting {units.clusters} speech units on up to {units.fit_clips:,} clips")
-        speech_tokens.fit_or_load(units, folder, _clips(config), config.run.seed)
+        speech_tokens.fit_or_load(units, folder, clips_of(config), config.run.seed)
     say("loading the tokenizer")
     encoder = make_encoder(config.model, config.data, folder)
     permit.require()
@@ -358,7 +358,7 @@ def _check_usable(config: Config, train: Index, plan: Plan) -> None:
     )
 
 
-def _clips(config: Config) -> Iterator[np.ndarray]:
+def clips_of(config: Config) -> Iterator[np.ndarray]:
     """Up to `fit_clips` clips of data.train, drawn evenly (Algorithm R, Vitter 1985), decoded."""
     settings = config.data.speech_tokens
     assert settings is not None

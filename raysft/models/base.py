@@ -72,6 +72,7 @@ class Supervised(nn.Module):
         self.more = more
         self.penalty: Callable[[], torch.Tensor] | None = None
         self.windows = False
+        self.rows: int | None = None  # through the head at a time; None: see `chunk_rows`
         self.balance = balance.coefficient(net)
         self._keep: torch.Tensor | None = None
         self._columns = 0  # of input_ids
@@ -156,7 +157,7 @@ class Supervised(nn.Module):
         whatever is hooked to the head sees one call, on every worker.
         """
         kinds = Kinds(tuple((loss, weight) for _, loss, weight in self.more))
-        head, rows = self._head[0], chunk_rows(self._vocabulary, keep.device)
+        head, rows = self._head[0], self.rows or chunk_rows(self._vocabulary, keep.device)
         chunked = self._head_is_last and len(keep) > rows and not in_one_call(head)
         own, compute = head.__dict__.get("forward"), head.forward
         if chunked:

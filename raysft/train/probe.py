@@ -78,7 +78,7 @@ def find_budget(
     begun = time.monotonic()
     trials = _Trials(config, factory, lengths, world)
     least, most = _up(lengths.longest), _up(max(lengths.longest, lengths.most))
-    search = _Search(least, most, (1 - FREE) * limit, trials.smallest())
+    search = Search(least, most, (1 - FREE) * limit, trials.smallest())
     while (budget := search.next()) is not None:
         peak = trials.peak(budget)
         search.tell(budget, peak)
@@ -109,7 +109,7 @@ def limit_of(config: Config, world: World) -> int:
     raise UserError("data.tokens_per_batch: auto on CPU needs a limit: set parallel.memory_gb")
 
 
-class _Search:
+class Search:
     """Which budget to try next, from the peaks of those that were tried.
 
     fits: the largest known to fit; 0: none yet.
@@ -172,7 +172,7 @@ class _Trials:
         if self.world.device.type == "cpu":
             stager = BlockingAsyncStager(cache_staged_state_dict=False)
             self._held = stager.stage(dict(self.strategy.state()))
-        _restart_peak(self.world.device)
+        restart_peak(self.world.device)
         self._step(batch)
         return int(batch.lengths.sum()), self._worst(peak_bytes(self.world.device))
 
@@ -181,7 +181,7 @@ class _Trials:
         found = 0.0
         kinds = {self.lengths.longest, self.lengths.middle, self.lengths.shortest}
         for length in sorted(kinds, reverse=True):
-            _restart_peak(self.world.device)
+            restart_peak(self.world.device)
             try:
                 self._step(self._batch(max(1, budget // length), length))
                 found = max(found, peak_bytes(self.world.device))
@@ -191,7 +191,7 @@ class _Trials:
             if found == float("inf"):
                 # What is half done, under sharding too, is not to be gone on with.
                 self.speech_model = self.strategy = None  # type: ignore[assignment]
-                _restart_peak(self.world.device)
+                restart_peak(self.world.device)
                 self._build()
                 return found
         return found
@@ -229,16 +229,16 @@ def _sequence(speech_model: SpeechModel, length: int) -> Sequence:
 
 
 def peak_bytes(device: torch.device) -> float:
-    """The most memory in use since `_restart_peak`: of the GPU, whoever uses it, or of this
+    """The most memory in use since `restart_peak`: of the GPU, whoever uses it, or of this
     process (VmHWM)."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         others = total - free - torch.cuda.memory_reserved(device)
         return float(others + torch.cuda.max_memory_reserved(device))
-    return host_peak() or 0.0  # `_restart_peak` has seen to it that there is one
+    return host_peak() or 0.0  # `restart_peak` has seen to it that there is one
 
 
-def _restart_peak(device: torch.device) -> None:
+def restart_peak(device: torch.device) -> None:
     """Give back what is free, and measure from here on. Raises UserError without Linux's /proc."""
     gc.collect()
     if device.type == "cuda":

@@ -97,7 +97,7 @@ class KMeans(SpeechTokenizer):
                 f"clips fitted on have only {distinct} different units: give more clips "
                 "(data.speech_tokens.fit_clips) or fewer clusters"
             )
-        centroids = _lloyd(points, _spread(points, config.clusters, rng))
+        centroids = lloyd(points, spread(points, config.clusters, rng))
         return cls(centroids, config.features, config.mels, config.stack)
 
     @property
@@ -202,7 +202,7 @@ def _stacked(clip: np.ndarray, front_end: FrontEnd, stack: int) -> np.ndarray:
     return frames[: units * stack].reshape(units, stack * front_end.mels)
 
 
-def _spread(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+def spread(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
     """Greedy k-means++ (Arthur and Vassilvitskii 2007): centroids far from those before them.
 
     Of a few points drawn by their squared distance to the nearest centroid, the one is taken that
@@ -229,7 +229,7 @@ def _spread(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.n
     return points[chosen]
 
 
-def _lloyd(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def lloyd(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """Move centroids to the means of their points until no point changes its centroid."""
     assigned = np.full(len(points), -1)
     squares = (points**2).sum(axis=1)

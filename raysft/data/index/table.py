@@ -52,7 +52,7 @@ _COLUMNS = {
     "crc": "<u4",
     "again": "|u1",
 }
-_OPEN = 64  # files kept open
+OPEN_FILES = 64  # files kept open
 
 
 class IndexedSource(NamedTuple):
@@ -273,7 +273,7 @@ class Index:
     def _open_file(self, file: int) -> OpenFile:
         with self._reading:
             if file not in self._open:
-                if len(self._open) >= _OPEN:
+                if len(self._open) >= OPEN_FILES:
                     self._open.pop(next(iter(self._open)))  # closed when nobody reads it any more
                 self._open[file] = OpenFile(self._files[file][0])
             return self._open[file]

@@ -21,8 +21,8 @@ from raysft import patience
 if TYPE_CHECKING:
     from raysft.data.sources.base import Format
 
-_GAP = 1 << 14  # bytes between two records below which one read fetches both
-_SPAN = 8 << 20  # bytes of one read
+GAP = 1 << 14  # bytes between two records below which one read fetches both
+SPAN = 8 << 20  # bytes of one read
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def _spans(places: Sequence[Place]) -> list[tuple[int, int, list[Place]]]:
         end = place.offset + place.size
         if spans:
             start, stop, inside = spans[-1]
-            if start <= place.offset < stop + _GAP and end - start <= _SPAN:
+            if start <= place.offset < stop + GAP and end - start <= SPAN:
                 inside.append(place)
                 spans[-1] = start, max(stop, end), inside
                 continue

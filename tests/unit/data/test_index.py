@@ -94,9 +94,9 @@ def test_columns_tell_tasks_and_sources_and_rows_give_back_their_examples(tmp_pa
 
 
 def test_records_far_apart_and_in_many_files_are_read_right(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_GAP", 40)
-    monkeypatch.setattr(records, "_SPAN", 200)
-    monkeypatch.setattr(table, "_OPEN", 2)
+    monkeypatch.setattr(records, "GAP", 40)
+    monkeypatch.setattr(records, "SPAN", 200)
+    monkeypatch.setattr(table, "OPEN_FILES", 2)
     files = [most(tmp_path / f"{i}.json", 30, 30 * i) for i in range(5)]
     index = build(tmp_path / "i", *files)
     rows = np.random.default_rng(1).permutation(len(index))

@@ -65,7 +65,7 @@ def test_centroids_are_as_good_as_scikit_learns():
         return float(((points[:, None] - centroids) ** 2).sum(-1).min(1).mean())
 
     ours = [
-        spread(speech_tokens._lloyd(points, speech_tokens._spread(points, 20, g)))
+        spread(speech_tokens.lloyd(points, speech_tokens.spread(points, 20, g)))
         for g in map(np.random.default_rng, range(5))
     ]
     theirs = [
@@ -79,7 +79,7 @@ def test_every_cluster_keeps_a_point():
     points = np.repeat(np.eye(6, dtype=np.float32), 50, axis=0)
     start = np.zeros((6, 6), np.float32)
     start[0] = 1
-    centroids = speech_tokens._lloyd(points, start)
+    centroids = speech_tokens.lloyd(points, start)
     assert sorted(map(tuple, centroids)) == sorted(map(tuple, np.eye(6)))
 
 

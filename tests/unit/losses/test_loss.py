@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,19 +26,13 @@ LENGTHS = [9, 4, 17, 9, 12]
 CHUNKED, WHOLE = 5, 10**6
 
 
-def rows_at_a_time(rows: int) -> Callable[..., int]:
-    """In place of `chunk_rows`: tiny models have logits of a few kilobytes."""
-    return lambda vocabulary, device: rows
-
-
 def loss_and_gradients(
-    monkeypatch: pytest.MonkeyPatch,
     adapter: SpeechModel,
     rows: int,
     half: torch.dtype | None = None,
     factor: float = 0.5,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(rows))
+    adapter.supervised.rows = rows
     batch = adapter.collate(batch_of(*sequences(adapter, LENGTHS)))
     with torch.autocast("cpu", half) if half else nullcontext():
         found = loss_of(adapter, batch)
@@ -50,44 +43,40 @@ def loss_and_gradients(
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_tied", "qwen3_moe", "qwen2_audio"])
-def test_chunks_give_the_loss_and_the_gradient_of_all_logits(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_give_the_loss_and_the_gradient_of_all_logits(name: str) -> None:
     adapter = make(name)
-    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE)
-    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    whole, wanted = loss_and_gradients(adapter, WHOLE)
+    chunked, found = loss_and_gradients(adapter, CHUNKED)
     assert chunked == pytest.approx(whole, rel=1e-6)
     assert worst(found, wanted) < 2e-6
 
 
-def test_a_head_with_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_with_a_bias() -> None:
     adapter = make("llama")
     head = adapter.model.lm_head
     head.bias = nn.Parameter(torch.randn(head.out_features))
-    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE)
-    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    whole, wanted = loss_and_gradients(adapter, WHOLE)
+    chunked, found = loss_and_gradients(adapter, CHUNKED)
     assert chunked == pytest.approx(whole, rel=1e-6)
     assert "lm_head.bias" in found
     assert worst(found, wanted) < 2e-6
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision(half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision(half: torch.dtype) -> None:
     adapter = make("llama")
-    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE, half, factor=4.0)
-    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED, half, factor=4.0)
+    whole, wanted = loss_and_gradients(adapter, WHOLE, half, factor=4.0)
+    chunked, found = loss_and_gradients(adapter, CHUNKED, half, factor=4.0)
     assert chunked == pytest.approx(whole, rel=1e-5)
     # Sums over chunks of a head's gradient, which is in half precision, are rounded otherwise.
     assert worst(found, wanted) < (2e-2 if half is torch.bfloat16 else 2e-3)
 
 
-def test_a_frozen_head_has_no_gradient_and_passes_on_the_right_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_frozen_head_has_no_gradient_and_passes_on_the_right_one() -> None:
     adapter = make("llama")
     adapter.freeze(["lm_head.weight", "model.embed_tokens.weight"])
-    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE)
-    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    whole, wanted = loss_and_gradients(adapter, WHOLE)
+    chunked, found = loss_and_gradients(adapter, CHUNKED)
     assert chunked == pytest.approx(whole, rel=1e-6)
     assert "lm_head.weight" not in found
     assert worst(found, wanted) < 2e-6
@@ -112,9 +101,7 @@ def test_the_loss_is_that_of_the_heads_weights_alone() -> None:
 
 @pytest.mark.parametrize("half", [None, torch.float16])
 @pytest.mark.parametrize("rows", [CHUNKED, WHOLE])
-def test_weights_of_tasks_are_those_of_a_plain_sum(
-    rows: int, half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_tasks_are_those_of_a_plain_sum(rows: int, half: torch.dtype | None) -> None:
     """What is trained is weighted; what is reported by task, and in evaluation, is not."""
     adapter = make("llama")
     documents = sequences(adapter, LENGTHS)
@@ -135,7 +122,7 @@ def test_weights_of_tasks_are_those_of_a_plain_sum(
     wanted = gradients(adapter)
     adapter.model.zero_grad()
     adapter.task_weights.update(weights)
-    monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(rows))
+    adapter.supervised.rows = rows
     for training in (False, True):
         adapter.supervised.train(training)
         with torch.autocast("cpu", half) if half else nullcontext():
@@ -152,7 +139,7 @@ def test_weights_of_tasks_are_those_of_a_plain_sum(
 @pytest.mark.parametrize("half", [None, torch.float16])
 @pytest.mark.parametrize("rows", [CHUNKED, WHOLE])
 def test_a_second_loss_of_tokens_is_trained_by_its_weight_and_reported_by_its_name(
-    rows: int, half: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    rows: int, half: torch.dtype | None
 ) -> None:
     adapter = make("llama")
     documents = sequences(adapter, LENGTHS)
@@ -168,7 +155,7 @@ def test_a_second_loss_of_tokens_is_trained_by_its_weight_and_reported_by_its_na
     (0.5 * (sum(plain) + 0.3 * sum(log_z))).backward()
     wanted = gradients(adapter)
     adapter.more_losses.append(("z_loss", load("z_loss"), 0.3))
-    monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(rows))
+    adapter.supervised.rows = rows
     with torch.autocast("cpu", half) if half else nullcontext():
         found = loss_of(adapter, adapter.collate(batch_of(*documents)))
     close = {"rel": 3e-3 if half else 1e-5}
@@ -198,44 +185,40 @@ def test_terms_are_each_divided_by_their_count_and_add_up_by_their_weights() -> 
     )
 
 
-def test_without_gradients_the_losses_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradients_the_losses_are_the_same() -> None:
     adapter = make("qwen3")
     batch = adapter.collate(batch_of(*sequences(adapter, LENGTHS)))
     whole = loss_of(adapter, batch)
-    monkeypatch.setattr("raysft.models.base.chunk_rows", rows_at_a_time(CHUNKED))
+    adapter.supervised.rows = CHUNKED
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             chunked = loss_of(adapter, batch)
         assert chunked.sum.item() == pytest.approx(whole.sum.item(), rel=1e-6)
 
 
-def test_the_head_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_is_as_it_was_afterwards() -> None:
     adapter = make("qwen3")
     ids = torch.arange(6).unsqueeze(0)
     before = adapter.model(ids).logits
-    loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    loss_and_gradients(adapter, CHUNKED)
     assert torch.equal(adapter.model(ids).logits, before)
     assert "forward" not in adapter.model.lm_head.__dict__
 
 
-def test_hooks_on_the_head_see_one_call_whatever_the_number_of_chunks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_hooks_on_the_head_see_one_call_whatever_the_number_of_chunks() -> None:
     adapter = make("qwen3")
     calls: list[int] = []
     adapter.model.lm_head.register_forward_hook(lambda m, args, out: calls.append(1))
-    loss_and_gradients(monkeypatch, adapter, 1)
+    loss_and_gradients(adapter, 1)
     assert calls == [1]
 
 
 @pytest.mark.parametrize("config", [{"model_type": "cohere"}, {"model_type": "granite"}])
-def test_a_model_that_changes_its_logits_keeps_its_own_loss(
-    config: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_changes_its_logits_keeps_its_own_loss(config: dict[str, str]) -> None:
     scale = {"logit_scale": 0.3} if config["model_type"] == "cohere" else {"logits_scaling": 3.0}
     adapter = make("llama", **config, **scale)
-    whole, wanted = loss_and_gradients(monkeypatch, adapter, WHOLE)
-    chunked, found = loss_and_gradients(monkeypatch, adapter, CHUNKED)
+    whole, wanted = loss_and_gradients(adapter, WHOLE)
+    chunked, found = loss_and_gradients(adapter, CHUNKED)
     assert chunked == whole
     assert worst(found, wanted) == 0
 
@@ -245,9 +228,6 @@ def test_a_model_that_changes_its_logits_keeps_its_own_loss(
 
 def _worker(rank: int, size: int, store: str, strategy: str) -> None:
     """Each rank has sequences of its own; both also take a turn in which one has nothing."""
-    from raysft.models import base
-
-    base.chunk_rows = rows_at_a_time(CHUNKED)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     plain, items = make("qwen3_tied"), None
     batches = []
@@ -258,6 +238,7 @@ def _worker(rank: int, size: int, store: str, strategy: str) -> None:
     wanted = gradients(plain)
 
     adapter = make("qwen3_tied")
+    adapter.supervised.rows = CHUNKED
     adapter.tasks[:] = plain.tasks
     config = Config.model_validate({"parallel": {"strategy": strategy}})
     wrapped = make_strategy(config, adapter.supervised, World.current())

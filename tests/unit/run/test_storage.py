@@ -34,7 +34,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
     else:
         store = Store(f"memory://{uuid.uuid4().hex}/runs/a")
         yield store
-        store._fs.store.clear()
+        fsspec.filesystem("memory").store.clear()
 
 
 def test_a_checkpoint_is_there_from_its_marker_on_and_until_that_goes(storage: Storage) -> None:

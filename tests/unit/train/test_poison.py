@@ -30,7 +30,7 @@ from raysft.data.example import Quarantined
 from raysft.data.index.build import build_index
 from raysft.data.quarantine import kind
 from raysft.data.read.reader import Reader, Work
-from raysft.driver.preflight import _clips, prepare
+from raysft.driver.preflight import clips_of, prepare
 from raysft.errors import BadExample, UserError
 from tests.conftest import tone
 from tests.support.models import AUDIO, CAUSAL
@@ -190,9 +190,9 @@ def test_a_speech_tokenizer_is_fitted_on_the_clips_that_can_be_used(tmp_path: Pa
     path, _, usable = corpus(tmp_path / "data", broken=1)
     data = Data(train=[Source(path=str(path))], speech_tokens=SpeechTokens(), max_seconds=2.0)
     config = Config(run=Run(storage_path=str(tmp_path)), data=data, model=Model(**CAUSAL))
-    assert len(list(_clips(config))) == len(usable)
+    assert len(list(clips_of(config))) == len(usable)
     config.data.tokens_per_batch = 14  # units of 40 ms: more than what a clip of 0.6 s takes
-    assert list(_clips(config)) == []
+    assert list(clips_of(config)) == []
 
 
 @pytest.fixture

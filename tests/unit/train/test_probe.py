@@ -25,10 +25,10 @@ from raysft.train.probe import (
     FREE,
     MULTIPLE,
     Lengths,
-    _restart_peak,
-    _Search,
+    Search,
     find_budget,
     peak_bytes,
+    restart_peak,
 )
 from tests.support import worlds
 from tests.support.model_zoo import make
@@ -52,7 +52,7 @@ def test_the_search_ends_close_to_the_largest_that_fits(
         return rest + per_position * (budget + budget**1.02 / 50)
 
     room = peak(free_positions)
-    search = _Search(64, 10**7, room, (2, peak(2)))
+    search = Search(64, 10**7, room, (2, peak(2)))
     tried = []
     while (budget := search.next()) is not None:
         tried.append(budget)
@@ -64,18 +64,18 @@ def test_the_search_ends_close_to_the_largest_that_fits(
 
 
 def test_the_search_stops_at_the_least_budget_that_does_not_fit_and_at_the_most_there_is() -> None:
-    nothing = _Search(128, 1024, 10.0, (2, 5.0))
+    nothing = Search(128, 1024, 10.0, (2, 5.0))
     assert nothing.next() == 128
     nothing.tell(128, 11.0)
     assert (nothing.next(), nothing.fits) == (None, 0)
-    everything = _Search(128, 1024, 1e9, (2, 5.0))
+    everything = Search(128, 1024, 1e9, (2, 5.0))
     while (budget := everything.next()) is not None:
         everything.tell(budget, 6.0)
     assert everything.fits == 1024
 
 
 def test_a_search_that_runs_out_of_memory_goes_on_below() -> None:
-    search = _Search(64, 10**6, 1e9, (2, 0.0))
+    search = Search(64, 10**6, 1e9, (2, 0.0))
     while (budget := search.next()) is not None:
         search.tell(budget, float("inf") if budget > 3000 else 1e6)
     assert 3000 * 0.9 < search.fits <= 3000
@@ -98,7 +98,7 @@ def _found(config: Config, name: str, room: int, world: World) -> int:
         adapter = make(name, config.data.mode, **changes)
         return adapter, make_strategy(config, adapter.supervised, world)
 
-    _restart_peak(CPU)
+    restart_peak(CPU)
     limit = int((peak_bytes(CPU) + room) / (1 - FREE))
     return find_budget(config, factory, LENGTHS, world, limit)
 
@@ -204,7 +204,7 @@ def _probe(folder: Path, room: int) -> None:
         adapter, _ = worker.build_model(config, encoder, 1)
         return adapter, make_strategy(config, adapter.supervised, world)
 
-    _restart_peak(CPU)
+    restart_peak(CPU)
     limit = int((peak_bytes(CPU) + room) / (1 - FREE))
     lengths = Lengths.of(index.tokens, config.data.lanes)
     budget = find_budget(config, factory, lengths, world, limit)
@@ -223,7 +223,7 @@ def _run(folder: Path, budget: int) -> None:
     """Writes the peak of a whole run."""
     _exact()
     job = worlds.start(_config(folder, f"run{budget}", budget), World.current())
-    _restart_peak(CPU)
+    restart_peak(CPU)
     train(job)
     (folder / f"peak{budget}").write_text(str(peak_bytes(CPU)))
 
@@ -239,7 +239,7 @@ def _by_hand(folder: Path, budget: int) -> None:
     encoder, index = read_train(config, folder)
     adapter, _ = worker.build_model(config, encoder, 1)
     optimizer = torch.optim.AdamW(adapter.supervised.parameters(), lr=1e-9)
-    _restart_peak(CPU)
+    restart_peak(CPU)
     for length in sorted(index.tokens)[:: (len(index) - 1) // 2]:
         ids = np.full(length, 65, np.int32)
         rows = [Sequence("x", "asr", ids, ids) for _ in range(budget // length)]

@@ -14,21 +14,23 @@ from raysft.train.watchdog import EXIT_CODE
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT = 0.5  # seconds
 
+TELL = 'print("told:", reason, flush=True)'
+
 HEAD = f"""
 import sys, threading, time
 from raysft.train.watchdog import Watchdog
 
 def tell(reason):
-    print("told:", reason, flush=True)
+    %s
 
 dog = Watchdog({TIMEOUT}, tell)
 print("watched", flush=True)
 """
 
 
-def started(body: str) -> subprocess.Popen[str]:
+def started(body: str, tell: str = TELL) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HEAD + body],
+        [sys.executable, "-c", HEAD % tell + body],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -39,9 +41,9 @@ def started(body: str) -> subprocess.Popen[str]:
     return process
 
 
-def end(body: str) -> tuple[int, str, str, float]:
+def end(body: str, tell: str = TELL) -> tuple[int, str, str, float]:
     """Exit code, stdout, stderr, and seconds from the start of the watch."""
-    process, begun = started(body), time.monotonic()
+    process, begun = started(body, tell), time.monotonic()
     said, errors = process.communicate(timeout=20)
     return process.returncode, said, errors, time.monotonic() - begun
 
@@ -65,11 +67,7 @@ stuck_here()
 
 
 def test_one_that_never_begins_and_one_that_cannot_tell_end_too() -> None:
-    body = """
-dog._hung = lambda reason: time.sleep(60)  # whom it tells does not answer
-time.sleep(60)
-"""
-    code, _, errors, seconds = end(body)
+    code, _, errors, seconds = end("time.sleep(60)", tell="time.sleep(60)")
     assert code == EXIT_CODE
     assert "while starting" in errors
     assert seconds < TIMEOUT + 3.5
