@@ -34,6 +34,7 @@ from raysft.json_types import JsonObject
 from raysft.reread import Sample, reread
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue
+from raysft.run.folder import load_plugins
 from raysft.run.ledger import Chains, Heads, files
 from raysft.run.lines import parse as parse_line
 
@@ -52,6 +53,7 @@ def audit(run: Path, sample: int = 0) -> Report:
     report = Report(generations.parts[0].plan.settings["lanes"])
     # First the checkpoints, then the ledger: a run that goes on writes them the other way round.
     committed, heads = _saved(run, report)
+    load_plugins(run)  # ids are read by their formats
     chains = Chains(plans.identity(run), heads, plans.chained(run))
     index = open_index(plans.places(run))
     quarantined = _Quarantine(run / "quarantine.jsonl", report)

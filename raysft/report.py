@@ -6,6 +6,7 @@ went on after a restart or a resize.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.run.folder import load_plugins
 from raysft.run.lines import read_lines
 from raysft.scorers import figure_of, of_losses
+
+log = logging.getLogger(__name__)
 
 
 def draw(folder: Path, target: Path | None = None) -> Path:
@@ -30,6 +34,10 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     if not metrics:
         raise UserError(f"{folder}: nothing to draw, metrics.jsonl is missing or empty")
     evaluations = read_lines(folder / "eval.jsonl", {"step": int})
+    try:
+        load_plugins(folder)  # whose scorers say what their figures are
+    except UserError as error:
+        log.warning("%s; drawn without it", error)
     compared = [name for name in _names(evaluations) if "/" in name and not of_losses(name)]
     shares = [name for name in compared if figure_of(name).unit == "percent"]
     others = [name for name in compared if name not in shares]

@@ -83,8 +83,10 @@ def register(family: Family) -> None:
     """Add a row to the table, in every process that reads the config or makes encoders or models.
 
     With `model.family: auto` a type that two rows have goes to the one that came first. Raises
-    UserError for a name that is taken.
+    UserError for a name that another row has.
     """
+    if _ROWS.get(family.name) is family:
+        return
     if family.name == AUTO or family.name in _ROWS:
         raise UserError(f"there is a family {family.name} already: give this one another name")
     _ROWS[family.name] = family

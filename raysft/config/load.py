@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raysft import paths
+from raysft import paths, plugins
 from raysft.config import explain, places
 from raysft.config.combinations import contradictions
 from raysft.config.deepspeed import filled
@@ -55,9 +55,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 def validate(tree: JsonObject, where: str, beside: Path | None = None) -> Config:
     """Check a plain tree against the schema; `where` names its origin in errors.
 
-    beside: the folder of a config file, where a user may have meant relative paths to begin.
+    beside: the folder of a config file, where a user may have meant relative paths to begin, and
+    plugins to lie.
     """
-    tree = filled(_expand(tree))
+    tree = _expand(tree)
+    named = tree.get("plugins")
+    try:  # before any name is looked up that they may add
+        plugins.load(named if _are_texts(named) else [], beside)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    tree = filled(tree)
     problems: list[str] = []
     config = None
     try:
@@ -155,8 +162,14 @@ def _read(path: Path) -> JsonObject:
     return read_tree(text, str(path))
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def _expand(tree: JsonObject) -> JsonObject:
-    """A source given as a plain path, or a single source instead of a list."""
+    """A source given as a plain path, or a single source or plugin instead of a list."""
+    if isinstance(tree.get("plugins"), str):
+        tree = {**tree, "plugins": [tree["plugins"]]}
     data = tree.get("data")
     if not isinstance(data, dict):
         return tree

@@ -30,7 +30,9 @@ _ROWS: dict[str, TokenLoss] = {}
 
 def register(row: TokenLoss) -> None:
     """Add a row to the table, in every process that reads the config or trains. Raises UserError
-    for a name that is taken."""
+    for a name that another row has."""
+    if _ROWS.get(row.name) is row:
+        return
     if row.name in _ROWS:
         raise UserError(f"there is a loss {row.name} already: give this one another name")
     _ROWS[row.name] = row

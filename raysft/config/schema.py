@@ -380,6 +380,11 @@ class Log(Section):
 class Config(Section):
     """The whole tree."""
 
+    plugins: Free[list[str]] = Field(
+        default_factory=list,
+        description="modules that add formats, families, strategies, losses or scorers of your "
+        "own: [my_module]; found where Python looks, and in the folder the command runs in",
+    )
     run: Run = Field(default_factory=Run)
     data: Data = Field(default_factory=Data)
     model: Model = Field(default_factory=Model)

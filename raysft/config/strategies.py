@@ -1,14 +1,14 @@
 """The values of `parallel.strategy`, as data: what each shares among workers, and what it refuses.
 
 Who asks what a strategy does asks its row here; who trains asks `parallel.make` for its class.
-Nothing here imports torch. `parallel.register` puts in a strategy from outside.
+Nothing here imports torch. `register` puts in a strategy from outside.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from raysft.errors import UserError
@@ -33,7 +33,8 @@ class StrategyTraits:
     shards: what workers share; of everything else each has all. offloads: the values of
     `parallel.offload` it goes with. synced: its forward pass is a collective: each worker has to
     enter it as often as the others. replicates: goes with `parallel.replicate`. stage: of
-    DeepSpeed's ZeRO; None: it is not DeepSpeed's. available: False: only its name is there yet.
+    DeepSpeed's ZeRO; None: it is not DeepSpeed's. implementation: "module:Class" of its class,
+    made of (config, module, world); None: only its name is there yet.
     """
 
     name: str
@@ -43,7 +44,12 @@ class StrategyTraits:
     replicates: bool = False
     stage: int | None = None
     refuses: tuple[Refusal, ...] = ()
-    available: bool = True
+    implementation: str | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether there is a class of it."""
+        return self.implementation is not None
 
 
 def _zero(
@@ -66,7 +72,15 @@ def _zero(
             f"adamw8bit cannot be partitioned by {name}; use {_TORCH}, or adamw",
         ),
     )
-    return StrategyTraits(name, shards, offloads, synced, stage=stage, refuses=refuses)
+    return StrategyTraits(
+        name,
+        shards,
+        offloads,
+        synced,
+        stage=stage,
+        refuses=refuses,
+        implementation="raysft.parallel.zero:Zero",
+    )
 
 
 def _no_qlora(name: str) -> Refusal:
@@ -81,14 +95,20 @@ def _no_qlora(name: str) -> Refusal:
 _TORCH = "ddp or fsdp"
 _ALL: tuple[Part, ...] = ("weights", "gradients", "moments")
 _ROWS = (
-    StrategyTraits("ddp"),
+    StrategyTraits("ddp", implementation="raysft.parallel.ddp:Ddp"),
     StrategyTraits(
-        "fsdp", _ALL, ("parameters",), synced=True, replicates=True, refuses=(_no_qlora("fsdp"),)
+        "fsdp",
+        _ALL,
+        ("parameters",),
+        synced=True,
+        replicates=True,
+        refuses=(_no_qlora("fsdp"),),
+        implementation="raysft.parallel.fsdp:Fsdp",
     ),
     _zero(1, ("moments",), ("optimizer",)),
     _zero(2, ("gradients", "moments"), ("optimizer",)),
     _zero(3, _ALL, ("optimizer", "parameters"), synced=True),
-    StrategyTraits("ep", ("experts",), refuses=(_no_qlora("ep"),), available=False),
+    StrategyTraits("ep", ("experts",), refuses=(_no_qlora("ep"),)),
 )
 STRATEGIES: dict[str, StrategyTraits] = {row.name: row for row in _ROWS}
 
@@ -115,8 +135,16 @@ def names(fits: Callable[[StrategyTraits], bool]) -> list[str]:
     return [name for name, traits in STRATEGIES.items() if fits(traits)]
 
 
-def add(traits: StrategyTraits) -> None:
-    """Put a row into the table. Raises UserError where its name is taken."""
+def register(traits: StrategyTraits, implementation: str | None = None) -> None:
+    """Put a row into the table, in every process that reads the config or trains.
+
+    implementation: that of the row, where it has none itself. Raises UserError where another row
+    has its name.
+    """
+    if STRATEGIES.get(traits.name) is traits:
+        return
+    if implementation is not None:
+        traits = replace(traits, implementation=implementation)
     if traits.name in STRATEGIES:
         raise UserError(f"strategy {traits.name!r} is there already")
     STRATEGIES[traits.name] = traits

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 import ray.train
 
-from raysft import failures, patience
+from raysft import failures, patience, plugins
 from raysft.config import Config
 from raysft.data.index.build import Index
 from raysft.data.plan.generations import open_index
@@ -163,5 +163,6 @@ def _reader(
     places = settings.get(split)
     if places is None:
         return None
-    spec = ReaderSpec(places, settings["encoder"], budget, seed, patience.allowed())
+    known = (patience.allowed(), plugins.loaded())
+    spec = ReaderSpec(places, settings["encoder"], budget, seed, *known)
     return RayReader(spec, open_index(places).seconds, cpus).read

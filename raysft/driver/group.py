@@ -20,7 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 
-from raysft import failures, patience, remarks
+from raysft import failures, patience, plugins, remarks
 from raysft.config import Config
 from raysft.errors import UserError
 from raysft.run.ownership import ANYONE, Permit
@@ -131,6 +131,7 @@ def join(settings: dict[str, Any], log_folder: Path | None) -> tuple[Config, Wor
     from raysft.parallel import World
 
     remarks.quiet(log_folder)
+    plugins.load(settings["config"]["plugins"])
     config = Config.model_validate(settings["config"])
     patience.allow(config.patience_s)
     world = World.current(worker.device_of(config))

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 import raysft
+from raysft import plugins
 from raysft.driver.ray_folder import RayFolder
 from raysft.errors import UserError, first_line
 
@@ -261,14 +262,12 @@ def _joined(address: str, received: list[int]) -> Iterator[Session]:
     from ray.exceptions import AuthenticationError
 
     _require_answer(address)
-    in_job = _JOB in os.environ
+    brought = _brought()
     try:
         context = ray.init(
             address=address,
             logging_level=logging.WARNING,
-            # A job brings its own working directory; a driver started by hand on a node of the
-            # cluster has to bring the package, unless every node has it installed.
-            runtime_env=None if in_job or _installed() else {"py_modules": [str(_package())]},
+            runtime_env={"py_modules": brought} if brought else None,
         )
     except AuthenticationError as error:
         raise UserError(
@@ -323,15 +322,29 @@ def _installed() -> bool:
     return _package().parent == Path(sysconfig.get_paths()["purelib"])
 
 
+def _brought() -> list[str]:
+    """What this process brings to a cluster that it joins. A job brings its own working directory;
+    a driver started by hand on a node has to bring the package, unless every node has it installed,
+    and plugins that are not."""
+    if _JOB in os.environ:
+        return []
+    package = [] if _installed() else [_package()]
+    return [str(path) for path in (*package, *plugins.local())]
+
+
 def _offer_source_to_workers() -> None:
     """Let worker processes import a raysft that is not installed (`python jobs/sft.py` in a
-    checkout): they inherit the environment, but not this process's sys.path.
+    checkout), and plugins that are not: they inherit the environment, but not this process's
+    sys.path.
     """
-    if not _installed():
-        known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        root = str(_package().parent)
-        if root not in known:
-            os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])
+    known = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    root = str(_package().parent)
+    if not _installed() and root not in known:
+        known.insert(0, root)
+    folders = dict.fromkeys(str(place.parent) for place in plugins.local())
+    known += [folder for folder in folders if folder not in known]
+    if known:
+        os.environ["PYTHONPATH"] = os.pathsep.join(known)
 
 
 def _restore(before: dict[str, str], *keys: str) -> None:

@@ -3,7 +3,8 @@
 The rows of `config.strategies` say what each does; `make` finds its class.
 """
 
-from raysft.parallel.make import make_strategy, register
+from raysft.config.strategies import register
+from raysft.parallel.make import make_strategy
 from raysft.parallel.strategy import Strategy
 from raysft.parallel.world import World
 

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 
 import torch
 from torch import nn
 
-from raysft.config import strategies
 from raysft.config.schema import Config
 from raysft.config.strategies import StrategyTraits, traits_of
 from raysft.errors import UserError
 from raysft.parallel.strategy import Strategy
 from raysft.parallel.world import World
-
-# By the name of a row of `config.strategies`: "module:Class", made of (config, module, world).
-CLASSES: dict[str, str] = {
-    "ddp": "raysft.parallel.ddp:Ddp",
-    "fsdp": "raysft.parallel.fsdp:Fsdp",
-    "zero1": "raysft.parallel.zero:Zero",
-    "zero2": "raysft.parallel.zero:Zero",
-    "zero3": "raysft.parallel.zero:Zero",
-}
-
-
-def register(traits: StrategyTraits, implementation: str) -> None:
-    """Put in a strategy from outside, in every process that reads the config or trains.
-
-    implementation: "module:Class", see `CLASSES`. Raises UserError where the name is taken.
-    """
-    strategies.add(traits)
-    CLASSES[traits.name] = implementation
 
 
 def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
@@ -51,7 +32,6 @@ def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
 
 def load_class(traits: StrategyTraits) -> type[Strategy]:
     """The class of a strategy. Raises UserError where it has none yet."""
-    if traits.name not in CLASSES:
+    if traits.implementation is None:
         raise UserError(f"parallel.strategy: {traits.name} is not available yet")
-    place, _, name = CLASSES[traits.name].partition(":")
-    return getattr(importlib.import_module(place), name)
+    return pkgutil.resolve_name(traits.implementation)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from raysft import paths, remarks
+from raysft import paths, plugins, remarks
 from raysft.config import Config, changed_keys, places, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.config.marks import Rule
@@ -324,6 +324,17 @@ def read_config(folder: Path) -> Config:
     if not written.is_file():
         raise UserError(f"{folder}: no run is here (no config.yaml); name a run's folder")
     return validate(_read_tree(written), str(written))
+
+
+@patient
+def load_plugins(folder: Path) -> None:
+    """Load what the run in `folder` names as its plugins, whatever else its config.yaml says: that
+    of an older version may not be valid any more. Raises UserError where one cannot be imported."""
+    written = folder / "config.yaml"
+    try:
+        plugins.load(_read_tree(written).get("plugins") or [])
+    except UserError as error:
+        raise UserError(f"{written}: {error}") from error
 
 
 def _read_tree(written: Path) -> JsonObject:

@@ -33,8 +33,10 @@ _ROWS: dict[str, Scorer] = {}
 def register(scorer: Scorer) -> None:
     """Add a row to the table, in every process that starts a run, evaluates or shows figures.
 
-    Raises UserError for a name, of a scorer or of a figure, that is taken.
+    Raises UserError for a name, of a scorer or of a figure, that another row has.
     """
+    if _ROWS.get(scorer.name) is scorer:
+        return
     if scorer.name in _ROWS:
         raise UserError(f"there is a scorer {scorer.name} already: give this one another name")
     taken = {figure.name: row.name for row in scorers() for figure in row.figures}

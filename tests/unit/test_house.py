@@ -18,6 +18,7 @@ PACKAGE = ROOT / "raysft"
 # From the bottom up. A folder, or a module beside them; "" is the package itself.
 ROOMS = (
     *("json_types", "errors", "remarks", "environment", "", "paths", "patience", "failures", "hub"),
+    "plugins",
     *("scorers", "config", "data", "losses", "parallel", "models", "adapters", "families"),
     *("run", "train", "evaluate", "worker", "export", "reread", "cli", "audit", "report"),
     "driver",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
-from raysft import patience
+from raysft import patience, plugins
 from raysft.errors import UserError
 
 Progress = Callable[[int, int], None]
@@ -77,7 +77,7 @@ def _by_processes(
     function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int
 ) -> Iterator[_Result]:
     context = multiprocessing.get_context("spawn")  # threads and fork do not go together
-    given = (function, shared, patience.allowed())
+    given = (function, shared, patience.allowed(), plugins.loaded())
     with ProcessPoolExecutor(workers, context, _begin, given) as pool:
         try:
             yield from pool.map(_one, jobs)
@@ -88,8 +88,11 @@ def _by_processes(
 _process: dict[str, Any] = {}
 
 
-def _begin(function: Callable[[Any, Any], Any], shared: Any, seconds: float) -> None:
+def _begin(
+    function: Callable[[Any, Any], Any], shared: Any, seconds: float, names: tuple[str, ...]
+) -> None:
     patience.allow(seconds)
+    plugins.load(names)
     _process.update(function=function, shared=shared)
 
 
@@ -102,10 +105,11 @@ def _by_ray(
 ) -> Iterator[_Result]:
     import ray
 
-    seconds = patience.allowed()
+    seconds, names = patience.allowed(), plugins.loaded()
 
     def patient(job: Any, given: Any) -> _Result:
         patience.allow(seconds)
+        plugins.load(names)
         return function(job, given)
 
     task = ray.remote(patient).options(num_cpus=1, scheduling_strategy="SPREAD")

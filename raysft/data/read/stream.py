@@ -29,7 +29,7 @@ import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from raysft import failures, patience
+from raysft import failures, patience, plugins
 from raysft.data.clips.stalled import MOST_STUCK, stuck
 from raysft.data.example import MicroBatch, Quarantined, Ragged
 from raysft.data.plan.generations import Places, open_index
@@ -45,7 +45,7 @@ LARGE = 4 * CHUNK  # of this size: between two tasks a process waits 10 to 100 m
 class ReaderSpec:
     """What a data task needs to make its `Reader`; made once a process, then reused.
 
-    patience_s: seconds to wait for a file that its storage does not give.
+    patience_s: seconds to wait for a file that its storage does not give. plugins: to be loaded.
     """
 
     index: Places
@@ -53,10 +53,12 @@ class ReaderSpec:
     budget: int
     seed: int | None
     patience_s: float = patience.SECONDS
+    plugins: tuple[str, ...] = ()
 
     def reader(self) -> Reader:
         """The reader of this process."""
         patience.allow(self.patience_s)
+        plugins.load(self.plugins)
         key = (self.index, self.encoder, self.budget, self.seed)
         if key not in _READERS:
             if len(_READERS) > 1:  # a run has one to train and one to evaluate

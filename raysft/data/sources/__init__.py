@@ -38,8 +38,10 @@ def register(form: Format) -> None:
     """Add a format from outside, in every process that reads sources or makes an index.
 
     Where a file looks like several formats, `auto` takes the one that came first. Raises UserError
-    for a name that is taken.
+    for a name that another has.
     """
+    if _registered.get(form.name) is form:
+        return
     if form.name == AUTO or form.name in formats():
         raise UserError(f"there is a format {form.name} already: give this one another name")
     _registered[form.name] = form

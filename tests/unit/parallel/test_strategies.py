@@ -24,7 +24,7 @@ from raysft.config.load import validate
 from raysft.config.schema import Parallel
 from raysft.config.strategies import STRATEGIES, StrategyTraits
 from raysft.errors import Mistake, UserError
-from raysft.parallel import Strategy, World, make, make_strategy, register
+from raysft.parallel import Strategy, World, make_strategy, register
 from raysft.parallel.ddp import Ddp
 from raysft.parallel.make import load_class
 from tests.support import worlds
@@ -44,7 +44,6 @@ class Outside(Ddp):
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten after it."""
     monkeypatch.setattr(strategies, "STRATEGIES", dict(STRATEGIES))
-    monkeypatch.setattr(make, "CLASSES", dict(make.CLASSES))
 
 
 # -- rows and classes ----------------------------------------------------------------------------
@@ -57,7 +56,7 @@ def test_every_name_of_the_config_has_a_row_and_every_available_row_a_class() ->
     with pytest.raises(ValueError, match="'zero3' or 'ep'"):
         Parallel.model_validate({"strategy": "zero4"})
     assert [traits.name for traits in STRATEGIES.values()] == list(STRATEGIES)
-    assert list(make.CLASSES) == [traits.name for traits in AVAILABLE]
+    assert [traits.name for traits in AVAILABLE] == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
     asked = [name for name, value in vars(Strategy).items() if callable(value) and name[0] != "_"]
     assert "step" in asked
     for traits in AVAILABLE:
@@ -171,7 +170,7 @@ def test_a_strategy_from_outside_is_read_from_a_config_and_made() -> None:
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(UserError, match="strategy 'ddp' is there already"):
         register(replace(STRATEGIES["fsdp"], name="ddp"), f"{__name__}:Outside")
-    assert make.CLASSES["ddp"] == "raysft.parallel.ddp:Ddp"
+    assert STRATEGIES["ddp"].implementation == "raysft.parallel.ddp:Ddp"
 
 
 @pytest.mark.parametrize(
@@ -196,8 +195,9 @@ def test_a_strategy_that_there_is_not_is_no_ddp(name: str, said: str) -> None:
 def test_the_rows_are_read_without_torch_and_the_interface_without_its_classes() -> None:
     code = (
         "import sys, raysft.config.strategies; assert 'torch' not in sys.modules\n"
-        "from raysft.parallel.make import CLASSES\n"
-        "print(*{place.partition(':')[0] for place in CLASSES.values()} & set(sys.modules))"
+        "import raysft.parallel.make; from raysft.config.strategies import STRATEGIES\n"
+        "places = [row.implementation or '' for row in STRATEGIES.values()]\n"
+        "print(*{place.partition(':')[0] for place in places} & set(sys.modules))"
     )
     run = [sys.executable, "-c", code]
     found = subprocess.run(run, cwd=worlds.ROOT, capture_output=True, text=True, check=True)
