@@ -30,8 +30,9 @@ test: setup
 	wait $$cluster; cluster=$$?; cat cluster-tests.log; rm -f cluster-tests.log; \
 	test $$cluster = 0 -a $$rest = 0
 
+# All of them, slow ones too; PART=failures: one part (tests/support/parts.py names them).
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(PART),--part=$(PART))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,30 @@
-"""raysft: supervised fine-tuning of speech+text models on Ray."""
+"""raysft: supervised fine-tuning of speech+text models on Ray.
+
+`from raysft import load_config, train, evaluate, export, dry_run` (see `raysft.library`); each is
+imported when it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from raysft import environment as environment  # first of all: before libraries look for a home
 
+if TYPE_CHECKING:
+    from raysft.library import dry_run as dry_run
+    from raysft.library import evaluate as evaluate
+    from raysft.library import export as export
+    from raysft.library import load_config as load_config
+    from raysft.library import train as train
+
 __version__ = "0.1.0"
+
+_OFFERED = ("dry_run", "export", "load_config")
+_PACKAGES = ("evaluate", "train")  # of ours, which can be called: see `raysft.offered`
+
+
+def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return import_module(f"raysft.{name}")
+    if name in _OFFERED:
+        return getattr(import_module("raysft.library"), name)
+    raise AttributeError(f"module 'raysft' has no attribute {name!r}")

@@ -38,7 +38,7 @@ from raysft.run.folder import load_plugins
 from raysft.run.ledger import Chains, Heads, files
 from raysft.run.lines import parse as parse_line
 
-USAGE = """usage: python -m raysft.audit RUN [--deep [--sample N]]
+USAGE = """usage: {command} RUN [--deep [--sample N]]
 
 --deep reads N batches (32) again from the data and compares them with what was trained on."""
 SAMPLE = 32
@@ -192,9 +192,10 @@ def _check_texts(line: Line) -> None:
         raise ValueError("its digests are no texts")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the first findings and a summary; exit code 1 if there are any."""
-    arguments = parse(argv, USAGE, 1, ["deep", "sample="], keys=False)
+def main(argv: Sequence[str], command: str = "python -m raysft.audit") -> None:
+    """Print the first findings and a summary; exit code 1 if there are any. command: what was
+    typed, for the usage."""
+    arguments = parse(argv, USAGE.format(command=command), 1, ["deep", "sample="], keys=False)
     deep, given = "deep" in arguments.flags, arguments.flags.get("sample", str(SAMPLE))
     if not str(given).isdecimal() or not int(given):
         raise UserError(f"--sample {given}: expected a number of batches, at least 1")

@@ -26,6 +26,7 @@ from raysft.config import Config
 from raysft.data.encode import make_encoder, require_template
 from raysft.errors import UserError
 from raysft.models.base import SpeechModel
+from raysft.offered import callable_too
 from raysft.parallel.native import HALF
 from raysft.paths import check_new_folder
 from raysft.run import identity, plans
@@ -35,6 +36,7 @@ from raysft.run.folder import base_in, base_of, read_config
 from raysft.train.checkpoint import read_weights
 
 log = logging.getLogger(__name__)
+callable_too(__name__)  # `from raysft import export`: the function of the library
 
 
 def export(

@@ -18,6 +18,7 @@ from raysft.run.folder import load_plugins
 from raysft.run.lines import read_lines
 from raysft.scorers import figure_of, of_losses
 
+COMMAND = "python -m raysft.report"
 log = logging.getLogger(__name__)
 
 
@@ -113,9 +114,10 @@ def _names(lines: list[JsonObject]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line))
 
 
-def main(argv: Sequence[str]) -> None:
-    """Draw, and say where."""
-    arguments = parse(argv, __doc__ or "", positional=1, flags=["out="], keys=False)
+def main(argv: Sequence[str], command: str = COMMAND) -> None:
+    """Draw, and say where. command: what was typed, for the usage."""
+    usage = (__doc__ or "").replace(COMMAND, command)
+    arguments = parse(argv, usage, positional=1, flags=["out="], keys=False)
     target = Path(str(arguments.flags["out"])) if "out" in arguments.flags else None
     try:
         print(f"picture: {draw(Path(arguments.positional[0]), target)}")

@@ -12,6 +12,8 @@ import pytest
 import soundfile
 
 from raysft import patience
+from raysft.config.marks import one_of
+from tests.support.parts import PARTS, part_of
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -22,6 +24,25 @@ def tone(seconds: float, rate: int, pitch: float, channels: int = 1) -> np.ndarr
     noise = np.random.default_rng(int(pitch)).normal(0, 0.01, len(time))
     wave = (0.4 * np.sin(2 * np.pi * pitch * time) * np.exp(-time) + noise).astype(np.float32)
     return wave if channels == 1 else np.stack([wave * (0.5 + c / 4) for c in range(channels)], 1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--part=NAME`: one part of the tests, see `tests.support.parts`."""
+    parser.addoption("--part", help=f"one of {', '.join(PARTS)}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A part that there is not is said in a line."""
+    part = config.getoption("--part")
+    if part is not None and part not in PARTS:
+        raise pytest.UsageError(f"PART={part}: there is no such part; name {one_of([*PARTS])}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of other parts are not even imported."""
+    part = config.getoption("--part")
+    test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    return True if part is not None and test and part_of(collection_path) != part else None
 
 
 @pytest.fixture(autouse=True)

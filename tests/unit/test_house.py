@@ -17,12 +17,13 @@ PACKAGE = ROOT / "raysft"
 
 # From the bottom up. A folder, or a module beside them; "" is the package itself.
 ROOMS = (
-    *("json_types", "errors", "remarks", "environment", "", "paths", "patience", "failures", "hub"),
-    "plugins",
+    *("json_types", "errors", "remarks", "environment", "", "offered"),
+    *("paths", "patience", "failures", "hub", "plugins"),
     *("scorers", "config", "data", "losses", "parallel", "models", "adapters", "families"),
     *("run", "train", "evaluate", "worker", "export", "reread", "cli", "audit", "report"),
-    "driver",
+    *("driver", "library", "command"),
 )
+OFFERED = ("raysft", "raysft.library")  # for type checkers alone: what it gives is loaded by name
 DATA = ("clips", "sources", "encode", "index", "plan", "read")  # in data/, after its own modules
 RAY = ("raysft.driver.", "raysft.data.read.stream", "raysft.data.index.fan_out")
 WITHOUT_TORCH = ("raysft.config", "raysft.scorers", "raysft.run", "raysft.families")
@@ -91,7 +92,7 @@ def test_nothing_imports_upward() -> None:
     up = [
         f"{one} imports {other}"
         for one, other in edges()
-        if ROOMS.index(room(one)) < ROOMS.index(room(other))
+        if ROOMS.index(room(one)) < ROOMS.index(room(other)) and (one, other) != OFFERED
     ]
     assert up == []
 

@@ -1,0 +1,118 @@
+"""The jobs as functions: `from raysft import load_config, train, evaluate, export, dry_run`.
+
+The jobs call these and nothing else, so that a program does what a command line does: the same
+checks, the same folders, the same UserError with the same line for whatever a user can mend. Each
+function opens Ray for itself (see `driver.session.ray_session`) and is to be called in the main
+thread. Libraries are imported where they are needed: Ray and torch, 10 s, not before a mistake is
+said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raysft import paths
+from raysft.config import Config, load_config
+from raysft.json_types import JsonObject
+from raysft.run.folder import reopen
+
+if TYPE_CHECKING:
+    from raysft.driver.launch import Outcome
+
+__all__ = ["dry_run", "evaluate", "export", "load_config", "train"]
+
+Progress = Callable[[JsonObject], None]
+"""Called with each report of driver and workers: `raysft.cli.ProgressLine()` prints them."""
+
+
+def _silent(line: JsonObject) -> None:
+    """For a program that nobody watches."""
+
+
+def train(config: Config, progress: Progress = _silent) -> Outcome:
+    """Train, or continue the run if its folder exists; returns how it ended.
+
+    config: see `load_config`. Raises UserError; KeyboardInterrupt, or SystemExit on SIGTERM, after
+    a checkpoint was saved.
+    """
+    from raysft.driver import preflight
+
+    preflight.check(config)
+
+    from raysft.driver import launch
+    from raysft.driver.session import destination, ray_session
+
+    progress({"doing": destination()})
+    with ray_session():
+        return launch.run(config, progress)
+
+
+def dry_run(config: Config, progress: Progress = _silent) -> str:
+    """What `train` would do, as text: steps, padding, tokens by task, memory. Writes no run.
+
+    Raises UserError.
+    """
+    from raysft.driver import preflight
+
+    checked = preflight.check(config, writes=False)
+
+    from raysft.driver import launch
+    from raysft.driver.session import destination, ray_session
+
+    progress({"doing": destination()})
+    with ray_session():
+        return launch.dry_run(checked, progress)
+
+
+def evaluate(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    data: str | None = None,
+    step: str = "last",
+    progress: Progress = _silent,
+) -> Outcome:
+    """Evaluate a checkpoint of the run in folder `run`; returns figures, and the new folder below
+    the run's evaluations that has them, with every reference and hypothesis.
+
+    overrides: `key=value`, of the run's config. data: a source in place of its data.eval. step: a
+    step, `best` (by checkpoint.best) or `last`. Of the run nothing is changed. Raises UserError.
+    """
+    asked = list(overrides)
+    if data is not None:
+        asked.append(f"data.eval={dumps([data], ensure_ascii=False)}")
+    folder = paths.argument(str(run), "RUN")
+    config = reopen(folder, [*asked, "checkpoint.resume=auto"])
+
+    from raysft.driver import preflight
+
+    config = preflight.check_evaluation(config, folder, step)
+
+    from raysft.driver import launch
+    from raysft.driver.session import ray_session
+
+    with ray_session():
+        return launch.evaluate(config, folder.absolute(), progress, step)
+
+
+def export(run: str | Path, out: str | Path, *, step: str = "last", merge: bool = False) -> int:
+    """Write a checkpoint of the run in folder `run` to the new folder `out`, which transformers, or
+    peft, loads by from_pretrained; returns its step. Needs neither Ray nor the training data.
+
+    step: a step, `best` (by checkpoint.best) or `last`. merge: of a run with adapters the whole
+    model, not the adapter. Raises UserError.
+    """
+    folder, target = paths.argument(str(run), "RUN"), paths.argument(str(out), "OUT")
+
+    from raysft import remarks
+    from raysft.driver import preflight
+
+    preflight.check_export(folder, target, step)
+
+    from raysft.export import export_run
+
+    remarks.quiet()
+    return export_run(folder, target, merge=merge, step=step)
