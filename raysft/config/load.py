@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from raysft import paths, plugins
 from raysft.config import explain, places
 from raysft.config.combinations import contradictions
 from raysft.config.deepspeed import filled
 from raysft.config.explain import all_keys
-from raysft.config.marks import OneOf
-from raysft.config.overrides import Dumper, apply_override, read_tree, section_of
+from raysft.config.overrides import Dumper, apply_override, read_tree
+from raysft.config.reference import entries
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -183,39 +183,14 @@ def _expand(tree: JsonObject) -> JsonObject:
     return {**tree, "data": data}
 
 
-def describe(model: type[BaseModel] = Config, prefix: str = "") -> str:
+def describe() -> str:
     """The text of --help: each key with type, default and meaning."""
     lines: list[str] = []
-    for name, field in model.model_fields.items():
-        section = section_of(field.annotation)
-        if section is not None:
-            many = typing.get_origin(field.annotation) is list
-            title = f"{prefix}{name}{'[]' if many else ''}"
-            about = field.description or (section.__doc__ or "").strip().splitlines()[0]
-            lines += ["", f"{title}: {about}", describe(section, f"{title}.")]
+    for entry in entries():
+        if entry.kind is None:
+            lines += ["", f"{entry.key}: {entry.about}"]
             continue
-        table = next((mark for mark in field.metadata if isinstance(mark, OneOf)), None)
-        kind = _type_name(field.annotation) if table is None else "|".join(table.names())
-        default = "required" if field.is_required() else _default(field)
-        lines.append(f"  {prefix}{name} ({kind}; {default})\n      {field.description}")
+        default = "required" if entry.default is None else f"default {entry.default}"
+        default = default if entry.default != "" else "no default"
+        lines.append(f"  {entry.key} ({entry.kind}; {default})\n      {entry.about}")
     return "\n".join(lines)
-
-
-def _default(field: Any) -> str:
-    value = field.get_default(call_default_factory=True)
-    return "no default" if value is None else f"default {value!r}"
-
-
-def _type_name(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Literal:
-        return "|".join(str(a) for a in typing.get_args(annotation))
-    if origin is typing.Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    if origin in (list, dict, tuple):
-        inner = ", ".join(_type_name(a) for a in typing.get_args(annotation))
-        return f"{origin.__name__} of {inner}"
-    arguments = [a for a in typing.get_args(annotation) if a is not type(None)]
-    if arguments:
-        return " or ".join(_type_name(a) for a in arguments)
-    return getattr(annotation, "__name__", str(annotation))

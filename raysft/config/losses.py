@@ -43,6 +43,11 @@ def choices() -> list[str]:
     return list(_ROWS)
 
 
+def about(name: str) -> str:
+    """One line about a row."""
+    return _ROWS[name].about
+
+
 def load(name: str) -> Any:
     """The function of a row. Imports torch."""
     return pkgutil.resolve_name(_ROWS[name].function)

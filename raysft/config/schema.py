@@ -1,6 +1,6 @@
 """The config tree: every key there is, its type, its default and one line of meaning.
 
-`--help` and the README's table are generated from these models. A key that is not here is an
+`--help` and docs/config.md are made from these models (reference.py). A key that is not here is an
 error; a key that is here does something, and its type says what a run that goes on may change
 (marks.py); an entry of a list follows the rule of its list.
 """

@@ -6,6 +6,7 @@ Only the length of training is shortened.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.support.documents import Block, blocks
 
 SHORT = ["train.max_steps=6", "evaluate.every=0", "evaluate.max_new_tokens=2"]
 SAME_RUN = ("README.md", "docs/evaluation.md", "docs/failures.md")  # they go on with one run
+TUTORIAL = "docs/tutorial.md"
 
 pytestmark = pytest.mark.usefixtures("joined")
 
@@ -85,7 +87,22 @@ def test_a_run_with_adapters_is_exported_as_written(here: Path) -> None:
         do(block, line, here)
 
 
+@pytest.mark.slow
+def test_the_tutorial_runs_from_clips_to_a_folder_for_others(here: Path) -> None:
+    for block in blocks(TUTORIAL, "python", "yaml", "sh"):
+        name = documents.file_of(block)
+        if block.language == "sh":
+            for _, line in commands([block]):
+                do(block, line, here)
+        elif name is not None:
+            (here / name).write_text(block.text)
+        elif block.language == "python":
+            with contextlib.chdir(here):
+                exec(compile(block.text, str(block), "exec"), {})
+    assert (here / "exported" / "model.safetensors").is_file()
+
+
 def test_every_command_of_a_page_is_run_by_a_test_here() -> None:
-    covered = {*SAME_RUN, "docs/strategies.md"}
+    covered = {*SAME_RUN, "docs/strategies.md", TUTORIAL}
     for page in documents.pages():
         assert page in covered or not blocks(page, "sh"), f"no test runs the commands of {page}"

@@ -1,7 +1,7 @@
 """The pages people read, and the blocks of code in them.
 
 A block in `sh`, `python`, `yaml` or `json` is run by a test; one in `console` or `text` is shown
-only. A YAML block that begins with `# NAME.yaml` is that file for the commands behind it.
+only. One that begins with `# NAME.yaml` or `# NAME.py` is that file for what comes behind it.
 """
 
 from __future__ import annotations
@@ -47,3 +47,9 @@ def blocks(page: str, *languages: str) -> list[Block]:
         for match in _BLOCK.finditer(text)
     ]
     return [block for block in found if not languages or block.language in languages]
+
+
+def file_of(block: Block) -> str | None:
+    """The name of the file that a block is; None: it is none."""
+    found = re.match(r"# (\w+\.(?:py|yaml))\n", block.text)
+    return found[1] if found else None
