@@ -44,7 +44,10 @@ GOES_ON = {
 def row(*cells: object) -> str:
     """A row of a table; what would end a cell is escaped, where it is no code."""
     parts = (_CODE.split(str(cell)) for cell in cells)
-    safe = ("".join(p if p[:1] == "`" else p.replace("|", "\\|").replace("<", "&lt;") for p in found) for found in parts)
+    safe = (
+        "".join(p if p[:1] == "`" else p.replace("|", "\\|").replace("<", "&lt;") for p in found)
+        for found in parts
+    )
     return f"| {' | '.join(safe)} |"
 
 
