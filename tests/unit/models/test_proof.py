@@ -90,7 +90,7 @@ def made(config: dict[str, Any], mode: str = "packed") -> SpeechModel:
 def documents(lengths: list[int]) -> list[Sequence]:
     rng = np.random.default_rng(0)
     every = [rng.integers(0, 256, n).astype(np.int32) for n in lengths]
-    return [Sequence(f"s{i}", "asr", ids, ids.copy(), []) for i, ids in enumerate(every)]
+    return [Sequence(f"s{i}", "asr", ids, ids.copy()) for i, ids in enumerate(every)]
 
 
 def alone(adapter: SpeechModel, item: Sequence) -> float:
