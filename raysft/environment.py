@@ -38,7 +38,7 @@ def settle(environ: MutableMapping[str, str] | None = None) -> str | None:
     place = _private_folder()
     if place is None:
         return None  # nor is there a temporary folder: whoever needs one says so
-    settings = {
+    settings: dict[str, Path] = {
         "TRITON_HOME": place,
         "TORCH_EXTENSIONS_DIR": place / "torch_extensions",
         "MPLCONFIGDIR": place / "matplotlib",
@@ -47,8 +47,8 @@ def settle(environ: MutableMapping[str, str] | None = None) -> str | None:
     kept = Path(environ.get("XDG_CACHE_HOME") or Path(home or "/nowhere") / ".cache")
     if not (kept / "huggingface").is_dir():  # else models are there, to be read
         settings["HF_HOME"] = place / "huggingface"
-    for key, value in settings.items():
-        environ.setdefault(key, str(value))
+    for key, folder in settings.items():
+        environ.setdefault(key, str(folder))
     if not home:
         environ["HOME"] = str(place)
     what = f"HOME={home} cannot be written" if home else "HOME is not set"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
@@ -17,6 +17,9 @@ from raysft.json_types import JsonObject
 from raysft.run.folder import load_plugins
 from raysft.run.lines import read_lines
 from raysft.scorers import figure_of, of_losses
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COMMAND = "python -m raysft.report"
 log = logging.getLogger(__name__)
@@ -64,7 +67,7 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     return target
 
 
-def _losses(axis: Any, metrics: list[JsonObject], evaluations: list[JsonObject]) -> None:
+def _losses(axis: Axes, metrics: list[JsonObject], evaluations: list[JsonObject]) -> None:
     axis.set_title("loss per supervised token")
     names = [name for name in _names(metrics) if name.startswith("loss")]
     for name in names if len(names) != 2 else ["loss"]:  # one task: its loss is the loss
@@ -78,7 +81,7 @@ def _losses(axis: Any, metrics: list[JsonObject], evaluations: list[JsonObject])
     axis.legend(fontsize=8)
 
 
-def _shares(axis: Any, evaluations: list[JsonObject], names: list[str]) -> None:
+def _shares(axis: Axes, evaluations: list[JsonObject], names: list[str]) -> None:
     errors = all(figure_of(name).better == "min" for name in names)
     axis.set_title("error rates, evaluation (%)" if errors else "evaluation (%)")
     _compared(axis, evaluations, names, times=100, shown=".1f")
@@ -86,7 +89,7 @@ def _shares(axis: Any, evaluations: list[JsonObject], names: list[str]) -> None:
 
 
 def _compared(
-    axis: Any,
+    axis: Axes,
     evaluations: list[JsonObject],
     names: list[str],
     times: float = 1,
@@ -99,7 +102,7 @@ def _compared(
         axis.legend(fontsize=8)
 
 
-def _speed(axis: Any, metrics: list[JsonObject]) -> None:
+def _speed(axis: Axes, metrics: list[JsonObject]) -> None:
     axis.set_title("tokens a second, and share of time waiting for data (%)")
     steps = [line["step"] for line in metrics]
     axis.plot(steps, [line["tokens_per_s"] for line in metrics], label="tokens/s", linewidth=1.2)

@@ -67,7 +67,7 @@ class Data:
         cls, config: Config, encoder: Encoder, folder: Path, train: Index, evaluation: Index | None
     ) -> Data:
         """Read in this process, without Ray. folder: the run's, as `prepare` left it."""
-        budget = config.data.tokens_per_batch
+        budget = config.data.budget
         read_eval = None
         if evaluation is not None:
             read_eval = Reader(evaluation, encoder, config.evaluate.tokens_per_batch, None).read

@@ -18,7 +18,6 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -45,6 +44,7 @@ from raysft.config.families import Family
 from raysft.config.schema import Config
 from raysft.data.encode import model_family
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.models.base import PREFIX, SpeechModel
 from raysft.models.loading import line_of, seeded, skeleton
 from raysft.models.quantized import refuse_widths
@@ -80,11 +80,11 @@ class PeftAdapters:
         """See `Adapters.tensors`."""
         return self._ranks.tensors() if self._ranks is not None else {}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """See `Adapters.facts`."""
         return self._ranks.facts() if self._ranks is not None else {}
 
-    def load_facts(self, facts: dict[str, Any]) -> None:
+    def load_facts(self, facts: JsonObject) -> None:
         """See `Adapters.load_facts`."""
         if self._ranks is not None:
             self._ranks.load_facts(facts)
@@ -215,7 +215,7 @@ def _settings(
 def _layers_settings(config: Config, targets: Targets, total_steps: int) -> PeftConfig:
     """Of the methods that change layers."""
     peft = config.peft
-    shared: dict[str, Any] = {
+    shared: JsonObject = {
         "target_modules": targets.wanted,
         "exclude_modules": list(peft.exclude_modules) or None,
         "modules_to_save": list(peft.modules_to_save) or None,
@@ -325,8 +325,8 @@ def _layout(model: PeftModel) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def _without_positions(
-    _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    _model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """peft numbers positions anew, virtual ones first, and would say so in every pass."""
     return args, {name: value for name, value in kwargs.items() if name != "position_ids"}
 

@@ -145,7 +145,7 @@ def _shown(wanted: Any) -> str:
     return wanted if isinstance(wanted, str) else f"[{', '.join(sorted(wanted or []))}]"
 
 
-def _value(kind: Any) -> str:
+def _value(kind: object) -> str:
     return str(getattr(kind, "value", kind)).lower()
 
 

@@ -13,13 +13,13 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from raysft import paths
 from raysft.config.schema import Config
 from raysft.config.strategies import names, traits_of
 from raysft.errors import Mistake, UserError
-from raysft.json_types import JsonObject
+from raysft.json_types import Json, JsonObject
 
 AUTO = "auto"  # what transformers and accelerate write where they fill a value in: so do we
 _ANY = object()  # a rule's value where none of the user's would do
@@ -85,12 +85,12 @@ class Rule(NamedTuple):
     """
 
     key: str
-    value: Any
+    value: object
     why: str
-    also: tuple[Any, ...] = ()
+    also: tuple[object, ...] = ()
     hint: bool = False
 
-    def agrees(self, value: Any) -> bool:
+    def agrees(self, value: object) -> bool:
         """Whether the user's `value` is what happens anyway."""
         if self.key == "optimizer.type" and isinstance(value, str):
             return value.lower() in ("adam", "adamw")  # DeepSpeed takes either for AdamW
@@ -114,7 +114,7 @@ def _of_keys(config: Config) -> list[Rule]:
     zero = "zero_optimization"
     optimizer = "none" if parallel.offload == "none" else "cpu"
     parameters = "cpu" if parallel.offload == "parameters" else "none"
-    found: list[tuple[str, Any, str, Any]] = [
+    found: list[tuple[str, object, str, object]] = [
         (f"{zero}.stage", traits.stage, "parallel.strategy", parallel.strategy),
         (f"{zero}.offload_optimizer.device", optimizer, "parallel.offload", parallel.offload),
         (f"{zero}.cpu_offload", optimizer == "cpu", "parallel.offload", parallel.offload),
@@ -146,7 +146,7 @@ def _of_keys(config: Config) -> list[Rule]:
     return [Rule(key, value, f"{our} is {ours}; remove one") for key, value, our, ours in found]
 
 
-def _scheduler(schedule: str) -> Any:
+def _scheduler(schedule: str) -> object:
     return next((name for name, ours in SCHEDULES.items() if ours == schedule), _ANY)
 
 
@@ -269,7 +269,7 @@ def unused(config: Config) -> list[str]:
     return found
 
 
-def _against(config: Config, tree: JsonObject) -> Iterator[tuple[str, Any, Rule]]:
+def _against(config: Config, tree: JsonObject) -> Iterator[tuple[str, Json, Rule]]:
     """What the file says that is not what happens: key, value, and the rule."""
     ours, precision = rules(config), config.train.precision
     scheduler = tree.get("scheduler")
@@ -318,7 +318,7 @@ def filled(tree: JsonObject) -> JsonObject:
 def _meant(theirs: JsonObject) -> JsonObject:
     """What a file's values are by our keys."""
     zero = "zero_optimization"
-    found = {}
+    found: JsonObject = {}
     stage = theirs.get(f"{zero}.stage")
     if named := names(lambda traits: traits.stage is not None and traits.stage == stage):
         found["parallel.strategy"] = named[0]
@@ -364,7 +364,7 @@ def read(path: str) -> JsonObject:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{where}: cannot be read: {reason}; name a DeepSpeed JSON") from None
 
-    def once(pairs: list[tuple[str, Any]]) -> JsonObject:
+    def once(pairs: list[tuple[str, Json]]) -> JsonObject:
         keys = [key for key, _ in pairs]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
@@ -380,7 +380,7 @@ def read(path: str) -> JsonObject:
     return tree
 
 
-def leaves(tree: JsonObject, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: JsonObject, prefix: str = "") -> Iterator[tuple[str, Json]]:
     """(dotted key, value) of every value that is no section; an empty section has none."""
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -402,7 +402,7 @@ def _unknown(tree: JsonObject) -> dict[str, str]:
     """Keys that DeepSpeed does not have, or that are no section, and what is wrong with each."""
     found = {}
     for section, known in KNOWN.items():
-        node: Any = tree
+        node: object = tree
         for part in filter(None, section.split(".")):
             node = node.get(part, {}) if isinstance(node, dict) else {}
         if node is None or node == AUTO:
@@ -418,7 +418,7 @@ def _unknown(tree: JsonObject) -> dict[str, str]:
 
 
 _STAGE = ("zero_optimization", "zero_optimization.stage")
-_Kind = tuple[str, Callable[[Any], bool]]
+_Kind = tuple[str, Callable[[object], bool]]
 _ABOVE: _Kind = ("a number greater than 0", lambda v: _number(v) and v > 0)
 _FROM: _Kind = ("a number of at least 0", lambda v: _number(v) and v >= 0)
 _COUNT: _Kind = ("a whole number greater than 0", lambda v: _number(v) and v > 0 and v == int(v))
@@ -452,7 +452,7 @@ _KINDS: dict[str, _Kind] = {
 }
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -461,7 +461,7 @@ def _mistyped(tree: JsonObject) -> dict[str, str]:
     found = {}
     for key, (wanted, fits) in _KINDS.items():
         *above, name = key.split(".")
-        node: Any = tree
+        node: object = tree
         for part in above:
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or name not in node:
@@ -490,7 +490,7 @@ def _switched_off(tree: JsonObject, key: str, rule: Rule) -> bool:
     """Whether a section above `key` says `enabled: false`, and may: nothing in it counts then."""
     if rule.key.endswith(".enabled"):
         return False
-    node: Any = tree
+    node = tree
     for part in key.split(".")[:-1]:
         node = node[part]
         if node.get("enabled") is False:

@@ -11,21 +11,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 
 from raysft.config.aliases import our_key, our_value
 from raysft.config.marks import one_of
 from raysft.config.overrides import is_section, options, section_of
 from raysft.config.schema import Config
 
+Place = tuple[int | str, ...]  # keys and positions from the root of a tree down
 _SHOWN = 80  # characters of a wrong value
-_NOUNS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+_NOUNS: dict[object, str] = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+}
 _BOUNDS = (("gt", "greater than"), ("ge", "of at least"), ("lt", "below"), ("le", "of at most"))
 
 
-def mistakes(errors: Sequence[Any]) -> dict[tuple[Any, ...], str]:
+def mistakes(errors: Sequence[ErrorDetails]) -> dict[Place, str]:
     """Where in the tree a value is wrong -> a line: its key, what was expected, what was found, and
     the remedy where there is one. errors: pydantic's, which names every branch of a union."""
-    found: dict[tuple[Any, ...], str] = {}
+    found: dict[Place, str] = {}
     for detail in errors:
         depth, annotation, bounds = _field(detail["loc"])
         if detail["type"] in ("extra_forbidden", "missing"):
@@ -37,7 +44,9 @@ def mistakes(errors: Sequence[Any]) -> dict[tuple[Any, ...], str]:
     return found
 
 
-def _line(key: str, detail: Any, annotation: Any, bounds: list[Any], depth: int) -> str:
+def _line(
+    key: str, detail: ErrorDetails, annotation: object, bounds: Sequence[object], depth: int
+) -> str:
     kind, found = detail["type"], detail.get("input")
     if kind == "extra_forbidden":
         return f"{key}: unknown key; {_nearest(detail['loc'])}"
@@ -46,8 +55,9 @@ def _line(key: str, detail: Any, annotation: Any, bounds: list[Any], depth: int)
     if kind == "value_error":  # a validator's own words
         words = detail["msg"].removeprefix("Value error, ")
         return f"{key}: expected {words}, found {shown(found)}{_ours(key, found)}"
-    if section_of(annotation) is not None and typing.get_origin(annotation) is not list:
-        below = ", ".join(section_of(annotation).model_fields)
+    section = section_of(annotation)
+    if section is not None and typing.get_origin(annotation) is not list:
+        below = ", ".join(section.model_fields)
         return f"{key}: expected keys below it, found {shown(found)}; there are {below}"
     if len(detail["loc"]) > depth and kind not in _OF_A_BRANCH:
         found = _NOTHING  # a part of the value
@@ -63,13 +73,13 @@ _NOTHING = object()
 _OF_A_BRANCH = ("int_type", "int_from_float", "float_type", "string_type", "bool_type", "list_type")
 
 
-def _ours(key: str, found: Any) -> str:
+def _ours(key: str, found: object) -> str:
     """Our name for another trainer's value, where it is one."""
     ours = our_value(key, found)
     return "" if ours is None else f"; write {ours}"
 
 
-def _remedy(key: str, annotation: Any, found: Any) -> str:
+def _remedy(key: str, annotation: object, found: object) -> str:
     if ours := _ours(key, found):
         return ours
     texts = {str} & set(options(annotation))
@@ -83,7 +93,7 @@ def _remedy(key: str, annotation: Any, found: Any) -> str:
     return ""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A wrong value as it would be written, not too long."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
@@ -91,7 +101,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
-def in_words(annotation: Any, bounds: Sequence[Any] = ()) -> str:
+def in_words(annotation: object, bounds: Sequence[object] = ()) -> str:
     """A type as a user would say it: `a whole number greater than 0, or null`."""
     parts, literals, nullable = [], [], False
     for option, own in _bounded(annotation):
@@ -107,7 +117,7 @@ def in_words(annotation: Any, bounds: Sequence[Any] = ()) -> str:
     return f"{text}, or null" if nullable else text
 
 
-def _noun(option: Any, bounds: Sequence[Any]) -> str:
+def _noun(option: object, bounds: Sequence[object]) -> str:
     limits = [
         f"{words} {getattr(bound, name):g}"
         for bound in bounds
@@ -129,7 +139,7 @@ def _noun(option: Any, bounds: Sequence[Any]) -> str:
     return " ".join([f"a {_NOUNS.get(option, option)}", " and ".join(limits)]).strip()
 
 
-def _count(bounds: Sequence[Any]) -> str:
+def _count(bounds: Sequence[object]) -> str:
     least = next((b.min_length for b in bounds if hasattr(b, "min_length")), None)
     most = next((b.max_length for b in bounds if hasattr(b, "max_length")), None)
     if least is not None and least == most:
@@ -137,14 +147,14 @@ def _count(bounds: Sequence[Any]) -> str:
     return f"at least {least} " if least else ""
 
 
-def _plural(option: Any) -> str:
+def _plural(option: object) -> str:
     kinds = options(option)
     if len(kinds) == 1 and kinds[0] in _NOUNS:
         return f"{_NOUNS[kinds[0]]}s"
     return "entries" if any(is_section(kind) for kind in kinds) else in_words(option)
 
 
-def _bounded(annotation: Any) -> Iterator[tuple[Any, list[Any]]]:
+def _bounded(annotation: object) -> Iterator[tuple[object, list[object]]]:
     """The options of a union, each with its bounds."""
     if typing.get_origin(annotation) is typing.Annotated:
         first, *rest = typing.get_args(annotation)
@@ -159,16 +169,16 @@ def _bounded(annotation: Any) -> Iterator[tuple[Any, list[Any]]]:
         yield annotation, []
 
 
-def _field(location: Sequence[Any]) -> tuple[int, Any, list[Any]]:
+def _field(location: Place) -> tuple[int, object, list[object]]:
     """How much of pydantic's location is a key of ours (behind it come the branches of a union),
     with the type and bounds that are there."""
-    annotation: Any = Config
-    bounds: list[Any] = []
+    annotation: object = Config
+    bounds: list[object] = []
     for depth, part in enumerate(location):
         section = section_of(annotation)
         inner = [a for a in options(annotation) if typing.get_origin(a) in (list, dict)]
         if section is not None and typing.get_origin(annotation) is not list:
-            field = section.model_fields.get(part)
+            field = section.model_fields.get(str(part))
             if field is None:
                 return depth, annotation, bounds
             annotation, bounds = field.annotation, list(field.metadata)
@@ -181,7 +191,7 @@ def _field(location: Sequence[Any]) -> tuple[int, Any, list[Any]]:
     return len(location), annotation, bounds
 
 
-def _nearest(location: Sequence[Any]) -> str:
+def _nearest(location: Place) -> str:
     """What may have been meant by an unknown key."""
     name = str(location[-1])
     siblings = _known(location[:-1])
@@ -200,7 +210,7 @@ def _nearest(location: Sequence[Any]) -> str:
     return f"known here: {', '.join(siblings)}"
 
 
-def _known(location: Sequence[Any]) -> list[str]:
+def _known(location: Place) -> list[str]:
     _, annotation, _ = _field(location)
     section = section_of(annotation)
     return list(section.model_fields) if section else []

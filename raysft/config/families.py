@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from raysft.config.marks import one_of
@@ -45,11 +46,11 @@ class Family:
     refused_keys: Mapping[str, str] = field(default_factory=dict)
     refused_methods: Mapping[str, str] = field(default_factory=dict)
 
-    def encode_module(self) -> Any:
+    def encode_module(self) -> ModuleType:
         """The module that makes its encoders. Imports neither torch nor transformers."""
         return import_module(self.encode)
 
-    def model_module(self) -> Any:
+    def model_module(self) -> ModuleType:
         """The module that makes its models. Imports torch and transformers."""
         return import_module(self.model)
 

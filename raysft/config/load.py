@@ -95,7 +95,7 @@ def _concerns(key: str, wrong: set[str]) -> bool:
     return any(f"{key}.".startswith(f"{w}.") or f"{w}.".startswith(f"{key}.") for w in wrong)
 
 
-def _without(tree: JsonObject, locations: list[tuple[Any, ...]]) -> Config | None:
+def _without(tree: JsonObject, locations: list[explain.Place]) -> Config | None:
     """The config without the values at `locations`; None where the rest cannot stand alone."""
     tree = copy.deepcopy(tree)
     for location in locations:
@@ -123,8 +123,8 @@ class Change(typing.NamedTuple):
     """A dotted key whose value is another now; as text: the key, with both values."""
 
     key: str
-    was: Any
-    now: Any
+    was: object
+    now: object
 
     def __str__(self) -> str:
         return f"{self.key} (was {self.was!r}, now {self.now!r})"
@@ -162,7 +162,7 @@ def _read(path: Path) -> JsonObject:
     return read_tree(text, str(path))
 
 
-def _are_texts(value: object) -> bool:
+def _are_texts(value: object) -> typing.TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 

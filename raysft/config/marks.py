@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -33,12 +33,12 @@ class OneOf:
     names: Callable[[], Sequence[str]]
 
     def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
+        self, source: object, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         """What pydantic checks instead of the text itself."""
         return core_schema.no_info_plain_validator_function(self._checked)
 
-    def _checked(self, value: Any) -> str:
+    def _checked(self, value: object) -> str:
         if not isinstance(value, str) or value not in self.names():
             raise ValueError(one_of([repr(name) for name in self.names()]))
         return value

@@ -18,15 +18,15 @@ import yaml
 from raysft.config.marks import PathKey
 from raysft.config.schema import Config, Section
 from raysft.errors import UserError
-from raysft.json_types import JsonObject
+from raysft.json_types import Json, JsonObject
 
 
 class Loader(yaml.SafeLoader):
     """SafeLoader with the numbers of YAML 1.2 that refuses a key given twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         """As SafeLoader's, once each key."""
-        seen: set[Any] = set()
+        seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
@@ -126,7 +126,7 @@ def apply_override(tree: JsonObject, override: str) -> None:
             raise UserError(f"{key}: {'.'.join(parts[: depth + 1])} is a value, it has no keys")
 
 
-def read_value(typed: str, key: str) -> Any:
+def read_value(typed: str, key: str) -> Json:
     """What `typed` means as the value of the dotted `key`. Raises UserError naming the key."""
     annotation, mark = _at(key)
     kinds = _kinds(annotation)
@@ -169,7 +169,7 @@ def _text(typed: str, key: str, optional: bool, path: bool) -> str | None:
     return typed
 
 
-def _scalar(node: yaml.ScalarNode, typed: str, key: str) -> Any:
+def _scalar(node: yaml.ScalarNode, typed: str, key: str) -> Json:
     whole = typed.strip()
     if node.style in ("'", '"'):
         if node.end_mark.index < len(typed.rstrip()):
@@ -186,7 +186,7 @@ def _comments(typed: str) -> bool:
     return "\n" in bare and re.search(r"(?:^|\s)#", bare) is not None
 
 
-def _load(text: str, where: str, joint: str = ".") -> Any:
+def _load(text: str, where: str, joint: str = ".") -> Json:
     """The value of a YAML text; `joint` stands between `where` and the keys inside in messages."""
     try:
         tree = yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
@@ -196,9 +196,9 @@ def _load(text: str, where: str, joint: str = ".") -> Any:
     return tree
 
 
-def _check_texts(tree: Any, where: str, joint: str) -> None:
+def _check_texts(tree: object, where: str, joint: str) -> None:
     r"""Raise UserError where a text inside (written "\ud83d") has no bytes to be saved as."""
-    rest: list[tuple[str, Any]] = [("", tree)]
+    rest: list[tuple[str, object]] = [("", tree)]
     seen: set[int] = set()
     while rest:
         place, node = rest.pop()
@@ -229,7 +229,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _at(key: str) -> tuple[Any, PathKey | None]:
+def _at(key: str) -> tuple[object, PathKey | None]:
     """The type of a dotted key (Any: unknown, or free), and its mark if it is a path."""
     annotation: Any = Config
     mark = None
@@ -252,11 +252,11 @@ def _at(key: str) -> tuple[Any, PathKey | None]:
     return annotation, mark
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def _kinds(annotation: object) -> set[object]:
     """The kinds of value an annotation allows: str, NoneType, or whatever else; Any also is str."""
     if annotation is Any:
         return {str, object}
-    found: set[Any] = set()
+    found: set[object] = set()
     for option in options(annotation):
         if typing.get_origin(option) is typing.Literal:
             found |= {type(value) for value in typing.get_args(option)}
@@ -265,7 +265,7 @@ def _kinds(annotation: Any) -> set[Any]:
     return found
 
 
-def options(annotation: Any) -> list[Any]:
+def options(annotation: object) -> list[object]:
     """The types of a union, each without its bounds; the type itself if it is none."""
     if typing.get_origin(annotation) is typing.Annotated:
         return options(typing.get_args(annotation)[0])
@@ -275,12 +275,12 @@ def options(annotation: Any) -> list[Any]:
     return [part for argument in arguments for part in options(argument)] or [annotation]
 
 
-def is_section(annotation: Any) -> bool:
+def is_section(annotation: object) -> typing.TypeGuard[type[Section]]:
     """Whether a type is a section of the config."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: object) -> type[Section] | None:
     """The section inside `X`, `X | None` or `list[X]`; None for plain values."""
     if is_section(annotation):
         return annotation

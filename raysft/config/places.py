@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from raysft import paths
 from raysft.config.marks import PathKey
@@ -17,6 +17,7 @@ from raysft.config.schema import Config, Section
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
+_Section = TypeVar("_Section", bound=Section)
 BYTES = "bytes"  # model.tokenizer: no path
 
 
@@ -30,7 +31,7 @@ def absolute(config: Config, beside: Path | None = None) -> tuple[Config, list[s
     return _section(config, "", beside, problems), problems
 
 
-def _section(section: Any, prefix: str, beside: Path | None, problems: list[str]) -> Any:
+def _section(section: _Section, prefix: str, beside: Path | None, problems: list[str]) -> _Section:
     update: JsonObject = {}
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{prefix}{name}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from raysft.config.marks import OneOf
 from raysft.config.overrides import section_of
@@ -42,12 +43,12 @@ def entries(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Entry
         yield Entry(f"{prefix}{name}", field.description or "", kind, default)
 
 
-def _default(field: Any) -> str:
+def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     return "" if value is None else repr(value)
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(annotation: object) -> str:
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return "|".join(str(a) for a in typing.get_args(annotation))

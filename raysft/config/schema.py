@@ -7,7 +7,7 @@ error; a key that is here does something, and its type says what a run that goes
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     Field,
@@ -28,6 +28,11 @@ from raysft.scorers import figure_of
 
 _READ = PathKey(read=True)
 _MODEL = PathKey("model", read=True)
+
+Normalization = Literal[
+    "lower", "punctuation", "whitespace", "numbers", "whisper_basic", "whisper_english"
+]
+_MADE_EQUAL: tuple[Normalization, ...] = ("lower", "punctuation", "whitespace")
 
 
 class Run(Section):
@@ -165,6 +170,11 @@ class Data(Section):
         None, description="CPUs for data tasks over all workers; default: what workers leave free"
     )
     prefetch: Free[PositiveInt] = Field(8, description="micro-batches a worker holds ready")
+
+    @property
+    def budget(self) -> int:
+        """tokens_per_batch as a number: `auto` is found before anything is planned or read."""
+        return cast(int, self.tokens_per_batch)
 
 
 class Model(Section):
@@ -352,14 +362,8 @@ class Evaluate(Section):
     generate: Free[bool] = Field(
         True, description="generate asr answers for WER and CER, not only the loss"
     )
-    normalize: Free[
-        list[
-            Literal[
-                "lower", "punctuation", "whitespace", "numbers", "whisper_basic", "whisper_english"
-            ]
-        ]
-    ] = Field(
-        default_factory=lambda: ["lower", "punctuation", "whitespace"],
+    normalize: Free[list[Normalization]] = Field(
+        default_factory=lambda: list(_MADE_EQUAL),
         description="what is made equal in both texts before WER and CER: case, punctuation, "
         "spaces; numbers: digits of any script, and English number words; or one of Whisper's "
         "normalisers, alone",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from raysft.errors import UserError
 
@@ -22,7 +22,7 @@ class Refusal:
     """A value of a key that a strategy cannot work with. why: the reason, with the remedy."""
 
     key: str
-    value: Any
+    value: object
     why: str
 
 

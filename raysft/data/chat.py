@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from raysft.errors import UserError
@@ -183,8 +184,12 @@ class Chat:
                 f"own conversations do not show before an answer ({shown[-40:]!r}): the answer is "
                 "trained right behind that prompt"
             )
+
+        def asking(at: int, text: str) -> str:
+            return self._prompt(_with(asked, {at: text}))
+
         ends = tuple(
-            self._ends(lambda text, at=at: self._prompt(_with(asked, {at: text})), mark)
+            self._ends(partial(asking, at), mark)
             for at, mark in enumerate(marks)
             if mark is not None
         )

@@ -91,8 +91,11 @@ class Example:
     def forms(self) -> list[Example]:
         """What it may be at a step: itself first. Of variants only what is asked and answered
         counts."""
-        facts = {"id": self.id, "task": self.task, "lang": self.lang, "text": self.text}
-        return [self, *(replace(variant, **facts) for variant in self.variants)]
+        own = [
+            replace(variant, id=self.id, task=self.task, lang=self.lang, text=self.text)
+            for variant in self.variants
+        ]
+        return [self, *own]
 
     def drawn(self, rng: np.random.Generator | None) -> Example:
         """One of its forms, any as likely as any other; itself where rng is None. Nothing is taken

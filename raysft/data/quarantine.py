@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol
+
+from raysft.json_types import JsonObject
 
 OTHER = "other"
 OVER_BUDGET = "over budget"
@@ -57,7 +59,7 @@ def kind_of(found: _Found) -> str:
     return found.kind if found.kind in KINDS else kind(found.reason)
 
 
-def kind_of_line(line: Mapping[str, Any]) -> str:
+def kind_of_line(line: JsonObject) -> str:
     """The kind of a line of quarantine.jsonl."""
     known = line.get("kind")
     return known if known in KINDS else kind(line["reason"])
@@ -66,7 +68,7 @@ def kind_of_line(line: Mapping[str, Any]) -> str:
 def kind(reason: str) -> str:
     """The kind of a reason of which only the text is known."""
     found = _KIND.match(reason)
-    return OTHER if found is None else KINDS[int(found.lastgroup[1:])]
+    return OTHER if found is None or found.lastgroup is None else KINDS[int(found.lastgroup[1:])]
 
 
 def summary(kinds: Iterable[str]) -> str:

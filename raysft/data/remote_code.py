@@ -22,7 +22,7 @@ from typing import Any
 _REMOTE = "transformers_modules."  # what transformers puts before the names of such modules
 
 
-def is_remote(thing: Any) -> bool:
+def is_remote(thing: object) -> bool:
     """Whether its class comes from a model's folder or repository."""
     return type(thing).__module__.startswith(_REMOTE)
 

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from raysft.data.tokenizer import (
     unit_pattern,
 )
 from raysft.errors import BadExample, UserError
+from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -126,7 +127,7 @@ class Template:
         self.chat = not is_plain(self.source)
         chat = Chat(tokenizer, self.source, hole if markup else None)
         self._parts = chat.parts
-        self._frames = {
+        self._frames: dict[tuple[str, ...], Frame] = {
             kinds: chat.frame(kinds)
             for kinds in _SHAPES
             if (self._parts or "audio" not in kinds) and (kinds or not self.chat)
@@ -226,13 +227,13 @@ class Template:
             self._tokenizer = remote_code.unpacked(self._tokenizer)
         return self._tokenizer
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state = dict(self.__dict__, _backend=self._backend.to_str(), _known={}, _expected={})
         if not isinstance(self._tokenizer, bytes):
             state["_tokenizer"] = remote_code.packed(self._tokenizer, "AutoTokenizer")
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JsonObject) -> None:
         from tokenizers import Tokenizer
 
         self.__dict__.update(state)
@@ -348,7 +349,7 @@ class Template:
         return self._encode(self._stop + answer)[bool(self._stop) :]
 
     def _piece(self, token: int) -> str:
-        return self._backend.id_to_token(token)
+        return cast(str, self._backend.id_to_token(token))  # an id of its own
 
     def _encode(self, text: str) -> list[int]:
         if not text:

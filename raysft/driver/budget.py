@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
@@ -19,7 +18,7 @@ from raysft import failures
 from raysft.config import Config
 from raysft.data.encode import Encoder
 from raysft.data.index.build import Index
-from raysft.driver.group import Shares, interruptible, join, make_trainer, reason_of
+from raysft.driver.group import Settings, Shares, interruptible, join, make_trainer, reason_of
 from raysft.errors import UserError
 
 
@@ -76,7 +75,7 @@ def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
     return budget
 
 
-def _worker(settings: dict[str, Any]) -> None:
+def _worker(settings: Settings) -> None:
     """What each worker of the group runs."""
     from raysft import worker
     from raysft.models.base import SpeechModel

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 import ray.train
@@ -23,15 +23,22 @@ from raysft.config import Config
 from raysft.data.index.build import Index
 from raysft.data.plan.generations import open_index
 from raysft.data.read.stream import RayReader, ReaderSpec
-from raysft.driver.group import join
+from raysft.driver.group import Settings, join
+from raysft.json_types import JsonObject
 from raysft.run.evaluations import Evaluation, progress_of
 from raysft.run.storage import write_whole
 from raysft.train.watchdog import Orphaned
 
-Progress = Callable[[dict[str, Any]], None]
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from raysft.parallel import World
+    from raysft.worker import Data, Read
+
+Progress = Callable[[JsonObject], None]
 
 
-def work(settings: dict[str, Any]) -> None:
+def work(settings: Settings) -> None:
     """What each Ray Train worker runs, at every (re)start."""
     monitor = settings["monitor"]
     if ray.get(monitor.ended.remote()):
@@ -47,7 +54,7 @@ def work(settings: dict[str, Any]) -> None:
         raise
 
 
-def _final(error: Exception, monitor: Any, folder: str) -> str | None:
+def _final(error: Exception, monitor: ActorHandle, folder: str) -> str | None:
     """What the run ends with, where `error` is one that no restart mends; else None."""
     found = failures.root(error)
     if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -61,7 +68,7 @@ def _final(error: Exception, monitor: Any, folder: str) -> str | None:
     return None
 
 
-def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
+def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
     # First of all, so that whatever ends this group from here on counts as its failure.
     context = ray.train.get_context()
     is_main, size = context.get_world_rank() == 0, context.get_world_size()
@@ -81,15 +88,13 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
         examples=settings.get("examples", 0),
         eval=Index.load(settings["eval"][0][0]) if settings["eval"] else None,
         encoder=ray.get(settings["encoder"]),
-        read_train=_reader(
-            settings, "train", config.data.tokens_per_batch, config.run.seed, data_cpus
-        ),
+        read_train=_reader(settings, "train", config.data.budget, config.run.seed, data_cpus),
         read_eval=_reader(settings, "eval", config.evaluate.tokens_per_batch, None, data_cpus),
     )
     names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
     nodes = sorted(set(world.gather(names[ray.get_runtime_context().get_node_id()])))
 
-    def progress(line: dict[str, Any]) -> None:
+    def progress(line: JsonObject) -> None:
         monitor.report.remote(line)
 
     def say(text: str) -> None:
@@ -124,7 +129,7 @@ def _train_or_evaluate(settings: dict[str, Any], monitor: Any) -> None:
 
 
 def _evaluate(
-    config: Config, settings: dict[str, Any], world: Any, data: Any, progress: Progress
+    config: Config, settings: Settings, world: World, data: Data, progress: Progress
 ) -> None:
     """Evaluate the checkpoint that `settings` name, into the evaluation's own folder."""
     from raysft.worker import build_evaluator, evaluate_checkpoint
@@ -146,7 +151,7 @@ def _evaluate(
 class Signal:
     """The monitor's signal as of a moment ago, without waiting for it."""
 
-    def __init__(self, monitor: Any) -> None:
+    def __init__(self, monitor: ActorHandle) -> None:
         self._monitor, self._asked, self._value = monitor, monitor.signal.remote(), 0
 
     def __call__(self) -> int:
@@ -158,8 +163,8 @@ class Signal:
 
 
 def _reader(
-    settings: dict[str, Any], split: str, budget: int, seed: int | None, cpus: float
-) -> Any:
+    settings: Settings, split: str, budget: int, seed: int | None, cpus: float
+) -> Read | None:
     places = settings.get(split)
     if places is None:
         return None

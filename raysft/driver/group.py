@@ -28,6 +28,8 @@ from raysft.run.ownership import ANYONE, Permit
 if TYPE_CHECKING:
     from raysft.parallel import World
 
+# What the driver hands to workers, by name: whatever can be pickled, handles of actors included.
+Settings = dict[str, Any]
 RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
 
 
@@ -75,8 +77,8 @@ class Shares:
 
 def make_trainer(
     name: str,
-    work: Callable[[dict[str, Any]], None],
-    settings: dict[str, Any],
+    work: Callable[[Settings], None],
+    settings: Settings,
     config: Config,
     shares: Shares,
     folder: Path,
@@ -119,7 +121,7 @@ def make_trainer(
     )
 
 
-def join(settings: dict[str, Any], log_folder: Path | None) -> tuple[Config, World]:
+def join(settings: Settings, log_folder: Path | None) -> tuple[Config, World]:
     """What each worker of a group does first, with the settings that `make_trainer` gave it: the
     config, and the process group that Ray Train has made.
 
@@ -152,7 +154,7 @@ def thread_settings(shares: Shares) -> dict[str, str]:
 
 
 def interruptible(
-    fit: Callable[[], Any],
+    fit: Callable[[], object],
     leave: Callable[[], bool] = lambda: False,
     grace_s: float = 0.0,
     permit: Permit = ANYONE,

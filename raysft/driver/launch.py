@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 import ray.train
@@ -29,10 +29,11 @@ from raysft.data.example import Quarantined
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Cursor
 from raysft.driver import budget, entry, preflight, preview
-from raysft.driver.group import Shares, died, interruptible, make_trainer, reason_of
+from raysft.driver.group import Settings, Shares, died, interruptible, make_trainer, reason_of
 from raysft.driver.monitor import Monitor
 from raysft.driver.preflight import Prepared
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved, unreadable
 from raysft.run.evaluations import Evaluations, Measure, choose, table
@@ -51,9 +52,12 @@ from raysft.run.signals import SAVE
 from raysft.run.threads import tight, with_threads
 from raysft.train.metrics import quarantine_key, quarantine_line
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 log = logging.getLogger(__name__)
 
-Progress = Callable[[dict[str, Any]], None]
+Progress = Callable[[JsonObject], None]
 ROOM_WITHIN_S = 10.0
 
 
@@ -63,7 +67,7 @@ class Outcome:
 
     folder: Path
     step: int
-    evaluation: dict[str, Any]  # the last line of eval.jsonl; {}: there is none
+    evaluation: JsonObject  # the last line of eval.jsonl; {}: there is none
     shown: bool = False  # the user has seen it
     what: str = "run"
 
@@ -240,7 +244,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
 def _workers(
     config: Config,
     folder: Path,
-    settings: dict[str, Any],
+    settings: Settings,
     step: int,
     progress: Progress,
     permit: Permit = ANYONE,
@@ -297,7 +301,7 @@ def _evaluation_due(config: Config, folder: Path, step: int, index: Index | None
     return not any(item.step == step and item.whole for item in done.items)
 
 
-def _raise_mistake(monitor: Any) -> None:
+def _raise_mistake(monitor: ActorHandle) -> None:
     """Raises the UserError that no restart mends, if there was one; with its traceback as cause."""
     message, details = ray.get([monitor.ended.remote(), monitor.details.remote()])
     if message and details:  # for --debug
@@ -307,7 +311,7 @@ def _raise_mistake(monitor: Any) -> None:
 
 
 def _fit(
-    config: Config, folder: Path, settings: dict[str, Any], monitor: Any, permit: Permit
+    config: Config, folder: Path, settings: Settings, monitor: ActorHandle, permit: Permit
 ) -> None:
     shares = Shares.of(config)
     if not shares.gpu and (line := tight(shares.threads, shares.room)) is not None:
@@ -352,7 +356,7 @@ class Restarts(ray.train.FailureConfig):
     """Any number of restarts: `Monitor` counts them, for it knows whether the run gets on between
     them. None after a mistake: Ray Train asks at every failure, in its controller."""
 
-    def __init__(self, monitor: Any, elastic: bool) -> None:
+    def __init__(self, monitor: ActorHandle, elastic: bool) -> None:
         self._monitor = monitor
         super().__init__(
             max_failures=-1,
@@ -371,17 +375,17 @@ class Restarts(ray.train.FailureConfig):
 class Failures(ray.train.UserCallback):
     """Tells the monitor why a worker group ended; runs in Ray Train's controller."""
 
-    def __init__(self, monitor: Any) -> None:
+    def __init__(self, monitor: ActorHandle) -> None:
         self._monitor = monitor
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JsonObject) -> None:
         self.__dict__.update(state)  # the controller's process unpacks it
         # On a busy machine it warns of an answer that is late, with a traceback, and asks again.
         scaling = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
         # A filter: Ray sets the levels of its loggers anew after this.
         logging.getLogger(scaling).addFilter(lambda record: record.levelno >= logging.ERROR)
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train."""
         # Its pages of traceback about workers that are gone: the reason is told in one line.
         logging.getLogger("ray.train").setLevel(logging.CRITICAL)
@@ -394,7 +398,7 @@ class Watch:
     """The driver's eyes while workers train: shows what they report, and sees nodes that are about
     to be taken away, whose workers then save."""
 
-    def __init__(self, monitor: Any, progress: Progress) -> None:
+    def __init__(self, monitor: ActorHandle, progress: Progress) -> None:
         self._monitor, self._progress = monitor, progress
         self._stop = threading.Event()
         self._draining: set[str] = set()

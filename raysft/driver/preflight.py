@@ -351,7 +351,7 @@ def _check_usable(config: Config, train: Index, plan: Plan) -> None:
         rest = f"; {which} are named in {train.folder / 'rejected.jsonl'}"
     else:
         row = plan.oversize[0]
-        first, rest = f"{train.ids([row])[0]}: {_over_budget(train, row, config)}", ""
+        first, rest = f"{train.ids(np.array([row]))[0]}: {_over_budget(train, row, config)}", ""
     raise UserError(
         f"data.max_quarantined: {unusable} of {examples} examples are unusable, more than "
         f"{config.data.max_quarantined:.1%}: {quarantined(kinds)}; the first: {first}{rest}"

@@ -150,7 +150,8 @@ class _Ahead(torch.autograd.Function):
         hidden: torch.Tensor,
         *trained: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        losses, by_hidden, by_trained = [], [], []
+        losses, by_hidden = [], []
+        by_trained: list[torch.Tensor] = []
         parts = hidden.split(rows)
         each = weights.split(rows) if weights is not None else (None,) * len(parts)
         for part, wanted, weight in zip(parts, targets.split(rows), each, strict=True):
@@ -171,7 +172,9 @@ class _Ahead(torch.autograd.Function):
         return joined, kinds.total(joined, weights)
 
     @staticmethod
-    def backward(ctx: Any, _: torch.Tensor, factor: torch.Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, _: torch.Tensor, factor: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         # In place, for the head's gradient is large. A second backward pass would be refused.
         return (None, None, None, None, None, *(g.mul_(factor) for g in ctx.saved_tensors))
 

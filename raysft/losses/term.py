@@ -30,7 +30,7 @@ class Term(NamedTuple):
 
     name: str
     sum: torch.Tensor
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # hides that of tuples
     by_task: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}
     trained: torch.Tensor | None = None
     counted: str | None = "supervised"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,9 @@ def document_mask(
     into the mask that this one replaces, so layers take it from their config.
     """
     mask = ends.view(1, 1, 1, -1).to(device or ends.device, non_blocking=True)
-    mask.document_lengths = ends.diff().tolist()
-    mask.windows = windows
+    # Tensors take attributes; `segments_attention` reads these.
+    mask.document_lengths = ends.diff().tolist()  # type: ignore[attr-defined]
+    mask.windows = windows  # type: ignore[attr-defined]
     return mask
 
 
@@ -64,7 +65,7 @@ def segments_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q [1, H, T, D], k [1, G, T, D], v [1, G, T, Dv].
 
@@ -128,7 +129,7 @@ def _varlen(
     # transformers' window counts the position itself, flash's counts the ones before it.
     left = -1 if window is None else window - 1
     out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0))
-    return out.unsqueeze(0)
+    return cast(torch.Tensor, out).unsqueeze(0)  # a pair where its log-sums are asked for
 
 
 def _by_document(
@@ -149,14 +150,14 @@ def _by_document(
     for (count, length), *qkv in slices:
         # [heads, count * length, dim] -> [count, heads, length, dim]
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
-        banded = window is not None and length > window
+        band = None if window is None or length <= window else _band(length, window, q.device)
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=_band(length, window, q.device) if banded else None,
+            attn_mask=band,
             dropout_p=dropout,
-            is_causal=not banded,
+            is_causal=band is None,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )

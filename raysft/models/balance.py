@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +47,9 @@ def coefficient(net: nn.Module) -> float | None:
     """
     if not asked(net):
         return None
-    own = next((part for part in net.modules() if isinstance(part, PreTrainedModel)), net)
+    own: PreTrainedModel = next(
+        (part for part in net.modules() if isinstance(part, PreTrainedModel)), net
+    )
     text = own.config.get_text_config()
     found = getattr(own, "router_aux_loss_coef", None)
     if isinstance(found, (int, float)) and FUNCTION in vars(sys.modules[type(own).__module__]):
@@ -69,14 +70,14 @@ def attach(net: PreTrainedModel) -> None:
     setattr(module, FUNCTION, _of_packed_rows(own))
 
 
-def _of_packed_rows(own: Callable[..., Any]) -> Callable[..., Any]:
+def _of_packed_rows(own: Callable[..., torch.Tensor | int]) -> Callable[..., torch.Tensor | int]:
     @wraps(own)
     def balance(
-        gate_logits: Any,
+        gate_logits: tuple[torch.Tensor, ...],
         num_experts: int | None = None,
         top_k: int = 2,
         attention_mask: torch.Tensor | None = None,
-    ) -> Any:
+    ) -> torch.Tensor | int:
         if attention_mask is not None and hasattr(attention_mask, "document_lengths"):
             attention_mask = None
         return own(gate_logits, num_experts, top_k, attention_mask)

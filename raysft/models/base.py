@@ -30,7 +30,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
-from raysft.json_types import JsonObject
 from raysft.losses.chunked import (
     Kinds,
     TokenLoss,
@@ -275,6 +274,7 @@ class SpeechModel(ABC):
         An empty one gives `dummy()`: a batch of no supervised token. side: where padding goes.
         """
         documents = self.documents(mb) if len(mb.lengths) else []
+        offsets: Seq[int] | np.ndarray
         if not self.touches_everything(documents):
             documents.append(self.dummy_document())
         if self.mode == "packed":
@@ -434,7 +434,8 @@ class SpeechModel(ABC):
         )
         self.model.eval()
         try:
-            tokens = self.model.generate(**inputs, synced_gpus=synced_gpus)
+            # Of transformers or peft, whose modules mypy takes for any.
+            tokens = self.model.generate(**inputs, synced_gpus=synced_gpus)  # type: ignore[operator]
         finally:
             self.net.generation_config = own
             self.model.train(training)
@@ -454,18 +455,19 @@ class SpeechModel(ABC):
         state_dict: the weights to write, named as the model or as `Supervised` names them;
         default: the model's own. A model with adapters is merged first: see `peft`.
         """
+        net = self.net
         if self.model is not self.net:
             raise ValueError("the model has adapters: merge them, or save their own files")
-        weights: JsonObject = dict(state_dict or self.net.state_dict())
+        weights: dict[str, torch.Tensor] = dict(state_dict or net.state_dict())
         weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-        lacking = self.net.state_dict().keys() - weights.keys()
+        lacking = net.state_dict().keys() - weights.keys()
         if lacking:
             raise ValueError(f"state_dict lacks {len(lacking)} weights, such as {min(lacking)}")
-        for name, source in self.net.all_tied_weights_keys.items():  # none where nothing is tied
+        for name, source in net.all_tied_weights_keys.items():  # none where nothing is tied
             if source in weights:
                 weights.pop(name, None)
-        generation.mend(self.net)
-        self.net.save_pretrained(folder, state_dict=weights)
+        generation.mend(net)
+        net.save_pretrained(folder, state_dict=weights)
         self.save_processor(folder)
 
     def save_processor(self, folder: Path) -> None:

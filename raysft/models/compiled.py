@@ -33,7 +33,7 @@ def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
         block.forward = _compiled(block)
 
 
-def _compiled(block: nn.Module) -> Callable[..., Any]:
+def _compiled(block: Any) -> Callable[..., object]:
     """The forward of a block, compiled below its checkpointing: a graph that ends in the middle of
     a checkpoint cannot be compiled from without. Hooks, as of sharding, stay outside."""
     own = block.forward
@@ -42,7 +42,7 @@ def _compiled(block: nn.Module) -> Callable[..., Any]:
         plain = plain.__wrapped__
     compiled = torch.compile(MethodType(plain, block), dynamic=True)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         if not block.training:
             return own(*args, **kwargs)
         if getattr(block, "gradient_checkpointing", False):

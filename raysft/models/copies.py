@@ -13,10 +13,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from raysft.json_types import Json, JsonObject
 
 WINDOW = 8  # what windows and chunks become
 ORIGINAL = 16  # the length a model was first trained on, before its positions were stretched
@@ -164,22 +165,22 @@ def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from parts(part)
 
 
-def _own(part: PreTrainedConfig) -> dict[str, Any]:
+def _own(part: PreTrainedConfig) -> JsonObject:
     return dict(vars(part))
 
 
-def _ropes(part: PreTrainedConfig) -> list[dict[str, Any]]:
+def _ropes(part: PreTrainedConfig) -> list[JsonObject]:
     rope = getattr(part, "rope_parameters", None)
     if not isinstance(rope, dict):
         return []
     return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
-def _set(part: PreTrainedConfig, key: str, value: Any) -> None:
+def _set(part: PreTrainedConfig, key: str, value: object) -> None:
     part.__dict__[key] = value
 
 
-def _capped(value: Any, most: int) -> Any:
+def _capped(value: Json, most: int) -> Json:
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, (list, tuple)):

@@ -25,7 +25,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -341,7 +341,7 @@ def _row(ids: np.ndarray) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _logits(net: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+def _logits(net: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     return net(**inputs, use_cache=False).logits.float()
 
 

@@ -55,8 +55,8 @@ def _kind(rope_type: str) -> str:
 
 
 def _by_document(
-    module: nn.Module, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
-) -> Any:
+    module: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+) -> object:
     """transformers' forward of a rotary module, once for each set of frequencies in use."""
     rest = {} if layer_type is None else {"layer_type": layer_type}
     kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
@@ -71,7 +71,7 @@ def _by_document(
         lengths = lengths.clamp(first, first + 1)  # there are two sets only
     else:
         lengths = lengths.clamp(module.original_max_seq_len)
-    joined: Any = None
+    joined = None
     for length in lengths.unique().tolist():
         _forget(module, layer_type)
         # transformers goes by the largest position there is. Where it is past the limit of

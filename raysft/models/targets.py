@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from raysft.config import schema
 from raysft.errors import UserError
@@ -209,7 +209,7 @@ def _is_feedforward(name: str, net: PreTrainedModel) -> bool:
     return outside and "attention" not in type(parent).__name__.lower()
 
 
-def _configs(net: PreTrainedModel) -> list[object]:
+def _configs(net: PreTrainedModel) -> list[PreTrainedConfig]:
     return [net.config, *(getattr(net.config, name) for name in net.config.sub_configs)]
 
 

@@ -6,13 +6,11 @@ loop says which turn is a step's last.
 
 from __future__ import annotations
 
-from typing import Any
-
 from raysft.config.deepspeed import added, check
 from raysft.config.schema import Config
 from raysft.config.strategies import traits_of
 from raysft.errors import UserError
-from raysft.json_types import JsonObject
+from raysft.json_types import Json, JsonObject
 from raysft.parallel.scale import START
 
 # Elements reduced together. DeepSpeed's 500 million would hold 2 GB for it.
@@ -80,7 +78,7 @@ def _offloads(config: Config) -> dict[str, bool]:
     return found
 
 
-def _put(settings: JsonObject, key: str, value: Any) -> None:
+def _put(settings: JsonObject, key: str, value: Json) -> None:
     *sections, last = key.split(".")
     for section in sections:
         settings = settings.setdefault(section, {})

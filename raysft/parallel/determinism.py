@@ -28,4 +28,4 @@ def settle(deterministic: bool | None, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(on, warn_only=not asked)
     # It would fill all memory that is about to be written anyway.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

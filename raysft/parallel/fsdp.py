@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from raysft.parallel.world import World
 class Fsdp(Native):
     """A shard group for every block the model calls indivisible; the rest is the root's."""
 
-    module: FSDPModule
+    module: FSDPModule  # type: ignore[assignment]  # fully_shard makes of a module both
 
     def __init__(self, config: Config, module: nn.Module, world: World) -> None:
         if not dist.is_initialized():
@@ -50,7 +51,7 @@ class Fsdp(Native):
             settings["ignored_params"] = set(self._whole)
         for block in blocks(module):
             fully_shard(block, **settings)
-        super().__init__(config, fully_shard(module, **settings), world)
+        super().__init__(config, cast(nn.Module, fully_shard(module, **settings)), world)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
     return load_class(traits)(config, module, world)
 
 
-def load_class(traits: StrategyTraits) -> type[Strategy]:
+def load_class(traits: StrategyTraits) -> Callable[[Config, nn.Module, World], Strategy]:
     """The class of a strategy. Raises UserError where it has none yet."""
     if traits.implementation is None:
         raise UserError(f"parallel.strategy: {traits.name} is not available yet")

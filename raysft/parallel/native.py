@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from raysft.config.schema import Config
+from raysft.json_types import JsonObject
 from raysft.parallel.optim import make_optimizer, set_rate
 from raysft.parallel.scale import LossScale
 from raysft.parallel.strategy import State, Stepped, trainable
@@ -85,7 +85,7 @@ class Native:
         """See `Strategy.state`; sharded tensors stay sharded."""
         return {"model": self._weights(), "optim": self._moments()["state"]}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The loss scale."""
         return {"loss_scale": self._scale.state()}
 
@@ -99,11 +99,11 @@ class Native:
             found = {**self._moments(), "state": state["optim"]}
             set_optimizer_state_dict(self.module, self.optimizer, found)
 
-    def load_facts(self, facts: dict[str, Any]) -> None:
+    def load_facts(self, facts: JsonObject) -> None:
         """See `Strategy.load_facts`."""
         self._scale.load(facts["loss_scale"])
 
-    def _moments(self) -> dict[str, Any]:
+    def _moments(self) -> State:
         unmoved = not self.optimizer.state
         with self._uncompiled():
             found = get_optimizer_state_dict(self.module, self.optimizer)
@@ -115,7 +115,7 @@ class Native:
     def _uncompiled(self) -> AbstractContextManager[object]:
         return torch.compiler.set_stance("force_eager") if self._eager else nullcontext()
 
-    def _weights(self) -> dict[str, Any]:
+    def _weights(self) -> State:
         if not self._adapters_only:
             return get_model_state_dict(self.module)
         options = StateDictOptions(ignore_frozen_params=True)

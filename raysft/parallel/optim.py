@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from torch import nn
 
 from raysft.config.schema import Optim
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
+from raysft.parallel.strategy import State
 
 # What wrappers put before the names of a model's parameters.
 WRAPPERS = ("module.", "lm.", "base_model.model.")
@@ -20,7 +21,7 @@ WRAPPERS = ("module.", "lm.", "base_model.model.")
 def make_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, as `optim` says."""
     groups = parameter_groups(module.named_parameters(), optim)
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         "lr": optim.lr,
         "betas": (optim.betas[0], optim.betas[1]),
         "eps": optim.eps,
@@ -36,24 +37,22 @@ def make_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], optim: Optim
-) -> list[dict[str, Any]]:
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> list[State]:
     """The optimizer's groups: by `optim.groups`, and in each with decay (matrices) and without.
 
     `peak` of a group is its peak learning rate. Raises UserError for a pattern that matches no
     parameter that trains.
     """
     parameters = {plain_name(name): p for name, p in named if p.requires_grad}
-    for number, group in enumerate(optim.groups):
-        for pattern in group.match:
+    for number, asked in enumerate(optim.groups):
+        for pattern in asked.match:
             if not any(fnmatch(name, pattern) for name in parameters):
                 near = difflib.get_close_matches(pattern, parameters, 3, cutoff=0.3)
                 raise UserError(
                     f"optim.groups[{number}].match: {pattern} matches no parameter that trains; "
                     f"names look like {', '.join(near or list(parameters)[:3])}"
                 )
-    found: dict[tuple[int, bool], dict[str, Any]] = {}
+    found: dict[tuple[int, bool], State] = {}
     for name, parameter in parameters.items():
         number = next(
             (i for i, g in enumerate(optim.groups) if any(fnmatch(name, m) for m in g.match)), -1

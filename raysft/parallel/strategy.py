@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from raysft.json_types import JsonObject
+
 State = dict[str, Any]
 
 
@@ -67,7 +69,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The rest of the state, as JSON."""
         ...
 
@@ -78,7 +80,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def load_facts(self, facts: dict[str, Any]) -> None:
+    def load_facts(self, facts: JsonObject) -> None:
         """The inverse of `facts`."""
         ...
 

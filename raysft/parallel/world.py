@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class World:
         """Wait until every worker is here."""
         self.sum([0.0]).cpu()
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: _T) -> list[_T]:
         """Every worker's value, in rank order, on every worker."""
         if self.size == 1:
             return [value]

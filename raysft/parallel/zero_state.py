@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from raysft.errors import UserError
 from raysft.parallel.strategy import State
 from raysft.parallel.world import World
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 CHUNK_BYTES = 2**30
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, shaped as the parameter
@@ -76,13 +79,13 @@ class ZeroState:
 
     def __init__(
         self,
-        engine: nn.Module,
+        engine: DeepSpeedEngine,
         adamw: torch.optim.Optimizer,
         entries: list[Entry],
         world: World,
     ) -> None:
         """engine: of DeepSpeed; its optimizer wraps `adamw`."""
-        self._zero: Any = engine.optimizer
+        self._zero = engine.optimizer
         self._adamw, self._entries, self._world = adamw, entries, world
         self._shards = _shards(self._zero)
         # A buffer is another tensor once the module was moved.

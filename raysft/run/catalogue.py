@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from raysft import patience
 from raysft.config.schema import Checkpoint
@@ -92,7 +91,7 @@ class Saved:
 
         return patience.patiently(read, self.where)
 
-    def _digest(self, name: str) -> list[Any]:
+    def _digest(self, name: str) -> list[str | int]:
         """sha256 and length of one of its files."""
         with self.storage.open(f"{self.root}/{name}") as stream:
             return list(digest(stream))
@@ -126,7 +125,7 @@ class Catalogue:
         Raises UserError if there are checkpoints and every one is damaged: starting at step 0
         because of that is a decision for the user.
         """
-        skipped = []
+        skipped: list[str] = []
         for saved in reversed(self.committed() if committed is None else committed):
             reason = damage(saved)
             if reason is None:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -48,7 +47,7 @@ class Measure:
     sources: dict[str, JsonObject] = field(default_factory=dict)
     rules: str = ""
 
-    def of(self, metric: str) -> tuple[Any, ...]:
+    def of(self, metric: str) -> tuple[object, ...]:
         """What `metric` depends on: its source's entry, where its name ends in one, or all."""
         source = self.sources.get(metric.partition("/")[2])
         data = self.sources if source is None else source
@@ -191,7 +190,7 @@ class Evaluations:
                     "then taken from eval.jsonl"
                 ) from error
         known = {item.step for item in found.items}
-        old = {}
+        old: dict[tuple[int, str], Evaluation] = {}
         for line in read_lines(run / "eval.jsonl", {"step": int}):
             said = Evaluation.from_line(line)
             if said.step not in known:

@@ -127,9 +127,9 @@ def resolve(config: Config, folder: Path) -> Config:
     Resolved again it is the same, unless another start has written more meanwhile.
     """
     before = read_config(folder) if (folder / "config.yaml").is_file() else None
-    goes_on = before is not None and not _begins_anew(config, folder)
-    if config.data.tokens_per_batch == "auto" and goes_on:
-        budget = before.data.tokens_per_batch
+    begun = None if before is None or _begins_anew(config, folder) else before
+    if config.data.tokens_per_batch == "auto" and begun is not None:
+        budget = begun.data.tokens_per_batch
         config = config if budget == "auto" else with_budget(config, budget)
     model, commit = config.model, None
     if model.revision is None and before is not None and before.model.path == model.path:
@@ -138,7 +138,7 @@ def resolve(config: Config, folder: Path) -> Config:
     if commit is not None:
         model = model.model_copy(update={"revision": commit})
         config = config.model_copy(update={"model": model})
-    return threads.as_begun(config, before) if goes_on else config
+    return config if begun is None else threads.as_begun(config, begun)
 
 
 def _before(config: Config) -> Config | None:

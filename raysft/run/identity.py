@@ -23,11 +23,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raysft import hub
 from raysft.config.schema import Model
 from raysft.errors import UserError
+from raysft.json_types import Json
 from raysft.patience import momentary, patiently
 
 WHOLE, PIECES, PIECE = 4 * 2**20, 64, 64 * 2**10
@@ -113,11 +114,11 @@ class _Tensor(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _of_folder(
-    folder: Path, files: tuple[Path, ...], _seen: tuple[Any, ...]
+    folder: Path, files: tuple[Path, ...], _seen: tuple[object, ...]
 ) -> tuple[tuple[str, str], ...]:
     """Read once a process, while size, time and inode of the files stay."""
 
-    def read() -> tuple[list[bytes], Any]:
+    def read() -> tuple[list[bytes], Json]:
         tensors = sorted((t for path in files for t in _tensors(path)), key=lambda t: t.name)
         with ThreadPoolExecutor(_THREADS) as pool:
             digests = list(pool.map(_digest, tensors))
@@ -184,10 +185,10 @@ def _digest(tensor: _Tensor) -> bytes:
     return found.digest()
 
 
-def _of_config(config: Any) -> str:
+def _of_config(config: Json) -> str:
     """Without what only says how it was written, at any depth."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items() if key not in _NOISE}
         return [plain(item) for item in value] if isinstance(value, list) else value

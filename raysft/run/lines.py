@@ -13,17 +13,16 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from raysft import patience
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 log = logging.getLogger(__name__)
 
-Line = dict[str, Any]
+Line = JsonObject
 Kinds = Mapping[str, type]
 """Fields that a line must have, and of which type."""
 
@@ -119,7 +118,7 @@ def stream_lines(path: Path, kinds: Kinds | None = None) -> Iterator[Line]:
     if not patience.patiently(path.exists, path):
         return
     damaged = _Damaged(path)
-    with patience.patiently(partial(open, path, "rb"), path) as file:
+    with patience.patiently(lambda: open(path, "rb"), path) as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = parse(raw, kinds)

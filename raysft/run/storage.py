@@ -164,7 +164,7 @@ class Folder:
 
     def open(self, path: str) -> IO[bytes]:
         """For reading."""
-        return patience.patiently(partial(open, self.root / path, "rb"), self.root / path)
+        return patience.patiently(lambda: open(self.root / path, "rb"), self.root / path)
 
     def write(self, path: str, content: bytes) -> None:
         """Write beside, flush, sync, rename."""

@@ -14,8 +14,13 @@ Sums = dict[str, Any]  # by name; values add up with +, over parts of a corpus a
 class Settings(Protocol):
     """What scorers are asked to do: the keys of `evaluate` that they look at."""
 
-    normalize: str
-    spelling: str | None
+    @property
+    def normalize(self) -> Sequence[str]:
+        """What is made equal before texts are compared."""
+
+    @property
+    def spelling(self) -> str | None:
+        """A file of spellings made equal."""
 
 
 @dataclass(frozen=True)

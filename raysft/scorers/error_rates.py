@@ -94,5 +94,6 @@ def _aligned(
     return errors + inserted, output.hits + output.substitutions + output.deletions
 
 
-def _joined(parts: list[list[list[str]]], between: str = " ") -> list[list[str]]:
-    return [[between.join(units) for units in side] for side in parts]
+def _joined(parts: list[list[list[str]]], between: str = " ") -> tuple[list[str], list[str]]:
+    references, hypotheses = ([between.join(units) for units in side] for side in parts)
+    return references, hypotheses

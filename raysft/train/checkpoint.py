@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from typing import IO, Any
+from typing import IO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,11 +34,13 @@ from raysft import patience
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.parallel import Strategy, World
+from raysft.parallel.strategy import State
 from raysft.run.catalogue import MARKER, Catalogue, Saved
 from raysft.run.ownership import ANYONE, Permit
 from raysft.run.storage import Folder, Storage, digest
 from raysft.train import shards
 
+_T = TypeVar("_T")
 _MODEL = "model."  # what the names of weights begin with in a state
 _SUMS = ".sums"  # beside the shards of a worker: [[name, sha256, bytes]]
 
@@ -158,7 +160,7 @@ class Saver:
             ) from save.error
         self._done.append(save)
 
-    def _run(self, save: Save, staged: JsonObject, meta: JsonObject) -> None:
+    def _run(self, save: Save, staged: State, meta: JsonObject) -> None:
         name = f"step_{save.step}"
         draft = self._storage.draft(name, self._token)
         ours = self.world.is_main  # to be cleared away where it fails: nothing half-written stays
@@ -196,25 +198,25 @@ class Saver:
 
     def _prepare(self, draft: str, meta: JsonObject) -> int:
         """All that a checkpoint holds but its marker, `self._mark`; returns its bytes."""
-        files: dict[str, list[Any]] = {}
+        files: dict[str, tuple[str, int]] = {}
         for path in self._storage.files(draft):
             if path.endswith(f".{self._token}{_SUMS}"):
                 found = self._read(f"{draft}/{path}", json.load)
-                files.update({f"state/{n}": [d, size] for n, d, size in found})
-        files["state/.metadata"] = list(self._read(f"{draft}/state/.metadata", digest))
+                files.update({f"state/{n}": (d, size) for n, d, size in found})
+        files["state/.metadata"] = self._read(f"{draft}/state/.metadata", digest)
         extras = dict(self._extras)
         if self._derive is not None:
             extras.update(self._derive(_weights(self._storage, f"{draft}/state")))
         for path, content in extras.items():
             self._storage.write(f"{draft}/{path}", content)
-            files[path] = [sha256(content).hexdigest(), len(content)]
+            files[path] = (sha256(content).hexdigest(), len(content))
         content = json.dumps({**meta, "files": files}).encode()
         self._storage.write(f"{draft}/meta.json", content)
         self._mark = f"{sha256(content).hexdigest()}\n".encode()
         return sum(size for _, size in files.values())
 
-    def _read(self, path: str, read: Callable[[IO[bytes]], Any]) -> Any:
-        def opened() -> Any:
+    def _read(self, path: str, read: Callable[[IO[bytes]], _T]) -> _T:
+        def opened() -> _T:
             with self._storage.open(path) as stream:
                 return read(stream)
 
@@ -252,7 +254,7 @@ def _weights(storage: Storage, root: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _fill(saved: Saved, state: JsonObject) -> None:
+def _fill(saved: Saved, state: State) -> None:
     root = f"{saved.root}/state"
     shards.fill(saved.storage, root, state, alone=not dist.is_initialized())
 
@@ -289,7 +291,7 @@ class _Sums:
         """As torch's, which writes the same files again where it failed; then the checksums, in a
         file beside the shards."""
 
-        def write() -> tuple[Future[list[WriteResult]], list[list[Any]]]:
+        def write() -> tuple[Future[list[WriteResult]], list[list[str | int]]]:
             try:
                 written = super(_Sums, self).write_data(plan, planner)  # type: ignore[misc]
             except RuntimeError as error:  # torch's zip writer says so of any error below it
@@ -321,6 +323,7 @@ class _StoreWriter(_Sums, FsspecWriter):
 
 
 def _writer(storage: Storage, root: str, token: str) -> dcp.StorageWriter:
+    writer: _FolderWriter | _StoreWriter
     if isinstance(storage, Folder):
         writer = _FolderWriter(storage.where(root))
     else:  # an object that is closed is durable; torch would sync all disks of the machine

@@ -219,15 +219,16 @@ def _matrices(
             yield part, size, parameter.requires_grad
 
 
-def _head_size(text: object) -> float:
-    keys = getattr(text, "qk_head_dim", None), getattr(text, "v_head_dim", None)
-    if None not in keys:  # compressed keys and values (MLA): the two products differ
-        return sum(keys) / 2
+def _head_size(text: PreTrainedConfig) -> float:
+    keys, values = getattr(text, "qk_head_dim", None), getattr(text, "v_head_dim", None)
+    if keys is not None and values is not None:
+        # Compressed keys and values (MLA): the two products differ.
+        return (keys + values) / 2
     found = getattr(text, "head_dim", None)
     return found or getattr(text, "hidden_size", 0) / text.num_attention_heads
 
 
-def _clip(tower: nn.Module, audio: object) -> float:
+def _clip(tower: nn.Module, audio: PreTrainedConfig) -> float:
     positions = audio.max_source_positions
     passed = any(p.requires_grad for p in tower.parameters())
     total = 0.0

@@ -18,7 +18,7 @@ import torch
 from raysft.config.schema import Config
 from raysft.data.quarantine import kind_of, kind_of_line, summary
 from raysft.errors import UserError
-from raysft.json_types import JsonObject
+from raysft.json_types import Json, JsonObject
 from raysft.losses.term import CROSS_ENTROPY, Sums
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
@@ -279,7 +279,7 @@ class Record:
         told = {**facts, "reason": reason, "steps_again": again, "lost_s": lost}
         self.event("continued", step=step, workers=now, workers_before=before, **told)
 
-    def event(self, name: str, **facts: Any) -> None:
+    def event(self, name: str, **facts: Json) -> None:
         """Append a line to events.jsonl, and show it."""
         line = {"time": round(time.time(), 3), "event": name, **facts}
         if self.world.is_main:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from raysft.errors import UserError
+from raysft.parallel.strategy import State
 from raysft.patience import patiently
 from raysft.run.storage import Folder, Storage
 
@@ -58,7 +59,7 @@ def tensors(storage: Storage, root: str) -> dict[str, TensorStorageMetadata]:
     return {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
 
 
-def fill(storage: Storage, root: str, state: dict[str, Any], alone: bool) -> None:
+def fill(storage: Storage, root: str, state: State, alone: bool) -> None:
     """Fill the tensors of `state` in place from the shards below `root`.
 
     alone: in this process only; else a collective. Raises UserError where there is something else
@@ -98,15 +99,17 @@ class _ForeignError(Exception):
 class _Kept:
     """Stands in for a class of torch's: keeps what it is made of (`made`) and its state."""
 
+    state: Any
+
     def __init__(self, *made: Any) -> None:
         self.made = made
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in _NAMES:
             return type(name, (_Kept,), {})  # of this read alone: a pickle may write on it
         found = getattr(torch, name, None) if module == "torch" else None
@@ -115,7 +118,7 @@ class _Unpickler(pickle.Unpickler):
         raise _ForeignError(f"{module}.{name}")
 
 
-def _metadata(kept: Any) -> Metadata:
+def _metadata(kept: object) -> Metadata:
     state = _state(kept, "Metadata")
     found = {str(name): _entry(entry) for name, entry in state["state_dict_metadata"].items()}
     return Metadata(
@@ -127,7 +130,7 @@ def _metadata(kept: Any) -> Metadata:
     )
 
 
-def _entry(kept: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+def _entry(kept: object) -> TensorStorageMetadata | BytesStorageMetadata:
     if type(kept).__name__ == "BytesStorageMetadata":  # an empty section of a state
         return BytesStorageMetadata()
     state = _state(kept, "TensorStorageMetadata")
@@ -143,7 +146,7 @@ def _entry(kept: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     )
 
 
-def _index(kept: Any) -> MetadataIndex:
+def _index(kept: object) -> MetadataIndex:
     state = _state(kept, "MetadataIndex")
     offset, index = state.get("offset"), state.get("index")
     return MetadataIndex(
@@ -153,7 +156,7 @@ def _index(kept: Any) -> MetadataIndex:
     )
 
 
-def _place(kept: Any) -> _StorageInfo:
+def _place(kept: object) -> _StorageInfo:
     state = _state(kept, "_StorageInfo")
     path = str(state["relative_path"])
     beside = path not in ("", "..") and PurePosixPath(path).name == path
@@ -169,19 +172,19 @@ def _path(found: Any) -> tuple[str | int, ...]:
     return path
 
 
-def _size(kept: Any) -> torch.Size:
+def _size(kept: object) -> torch.Size:
     (numbers,) = _known(kept, "Size").made
     return torch.Size(int(number) for number in numbers)
 
 
-def _state(kept: Any, name: str) -> dict[str, Any]:
+def _state(kept: object, name: str) -> dict[str, Any]:
     state = _known(kept, name).state
     if not isinstance(state, dict):
         raise TypeError(state)
     return state
 
 
-def _known(kept: Any, name: str) -> _Kept:
+def _known(kept: object, name: str) -> _Kept:
     if not isinstance(kept, _Kept) or type(kept).__name__ != name:
         raise TypeError(kept)
     return kept
@@ -192,7 +195,7 @@ class _Reads:
 
     found: Metadata | None = None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """As torch's, and never `pickle.load`."""
         if self.found is None:
             path = self._get_metadata_path()  # type: ignore[attr-defined]
@@ -225,7 +228,7 @@ class _Planner(DefaultLoadPlanner):
         super().__init__()
         self.where = where
 
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+    def load_bytes(self, read_item: ReadItem, value: object) -> None:
         """Refused."""
         name = read_item.dest_index.fqn
         raise UserError(f"{self.where}: {name} is no tensor there; nothing else is read")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from raysft.data.example import MicroBatch
+from raysft.json_types import JsonObject
 from raysft.losses.term import Sums, Term
 from raysft.parallel import Strategy, World
 
@@ -41,7 +42,7 @@ class StepBatch:
 
     epoch: int
     step: int
-    after: dict[str, Any]  # the cursor once this step is done
+    after: JsonObject  # the cursor once this step is done
     turns: list[Turn]
     micro_batches: list[MicroBatch] = field(default_factory=list)
 

@@ -27,6 +27,7 @@ import scipy.fft
 import scipy.sparse
 
 from raysft.data import remote_code
+from raysft.json_types import JsonObject
 
 LOG_FLOOR = 1e-10  # power below which Whisper's log-mel does not go
 LOG10_E = 0.4342944819032518
@@ -37,9 +38,17 @@ RANGE = 2.0  # of Whisper's log-mel: 8 decades of power, scaled by 1/4
 class FrontEnd(Protocol):
     """What turns a clip into frames."""
 
-    sample_rate: int
-    mels: int
-    tail: int  # frames computed behind the clip, which still hear its end
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+
+    @property
+    def mels(self) -> int:
+        """Of a frame."""
+
+    @property
+    def tail(self) -> int:
+        """Frames computed behind the clip, which still hear its end."""
 
     def frames(self, samples: int) -> int:
         """Frames of a clip of so many samples, without the tail."""
@@ -162,11 +171,11 @@ class ModelExtractor:
     tail = 0
     _counts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         extractor = remote_code.packed(self.extractor, "AutoFeatureExtractor")
         return {**self.__dict__, "extractor": extractor}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: JsonObject) -> None:
         extractor = remote_code.unpacked(state["extractor"])
         self.__dict__.update({**state, "extractor": extractor})
 

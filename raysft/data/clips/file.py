@@ -15,6 +15,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import soundfile
@@ -67,7 +68,8 @@ class File:
             return self._content[offset : offset + max(0, count)]
         parts = []
         try:
-            while count > 0 and (part := os.pread(self._handle, count, offset)):
+            handle = cast(int, self._handle)  # it is not closed
+            while count > 0 and (part := os.pread(handle, count, offset)):
                 parts.append(part)
                 offset, count = offset + len(part), count - len(part)
             if count > 0 and offset < self.size:

@@ -51,7 +51,7 @@ class _Info:
     total: int
 
     @classmethod
-    def of(cls, data: bytes, at: int) -> _Info:
+    def of(cls, data: bytes | bytearray, at: int) -> _Info:
         numbers = int.from_bytes(data[10:18], "big")
         return cls(
             at,
@@ -80,7 +80,12 @@ def track(file: File, start: int) -> Track:
     width = _tail_of(info, file.size - start)
     end = _last_frame_ends(file.path, info, file.read(file.size - width, width))
     certain = end is not None and info.total in (0, end)
-    if certain and _may_be_joined(file, info, start, end) and _joined(file, start):
+    if (
+        end is not None
+        and certain
+        and _may_be_joined(file, info, start, end)
+        and _joined(file, start)
+    ):
         certain = False
     part = partial(_part, file, info) if certain and info.total else None
     decode = partial(_decode, file, info, end)

@@ -287,9 +287,9 @@ def _note_of(data: bytes, frame: _Frame) -> _Note | None:
     at += (100 if flags & 4 else 0) + (4 if flags & 8 else 0)
     delays = int.from_bytes(data[at + 21 : at + 24], "big")
     if not data[at : at + 4].strip(b"\0") or not delays:
-        return _Note(*counts)
+        return _Note(counts[0], counts[1])
     delay, padding = (delays >> 12) + _DECODER_DELAY, max(0, (delays & 0xFFF) - _DECODER_DELAY)
-    return _Note(*counts, delay, padding)
+    return _Note(counts[0], counts[1], delay, padding)
 
 
 def after_tags(file: File, start: int) -> int:

@@ -14,12 +14,17 @@ import io
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raysft.data.clips.file import File, Piece, Track, check_whole, decoding
 from raysft.errors import BadExample
+
+if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
 
 _MP4 = "an MP4 or M4A file"
 _SIGNATURES = (
@@ -89,7 +94,7 @@ def _buffered(view: io.RawIOBase | io.BytesIO) -> io.BufferedReader | io.BytesIO
     return view if isinstance(view, io.BytesIO) else io.BufferedReader(view)
 
 
-def _stream(container: Any, path: str, kind: str) -> Any:
+def _stream(container: InputContainer, path: str, kind: str) -> AudioStream:
     if not container.streams.audio:
         raise BadExample(
             f"{path}: {kind}: not audio that can be read (it holds no sound)", "not audio"
@@ -102,12 +107,12 @@ def _stream(container: Any, path: str, kind: str) -> Any:
     return stream
 
 
-def _decode(av: Any, file: File, kind: str, rate: int, most: float) -> list[Piece]:
+def _decode(av: ModuleType, file: File, kind: str, rate: int, most: float) -> list[Piece]:
     blocks = list(_blocks(av, file, kind, most)) or [np.zeros((0, 1), np.float32)]
     return [(np.ascontiguousarray(np.concatenate(blocks), np.float32), rate)]
 
 
-def _blocks(av: Any, file: File, kind: str, most: float) -> Iterator[np.ndarray]:
+def _blocks(av: ModuleType, file: File, kind: str, most: float) -> Iterator[np.ndarray]:
     """Samples [samples, channels] at the stream's own rate, until there are more than `most`.
 
     Raises BadExample where they end long before the header says.
@@ -131,12 +136,12 @@ def _blocks(av: Any, file: File, kind: str, most: float) -> Iterator[np.ndarray]
             check_whole(file.path, there * stream.rate, promised * stream.rate, "samples")
 
 
-def _promised(container: Any, stream: Any) -> float | None:
+def _promised(container: InputContainer, stream: AudioStream) -> float | None:
     """Seconds that the header says the sound goes on for; None: it does not say."""
     if not container.format.name.startswith(_PROMISING):
         return None
     told = []
-    if stream.duration is not None:
+    if stream.duration is not None and stream.time_base is not None:
         told.append(float(stream.duration * stream.time_base))
     noted = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d*)?)", stream.metadata.get("DURATION", ""))
     if noted is not None:  # Matroska's, of one stream

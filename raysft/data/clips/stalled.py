@@ -53,6 +53,8 @@ LOST = (
 
 _Clip = TypeVar("_Clip", Audio, str)
 _Result = TypeVar("_Result")
+# A function, what it is called with, and the list that takes what comes of it.
+_Job = tuple[Callable[[Any], object], Sequence[object], list[Any]]
 _idle: list[_Helper] = []
 _abandoned: list[_Helper] = []
 
@@ -122,11 +124,13 @@ class ClipReader:
                 raise result
         return found
 
-    def _again(self, read: Callable[[_Clip], Any], clip: _Clip, error: OSError) -> Any:
+    def _again(
+        self, read: Callable[[_Clip], _Result], clip: _Clip, error: OSError
+    ) -> _Result | BadExample:
         """A read that failed, tried again: its result or its BadExample."""
         first = [error]
 
-        def once() -> Any:
+        def once() -> _Result | BadExample:
             if first:
                 raise first.pop()
             done, stalled = _run(read, [clip], self._seconds)
@@ -169,7 +173,7 @@ class _Helper(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="clip reader", daemon=True)
-        self.jobs: SimpleQueue[Any] = SimpleQueue()
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self.finished: SimpleQueue[None] = SimpleQueue()
         self.start()
 
@@ -190,7 +194,7 @@ class _Helper(threading.Thread):
 
 
 def _run(
-    function: Callable[[Any], Any], items: Sequence[Any], seconds: float
+    function: Callable[[_Clip], object], items: Sequence[_Clip], seconds: float
 ) -> tuple[list[Any], bool]:
     """What the first items came to, and whether the one after them did not return in time."""
     try:
@@ -215,7 +219,12 @@ def _run(
     return done[:seen], True
 
 
-os.register_at_fork(after_in_child=lambda: (_idle.clear(), _abandoned.clear()))
+def _forget() -> None:
+    _idle.clear()
+    _abandoned.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _path(clip: Audio | str) -> str:

@@ -64,6 +64,7 @@ def _family_of(given: str, settings: JsonObject, where: str) -> Family:
         return chosen or own  # as causal_lm: the loader says that it has no such class
     if own is None and ("auto_map" in settings or kind is None):
         return chosen or any_text()  # code of its own: transformers says what it is
+    assert kind is not None  # none of a row, nor without a row
     hears, causal = _known(kind, settings)
     if kind in causal and (chosen is None or chosen.every_causal_lm):
         return chosen or any_text()

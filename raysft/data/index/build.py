@@ -107,8 +107,8 @@ def build_index(
     whole: list[Part] = []
     for number, (source, file) in enumerate(files):
         parts.check_unchanged(source, file, surveyed[number][1])
-        new = measured.get(number, [])
-        part = _renewed(stored[number], cached[number], replaced[number], new)
+        made = measured.get(number, [])
+        part = _renewed(stored[number], cached[number], replaced[number], made)
         if part is not stored[number]:
             parts.save_part(places[number], part)
         whole.append(part)

@@ -20,17 +20,19 @@ Progress = Callable[[int, int], None]
 """Called with (bytes of data files measured, bytes to measure)."""
 
 _PARALLEL_FROM = 4 << 20  # bytes (some 20,000 clips, 3 s) from which starting processes pays
+_Job = TypeVar("_Job")
+_Shared = TypeVar("_Shared")
 _Result = TypeVar("_Result")
 
 
 def fan_out(
-    function: Callable[[Any, Any], _Result],
-    jobs: list[Any],
+    function: Callable[[_Job, _Shared], _Result],
+    jobs: list[_Job],
     sizes: list[int],
-    shared: Any,
+    shared: _Shared,
     workers: int | None,
     progress: Progress | None = None,
-    check: Callable[[Any, _Result], None] | None = None,
+    check: Callable[[_Job, _Result], None] | None = None,
 ) -> list[_Result]:
     """[function(job, shared) for job in jobs]: by Ray where it runs, else in processes or here.
 
@@ -74,7 +76,7 @@ def _cpus() -> int:
 
 
 def _by_processes(
-    function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int
+    function: Callable[[_Job, _Shared], _Result], jobs: list[_Job], shared: _Shared, workers: int
 ) -> Iterator[_Result]:
     context = multiprocessing.get_context("spawn")  # threads and fork do not go together
     given = (function, shared, patience.allowed(), plugins.loaded())
@@ -89,32 +91,35 @@ _process: dict[str, Any] = {}
 
 
 def _begin(
-    function: Callable[[Any, Any], Any], shared: Any, seconds: float, names: tuple[str, ...]
+    function: Callable[[_Job, _Shared], object],
+    shared: _Shared,
+    seconds: float,
+    names: tuple[str, ...],
 ) -> None:
     patience.allow(seconds)
     plugins.load(names)
     _process.update(function=function, shared=shared)
 
 
-def _one(job: Any) -> Any:
+def _one(job: object) -> Any:
     return _process["function"](job, _process["shared"])
 
 
 def _by_ray(
-    function: Callable[[Any, Any], _Result], jobs: list[Any], shared: Any, workers: int
+    function: Callable[[_Job, _Shared], _Result], jobs: list[_Job], shared: _Shared, workers: int
 ) -> Iterator[_Result]:
     import ray
 
     seconds, names = patience.allowed(), plugins.loaded()
 
-    def patient(job: Any, given: Any) -> _Result:
+    def patient(job: _Job, given: _Shared) -> _Result:
         patience.allow(seconds)
         plugins.load(names)
         return function(job, given)
 
     task = ray.remote(patient).options(num_cpus=1, scheduling_strategy="SPREAD")
     reference = ray.put(shared)
-    running: list[Any] = []
+    running: list[ray.ObjectRef] = []
     try:
         for job in jobs:
             # Twice as many as run at once: results are taken in order, and one may be slow.

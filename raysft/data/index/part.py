@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 
@@ -142,7 +142,7 @@ class Part:
         """Of what is planned from it: which lines, how long, of which task."""
         digest = hashlib.sha256(json.dumps(self.tasks).encode())
         for name in ("line", "tokens", "seconds", "task"):
-            digest.update(np.ascontiguousarray(self.rows[name]))
+            digest.update(np.ascontiguousarray(self.rows[name]).data)
         return digest.hexdigest()
 
 
@@ -240,7 +240,7 @@ def measure(job: Job, encoder: Encoder) -> Part:
             )
     lengths = _probe_all({clip.sound for _, ex in kept for clip in ex.audio()}, encoder)
     tasks = sorted({example.task for _, example in kept})
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[int | float, ...]] = []
     states = States()
     for item, example in kept:
         place = f"{job.file.name} {form.noun} {item.line}"
@@ -405,7 +405,7 @@ def save_part(path: Path, part: Part) -> None:
     write_whole(path, lambda stream: np.savez(stream, rows=part.rows, meta=content, clips=clips))
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file that is there whole or not at all, whoever else writes it at the same time.
 
     Raises UserError where the folder cannot be written or the disk is full.

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class IndexedFile(NamedTuple):
 class Repeats(NamedTuple):
     """Records whose id another record has too: how many, and the first two that share one."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides that of tuples
     rows: tuple[int, int]
 
 
@@ -141,7 +141,7 @@ class Index:
             )
         return patience.known(lambda: cls(folder), folder)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _opened, (str(self.folder), self._naming)
 
     def called(self, naming: Naming | None) -> Index:
@@ -220,7 +220,7 @@ class Index:
         Raises UserError if a file has changed since it was indexed, or goes on being away.
         """
         rows = np.asarray(rows, np.int64)
-        picked = {
+        picked: dict[str, list[int]] = {
             name: self._columns[name][rows].tolist()
             for name in ("file", "offset", "size", "line", "crc", "again")
             if name in self._columns

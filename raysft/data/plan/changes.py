@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from raysft.data.sources.records import OpenFile, Place, fetch
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
+_Key = TypeVar("_Key")
 NAMED = 3
 """Files, examples or keys that a message names before it only counts."""
 
@@ -112,7 +113,7 @@ def overwritten(old: JsonObject, index: Index) -> list[str]:
     """Files that no longer hold the records that the old index reads from them."""
     now = {file.path: (number, file) for number, file in enumerate(index.files)}
     before = _index(old)
-    lost = []
+    lost: list[str] = []
     for number, file in enumerate(_files(old)):
         path = Path(file.path)
         try:
@@ -172,9 +173,11 @@ def _by_content(file: IndexedFile) -> tuple[str, str]:
     return Path(file.path).stem, file.digest
 
 
-def _numbered(files: list[IndexedFile], key: Any) -> dict[tuple[Any, int], int]:
+def _numbered(
+    files: list[IndexedFile], key: Callable[[IndexedFile], _Key]
+) -> dict[tuple[_Key, int], int]:
     """(key, how many times it was there before) -> number: a file may serve two sources."""
-    seen: Counter[Any] = Counter()
+    seen: Counter[_Key] = Counter()
     found = {}
     for number, file in enumerate(files):
         found[key(file), seen[key(file)]] = number
@@ -221,10 +224,10 @@ def _usable(
         if ids:
             count = ids.total()
             found.append(f"{count:,} {_plural('example', count)} {what}: {_first(sorted(ids))}")
-    if ids := _of_other_lengths(judged, before, index):
-        count = len(ids)
+    if others := _of_other_lengths(judged, before, index):
+        count = len(others)
         clips = f"clips of {count:,} {_plural('example', count)} have"
-        found.append(f"{clips} other lengths than when they were indexed: {_first(ids)}")
+        found.append(f"{clips} other lengths than when they were indexed: {_first(others)}")
     return found or [f"{where}: lengths are others than when they were indexed"]
 
 

@@ -174,8 +174,8 @@ class JoinedIndex:
         self.places = [(str(folder), int(examples), naming) for folder, examples, naming in places]
         self._bases = np.array(list(accumulate((n for _, n, _ in self.places), initial=0)))
         self._opened: dict[int, Index] = {}
-        self.tokens = _Column(self, "tokens")
-        self.seconds = _Column(self, "seconds")
+        self.tokens = Column(self, "tokens")
+        self.seconds = Column(self, "seconds")
 
     def __reduce__(self) -> tuple[type[JoinedIndex], tuple[Places]]:
         return JoinedIndex, (self.places,)
@@ -221,7 +221,7 @@ class JoinedIndex:
         return self._opened[number]
 
 
-class _Column:
+class Column:
     """A column over all indexes."""
 
     def __init__(self, owner: JoinedIndex, name: str) -> None:

@@ -26,9 +26,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -248,7 +248,7 @@ class Plan:
             if start.epoch > epoch:
                 break
         total.tokens = int(by_task.sum())
-        total.budget = total.micro_batches * self._data.tokens_per_batch
+        total.budget = total.micro_batches * self._data.budget
         total.tokens_by_task = {
             name: int(n) for name, n in zip(self._tasks, by_task, strict=True) if n
         }
@@ -280,7 +280,7 @@ class Plan:
         while True:
             epoch = max(epoch, min(stream.cycle for stream in streams))
             end = None if self._groups else epoch
-            taken = []
+            taken: list[np.ndarray] = []
             for stream, count in zip(streams, self._shares.at(step), strict=True):
                 taken += stream.take(count, end)
             taken += [np.zeros(0, np.int64)] * (lanes - len(taken))
@@ -315,7 +315,7 @@ class _Stream:
 
     def take(self, count: int, end: int | None) -> list[np.ndarray]:
         """The next `count` micro-batches; fewer where cycle number `end` ends before."""
-        taken = []
+        taken: list[np.ndarray] = []
         while len(taken) < count and (end is None or self.cycle <= end):
             taken.append(self._batches[self.place])
             self.place += 1
@@ -383,20 +383,24 @@ def _mixed(wanted: list[str], present: list[str]) -> str:
     return ", and ".join(said)
 
 
-_SHUFFLED = {plan_v1.ALGORITHM: plan_v1.Shuffled, ALGORITHM: Shuffled}
+_SHUFFLED: dict[int, Callable[[Blocks, Data, int], Windows]] = {
+    plan_v1.ALGORITHM: plan_v1.Shuffled,
+    ALGORITHM: Shuffled,
+}
 """By algorithm; order sequential is the same in all."""
 
+_Columns = tuple[np.ndarray, np.ndarray, Sequence[int], np.ndarray, Sequence[float]]
 ALGORITHMS = tuple(_SHUFFLED)
 
 
-def _windows(columns: tuple[Any, ...], data: Data, seed: int, algorithm: int) -> Windows:
+def _windows(columns: _Columns, data: Data, seed: int, algorithm: int) -> Windows:
     """The windows of an index; columns: the first five arguments of `Blocks`."""
     shuffled, source, weights = data.order == "shuffled", columns[3], columns[4]
     if shuffled and algorithm != plan_v1.ALGORITHM:
         starts = single(source, weights)
     else:
         starts = together(source, data.window, weights)
-    budget = data.tokens_per_batch
+    budget = data.budget
     blocks = Blocks(*columns, starts, budget=budget, seed=seed, shuffled=shuffled)
     return _SHUFFLED[algorithm](blocks, data, seed) if shuffled else InOrder(blocks, data)
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from raysft.data.plan.generations import Generations
 from raysft.data.plan.plan import PlannedStep
+from raysft.json_types import JsonObject
 
 SHOWN = 10  # findings
 
-Line = dict[str, Any]
+Line = JsonObject
 """A line of the ledger: epoch, step, lane, ids; of newer runs also quarantined, tensors, chain."""
 
 
@@ -131,7 +131,7 @@ def _compare(
         return
     left_out = list((Counter(planned) - Counter(trained)).elements())
     # Lines from before they said so themselves: whatever quarantine.jsonl names may be missing.
-    own = line.get("quarantined", [name for name in left_out if name in quarantined])
+    own: list[str] = line.get("quarantined", [name for name in left_out if name in quarantined])
     report.quarantined.update(own)
     if unnamed := [name for name in own if name not in quarantined]:
         report.add(f"{where}: quarantined, and quarantine.jsonl does not say why", unnamed)

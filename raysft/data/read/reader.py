@@ -20,6 +20,7 @@ from raysft.data.clips.stalled import ClipReader
 from raysft.data.encode import Encoder
 from raysft.data.example import Example, MicroBatch, Quarantined, Sequence
 from raysft.data.index.build import Index
+from raysft.data.plan.generations import Column, JoinedIndex
 from raysft.data.read import digest
 from raysft.errors import BadExample
 
@@ -51,7 +52,7 @@ class Reader:
     seed: of augmentation in training, drawn by (seed, epoch, step, lane, slot); None in evaluation.
     """
 
-    index: Index
+    index: Index | JoinedIndex
     encoder: Encoder
     budget: int
     seed: int | None
@@ -153,7 +154,7 @@ class Reader:
 
 
 def chunks(
-    works: Iterator[Work], seconds: np.ndarray, sizes: Iterable[int] = repeat(CHUNK)
+    works: Iterator[Work], seconds: np.ndarray | Column, sizes: Iterable[int] = repeat(CHUNK)
 ) -> Iterator[list[Work]]:
     """Join works until they hold about as much to do as `sizes` examples of `CLIP_S`, each in turn.
 

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,9 +31,10 @@ from ray.data.block import BlockMetadata
 from raysft import failures, patience, plugins
 from raysft.data.clips.stalled import MOST_STUCK, stuck
 from raysft.data.example import MicroBatch, Quarantined, Ragged
-from raysft.data.plan.generations import Places, open_index
+from raysft.data.plan.generations import Column, Places, open_index
 from raysft.data.read.reader import CHUNK, Reader, Work, chunks
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 
 FIRST_SPAN = 2  # chunks a CPU in the first span: of CHUNK, so that the first batches come early
 SPAN = 4  # chunks a CPU in later ones
@@ -49,7 +49,7 @@ class ReaderSpec:
     """
 
     index: Places
-    encoder: Any  # ObjectRef of the encoder
+    encoder: ray.ObjectRef  # of the encoder
     budget: int
     seed: int | None
     patience_s: float = patience.SECONDS
@@ -68,7 +68,7 @@ class ReaderSpec:
         return _READERS[key]
 
 
-_READERS: dict[Any, Reader] = {}
+_READERS: dict[tuple[object, ...], Reader] = {}
 
 
 class _Chunks(Datasource):
@@ -118,7 +118,7 @@ _FACTS = ("epoch", "step", "lane", "ids", "tasks", "seconds", "slots", "langs", 
 
 def to_table(batch: MicroBatch) -> pa.Table:
     """A micro-batch as a table of one row, without a copy of its arrays (nor any pickle)."""
-    facts: dict[str, Any] = {name: getattr(batch, name) for name in _FACTS}
+    facts: JsonObject = {name: getattr(batch, name) for name in _FACTS}
     facts["quarantined"] = [[q.id, q.source, q.path, q.reason, q.kind] for q in batch.quarantined]
     facts["shapes"] = {name: ragged.values.shape for name, ragged in batch.arrays.items()}
     columns: dict[str, pa.Array] = {"facts": pa.array([json.dumps(facts)])}
@@ -148,14 +148,14 @@ def from_table(table: pa.Table) -> MicroBatch:
         values, lengths, owners = (array(f"{name}/{field}") for field in _RAGGED)
         ragged[name] = Ragged(values.reshape(shape), lengths, owners)
     quarantined = [Quarantined(*each) for each in facts.pop("quarantined")]
-    own = {name: array(name) for name in _ARRAYS}
-    return MicroBatch(**facts, **own, arrays=ragged, quarantined=quarantined)
+    facts |= {name: array(name) for name in _ARRAYS}
+    return MicroBatch(**facts, arrays=ragged, quarantined=quarantined)
 
 
 class RayReader:
     """`read` as `Reader.read`, on `cpus` CPUs of the cluster."""
 
-    def __init__(self, spec: ReaderSpec, seconds: np.ndarray, cpus: float) -> None:
+    def __init__(self, spec: ReaderSpec, seconds: np.ndarray | Column, cpus: float) -> None:
         """seconds: the index's column, to make chunks of equal cost. Starts the task processes:
         they import what they need while the caller builds its model."""
         self.spec = spec
@@ -217,7 +217,7 @@ class _Span:
         self._batches = iter(
             dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         )
-        self._first: list[Any] = []
+        self._first: list[pa.Table | Exception | None] = []
         self._starter = threading.Thread(target=self._begin, daemon=True, name="span")
         self._starter.start()
 

@@ -153,7 +153,7 @@ def read(form: Format, item: Item, file: Path, task: str | None = None) -> Locat
     """One item as an example, or as the reason (naming file and line) why it is none."""
     try:
         if item.raw is None:
-            raise BadExample(item.error)
+            raise BadExample(item.error or "")
         example = form.parse(item.raw, file, item.line, task)
     except BadExample as error:
         reason = f"{file.name} {form.noun} {item.line}: {error}"

@@ -15,13 +15,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from raysft.data.example import Example
 from raysft.data.sources.json_errors import explain
 from raysft.data.sources.records import OpenFile, Place, byte_ranges
 from raysft.errors import BadExample
-from raysft.json_types import JsonObject
+from raysft.json_types import Json, JsonObject
 
 Split = Literal["train", "eval"]
 
@@ -188,7 +188,7 @@ def load_record(raw: bytes) -> JsonObject:
     return record
 
 
-def _once(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _once(pairs: list[tuple[str, Json]]) -> JsonObject:
     """An object; of a field that is given twice a parser would keep the last, in silence."""
     record = dict(pairs)
     if len(record) != len(pairs):

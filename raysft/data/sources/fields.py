@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import PurePath
-from typing import Any
 
 from raysft.errors import BadExample
 from raysft.json_types import JsonObject
@@ -112,7 +111,7 @@ def refuse_unread(record: JsonObject, read: frozenset[str], clip: str | None = N
             )
 
 
-def _wrong(name: str, value: Any, read: frozenset[str], clip: str | None) -> str:
+def _wrong(name: str, value: object, read: frozenset[str], clip: str | None) -> str:
     """What a field that is not read would make wrong; "" for metadata."""
     plain, kind = _kind(name)
     if (kind == "part" and _is_part(plain, value)) or _has_part(plain, value):
@@ -167,7 +166,7 @@ def refuse_placeholders(text: str, name: str) -> None:
         )
 
 
-def stated_seconds(duration: Any) -> float | None:
+def stated_seconds(duration: object) -> float | None:
     """What a record's `duration` says the clip lasts; None where it is no number of seconds."""
     if isinstance(duration, bool) or not isinstance(duration, int | float | str):
         return None
@@ -196,7 +195,7 @@ def check_duration(stated: float | None, seconds: float) -> None:
         )
 
 
-def _is_part(name: str, value: Any) -> bool:
+def _is_part(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return False
     if isinstance(value, str):
@@ -211,7 +210,7 @@ def _is_part(name: str, value: Any) -> bool:
     return value is not None
 
 
-def _has_part(name: str, value: Any) -> bool:
+def _has_part(name: str, value: object) -> bool:
     """Whether a part of a clip is said inside of a list or an object."""
     if not isinstance(value, list | dict):
         return False
@@ -232,7 +231,7 @@ def _has_part(name: str, value: Any) -> bool:
     return any(_has_part(plain, item) for plain, _, item in inside)
 
 
-def _is_figure(value: Any) -> bool:
+def _is_figure(value: object) -> bool:
     if isinstance(value, str):
         return _DIGIT.match(value.strip()) is not None
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -245,7 +244,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _is_channel(name: str, value: Any) -> bool:
+def _is_channel(name: str, value: object) -> bool:
     if isinstance(value, str):
         return _ONE_CHANNEL.fullmatch(value.strip()) is not None
     if isinstance(value, int | float):
@@ -253,7 +252,7 @@ def _is_channel(name: str, value: Any) -> bool:
     return True
 
 
-def _is_audio(name: str, value: Any, clip: str | None) -> bool:
+def _is_audio(name: str, value: object, clip: str | None) -> bool:
     named = _names_audio(name)
     if isinstance(value, str):
         found = named or _AUDIO_FILE.search(value.strip()) is not None
@@ -270,7 +269,7 @@ def _is_audio(name: str, value: Any, clip: str | None) -> bool:
     return False
 
 
-def _holds(value: Any, types: re.Pattern[str]) -> bool:
+def _holds(value: object, types: re.Pattern[str]) -> bool:
     """Whether there is an object inside that says to be of one of these types."""
     if isinstance(value, list):
         return any(_holds(item, types) for item in value)
@@ -288,6 +287,6 @@ def _same_clip(value: str, clip: str | None) -> bool:
     return clip is not None and PurePath(value).name == PurePath(clip).name
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -75,7 +75,7 @@ class _Scanner:
     def peek(self) -> bytes:
         """The next byte that is not white space, not consumed; b"" at the end."""
         while True:
-            self.at = _SPACE.match(self.buffer, self.at).end()
+            self.at = _SPACE.match(self.buffer, self.at).end()  # type: ignore[union-attr]  # of none too
             if self.at < len(self.buffer):
                 return self.buffer[self.at : self.at + 1]
             if not self.more():

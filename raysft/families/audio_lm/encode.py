@@ -45,6 +45,8 @@ class AudioLMEncoder(Encoder):
     made from a config. max_frames: what the model reads at most, and what clips are padded to.
     """
 
+    sample_rate: int
+
     def __init__(self, model: Model, data: Data, kept: str | None = None) -> None:
         """kept: the chat template of a run that has begun. Raises UserError for models, templates
         and feature settings that cannot be used."""
@@ -74,10 +76,12 @@ class AudioLMEncoder(Encoder):
                 f"expects {config.audio_token_id} (audio_token_index): leave model.tokenizer out"
             )
         own = None if kept or data.template == "plain" else _own_template(model, tokenizer)
-        clip = {"hole": names[1], "markup": "".join(names)}
-        self.template = Template(tokenizer, data, names, **clip, own=own, kept=kept)
+        markup = "".join(names)
+        self.template = Template(
+            tokenizer, data, names, hole=names[1], markup=markup, own=own, kept=kept
+        )
         tokenizer.chat_template = self.template.source
-        settings: list[Any] = [VERSION, "audio_lm", self.template.fingerprint, self.max_frames]
+        settings: list[object] = [VERSION, "audio_lm", self.template.fingerprint, self.max_frames]
         settings += [repr(self.front_end), data.features, names]
         self.fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -111,6 +115,7 @@ class AudioLMEncoder(Encoder):
         self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
     ) -> Encoded:
         """The audio tokens, and the clip's frames: float32 [frames + front_end.tail, mels]."""
+        assert clip is not None  # units were refused
         features = self.front_end(clip)
         count = audio_tokens(self.front_end.frames(len(clip)))
         ids = np.full(count, self.audio_token_id, np.int32)

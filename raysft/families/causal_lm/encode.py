@@ -89,9 +89,9 @@ class CausalLMEncoder(Encoder):
             )
         units = self.speech_tokens.units_count(samples)
         if units == 0:
+            seconds = samples / self.speech_tokens.sample_rate
             raise BadExample(
-                f"its clip of {samples / self.sample_rate:.3f} s is shorter than one speech unit",
-                "too short",
+                f"its clip of {seconds:.3f} s is shorter than one speech unit", "too short"
             )
         return units
 
@@ -100,6 +100,7 @@ class CausalLMEncoder(Encoder):
     ) -> Encoded:
         """Unit tokens; with `rng`, a share data.unit_noise of them is drawn at random."""
         if isinstance(part, Audio):
+            assert self.speech_tokens is not None and clip is not None  # its length was asked for
             units = self.speech_tokens.encode(clip)
         else:
             units = np.array(part.ids, np.int64)
