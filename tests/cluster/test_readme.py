@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from tests.support.documents import Block, blocks
 SHORT = ["train.max_steps=6", "evaluate.every=0", "evaluate.max_new_tokens=2"]
 SAME_RUN = ("README.md", "docs/evaluation.md", "docs/failures.md")  # they go on with one run
 TUTORIAL = "docs/tutorial.md"
+(EXAMPLE,) = documents.EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("joined")
 
@@ -102,7 +104,16 @@ def test_the_tutorial_runs_from_clips_to_a_folder_for_others(here: Path) -> None
     assert (here / "exported" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_the_commands_of_the_example_run_as_written(tmp_path: Path) -> None:
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    example = Path("examples") / "spoken_digits"  # into which units are written
+    shutil.copytree(ROOT / example, tmp_path / example, ignore=shutil.ignore_patterns("units"))
+    for block, line in commands(blocks(EXAMPLE, "sh")):
+        do(block, line, tmp_path)
+
+
 def test_every_command_of_a_page_is_run_by_a_test_here() -> None:
-    covered = {*SAME_RUN, "docs/strategies.md", TUTORIAL}
+    covered = {*SAME_RUN, "docs/strategies.md", TUTORIAL, EXAMPLE}
     for page in documents.pages():
         assert page in covered or not blocks(page, "sh"), f"no test runs the commands of {page}"
