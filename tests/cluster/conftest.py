@@ -84,18 +84,25 @@ with ray_session() as session:
 def ray_address() -> Iterator[str]:
     """The address of a Ray held open by another process, for every job of these tests."""
     token = secrets.token_hex(16)  # every Ray of ours asks for one
-    holder = subprocess.Popen(
-        [PYTHON, "-c", HOLD],
-        env={**without_ray_settings(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdin is not None and holder.stdout is not None
+    env = {**without_ray_settings(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    for _ in range(3):  # a machine with much else to do may take longer than Ray waits
+        holder = subprocess.Popen(
+            [PYTHON, "-c", HOLD],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert holder.stdin is not None and holder.stdout is not None
+        if address := holder.stdout.readline().strip():
+            break
+        holder.wait()
+    else:
+        pytest.fail("no Ray came up")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", token)
-        yield holder.stdout.readline().strip()
+        yield address
     holder.stdin.close()
     holder.wait(timeout=60)
 
