@@ -1,0 +1,56 @@
+"""A format: JSON lines of {"said": TEXT, "units": [NUMBER, ...]}, speech as units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from raysft.data.example import Example, Units
+from raysft.data.sources import json_lines, register
+from raysft.data.sources.base import (
+    Chunk,
+    Format,
+    Item,
+    Split,
+    Survey,
+    id_field,
+    load_record,
+    text_field,
+)
+from raysft.errors import BadExample
+
+
+class MyLines(Format):
+    """The format `my_lines`."""
+
+    name = "my_lines"
+    describe = "JSON lines with said, units"
+    noun = "line"
+
+    def sniff(self, path: Path) -> bool:
+        """By the name of a field."""
+        return path.is_file() and b'"said"' in json_lines.head(path)
+
+    def files(self, path: Path, split: Split) -> list[Path]:
+        """The file itself."""
+        return [path]
+
+    def survey(self, file: Path) -> Survey:
+        """As all JSON lines."""
+        return json_lines.survey(file)
+
+    def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
+        """As all JSON lines."""
+        return json_lines.items(file, chunk)
+
+    def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
+        """The example of one line."""
+        record = load_record(raw)
+        text, units = text_field(record, "said"), record.get("units")
+        if not isinstance(units, list) or not all(isinstance(unit, int) for unit in units):
+            raise BadExample("field 'units' is no list of numbers")
+        name = id_field(record, file, line)
+        return Example(name, task or "asr", (Units(tuple(units)),), (text,), text=text)
+
+
+register(MyLines())
