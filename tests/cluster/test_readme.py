@@ -113,6 +113,14 @@ def test_the_commands_of_the_example_run_as_written(tmp_path: Path) -> None:
         do(block, line, tmp_path)
 
 
+@pytest.mark.slow
+def test_the_library_does_what_its_page_shows(here: Path) -> None:
+    (snippet,) = blocks("docs/library.md", "python")
+    done = run("-c", snippet.text, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6" in done.stdout and (here / "exported" / "model.safetensors").is_file()
+
+
 def test_every_command_of_a_page_is_run_by_a_test_here() -> None:
     covered = {*SAME_RUN, "docs/strategies.md", TUTORIAL, EXAMPLE}
     for page in documents.pages():

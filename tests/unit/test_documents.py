@@ -88,7 +88,7 @@ for where, text in json.load(sys.stdin):
     exec(compile(text, where, "exec"), {"__name__": "page"})
 """
 HERE = ("CONTRIBUTING.md", "docs/extending.md")  # in one process: their names differ
-TUTORIAL = "docs/tutorial.md"
+TUTORIAL, LIBRARY = "docs/tutorial.md", "docs/library.md"
 
 
 def test_modules_and_snippets_run(tmp_path: Path) -> None:
@@ -128,7 +128,13 @@ def test_the_tutorial_makes_data_that_its_config_reads(tmp_path: Path) -> None:
 
 
 def test_all_python_is_run_by_a_test() -> None:
-    run = {*HERE, TUTORIAL, "README.md", "docs/evaluation.md"}  # the last three: test_readme
+    run = {
+        *HERE,
+        TUTORIAL,
+        "README.md",
+        "docs/evaluation.md",
+        LIBRARY,
+    }  # the last four: test_readme
     for page in pages():
         assert page in run or not blocks(page, "python"), page
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from raysft.config import families, load_config, losses, strategies
 from raysft.config.resume import rule_of
 from raysft.config.schema import Source
 from raysft.data import sources
-from raysft.data.index.build import build_index
 from raysft.data.index.fan_out import fan_out
 from raysft.driver.preflight import check_export
 from raysft.driver.session import _brought
@@ -32,6 +30,7 @@ from raysft.run.lines import read_lines
 from raysft.scorers import scorers
 from raysft.train.loop import train
 from tests.conftest import tone
+from tests.support import known
 from tests.support.models import AUDIO, CAUSAL
 from tests.support.outside_formats import write_rows
 from tests.support.worlds import ROOT, start, tiny
@@ -104,7 +103,7 @@ def test_modules_where_the_command_runs_add_names(
         ("taken", r"taken: there is a family audio_lm already: give this one another name$"),
         (
             "inner",
-            r"there is no module inner; .*, but HERE/sub/inner\.py is there: run it in HERE/",
+            r"there is no module inner; .*, but HERE/sub/inner\.py is there: run it in ",
         ),
     ],
 )
@@ -156,19 +155,18 @@ def test_rows_of_parquet_train_an_audio_model_of_somebodys_own(
     assert read_config(job.folder).plugins == ["my_parquet", "my_audio_model"]
 
 
-def _known(job: object, shared: object) -> list[str]:
-    return [name for name in sources.formats() if name.startswith("my_")]
-
-
 def test_processes_that_make_an_index_load_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(PLUGINS)
     plugins.load(["my_lines"])
-    assert fan_out(_known, [1, 2], [1, 1], None, workers=2) == [["my_lines"]] * 2
-    (tmp_path / "a.jsonl").write_text(json.dumps({"said": "text", "units": "none"}) + "\n")
-    with pytest.raises(UserError, match="field 'units' is no list of numbers"):
-        build_index([Source(path=str(tmp_path / "a.jsonl"))], "train", None, tmp_path / "index")
+    assert fan_out(known.formats, [1, 2], [1, 1], None, workers=2) == [["my_lines"]] * 2
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"said": "one", "units": [1]}\n{"said": "two", "units": "none"}\n')
+    found = sources.resolve(Source(path=str(path)), "train")
+    good, bad = sources.scan(found, path)
+    assert good.example is not None and good.example.output == ("one",)
+    assert bad.error == "a.jsonl line 2: field 'units' is no list of numbers"
 
 
 def test_a_run_whose_plugin_is_gone_says_so(tmp_path: Path) -> None:
