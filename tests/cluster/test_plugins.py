@@ -26,8 +26,9 @@ def raysft(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=PLUGINS, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.parametrize("budget", [80, pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_run_of_nothing_but_plugins_trains_evaluates_audits_and_exports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    budget: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     corpus = tmp_path / "corpus.jsonl"
@@ -40,14 +41,14 @@ def test_a_run_of_nothing_but_plugins_trains_evaluates_audits_and_exports(
             "train": [str(corpus)],
             "eval": [{"path": str(corpus), "name": "dev"}],
             "lanes": 2,
-            "tokens_per_batch": "auto",
+            "tokens_per_batch": budget,
         },
         "model": {**CAUSAL, "family": "my_family", "speech_units": 20},
         "parallel": {"strategy": "my_strategy", "memory_gb": 3},
         "train": {"max_steps": 2, "losses": {"doubt": 0.1}},
         "log": {"every": 1, "tensorboard": False},
         "checkpoint": {"best": "exact/dev"},
-        "evaluate": {"max_new_tokens": 2, "max_examples": 4},
+        "evaluate": {"every": 1, "max_new_tokens": 2, "max_examples": 4},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
     done = raysft("sft", tmp_path / "mine.yaml")
