@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,7 +35,7 @@ def test_a_run_of_nothing_but_plugins_trains_evaluates_audits_and_exports(
     corpus = tmp_path / "corpus.jsonl"
     records = [{"said": f"text {n}", "units": [n % 20] * (1 + n % 7)} for n in range(40)]
     corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
-    tree = {
+    tree: dict[str, Any] = {
         "plugins": ["my_lines", "my_family", "my_strategy", "my_loss", "my_metric"],
         "run": {"name": "run", "storage_path": str(tmp_path)},
         "data": {
@@ -44,12 +45,14 @@ def test_a_run_of_nothing_but_plugins_trains_evaluates_audits_and_exports(
             "tokens_per_batch": budget,
         },
         "model": {**CAUSAL, "family": "my_family", "speech_units": 20},
-        "parallel": {"strategy": "my_strategy", "memory_gb": 3},
+        "parallel": {"strategy": "my_strategy"},
         "train": {"max_steps": 2, "losses": {"doubt": 0.1}},
         "log": {"every": 1, "tensorboard": False},
         "checkpoint": {"best": "exact/dev"},
         "evaluate": {"every": 1, "max_new_tokens": 2, "max_examples": 4},
     }
+    if budget == "auto":
+        tree["parallel"]["memory_gb"] = 3
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
     done = raysft("sft", tmp_path / "mine.yaml")
     assert done.returncode == 0, done.stderr + done.stdout
