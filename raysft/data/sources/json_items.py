@@ -29,7 +29,7 @@ from raysft.data.sources.base import (
 from raysft.errors import UserError
 
 CHUNK_ITEMS = 4096
-_BLOCK = 1 << 20
+BLOCK = 1 << 20
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _MARK = re.compile(rb'["{}\[\]]')
 _CLOSES = {b"{": b"}", b"[": b"]"}
@@ -57,7 +57,7 @@ class _Scanner:
     def more(self) -> bool:
         """Drop what was consumed and read on (ever larger blocks, so that a retry is cheap)."""
         kept = self.buffer[self.at :]
-        want = max(_BLOCK, len(kept))
+        want = max(BLOCK, len(kept))
         if self.stop is not None:
             want = min(want, self.stop - self.base - len(self.buffer))
         block = self.stream.read(want)

@@ -338,7 +338,7 @@ def test_scanning_agrees_with_a_json_parser_at_every_buffer_and_chunk_size(
         shape(items), ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1])
     )
     file = write(tmp_path / "a.json", content)
-    monkeypatch.setattr(json_items, "_BLOCK", rng.choice([1, 2, 3, 17, 100]))
+    monkeypatch.setattr(json_items, "BLOCK", rng.choice([1, 2, 3, 17, 100]))
     found = list(json_items.items(file))
     assert [json.loads(item.raw) for item in found] == items
     raw = file.read_bytes()
@@ -350,7 +350,7 @@ def test_scanning_agrees_with_a_json_parser_at_every_buffer_and_chunk_size(
 
 
 def test_one_object_larger_than_the_buffer_is_one_item(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_items, "_BLOCK", 64)
+    monkeypatch.setattr(json_items, "BLOCK", 64)
     item = {**MOST, "input": "[Hu1]" * 5000}
     file = write(tmp_path / "a.json", json.dumps(item))
     (chunk,) = json_items.survey(file).chunks
