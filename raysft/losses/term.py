@@ -72,10 +72,7 @@ class Sums:
         values = self.values.cpu()
         means = values[:, 0] / values[:, 1].clamp(min=1)
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        if len(self.names) == 1 and self.weights == (1.0,):
-            totals = means[0].tolist()  # the bits of a plain mean
-        else:
-            totals = (weights.unsqueeze(1) * means).sum(0).tolist()
+        totals = (weights.unsqueeze(1) * means).sum(0).tolist()  # of one term: its very bits
         found = {"loss": totals[0]}
         there = (values[:, 1] > 0).any(0).tolist()
         for column, task in enumerate(tasks, start=1):

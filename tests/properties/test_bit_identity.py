@@ -7,7 +7,6 @@ gives the same sum, of three it does not.
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 from pathlib import Path
@@ -39,13 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def write(folder: Path, name: str, strategy: str, *changes: dict[str, Any]) -> Path:
     """The config file of a run. changes: section -> keys."""
-    corpus = folder / "units.json"
-    if not corpus.exists():
-        items = [
-            {"id": f"u{i}", "input": f"[Hu{i % 20}]" * (1 + i % 7), "output": f"text {i}"}
-            for i in range(60)
-        ]
-        corpus.write_text(json.dumps(items))
+    corpus = worlds.units(folder)
     tree: dict[str, dict[str, Any]] = {
         "run": {"name": name, "storage_path": str(folder / "runs"), "seed": 3},
         # Five lanes: with 2, 3 and 4 workers some have a turn of weight zero.

@@ -145,27 +145,14 @@ def write_rows(path: Path, rows: list[tuple[str, str, bytes]], group: int = 4) -
     return path
 
 
-class _Lines(Format):
+class _Lines(json_lines.JsonLines):
     """What a format of JSON lines has to say itself is how it is called, and what a line is."""
 
-    noun = "line"
     field = ""
 
     def sniff(self, path: Path) -> bool:
         """By the name of a field."""
         return path.is_file() and f'"{self.field}"'.encode() in json_lines.head(path)
-
-    def files(self, path: Path, split: Split) -> list[Path]:
-        """The file itself."""
-        return [path]
-
-    def survey(self, file: Path) -> Survey:
-        """Of lines."""
-        return json_lines.survey(file)
-
-    def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
-        """The lines."""
-        return json_lines.items(file, chunk)
 
 
 class Segments(_Lines):

@@ -70,11 +70,8 @@ def die_at(operation: int) -> None:
         setattr(os, name, watched(getattr(os, name)))
 
 
-def tiny(folder: Path, name: str = "run", **changes: Any) -> Config:
-    """tiny(folder, section__key=value, ...): a language model over 60 items of units; a step takes
-    milliseconds and is saved."""
-    from raysft.config import Config
-
+def units(folder: Path) -> Path:
+    """A file of 60 items of units below `folder`, made once."""
     corpus = folder / "units.json"
     if not corpus.exists():
         items = [
@@ -82,6 +79,15 @@ def tiny(folder: Path, name: str = "run", **changes: Any) -> Config:
             for i in range(60)
         ]
         corpus.write_text(json.dumps(items))
+    return corpus
+
+
+def tiny(folder: Path, name: str = "run", **changes: Any) -> Config:
+    """tiny(folder, section__key=value, ...): a language model over 60 items of units; a step takes
+    milliseconds and is saved."""
+    from raysft.config import Config
+
+    corpus = units(folder)
     tree: dict[str, dict[str, Any]] = {
         "run": {"name": name, "storage_path": str(folder / "runs"), "seed": 1},
         "data": {

@@ -16,11 +16,31 @@ from raysft.data.sources.base import (
     ITEM_TAIL,
     MAX_ITEM_BYTES,
     Chunk,
+    Format,
     Item,
+    Split,
     Survey,
     chunk_digest,
     ends_chunk,
 )
+
+
+class JsonLines(Format):
+    """What formats whose items are lines have in common: a source is one file."""
+
+    noun = "line"
+
+    def files(self, path: Path, split: Split) -> list[Path]:
+        """The file itself."""
+        return [path]
+
+    def survey(self, file: Path) -> Survey:
+        """Hash and chunks, cut between lines."""
+        return survey(file)
+
+    def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
+        """The lines that are not blank."""
+        return items(file, chunk)
 
 
 def survey(file: Path, chunk_bytes: int = CHUNK_BYTES) -> Survey:

@@ -12,23 +12,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from raysft import paths
 from raysft.data.example import Audio, Example
 from raysft.data.sources import json_lines
-from raysft.data.sources.base import (
-    Chunk,
-    Format,
-    Item,
-    Split,
-    Survey,
-    id_field,
-    kind,
-    load_record,
-    text_field,
-)
+from raysft.data.sources.base import Split, id_field, kind, load_record, text_field
 from raysft.data.sources.fields import refuse_unread, stated_seconds
 from raysft.errors import BadExample, UserError
 
@@ -36,12 +25,11 @@ TASKS = ("asr", "tts")
 READ = frozenset(["task_type", "wav_path", "text", "lang", "id"])
 
 
-class MingJsonl(Format):
+class MingJsonl(json_lines.JsonLines):
     """The format `ming_jsonl`."""
 
     name = "ming_jsonl"
     describe = "JSON lines with task_type (asr or tts; or the entry's task says it), wav_path, text"
-    noun = "line"
 
     def sniff(self, path: Path) -> bool:
         """Whether one of the first lines is an object with task_type or wav_path.
@@ -71,14 +59,6 @@ class MingJsonl(Format):
                 f"entry (found: {', '.join(names) or 'no .jsonl file'})"
             )
         return [path]
-
-    def survey(self, file: Path) -> Survey:
-        """Hash and chunks, cut between lines."""
-        return json_lines.survey(file)
-
-    def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
-        """The lines that are not blank."""
-        return json_lines.items(file, chunk)
 
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example of one line. Raises BadExample naming what is wrong with it."""

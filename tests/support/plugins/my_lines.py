@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from raysft.data.example import Example, Units
 from raysft.data.sources import json_lines, register
-from raysft.data.sources.base import (
-    Chunk,
-    Format,
-    Item,
-    Split,
-    Survey,
-    id_field,
-    load_record,
-    text_field,
-)
+from raysft.data.sources.base import id_field, load_record, text_field
 from raysft.errors import BadExample
 
 
-class MyLines(Format):
+class MyLines(json_lines.JsonLines):
     """The format `my_lines`."""
 
     name = "my_lines"
     describe = "JSON lines with said, units"
-    noun = "line"
 
     def sniff(self, path: Path) -> bool:
         """By the name of a field."""
         return path.is_file() and b'"said"' in json_lines.head(path)
-
-    def files(self, path: Path, split: Split) -> list[Path]:
-        """The file itself."""
-        return [path]
-
-    def survey(self, file: Path) -> Survey:
-        """As all JSON lines."""
-        return json_lines.survey(file)
-
-    def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
-        """As all JSON lines."""
-        return json_lines.items(file, chunk)
 
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example of one line."""

@@ -27,24 +27,12 @@ from tests.support.indexes import (
     Encoder,
     asr,
     build,
-    chunked_small,
     clip,
     contents,
     corpus,
     jsonl,
     most,
-    recorded_probes,
 )
-
-
-@pytest.fixture
-def probes(monkeypatch):
-    return recorded_probes(monkeypatch)
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    chunked_small(monkeypatch)
 
 
 def test_lengths_come_from_headers_of_any_format_rate_and_channel_count(tmp_path):

@@ -15,22 +15,10 @@ from tests.support.indexes import (
     aged,
     asr,
     build,
-    chunked_small,
     clip,
     contents,
     jsonl,
-    recorded_probes,
 )
-
-
-@pytest.fixture
-def probes(monkeypatch):
-    return recorded_probes(monkeypatch)
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    chunked_small(monkeypatch)
 
 
 def fresh(tmp_path, *files):

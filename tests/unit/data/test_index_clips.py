@@ -14,22 +14,10 @@ from tests.support.indexes import (
     aged,
     asr,
     build,
-    chunked_small,
     clip,
     contents,
     jsonl,
-    recorded_probes,
 )
-
-
-@pytest.fixture
-def probes(monkeypatch):
-    return recorded_probes(monkeypatch)
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    chunked_small(monkeypatch)
 
 
 def test_clips_replaced_in_place_are_measured_again_and_no_others(tmp_path, probes, caplog):

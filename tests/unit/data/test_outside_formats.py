@@ -140,15 +140,20 @@ def test_a_name_of_a_format_is_given_once() -> None:
             sources.register(form)
 
 
+def as_files(folder: Path, clips: list[tuple[str, str, bytes]]) -> list[dict[str, Any]]:
+    """Lines of ming_jsonl about the files below clips/ that hold what rows hold."""
+    names = [entry.name for entry in sorted((folder / "clips").iterdir(), key=_number)]
+    return [
+        {"id": name, "task_type": "asr", "wav_path": f"clips/{file}", "text": text}
+        for (name, text, _), file in zip(clips, names, strict=True)
+    ]
+
+
 @pytest.mark.usefixtures("registered")
 def test_rows_are_read_as_files_of_the_same_clips_are(tmp_path: Path) -> None:
     clips = rows(tmp_path / "clips")
     path = write_rows(tmp_path / "rows.parquet", clips)
-    names = [entry.name for entry in sorted((tmp_path / "clips").iterdir(), key=_number)]
-    records = [
-        {"id": name, "task_type": "asr", "wav_path": f"clips/{file}", "text": text}
-        for (name, text, _), file in zip(clips, names, strict=True)
-    ]
+    records = as_files(tmp_path, clips)
     ours = indexed(path, tmp_path / "ours")
     theirs = indexed(lines(tmp_path / "rows.jsonl", records), tmp_path / "theirs")
     for column in ("tokens", "seconds", "task"):
@@ -162,11 +167,7 @@ def test_rows_are_read_as_files_of_the_same_clips_are(tmp_path: Path) -> None:
 def test_a_run_over_rows_trains_as_one_over_files(tmp_path: Path) -> None:
     clips = rows(tmp_path / "clips")
     path = write_rows(tmp_path / "rows.parquet", clips)
-    names = [entry.name for entry in sorted((tmp_path / "clips").iterdir(), key=_number)]
-    records = [
-        {"id": name, "task_type": "asr", "wav_path": f"clips/{file}", "text": text}
-        for (name, text, _), file in zip(clips, names, strict=True)
-    ]
+    records = as_files(tmp_path, clips)
     losses, ledger, _ = trained(tmp_path, path)
     assert len(losses) == 6 and len({name for ids in ledger for name in ids}) == ROWS
     manifest = lines(tmp_path / "files.jsonl", records)
