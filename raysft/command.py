@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 
 from raysft import paths
-from raysft.cli import ProgressLine, guarded, parse
+from raysft.cli import Arguments, ProgressLine, guarded, parse
 from raysft.errors import UserError
 
 SFT = """Train, or continue the run if its folder exists.
 
-{command} CONFIG.yaml [key=value ...] [--dry-run] [--debug]
+{command} CONFIG.yaml [key=value ...] [--dry-run [--show N]] [--debug]
+
+--dry-run: say what it would do, and train nothing. With --show N also the first N examples as the
+model reads them, supervised tokens in green (or, not on a terminal, between white brackets).
 """
 
 EVALUATE = """\
@@ -53,7 +57,8 @@ USAGE = """usage: raysft COMMAND ... (raysft COMMAND --help says more)
 def sft(argv: Sequence[str], command: str = "raysft sft") -> None:
     """Train, or say what a run would do. Everything that can be found wrong is, before Ray
     starts."""
-    arguments = parse(argv, SFT.format(command=command), positional=1, flags=["dry-run"])
+    arguments = parse(argv, SFT.format(command=command), positional=1, flags=["dry-run", "show="])
+    shown = _count(arguments)
 
     from raysft import library
 
@@ -61,9 +66,21 @@ def sft(argv: Sequence[str], command: str = "raysft sft") -> None:
     show = ProgressLine()
     show.say(f"{arguments.positional[0]}: checking config, sources and model")
     if "dry-run" in arguments.flags:
-        print(library.dry_run(config, show))
+        print(library.dry_run(config, show, show=shown, colours=sys.stdout.isatty()))
     else:
         print(library.train(config, show).describe())
+
+
+def _count(arguments: Arguments) -> int:
+    """What --show says; 0 where it is not given. Raises UserError."""
+    given = arguments.flags.get("show")
+    if given is None:
+        return 0
+    if "dry-run" not in arguments.flags:
+        raise UserError("--show: goes with --dry-run: add it, or leave --show out")
+    if not str(given).isdecimal() or not int(given):
+        raise UserError(f"--show: expected how many examples, found {given!r}")
+    return int(given)
 
 
 def evaluate(argv: Sequence[str], command: str = "raysft evaluate") -> None:

@@ -50,10 +50,13 @@ def train(config: Config, progress: Progress = _silent) -> Outcome:
         return launch.run(config, progress)
 
 
-def dry_run(config: Config, progress: Progress = _silent) -> str:
+def dry_run(
+    config: Config, progress: Progress = _silent, *, show: int = 0, colours: bool = False
+) -> str:
     """What `train` would do, as text: steps, padding, tokens by task, memory. Writes no run.
 
-    Raises UserError.
+    show: so many examples as the model reads them, what is supervised in green (colours) or between
+    white square brackets. Raises UserError.
     """
     from raysft.driver import preflight
 
@@ -64,7 +67,7 @@ def dry_run(config: Config, progress: Progress = _silent) -> str:
 
     progress({"doing": destination()})
     with ray_session():
-        return launch.dry_run(checked, progress)
+        return launch.dry_run(checked, progress, show, colours)
 
 
 def evaluate(

@@ -157,6 +157,11 @@ class Data(Section):
         description="chat: the chat template of tokenizer or processor; plain: instruction, input "
         "and answer on lines of their own; auto: chat where there is one",
     )
+    supervise: Fixed[Literal["all", "last"]] = Field(
+        "all",
+        description="turns of the assistant that are learnt in a conversation: all of them, or the "
+        "last; a message's own `loss: true` or `false` goes first",
+    )
     speech_tokens: Fixed[SpeechTokens | None] = Field(
         None, description="turns audio into units for causal_lm (none: audio sources need audio_lm)"
     )

@@ -59,13 +59,45 @@ class Units:
 Part = str | Audio | Units
 _Value = TypeVar("_Value")
 
+ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A message of a conversation.
+
+    role: as chat templates have it: system, user, assistant, tool. content: in order. learnt: of
+    the assistant's, whether the model is to learn it; None: as `data.supervise` says. calls: of
+    tools, as the JSON of a list that chat templates are given as the message's `tool_calls`; "":
+    none.
+    """
+
+    role: str
+    content: tuple[Part, ...]
+    learnt: bool | None = None
+    calls: str = ""
+
+    @property
+    def texts(self) -> list[str]:
+        """Its texts alone."""
+        return [part for part in self.content if isinstance(part, str)]
+
+    @property
+    def text(self) -> str:
+        """Its texts, joined."""
+        return "".join(self.texts)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training item: what is asked (`instruction`, `input`) and what is to be answered.
+    """One training item: a conversation, or its short form: what is asked (`instruction`, `input`)
+    and what is to be answered (`output`).
 
+    `turns` are the whole conversation; where there are any, the short form is empty. `tools`: that
+    it may use, as the JSON of a list that chat templates are given; "": none.
     `instruction` is None where the source has none: `data.prompts` then supplies it by task.
-    `text` is the plain transcript, the reference WER is computed against (None: no transcript).
+    `text` is what an answer is held against in evaluation: the plain transcript, of a conversation
+    the last turn that is learnt (None: there is nothing to hold it against).
     `variants` are what it may be instead (another rated dimension, another rater): at each step of
     training one is drawn, itself as likely as each of them, under its own id, task, lang and text.
     It is measured at its longest, and evaluation takes itself. They have none of their own.
@@ -79,10 +111,17 @@ class Example:
     lang: str | None = None
     text: str | None = None
     variants: tuple[Example, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    tools: str = ""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that is said in it, in order, but for the instruction."""
+        return (*self.input, *self.output, *(part for turn in self.turns for part in turn.content))
 
     def audio(self) -> list[Audio]:
         """The clips this example needs, input before output; then those that only variants do."""
-        found = [part for part in (*self.input, *self.output) if isinstance(part, Audio)]
+        found = [part for part in self.parts if isinstance(part, Audio)]
         for variant in self.variants:
             found += [clip for clip in variant.audio() if clip not in found]
         return found

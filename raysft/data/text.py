@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -25,7 +26,8 @@ import numpy as np
 from raysft.config.schema import Data
 from raysft.data import remote_code
 from raysft.data.chat import Chat, Frame, control_tokens, freeze, is_plain, plain_template
-from raysft.data.example import Audio, Example, Part, Units
+from raysft.data.conversation import Conversations, Shown, last_learnt
+from raysft.data.example import ASSISTANT, Audio, Example, Part, Units
 from raysft.data.tokenizer import (
     add_units,
     byte_tokenizer,
@@ -38,7 +40,7 @@ from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 __all__ = [
@@ -69,15 +71,31 @@ _backends: dict[str, Tokenizer] = {}
 class Rendered:
     """An example as the model reads it: text as int32 ids, audio and units still as they are.
 
-    `prompt` is what is given, `answer` what is learnt, its end token included.
+    learnt: for each segment whether the model is to learn it; of an answer the end token too.
     """
 
-    prompt: list[Segment]
-    answer: list[Segment]
+    segments: list[Segment]
+    learnt: list[bool]
+
+    @classmethod
+    def of(cls, prompt: list[Segment], answer: list[Segment]) -> Rendered:
+        """What is given, and behind it what is learnt."""
+        return cls([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+
+    @property
+    def prompt(self) -> list[Segment]:
+        """What is given, all of it."""
+        return [s for s, learnt in zip(self.segments, self.learnt, strict=True) if not learnt]
+
+    @property
+    def answer(self) -> list[Segment]:
+        """What is learnt, all of it."""
+        return [s for s, learnt in zip(self.segments, self.learnt, strict=True) if learnt]
 
 
 class Template:
-    """Makes examples dialogues of one turn, as a chat template writes them.
+    """Makes examples dialogues, as a chat template writes them: of one turn here, of several in
+    `conversation`.
 
     The template is the model's own (`data.template: chat`), or the plain form written as one
     (`chat.plain_template`): `instruction NEWLINE input NEWLINE answer END`, behind a begin token
@@ -112,7 +130,7 @@ class Template:
         """
         self._tokenizer: PreTrainedTokenizerFast | bytes = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
-        self._prompts = dict(data.prompts)
+        self._prompts, self._supervise = dict(data.prompts), data.supervise
         self._hole, self._markup = hole or "", markup or hole or ""
         self._hole_id: int | None = tokenizer.convert_tokens_to_ids(hole) if hole else None
         if own is None and data.template != "plain":
@@ -134,15 +152,23 @@ class Template:
         }
         self.remark = chat.remark
         self._end = chat.end
+        self._conversations = Conversations(
+            self.source,
+            dict(tokenizer.special_tokens_map),
+            self._parts,
+            self._markup,
+            self._hole,
+            chat.end,
+        )
         self.end_id: int = tokenizer.convert_tokens_to_ids(chat.end)
         first = self._frames[("text",)]
         self._before = first.pieces[0]
         # A processor lets its tokenizer put a begin token where the template wrote none.
         begin = _begin(tokenizer) if markup else ""
         self._begin = "" if self._before.startswith(begin) else begin
-        self._control, self._steering = self._guards(
-            [own, self.source], {chat.end, *reserved}, units
-        )
+        named = {chat.end, *reserved}
+        self._control, self._steering = self._guards([own, self.source], named, units)
+        self._special, _ = self._guards([], named, units)
         altering = sorted(map(re.escape, chat.altering())) if self.chat else ()
         self._altering = re.compile("|".join(altering)) if altering else None
         whole = tokenizer.added_tokens_decoder.values()
@@ -243,11 +269,14 @@ class Template:
 
     def _fingerprint(self) -> str:
         facts = [self.source, self._begin, self._parts, self.end_id, self._markup, self._prompts]
+        facts += [self._supervise] * (self._supervise != "all")  # which came later
         content = self._backend.to_str() + json.dumps(facts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def render(self, example: Example) -> Rendered:
-        """Segments of prompt and answer. Raises BadExample, or UserError without a prompt."""
+        """Its segments. Raises BadExample, or UserError without a prompt."""
+        if example.turns:
+            return self._conversation(example)
         instruction = example.instruction
         if instruction is None:
             if example.task not in self._prompts:
@@ -269,7 +298,7 @@ class Template:
                 )
         asked, told = (_others(parts) for parts in (example.input, example.output))
         if (asked or told) and self._hole_id is None:
-            return Rendered([*asked], [*told])  # no encoder without a hole takes such a part
+            return Rendered.of([*asked], [*told])  # no encoder without a hole takes such a part
         kinds, texts = self._question(instruction, example.input)
         frame = self._frame(kinds)
         answer = self._flat(example.output, self._hole)
@@ -278,7 +307,84 @@ class Template:
         prompt = self._begin + frame.prompt(texts)
         ids, rest = self._ids(prompt, f"{frame.answer(answer)}{self._end}")
         self._refuse_steering(ids + rest, frame, len(asked))
-        return Rendered(self._segments(ids, asked), self._segments(rest, told))
+        return Rendered.of(self._segments(ids, asked), self._segments(rest, told))
+
+    def prompt(self, example: Example) -> list[Segment]:
+        """What a model is given to answer it: of a conversation, all before the last turn that is
+        learnt. Raises as `render` does."""
+        if not example.turns:
+            return self.render(example).prompt
+        self._check_turns(example)
+        text = self._begin + self._conversations.asked(example, self._supervise)
+        asked = example.turns[: last_learnt(example, self._supervise)]
+        others = _others(part for turn in asked for part in turn.content)
+        return self._segments(self._encode(text), others)
+
+    # -- conversations ---------------------------------------------------------------------------
+
+    def _conversation(self, example: Example) -> Rendered:
+        """Ids as transformers has them, cut where what is learnt begins and ends; nothing behind
+        the last of it."""
+        self._check_turns(example)
+        others = _others(example.parts)
+        if others and self._hole_id is None:  # no encoder without a hole takes such a part
+            return Rendered([*others], [False] * len(others))
+        shown = self._conversations.shown(example, self._supervise)
+        encoding = self._encoding(self._begin + shown.text)
+        places = sum(token == self._hole_id for token in encoding.ids)
+        if places != len(others):
+            raise BadExample(
+                f"the chat template shows {places} of its {len(others)} clips or rows of units"
+            )
+        learnt = np.zeros(len(encoding.ids), bool)
+        for start, stop in shown.learnt:
+            first = encoding.char_to_token(len(self._begin) + start)
+            last = encoding.char_to_token(len(self._begin) + stop - 1)
+            if first is not None:  # else nothing is written there
+                learnt[first : len(learnt) if last is None else last + 1] = True
+        self._refuse_steering_in(shown, encoding, example)
+        end = int(np.flatnonzero(learnt)[-1]) + 1 if learnt.any() else 0
+        return self._cut(encoding.ids[:end], learnt[:end], others)
+
+    def _check_turns(self, example: Example) -> None:
+        """Raises BadExample for a text with a token that is special: the template writes those. A
+        token that a template merely knows (`<think>`, `<tool_call>`) is the assistant's to write.
+        """
+        for number, turn in enumerate(example.turns, 1):
+            guard = self._special if turn.role == ASSISTANT else self._control
+            for text in turn.texts:
+                if match := guard.search(text):
+                    raise BadExample(
+                        f"the text of turn {number} contains {match[0]}, a token that steers the "
+                        "model",
+                        "bad text",
+                    )
+
+    def _refuse_steering_in(self, shown: Shown, encoding: Encoding, example: Example) -> None:
+        """Raises BadExample where a text became a control token by other ways than its name."""
+        steering = [at for at, token in enumerate(encoding.ids) if token in self._steering]
+        begun = len(self._begin)
+        for start, stop in shown.texts or ():
+            for at in steering:
+                if begun + start <= encoding.offsets[at][0] < begun + stop:
+                    name = self._piece(encoding.ids[at])
+                    if not any(name in turn.text for turn in example.turns):
+                        raise BadExample(
+                            f"its text becomes {name}, a token that steers the model", "bad text"
+                        )
+
+    def _cut(self, ids: list[int], learnt: np.ndarray, others: list[Audio | Units]) -> Rendered:
+        """Ids cut at the tokens that stand for other parts, and where learning begins or ends."""
+        holes = np.array(ids, np.int32) == (-1 if self._hole_id is None else self._hole_id)
+        edges = np.flatnonzero(np.diff(learnt)) + 1
+        cuts = sorted({0, len(ids), *edges, *np.flatnonzero(holes), *(np.flatnonzero(holes) + 1)})
+        segments: list[Segment] = []
+        flags: list[bool] = []
+        rest = iter(others)
+        for start, stop in pairwise(cuts):
+            segments.append(next(rest) if holes[start] else np.array(ids[start:stop], np.int32))
+            flags.append(bool(learnt[start]))
+        return Rendered(segments, flags)
 
     def answer_of(self, generated: str) -> str:
         """The answer in a generated text: without what the template writes around it."""
@@ -354,8 +460,11 @@ class Template:
     def _encode(self, text: str) -> list[int]:
         if not text:
             return []
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return self._backend.encode(text, add_special_tokens=False)
         except Exception as error:  # `tokenizers` raises nothing more special
             raise BadExample(f"its text cannot be tokenized: {error}", "bad text") from error
 

@@ -140,13 +140,13 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
     return Outcome(folder, saved.step, line, what="evaluation")
 
 
-def dry_run(config: Config, progress: Progress) -> str:
+def dry_run(config: Config, progress: Progress, show: int = 0, colours: bool = False) -> str:
     """What a run would do on this cluster, as text; see `preview.dry_run`.
 
     config: as `preflight.check` returns it.
     """
     Shares.of(config)
-    return preview.dry_run(config, lambda text: progress({"doing": text}))
+    return preview.dry_run(config, lambda text: progress({"doing": text}), show, colours)
 
 
 @dataclass

@@ -19,15 +19,16 @@ from raysft.data.plan.plan import Summary
 from raysft.data.quarantine import kind_of
 from raysft.data.quarantine import summary as quarantined
 from raysft.driver.preflight import Prepared, Say, prepare, silent
+from raysft.driver.shown import examples
 from raysft.run.folder import is_trained, run_folder, with_budget
 
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
 
 
-def dry_run(config: Config, say: Say = silent) -> str:
+def dry_run(config: Config, say: Say = silent, show: int = 0, colours: bool = False) -> str:
     """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing.
 
-    config: as `folder.resolve` gives it.
+    config: as `folder.resolve` gives it. show, colours: see `shown.examples`.
     """
     assumed = []
     if config.data.tokens_per_batch == "auto":
@@ -54,6 +55,9 @@ def dry_run(config: Config, say: Say = silent) -> str:
             *_memory(config, prepared.encoder, prepared.total_steps),
         ]
         lines += [f"unusable        {q.id}: {q.reason}" for q in prepared.rejected[:10]]
+        if show:
+            budget = config.data.budget
+            lines += ["", *examples(index, prepared.encoder, budget, show, colours)]
         return "\n".join(lines)
 
 

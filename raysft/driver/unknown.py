@@ -44,7 +44,7 @@ def unknown_text(encoder: Encoder, index: Index, most: int = MOST) -> list[str]:
     name = f"text that the tokenizer does not know ({tokenizer.unk_token})"
     if answers:
         first = answers[0]
-        text = "".join(part for part in first.output if isinstance(part, str))
+        text = "".join(part for part in first.output if isinstance(part, str)) or first.text or ""
         shown = f"{first.lang}\t{text}" if first.task == "asr" and first.lang else text
         said.append(
             f"{len(answers)} of {looked} answers looked at hold {name}, and it will be learnt as "

@@ -70,11 +70,11 @@ def batches(corpus: Corpus, budget: int, limit: int | None) -> list[np.ndarray]:
 
 
 def prompts_of(speech_model: SpeechModel, batch: MicroBatch) -> list[Encoded]:
-    """The sequences of a micro-batch, each cut before its first supervised token."""
+    """The sequences of a micro-batch, each cut before its last supervised run of tokens: its one
+    answer, or the last turn of a conversation."""
     found = []
     for id_, document in zip(batch.ids, speech_model.documents(batch) if batch.ids else []):
-        supervised = np.flatnonzero(document.labels != -100)
-        end = int(supervised[0]) if len(supervised) else len(document.labels)
+        end = len(document.labels) - len(last_answer(document.labels))
         found.append(
             Encoded(
                 id_,
@@ -89,12 +89,18 @@ def prompts_of(speech_model: SpeechModel, batch: MicroBatch) -> list[Encoded]:
 
 def answer_lengths(batch: MicroBatch) -> list[int]:
     """Tokens of each right answer of a micro-batch, without the one that ends it."""
-    ends = np.cumsum(batch.lengths)
-    supervised = np.concatenate([[0], np.cumsum(batch.labels != -100)])
-    return [
-        max(0, int(supervised[end] - supervised[end - n]) - 1)
-        for end, n in zip(ends, batch.lengths)
-    ]
+    rows = np.split(batch.labels, np.cumsum(batch.lengths)[:-1]) if len(batch.lengths) else []
+    return [max(0, len(last_answer(row)) - 1) for row in rows]
+
+
+def last_answer(labels: np.ndarray) -> np.ndarray:
+    """The part of a sequence's labels [T] from its last supervised run of tokens on; empty where
+    nothing is supervised."""
+    supervised = np.flatnonzero(labels != -100)
+    if not len(supervised):
+        return labels[:0]
+    breaks = np.flatnonzero(np.diff(supervised) > 1)
+    return labels[supervised[breaks[-1] + 1 if len(breaks) else 0] :]
 
 
 def evaluate(

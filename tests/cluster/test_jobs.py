@@ -137,10 +137,12 @@ def test_the_same_command_on_a_finished_run_trains_nothing(finished: Path, folde
 
 
 def test_dry_run_tells_steps_padding_tokens_and_memory(folder: Path) -> None:
-    done = jobs.call("sft", folder / "asr.yaml", "run.name=dry", "--dry-run")
+    done = jobs.call("sft", folder / "asr.yaml", "run.name=dry", "--dry-run", "--show", "2")
     assert done.returncode == 0, done.stderr
     for word in ("examples        70 usable", "steps", "padding", "asr", "memory"):
         assert word in done.stdout
+    assert "example 2: " in done.stdout and "example 3: " not in done.stdout
+    assert done.stdout.count("\u27e6") == 2, "an answer each is marked"
     assert not (folder / "runs" / "dry").exists()
 
 

@@ -93,9 +93,8 @@ class Encoder(ABC):
         rendered = self.template.render(example)
         lengths = iter(samples)
         found = sum(
-            self._length(segment, lengths, answer)
-            for answer, segments in ((False, rendered.prompt), (True, rendered.answer))
-            for segment in segments
+            self._length(segment, lengths, learnt)
+            for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
         )
         if self.positions is not None and found > self.positions:
             raise BadExample(
@@ -127,9 +126,11 @@ class Encoder(ABC):
         form = example.drawn(rng)
         rendered = self.template.render(form)
         rest = iter(example.of_form(form, clips))
-        prompt = [self._encoded(segment, rest, rng, answer=False) for segment in rendered.prompt]
-        answer = [self._encoded(segment, rest, None, answer=True) for segment in rendered.answer]
-        sequence = self._joined(example, prompt, answer)
+        parts = [
+            self._encoded(segment, rest, None if learnt else rng, learnt)
+            for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
+        ]
+        sequence = self._joined(example, parts, rendered.learnt)
         tokens = len(sequence.input_ids)
         if promised is not None and tokens > promised * (1 + EXCESS):
             raise BadExample(
@@ -141,14 +142,15 @@ class Encoder(ABC):
         return sequence
 
     def prompt(self, example: Example, clips: Items[np.ndarray]) -> Sequence:
-        """The sequence up to where the answer starts, nothing of it learnt: for generation.
+        """The sequence up to where the answer starts (of a conversation the last that is learnt),
+        nothing of it learnt: for generation.
 
         clips: those of the input; clips of the output may follow and are not used.
         """
         rest = iter(clips)
-        segments = self.template.render(example).prompt
+        segments = self.template.prompt(example)
         parts = [self._encoded(segment, rest, None, answer=False) for segment in segments]
-        return self._joined(example, parts, [])
+        return self._joined(example, parts, [False] * len(parts))
 
     def _length(self, segment: Segment, samples: Iterator[int], answer: bool) -> int:
         if isinstance(segment, np.ndarray):
@@ -183,12 +185,12 @@ class Encoder(ABC):
             )
 
     @staticmethod
-    def _joined(example: Example, prompt: list[Encoded], answer: list[Encoded]) -> Sequence:
-        ids = [np.zeros(0, np.int32), *(part.ids for part in (*prompt, *answer))]
-        input_ids = np.concatenate(ids).astype(np.int32, copy=False)
-        labels = input_ids.copy()
-        labels[: sum(len(part.ids) for part in prompt)] = IGNORED
-        parts = [*prompt, *answer]
+    def _joined(example: Example, parts: list[Encoded], learnt: list[bool]) -> Sequence:
+        ids = [np.zeros(0, np.int32), *(part.ids for part in parts)]
+        labels = [
+            part.ids if learns else np.full(len(part.ids), IGNORED, np.int32)
+            for part, learns in zip(parts, learnt, strict=True)
+        ]
         arrays: dict[str, list[np.ndarray]] = {}
         for part in parts:
             for name, values in part.arrays.items():
@@ -196,8 +198,8 @@ class Encoder(ABC):
         return Sequence(
             id=example.id,
             task=example.task,
-            input_ids=input_ids,
-            labels=labels,
+            input_ids=np.concatenate(ids).astype(np.int32, copy=False),
+            labels=np.concatenate([ids[0], *labels]).astype(np.int32, copy=False),
             arrays=arrays,
             seconds=sum(part.seconds for part in parts),
         )

@@ -12,26 +12,14 @@ evaluation files `*dev*.json` or `*valid*.json`.
 
 from __future__ import annotations
 
-import functools
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from raysft.data.example import Example, Part, Units
-from raysft.data.sources import json_items, json_lines
-from raysft.data.sources.base import (
-    Chunk,
-    Format,
-    Item,
-    Split,
-    Survey,
-    id_field,
-    kind,
-    load_record,
-    text_field,
-)
+from raysft.data.sources import json_lines
+from raysft.data.sources.base import Split, id_field, kind, load_record, text_field
 from raysft.data.sources.fields import METADATA, refuse_placeholders, refuse_unread
+from raysft.data.sources.json_files import JsonFiles
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
 
@@ -44,7 +32,7 @@ _KEY = re.compile(rb'"(?:instruction|input|output|data)"\s*:')
 _RUN = re.compile(r"(\[Hu[0-9]{1,9}\](?:\s*\[Hu[0-9]{1,9}\])*)")
 
 
-class MostJson(Format):
+class MostJson(JsonFiles):
     """The format `most_json`."""
 
     name = "most_json"
@@ -52,7 +40,6 @@ class MostJson(Format):
         "JSON (or JSON lines) of items with instruction, input, output and [Hu7] units, or a "
         "folder of such"
     )
-    noun = "item"
 
     def sniff(self, path: Path) -> bool:
         """Whether the file's head is a list or an object with MoST's keys (folder: any file's)."""
@@ -82,14 +69,6 @@ class MostJson(Format):
             there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
             raise UserError(f"{path} has no file named {wanted}; found in it: {there}")
         return found[split]
-
-    def survey(self, file: Path) -> Survey:
-        """Hash and chunks, cut between items."""
-        return (json_lines if _is_lines(file) else json_items).survey(file)
-
-    def items(self, file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
-        """The items of the list, the one object, or the lines."""
-        return (json_lines if _is_lines(file) else json_items).items(file, chunk)
 
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example of one item. Raises BadExample naming what is wrong with it."""
@@ -171,26 +150,6 @@ def _task(record: JsonObject, source: tuple[Part, ...], target: tuple[Part, ...]
     if any(isinstance(part, Units) for part in target):
         return "tts"
     return "asr" if any(isinstance(part, Units) for part in source) else "text"
-
-
-def _is_lines(file: Path) -> bool:
-    """Whether a file is a record a line."""
-    state = os.stat(file)
-    return _are_lines(file, state.st_size, state.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)  # asked for every chunk, and a first line may be long
-def _are_lines(file: Path, _size: int, _time: int) -> bool:
-    """A first line that is broken (but no beginning of a document, which goes on after `{`, `[`,
-    `,` or `:`) costs that line, not the others."""
-    lines = [line.strip() for line in json_lines.first_lines(file)[:2]]
-    if not lines or lines[0].startswith(b"["):
-        return False
-    first, *rest = (line.rstrip(b",") for line in lines)
-    if first.startswith(b"{") and first.endswith(b"}") and first != b"{}":
-        return bool(rest) or lines[0].endswith(b",")
-    closed = bool(rest) and rest[0].startswith(b"{") and rest[0].endswith(b"}")
-    return closed and not lines[0].endswith((b"{", b"[", b",", b":"))
 
 
 def _json_files(folder: Path) -> list[Path]:
