@@ -57,7 +57,7 @@ class Source(Section):
     path: Annotated[str, _READ] = Field(
         description="a file, or a folder for formats that read folders"
     )
-    format: str = Field("auto", description="auto, or a source format: ming_jsonl, most_json")
+    format: str = Field("auto", description="auto, or a source format: messages, ming_jsonl, ...")
     task: str | None = Field(None, description="overrides the task the data says (asr, tts, ...)")
     weight: PositiveFloat = Field(
         1.0,

@@ -17,8 +17,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -28,6 +26,7 @@ from raysft.data import remote_code
 from raysft.data.chat import Chat, Frame, control_tokens, freeze, is_plain, plain_template
 from raysft.data.conversation import Conversations, Shown, last_learnt
 from raysft.data.example import ASSISTANT, Audio, Example, Part, Units
+from raysft.data.segments import Rendered, Segment, bare, cut
 from raysft.data.tokenizer import (
     add_units,
     byte_tokenizer,
@@ -60,37 +59,9 @@ _MARKERS = re.compile(r"<\|[^<>|\s]+\|>")
 _SHAPES = ((), ("text",), ("audio",), ("audio", "text"), ("text", "audio"))
 _KNOWN = 256  # prompts whose ids are kept: with clips or units for input there are few
 
-Segment = np.ndarray | Audio | Units
-
 # Tokenizers of this process by fingerprint: a data task gets its encoder pickled, and building a
 # tokenizer of 150,000 tokens anew for each task would take longer than encoding a window of text.
 _backends: dict[str, Tokenizer] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """An example as the model reads it: text as int32 ids, audio and units still as they are.
-
-    learnt: for each segment whether the model is to learn it; of an answer the end token too.
-    """
-
-    segments: list[Segment]
-    learnt: list[bool]
-
-    @classmethod
-    def of(cls, prompt: list[Segment], answer: list[Segment]) -> Rendered:
-        """What is given, and behind it what is learnt."""
-        return cls([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-
-    @property
-    def prompt(self) -> list[Segment]:
-        """What is given, all of it."""
-        return [s for s, learnt in zip(self.segments, self.learnt, strict=True) if not learnt]
-
-    @property
-    def answer(self) -> list[Segment]:
-        """What is learnt, all of it."""
-        return [s for s, learnt in zip(self.segments, self.learnt, strict=True) if learnt]
 
 
 class Template:
@@ -298,7 +269,7 @@ class Template:
                 )
         asked, told = (_others(parts) for parts in (example.input, example.output))
         if (asked or told) and self._hole_id is None:
-            return Rendered.of([*asked], [*told])  # no encoder without a hole takes such a part
+            return bare(asked, told)  # no encoder without a hole takes such a part
         kinds, texts = self._question(instruction, example.input)
         frame = self._frame(kinds)
         answer = self._flat(example.output, self._hole)
@@ -307,7 +278,8 @@ class Template:
         prompt = self._begin + frame.prompt(texts)
         ids, rest = self._ids(prompt, f"{frame.answer(answer)}{self._end}")
         self._refuse_steering(ids + rest, frame, len(asked))
-        return Rendered.of(self._segments(ids, asked), self._segments(rest, told))
+        learnt = np.repeat([False, True], [len(ids), len(rest)])
+        return cut(ids + rest, learnt, asked + told, self._hole_id)
 
     def prompt(self, example: Example) -> list[Segment]:
         """What a model is given to answer it: of a conversation, all before the last turn that is
@@ -318,7 +290,8 @@ class Template:
         text = self._begin + self._conversations.asked(example, self._supervise)
         asked = example.turns[: last_learnt(example, self._supervise)]
         others = _others(part for turn in asked for part in turn.content)
-        return self._segments(self._encode(text), others)
+        ids = self._encode(text)
+        return cut(ids, np.zeros(len(ids), bool), others, self._hole_id).segments
 
     # -- conversations ---------------------------------------------------------------------------
 
@@ -328,14 +301,9 @@ class Template:
         self._check_turns(example)
         others = _others(example.parts)
         if others and self._hole_id is None:  # no encoder without a hole takes such a part
-            return Rendered([*others], [False] * len(others))
+            return bare(others, [])
         shown = self._conversations.shown(example, self._supervise)
         encoding = self._encoding(self._begin + shown.text)
-        places = sum(token == self._hole_id for token in encoding.ids)
-        if places != len(others):
-            raise BadExample(
-                f"the chat template shows {places} of its {len(others)} clips or rows of units"
-            )
         learnt = np.zeros(len(encoding.ids), bool)
         for start, stop in shown.learnt:
             first = encoding.char_to_token(len(self._begin) + start)
@@ -343,8 +311,7 @@ class Template:
             if first is not None:  # else nothing is written there
                 learnt[first : len(learnt) if last is None else last + 1] = True
         self._refuse_steering_in(shown, encoding, example)
-        end = int(np.flatnonzero(learnt)[-1]) + 1 if learnt.any() else 0
-        return self._cut(encoding.ids[:end], learnt[:end], others)
+        return cut(encoding.ids, learnt, others, self._hole_id).until_learnt()
 
     def _check_turns(self, example: Example) -> None:
         """Raises BadExample for a text with a token that is special: the template writes those. A
@@ -372,19 +339,6 @@ class Template:
                         raise BadExample(
                             f"its text becomes {name}, a token that steers the model", "bad text"
                         )
-
-    def _cut(self, ids: list[int], learnt: np.ndarray, others: list[Audio | Units]) -> Rendered:
-        """Ids cut at the tokens that stand for other parts, and where learning begins or ends."""
-        holes = np.array(ids, np.int32) == (-1 if self._hole_id is None else self._hole_id)
-        edges = np.flatnonzero(np.diff(learnt)) + 1
-        cuts = sorted({0, len(ids), *edges, *np.flatnonzero(holes), *(np.flatnonzero(holes) + 1)})
-        segments: list[Segment] = []
-        flags: list[bool] = []
-        rest = iter(others)
-        for start, stop in pairwise(cuts):
-            segments.append(next(rest) if holes[start] else np.array(ids[start:stop], np.int32))
-            flags.append(bool(learnt[start]))
-        return Rendered(segments, flags)
 
     def answer_of(self, generated: str) -> str:
         """The answer in a generated text: without what the template writes around it."""
@@ -485,24 +439,6 @@ class Template:
 
     def _steers(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token in self._steering]
-
-    def _segments(self, ids: list[int], others: list[Audio | Units]) -> list[Segment]:
-        """Ids cut at the tokens that stand for other parts, with these between."""
-        shown = ids.count(self._hole_id) if self._hole_id is not None else 0
-        if shown != len(others):
-            raise BadExample(
-                f"the chat template shows {shown} of its {len(others)} clips or rows of units"
-            )
-        if not others:
-            return [np.array(ids, np.int32)] if ids else []
-        places = [place for place, token in enumerate(ids) if token == self._hole_id]
-        segments: list[Segment] = []
-        start = 0
-        for place, part in zip(places, others, strict=True):
-            segments += [np.array(ids[start:place], np.int32), part]
-            start = place + 1
-        segments.append(np.array(ids[start:], np.int32))
-        return [s for s in segments if not isinstance(s, np.ndarray) or len(s)]
 
 
 def _begin(tokenizer: PreTrainedTokenizerFast) -> str:

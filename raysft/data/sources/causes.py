@@ -51,8 +51,6 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 )
 _UNPACK = {"gzip": "gunzip", "zstd": "zstd -d", "xz": "unxz", "bzip2": "bunzip2"}
 
-_PAIRS = "write its pairs in one of the formats below"
-
 # Other programs' records: fields that tell them, whose they are, and what to do.
 _RECORDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
@@ -65,14 +63,6 @@ _RECORDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("wav", "txt"), "a WeNet list", "name wav wav_path and txt text; task: asr"),
     (("wav", "text"), "an Emilia-like list", "name wav wav_path, and set the entry's task"),
     (("source", "target"), "a FunASR list", "name source wav_path and target text; task: asr"),
-    (
-        ("messages",),
-        "a chat data set (LLaMA-Factory, ms-swift)",
-        _PAIRS,
-    ),
-    (("conversations",), "a ShareGPT data set", _PAIRS),
-    (("conversation",), "a chat data set", _PAIRS),
-    (("query", "response"), "an ms-swift data set", _PAIRS),
     (("prompt", "response"), "pairs", "name them instruction and output, with an empty input"),
     (("prompt", "completion"), "pairs", "name them instruction and output, with an empty input"),
     (("file_name",), "an audiofolder's metadata", "name file_name wav_path and the text text"),

@@ -70,12 +70,7 @@ class Messages(JsonFiles):
         """Whether one of the first records holds a conversation, or a question with clips."""
         if path.is_dir():
             return False
-        return any(
-            any(isinstance(record.get(name), list) for name in LISTS)
-            or (any(record.get(name) for name in AUDIO) and any(name in record for name in PAIRS))
-            or ("query" in record and "response" in record)
-            for record in first_records(path)
-        )
+        return any(map(_is_conversation, first_records(path)))
 
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The conversation of one record. Raises BadExample naming what is wrong with it."""
@@ -98,6 +93,23 @@ class Messages(JsonFiles):
             turns=tuple(turns),
             tools=_tools(record.get("tools"), "tools"),
         )
+
+
+def _is_conversation(record: JsonObject) -> bool:
+    """Whether it is one, and no record of another format with something of one beside it."""
+    if "wav_path" in record or ("output" in record and not _tagged_question(record)):
+        return False
+    return (
+        any(record.get(name) and isinstance(record[name], list) for name in LISTS)
+        or ("query" in record and "response" in record)
+        or _tagged_question(record)
+    )
+
+
+def _tagged_question(record: JsonObject) -> bool:
+    asked = (record.get(name) for name in (*PAIRS, "input"))
+    tagged = any(isinstance(text, str) and TAG in text for text in asked)
+    return tagged and any(record.get(name) for name in AUDIO)
 
 
 class _Clips:

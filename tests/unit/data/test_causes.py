@@ -126,9 +126,6 @@ def test_audio_given_as_data_is_named(tmp_path: Path, suffix: str) -> None:
         ({"key": "u", "wav": "a.wav", "txt": "x"}, "a WeNet list .*name wav wav_path"),
         ({"id": "u", "wav": "a.mp3", "text": "x", "duration": 2}, "name wav wav_path"),
         ({"key": "u", "source": "a.wav", "target": "x"}, "a FunASR list"),
-        ({"messages": [{"role": "user"}], "audios": ["a.wav"]}, "LLaMA-Factory.*field 'audios'"),
-        ({"conversations": [{"from": "human"}]}, "a ShareGPT data set"),
-        ({"query": "x", "response": "y", "audios": ["a"]}, "an ms-swift data set.*'audios'"),
         ({"file_name": "a.wav", "transcription": "x"}, "an audiofolder's metadata"),
         ({"id": "c", "start": 0, "recording": {}, "supervisions": []}, "lhotse cuts"),
         ({"sentence": "x", "clip": "y"}, "its records have the fields sentence, clip"),
@@ -151,7 +148,7 @@ def test_records_of_other_programs_are_named_with_what_to_do(
         ("nemo", "near is ming_jsonl: name audio_filepath wav_path"),
         ("alpaca", "near is most_json"),
         ("ming_json", "did you mean ming_jsonl?"),
-        ("parquet", "there are: auto, ming_jsonl, most_json"),
+        ("parquet", "there are: auto, messages, ming_jsonl, most_json"),
     ],
 )
 def test_a_format_there_is_not_names_the_nearest(tmp_path: Path, form: str, says: str) -> None:

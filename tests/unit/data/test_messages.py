@@ -189,6 +189,21 @@ def test_what_is_wrong_is_named(record: dict[str, object], said: str) -> None:
         parsed(record)
 
 
+def test_records_of_other_formats_stay_theirs(tmp_path: Path) -> None:
+    """Whatever of a conversation stands beside what they are."""
+    asked = [{"role": "user", "content": "a"}]
+    for record, form in (
+        ({"task_type": "asr", "wav_path": "a.wav", "text": "x", "messages": asked}, "ming_jsonl"),
+        ({"instruction": "a", "input": "b", "output": "c", "messages": asked}, "most_json"),
+        ({"instruction": "a", "input": "<audio>", "output": "c"}, "most_json"),
+        ({"instruction": "a", "input": "<audio>", "output": "c", "audios": ["a"]}, "messages"),
+        ({"query": "a", "response": "b"}, "messages"),
+        ({"conversations": asked}, "messages"),
+    ):
+        (tmp_path / "x.json").write_text(json.dumps(record))
+        assert resolve(Source(path=str(tmp_path / "x.json")), "train").format == form, record
+
+
 @pytest.mark.parametrize("shape", ["lines", "list", "data"])
 def test_the_format_is_known_by_its_content_and_faults_name_their_line(
     tmp_path: Path, shape: str
