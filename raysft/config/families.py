@@ -140,7 +140,18 @@ register(
         name="audio_lm",
         encode="raysft.families.audio_lm.encode",
         model="raysft.families.audio_lm.model",
-        types={"qwen2_audio": "transformers:Qwen2AudioForConditionalGeneration"},
+        types={
+            "qwen2_audio": "transformers:Qwen2AudioForConditionalGeneration",
+            "qwen3_asr": "transformers:Qwen3ASRForConditionalGeneration",
+            "qwen2_5_omni": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
+            "qwen2_5_omni_thinker": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
+            "qwen3_omni_moe": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
+            "qwen3_omni_moe_thinker": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
+            "audioflamingo3": "transformers:AudioFlamingo3ForConditionalGeneration",
+            "musicflamingo": "transformers:MusicFlamingoForConditionalGeneration",
+            "glmasr": "transformers:GlmAsrForConditionalGeneration",
+            "granite_speech": "transformers:GraniteSpeechForConditionalGeneration",
+        },
         hears=True,
         parts=("audio_tower", "multi_modal_projector"),
         refused_keys={
@@ -150,7 +161,7 @@ register(
             "model.family: causal_lm",
         },
         refused_methods={
-            "prefix": "transformers' Qwen2-Audio takes no prefix",
+            "prefix": "transformers' audio models take no prefix",
             "prompt": "prompt tuning replaces the embeddings in which the audio lies: it would be "
             "ignored",
         },

@@ -56,6 +56,7 @@ CHOSEN = (
     *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
     "num_selected_experts",
 )
+FIXED_LENGTH = "Qwen2AudioForConditionalGeneration"
 # Parts of peft's wrappers that no token passes through.
 _UNUSED = ("original_module", "trainable_tokens")
 
@@ -86,14 +87,14 @@ def cost_of(model: nn.Module, unreached: Collection[str] = ()) -> Cost | None:
     unreached: parameters that no token passes through, by the names of the model alone or of
     peft's. Called before a strategy shards its parameters. None where the formulas do not hold:
     layers that carry a state or that convolve, experts whose number a token is not known, an
-    architecture without the usual names.
+    architecture without the usual names, an audio encoder of another kind than Qwen2-Audio's.
     """
     net = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     try:
         text = net.config.get_text_config()
     except ValueError:  # several
         return None
-    if not _usual(net, text):
+    if not _usual(net, text) or _hears_otherwise(net):
         return None
     head = net.get_output_embeddings()
     tower = next((m for name, m in net.named_modules() if name.endswith("audio_tower")), None)
@@ -154,6 +155,13 @@ def _counted_alike(net: PreTrainedModel) -> bool:
     counts = {"tokens": length, "supervised": length, "squares": 2 * length**2}
     assert cost is not None  # as above: what is not reached makes it smaller only
     return abs((cost.total(counts) + beyond) / counter.get_total_flops() - 1) < 0.15
+
+
+def _hears_otherwise(net: PreTrainedModel) -> bool:
+    """Whether its audio encoder is another than that of Qwen2-Audio, whose clips are of one
+    length."""
+    audio = getattr(net.config, "audio_token_id", None) is not None
+    return audio and all(kind.__name__ != FIXED_LENGTH for kind in type(net).__mro__)
 
 
 def _chosen(text: PreTrainedConfig) -> int | None:

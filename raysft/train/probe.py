@@ -217,8 +217,10 @@ class _Trials:
 
 def _sequence(speech_model: SpeechModel, length: int) -> Sequence:
     """An example of `length` positions, at least 2. After a clip, where the model hears one, all of
-    it is supervised."""
-    dummy = speech_model.dummy_document()
+    it is supervised. Where the encoder pays for the length of a clip, the clip fills it."""
+    dummy = speech_model.full_document(length - 1)
+    if len(dummy.input_ids) > max(length, len(speech_model.dummy_document().input_ids)):
+        dummy = speech_model.dummy_document()
     length = max(length, len(dummy.input_ids))
     ids = np.full(length, speech_model.stop_ids[0], np.int32)
     labels = ids.copy()

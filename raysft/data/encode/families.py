@@ -45,6 +45,11 @@ def net_class(model: Model) -> Any:
     return family.net_class(kind)
 
 
+def model_type(model: Model) -> str | None:
+    """The type of the model, by its config. Raises UserError as `model_family` does."""
+    return _family_and_type(model)[1]
+
+
 def _family_and_type(model: Model) -> tuple[Family, str | None]:
     settings = _settings(model)
     where = "model.config" if model.path is None else f"model.path: {model.path}"

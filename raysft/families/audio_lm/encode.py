@@ -19,10 +19,12 @@ import numpy as np
 from raysft.config.schema import Data, Model
 from raysft.data.clips.features import Fbank, FrontEnd, LogMel, ModelExtractor
 from raysft.data.encode.base import VERSION, Encoded, Encoder
-from raysft.data.encode.families import model_family
+from raysft.data.encode.families import model_family, model_type
 from raysft.data.example import Audio, Units
 from raysft.data.text import Template, load_tokenizer
 from raysft.errors import BadExample, UserError, first_line
+from raysft.families.audio_lm.processor_encode import ProcessorEncoder
+from raysft.families.audio_lm.types import TYPES
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -33,8 +35,11 @@ FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
 FEWEST_TOKENS = 2  # with fewer adjacent audio tokens Qwen2-Audio takes its old path, which fails
 
 
-def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -> AudioLMEncoder:
+def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -> Encoder:
     """See `raysft.data.encode.Encode`. Of the run's folder nothing is needed."""
+    kind = model_type(model)
+    if kind in TYPES:
+        return ProcessorEncoder(model, data, kind, TYPES[kind], kept)
     return AudioLMEncoder(model, data, kept)
 
 

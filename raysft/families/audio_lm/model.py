@@ -31,7 +31,9 @@ from raysft.data.clips.features import Fbank, FrontEnd
 from raysft.data.encode import net_class
 from raysft.data.example import MicroBatch
 from raysft.errors import UserError
+from raysft.families.audio_lm import processor_model
 from raysft.families.audio_lm.encode import FEATURES, AudioLMEncoder, audio_tokens
+from raysft.families.audio_lm.processor_encode import ProcessorEncoder
 from raysft.models import loading
 from raysft.models.base import IGNORED, Batch, Document, SpeechModel
 
@@ -143,11 +145,13 @@ def clips_of(document: Document) -> list[np.ndarray]:
 def make_model(
     model: schema.Model,
     data: schema.Data,
-    encoder: AudioLMEncoder,
+    encoder: AudioLMEncoder | ProcessorEncoder,
     seed: int,
     quantization: BitsAndBytesConfig | None = None,
-) -> AudioLM:
+) -> SpeechModel:
     """The model of `model`, with an embedding for every token of the encoder's tokenizer."""
+    if isinstance(encoder, ProcessorEncoder):
+        return processor_model.make_model(model, data, encoder, seed, quantization)
     tokenizer, audio_token = encoder.tokenizer, encoder.audio_token_id
     auto = net_class(model)
     if model.config is None:

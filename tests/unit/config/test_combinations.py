@@ -88,7 +88,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"peft__method": "prefix", "data__mode": "padded", "model__family": "audio_lm"},
-        "peft.method: prefix does not work with audio_lm (transformers' Qwen2-Audio takes no",
+        "peft.method: prefix does not work with audio_lm (transformers' audio models take no",
     ),
     (
         {"peft__method": "prompt", "data__mode": "padded", "model__family": "audio_lm"},

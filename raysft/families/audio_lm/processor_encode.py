@@ -1,0 +1,200 @@
+"""Encoder of models that hear through their own processor (`types`).
+
+Stands in the data tasks. A clip becomes what the processor makes of it alone: its text, tokenised,
+and its features. Positions are planned from the number of samples; what the processor gives is
+held against it.
+
+Costs what the processor does: some 0.5 to 3 ms a clip of 2 s, more where it pads to 30 s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raysft.config.schema import Data, Model
+from raysft.data.encode.base import VERSION, Encoded, Encoder
+from raysft.data.example import Audio, Units
+from raysft.data.text import Template, load_tokenizer
+from raysft.errors import BadExample, UserError
+from raysft.families.audio_lm.processors import Hearing
+from raysft.families.audio_lm.types import AudioType, Processor
+from raysft.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FEATURES = "features"  # of a clip: float32 [frames, mels] or [rows, mels, frames]
+FRAMES = "frames"  # of each of its rows, how many are real: int32 [rows]
+
+
+class ProcessorEncoder(Encoder):
+    """Text and audio in, text out.
+
+    row: of its model type. audio_token_id: what stands where audio is heard.
+    """
+
+    sample_rate: int
+
+    def __init__(
+        self, model: Model, data: Data, kind: str, row: AudioType, kept: str | None
+    ) -> None:
+        """kind: the model type. kept: the chat template of a run that has begun. Raises UserError
+        for models, templates and settings that cannot be used."""
+        if data.features != "model":
+            raise UserError(
+                f"data.features: {data.features}, but {kind} reads what its processor makes: "
+                "leave data.features out"
+            )
+        if model.feature_extractor:
+            raise UserError(
+                f"model.feature_extractor: {kind} takes the settings of its processor: leave it out"
+            )
+        self.row = row
+        self._hearing, own = Hearing.load(row.processor, model)
+        tokenizer = load_tokenizer(model, 0)
+        self._processor: Processor | None = self._hearing.processor(tokenizer)
+        self.sample_rate = self._hearing.extractor.sampling_rate
+        self._arguments = _arguments(self._processor, tokenizer)
+        hole = self._processor.audio_token
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(hole)
+        markup = hole
+        if row.bracketed:
+            markup = self._processor.audio_bos_token + hole + self._processor.audio_eos_token
+        self.template = Template(
+            tokenizer,
+            data,
+            [hole],
+            hole=hole,
+            markup=markup,
+            own=None if kept or data.template == "plain" else own,
+            kept=kept,
+        )
+        tokenizer.chat_template = self.template.source
+        self.most = row.most(self._processor) if row.most else None
+        self._lengths: dict[int, int] = {}
+        self._around: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        settings = [VERSION, "audio_lm", kind, self.template.fingerprint]
+        settings += [self._hearing.extractor.to_dict(), self._hearing.settings, self._arguments]
+        told = json.dumps(settings, sort_keys=True, default=str)
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+
+    @property
+    def processor(self) -> Processor:
+        """transformers' processor; made anew, once, where this encoder was sent to."""
+        if self._processor is None:
+            self._processor = self._hearing.processor(self.tokenizer)
+        return self._processor
+
+    def __getstate__(self) -> JsonObject:
+        return {**self.__dict__, "_processor": None}
+
+    def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
+        """Positions of the clip. BadExample: too long or too short."""
+        if isinstance(part, Units):
+            raise UserError(
+                "model.family: audio_lm reads audio, no speech units: sources of units need "
+                "model.family: causal_lm"
+            )
+        if answer:
+            raise UserError(
+                "model.family: audio_lm answers in text only; task tts needs causal_lm with "
+                "data.speech_tokens"
+            )
+        seconds = samples / self.sample_rate
+        if self.most is not None and samples > self.most:
+            raise BadExample(
+                f"its clip is {seconds:.2f} s, the model reads at most "
+                f"{self.most / self.sample_rate:.2f} s",
+                "too long",
+            )
+        tokens = self.row.tokens(self.processor, samples)
+        if tokens < 1:
+            raise BadExample(
+                f"its clip of {seconds:.3f} s is too short: it gives no audio token", "too short"
+            )
+        return tokens + self._more()
+
+    def part_encoded(
+        self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
+    ) -> Encoded:
+        """The text of the clip, tokenised, and its features (see FEATURES, FRAMES).
+
+        Raises BadExample where the processor makes more or fewer positions of it than planned.
+        """
+        assert clip is not None  # units were refused
+        made, (text,) = self.processor._process_audio([clip], **self._arguments)
+        tokens = text.count(self.processor.audio_token)
+        planned = self.part_length(part, len(clip), False) - self._more()
+        if tokens != planned:
+            raise BadExample(
+                f"its clip of {len(clip)} samples becomes {tokens} audio tokens, {planned} were "
+                "planned: transformers' processor counts otherwise than this raysft",
+                "longer than indexed",
+            )
+        before, after = self._text_around(text, tokens)
+        audio = np.full(tokens, self.audio_token_id, np.int32)
+        ids = np.concatenate([before, audio, after])
+        return Encoded(ids, len(clip) / self.sample_rate, self._arrays(made))
+
+    def silence(self, samples: int) -> Encoded:
+        """What a silent clip of so many samples becomes."""
+        return self.part_encoded(Audio("silence"), np.zeros(samples, np.float32), None)
+
+    def samples_of(self, positions: int) -> int:
+        """About how many samples take so many positions, of what a clip may have."""
+        second = self.row.tokens(self.processor, 10 * self.sample_rate) / 10
+        samples = int(positions / second * self.sample_rate)
+        return max(self.fewest(), samples if self.most is None else min(samples, self.most))
+
+    def fewest(self) -> int:
+        """Samples of a short clip that gives some audio tokens."""
+        samples = self.sample_rate // 10
+        while self.row.tokens(self.processor, samples) < 1:
+            samples *= 2
+        return samples
+
+    def _arrays(self, made: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        features = np.asarray(made[self.row.features], np.float32)
+        mask = made.get(self.row.mask) if self.row.mask else None
+        if self.row.layout == "rows":
+            frames = np.full(len(features), features.shape[self.row.time])
+            if mask is not None:
+                frames = np.asarray(mask).sum(-1)
+            return {FEATURES: features, FRAMES: frames.astype(np.int32)}
+        (found,) = features
+        found = np.moveaxis(found, self.row.time - 1, 0)
+        if mask is not None and np.asarray(mask).shape[-1] == len(found):
+            found = found[np.asarray(mask)[0].astype(bool)]
+        return {FEATURES: np.ascontiguousarray(found)}
+
+    def _more(self) -> int:
+        """Positions that the processor writes around the audio tokens of a clip."""
+        if not self._around:
+            seconds = 1.0
+            clip = np.zeros(int(seconds * self.sample_rate), np.float32)
+            _, (text,) = self.processor._process_audio([clip], **self._arguments)
+            self._text_around(text, text.count(self.processor.audio_token))
+        return sum(map(len, next(iter(self._around.values()))))
+
+    def _text_around(self, text: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of what stands before and behind a clip's audio tokens, the same for every clip."""
+        before, _, rest = text.partition(self.processor.audio_token)
+        after = rest[(tokens - 1) * len(self.processor.audio_token) :]
+        key = f"{before}{self.processor.audio_token}{after}"
+        if key not in self._around:
+            self._around[key] = (self._ids(before), self._ids(after))
+        return self._around[key]
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer(text, add_special_tokens=False).input_ids, np.int32)
+
+
+def _arguments(processor: Processor, tokenizer: PreTrainedTokenizerFast) -> JsonObject:
+    """What the processor's own call gives its extractor."""
+    merged = processor._merge_kwargs(tokenizer_init_kwargs=tokenizer.init_kwargs)
+    return merged["audio_kwargs"]

@@ -1,0 +1,206 @@
+"""The model types that are trained through their own processor: a row each.
+
+A processor of transformers turns a clip into tensors and into the text that stands for it
+(`_process_audio`). What differs between the types is here: how the tensors lie, how many positions
+a clip takes by the number of its samples, how much of it is read at most, and what the encoder
+needs so that a clip's embedding depends on that clip alone.
+
+Pure data but for a few functions; imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from raysft.json_types import JsonObject
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Extractor(Protocol):
+    """What is asked of a feature extractor of transformers, where it has it."""
+
+    sampling_rate: int
+    hop_length: int
+    chunk_length: int
+    n_samples: int
+    min_length: int
+
+    def to_dict(self) -> JsonObject:
+        """Its settings."""
+
+    def _get_num_audio_features(self, audio_lengths: list[int]) -> list[int]: ...
+
+
+class Processor(Protocol):
+    """What is asked of a processor of transformers, where it has it."""
+
+    audio_token: str
+    audio_bos_token: str
+    audio_eos_token: str
+    audio_kwargs: JsonObject
+    feature_extractor: Extractor
+    audio_processor: Extractor
+    max_audio_len: int
+    n_window: int
+
+    def _process_audio(
+        self, audio: list[np.ndarray], **kwargs: object
+    ) -> tuple[Mapping[str, np.ndarray], list[str]]: ...
+
+    def _merge_kwargs(self, tokenizer_init_kwargs: JsonObject) -> dict[str, JsonObject]: ...
+
+
+class Projector(Protocol):
+    """What is asked of the config of granite_speech."""
+
+    window_size: int
+    downsample_rate: int
+
+
+Lengths = Callable[[Processor, int], int]
+"""(processor, samples) -> how many."""
+
+
+@dataclass(frozen=True)
+class AudioType:
+    """How the clips of one model type are laid out.
+
+    processor: its class, "module:class".
+    tokens: audio tokens that a clip of so many samples takes.
+    layout: `frames`: one row of features a clip, as long as the clip; batches are padded to the
+        longest. `rows`: rows of one length, of which a clip takes as many as it needs.
+    features, mask: their names among the model's inputs; mask None: it takes none.
+    time: axis of the frames in what the processor gives, [1, mels, frames] or [1, frames, mels].
+    multiple: a batch of `frames` is as long as a multiple of it.
+    masked: (config, frames of each clip) -> how many its mask has; None: the frames.
+    most: (processor) -> samples it reads of a clip at most; None: all.
+    tower: path of an encoder whose output depends on how long the rows are that it is given: it is
+        called for clips of one length at a time. None: its mask makes it exact.
+    window: path of an encoder that reads windows of `2 * n_window` frames and pads each to the
+        longest of the batch: it is called for clips shorter than one by length.
+    whole: a checkpoint of this type holds the model below this name, and other models beside it;
+        whole_net is the class of transformers that has them all.
+    bracketed: the plain template writes the processor's begin and end of audio around a clip.
+    """
+
+    processor: str
+    tokens: Lengths
+    layout: Literal["frames", "rows"] = "frames"
+    features: str = "input_features"
+    mask: str | None = "input_features_mask"
+    time: int = 2
+    multiple: int = 1
+    masked: Callable[[Projector, np.ndarray], np.ndarray] | None = None
+    most: Callable[[Processor], int] | None = None
+    tower: str | None = None
+    window: str | None = None
+    whole: str | None = None
+    whole_net: str = ""
+    bracketed: bool = False
+
+
+def _ceil(samples: int, hop: int) -> int:
+    return -(-samples // hop)
+
+
+def _halved(frames: int) -> int:
+    """After a convolution of stride 2."""
+    return (frames - 1) // 2 + 1
+
+
+def _pooled(processor: Processor, samples: int) -> int:
+    """Whisper's frames, a convolution and a pooling of stride 2 each (audioflamingo3)."""
+    return (_halved(_ceil(samples, processor.feature_extractor.hop_length)) - 2) // 2 + 1
+
+
+def _merged(processor: Processor, samples: int) -> int:
+    """Whisper's frames, a convolution of stride 2, four positions merged into one (glmasr)."""
+    return (_halved(_ceil(samples, processor.feature_extractor.hop_length)) - 4) // 4 + 1
+
+
+def windowed(frames: int, window: int) -> int:
+    """Three convolutions of stride 2 over each window of frames (qwen3_asr: 13 of 100)."""
+    rest = frames % window
+    return _halved(_halved(_halved(rest))) + frames // window * 13
+
+
+def _qwen3_asr(processor: Processor, samples: int) -> int:
+    extractor = processor.feature_extractor
+    frames = max(samples, extractor.min_length) // extractor.hop_length
+    return windowed(frames, 2 * processor.audio_kwargs["n_window"])
+
+
+def _qwen3_omni(processor: Processor, samples: int) -> int:
+    return windowed(samples // processor.feature_extractor.hop_length, 2 * processor.n_window)
+
+
+def _granite(processor: Processor, samples: int) -> int:
+    return int(processor.audio_processor._get_num_audio_features([samples])[0])
+
+
+def _granite_windows(config: Projector, frames: np.ndarray) -> np.ndarray:
+    """Queries that the projector answers, by windows of frames."""
+    return -(-frames // config.window_size) * (config.window_size // config.downsample_rate)
+
+
+def _chunk_limit(processor: Processor) -> int:
+    """Whole chunks within max_audio_len; what is beyond, its processor cuts off."""
+    extractor = processor.feature_extractor
+    return int(processor.max_audio_len // extractor.chunk_length) * int(extractor.n_samples)
+
+
+def _one_chunk(processor: Processor) -> int:
+    return int(processor.feature_extractor.n_samples)
+
+
+_QWEN25 = AudioType(
+    processor="transformers:Qwen2_5OmniProcessor",
+    tokens=_pooled,
+    mask="feature_attention_mask",
+    most=_one_chunk,
+    bracketed=True,
+)
+_QWEN3 = AudioType(
+    processor="transformers:Qwen3OmniMoeProcessor",
+    tokens=_qwen3_omni,
+    mask="feature_attention_mask",
+    window="model.audio_tower",
+    bracketed=True,
+)
+_FLAMINGO = AudioType(
+    processor="transformers:AudioFlamingo3Processor",
+    tokens=_pooled,
+    layout="rows",
+    most=_chunk_limit,
+)
+
+TYPES: dict[str, AudioType] = {
+    "qwen3_asr": AudioType(
+        processor="transformers:Qwen3ASRProcessor",
+        tokens=_qwen3_asr,
+        multiple=100,
+        bracketed=True,
+    ),
+    "qwen2_5_omni": replace(
+        _QWEN25, whole="thinker", whole_net="Qwen2_5OmniForConditionalGeneration"
+    ),
+    "qwen2_5_omni_thinker": _QWEN25,
+    "qwen3_omni_moe": replace(
+        _QWEN3, whole="thinker", whole_net="Qwen3OmniMoeForConditionalGeneration"
+    ),
+    "qwen3_omni_moe_thinker": _QWEN3,
+    "audioflamingo3": _FLAMINGO,
+    "musicflamingo": replace(_FLAMINGO, processor="transformers:MusicFlamingoProcessor"),
+    "glmasr": replace(_FLAMINGO, processor="transformers:GlmAsrProcessor", tokens=_merged),
+    "granite_speech": AudioType(
+        processor="transformers:GraniteSpeechProcessor",
+        tokens=_granite,
+        time=1,
+        masked=_granite_windows,
+        tower="model.encoder",
+    ),
+}

@@ -1,0 +1,347 @@
+"""Every model type that the family audio_lm knows, as a tiny checkpoint that is made here.
+
+`save(kind, folder)` writes config, random weights and processor as transformers' own
+`save_pretrained` does, so that what is tested loads them as it loads a real checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from raysft.data.tokenizer import byte_tokenizer
+
+RATE = 16000
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    # Wide, so that small models answer differently at every position and errors show.
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+}
+WHISPER: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "num_mel_bins": 16,
+    "initializer_range": 0.2,
+}
+VISION: dict[str, Any] = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+OMNI = {
+    "audio_token": "<|AUDIO|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+    "image_token": "<|IMAGE|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+}
+TURNS = (
+    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\\n' -}}"
+    "{%- if m['content'] is string -%}{{- m['content'] -}}{%- else -%}"
+    "{%- for part in m['content'] -%}{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
+    "{%- else -%}{{- 'AUDIO' -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model type in small. shown: how its chat template writes a clip, around {}.
+
+    config: without the ids of its tokens. extractor: class, and arguments. ids: key of the config
+    (`.` for those within) -> token. whole: what its checkpoint holds beside the thinker.
+    """
+
+    config: dict[str, Any]
+    extractor: tuple[str, dict[str, Any]]
+    tokens: dict[str, str]
+    ids: dict[str, str]
+    processor: str
+    shown: str = "{}"
+    settings: dict[str, Any] = field(default_factory=dict)
+    audio_key: str = "audio_token"
+
+
+def _whisper(**more: Any) -> tuple[str, dict[str, Any]]:
+    return "WhisperFeatureExtractor", {"feature_size": 16, "chunk_length": 2, **more}
+
+
+_QWEN3_AUDIO = {**WHISPER, "downsample_hidden_size": 8, "output_dim": 32, "n_window": 50}
+
+TINY: dict[str, Tiny] = {
+    "qwen3_asr": Tiny(
+        config={
+            "model_type": "qwen3_asr",
+            "audio_config": {**_QWEN3_AUDIO, "n_window_infer": 100},
+            "text_config": {"model_type": "qwen3", "head_dim": 8, **TEXT},
+        },
+        extractor=("Qwen3ASRFeatureExtractor", {"feature_size": 16}),
+        tokens={k: OMNI[k] for k in ("audio_token", "audio_bos_token", "audio_eos_token")},
+        ids={"audio_token_id": "audio_token"},
+        processor="Qwen3ASRProcessor",
+        shown="<|audio_bos|>{}<|audio_eos|>",
+    ),
+    "glmasr": Tiny(
+        config={
+            "model_type": "glmasr",
+            "audio_config": {
+                "hidden_size": 32,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 100,
+                "num_mel_bins": 16,
+                "initializer_range": 0.2,
+            },
+            "text_config": {"model_type": "llama", **TEXT},
+        },
+        extractor=_whisper(),
+        tokens={"audio_token": "<|pad|>"},
+        ids={"audio_token_id": "audio_token"},
+        processor="GlmAsrProcessor",
+        settings={"max_audio_len": 10},
+        shown="<|begin_of_audio|>{}<|end_of_audio|>",
+    ),
+    "audioflamingo3": Tiny(
+        config={
+            "model_type": "audioflamingo3",
+            "audio_config": {**WHISPER, "max_source_positions": 100},
+            "text_config": {"model_type": "qwen2", **TEXT},
+        },
+        extractor=_whisper(),
+        tokens={"audio_token": "<sound>"},
+        ids={"audio_token_id": "audio_token"},
+        processor="AudioFlamingo3Processor",
+        settings={"max_audio_len": 10},
+    ),
+    "musicflamingo": Tiny(
+        config={
+            "model_type": "musicflamingo",
+            "audio_config": {
+                "model_type": "audioflamingo3_encoder",
+                **WHISPER,
+                "max_source_positions": 100,
+            },
+            "text_config": {"model_type": "qwen2", **TEXT},
+        },
+        extractor=_whisper(),
+        tokens={"a": "<sound>", "b": "<|sound_bos|>", "c": "<|sound_eos|>"},
+        ids={"audio_token_id": "a", "audio_bos_token_id": "b", "audio_eos_token_id": "c"},
+        processor="MusicFlamingoProcessor",
+        settings={"max_audio_len": 10},
+        audio_key="a",
+    ),
+    "qwen2_5_omni_thinker": Tiny(
+        config={
+            "model_type": "qwen2_5_omni_thinker",
+            "audio_config": {
+                **WHISPER,
+                "max_source_positions": 100,
+                "n_window": 30,
+                "output_dim": 32,
+            },
+            "vision_config": {**VISION, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+            "text_config": {
+                **TEXT,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [1, 1, 2],
+                },
+            },
+        },
+        extractor=_whisper(),
+        tokens=OMNI,
+        ids={
+            "audio_token_index": "audio_token",
+            "audio_start_token_id": "audio_bos_token",
+            "audio_end_token_id": "audio_eos_token",
+            "vision_start_token_id": "vision_bos_token",
+            "image_token_index": "image_token",
+            "video_token_index": "video_token",
+        },
+        processor="Qwen2_5OmniProcessor",
+        shown="<|audio_bos|>{}<|audio_eos|>",
+    ),
+    "qwen3_omni_moe_thinker": Tiny(
+        config={
+            "model_type": "qwen3_omni_moe_thinker",
+            "audio_config": {**_QWEN3_AUDIO, "max_source_positions": 100, "n_window_infer": 100},
+            "vision_config": {
+                **VISION,
+                "out_hidden_size": 32,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+            "text_config": {
+                **TEXT,
+                "head_dim": 8,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 1, 1],
+                    "mrope_interleaved": True,
+                },
+            },
+        },
+        extractor=_whisper(),
+        tokens=OMNI,
+        ids={
+            "audio_token_id": "audio_token",
+            "audio_start_token_id": "audio_bos_token",
+            "vision_start_token_id": "vision_bos_token",
+            "image_token_id": "image_token",
+            "video_token_id": "video_token",
+        },
+        processor="Qwen3OmniMoeProcessor",
+        shown="<|audio_bos|>{}<|audio_eos|>",
+    ),
+    "granite_speech": Tiny(
+        config={
+            "model_type": "granite_speech",
+            "encoder_config": {
+                "model_type": "granite_speech_encoder",
+                "input_dim": 160,
+                "num_layers": 2,
+                "hidden_dim": 32,
+                "feedforward_mult": 2,
+                "num_heads": 4,
+                "dim_head": 8,
+                "output_dim": 12,
+                "context_size": 20,
+                "max_pos_emb": 32,
+                "dropout": 0.0,
+                "conv_kernel_size": 5,
+                "conv_expansion_factor": 2,
+            },
+            "projector_config": {
+                "model_type": "blip_2_qformer",
+                "hidden_size": 32,
+                "encoder_hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+            "text_config": {"model_type": "granite", **TEXT},
+            "has_lora_adapter": False,
+        },
+        extractor=("GraniteSpeechFeatureExtractor", {}),
+        tokens={"audio_token": "<|audio|>"},
+        ids={"audio_token_id": "audio_token"},
+        processor="GraniteSpeechProcessor",
+    ),
+}
+
+
+def tokenizer(tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    """Bytes, the markers of turns, and `tokens` as attributes of the tokenizer."""
+    plain = byte_tokenizer()
+    extra = {**tokens, "turn": "<|im_start|>", "end": "<|im_end|>"}
+    extra |= {"boa": "<|begin_of_audio|>", "eoa": "<|end_of_audio|>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens={f"{k}_token" if "_" not in k else k: v for k, v in extra.items()},
+    )
+
+
+def template(kind: str) -> str:
+    """Its chat template: ChatML, a clip written as its kind has it."""
+    tiny = TINY[kind]
+    return TURNS.replace("AUDIO", tiny.shown.format(tiny.tokens[tiny.audio_key]))
+
+
+def config_of(kind: str, spoken: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The settings of its config, ids of tokens included."""
+    settings = copy.deepcopy(TINY[kind].config)
+    for key, name in TINY[kind].ids.items():
+        settings[key] = spoken.convert_tokens_to_ids(TINY[kind].tokens[name])
+    settings["text_config"] |= {
+        "vocab_size": len(spoken),
+        "eos_token_id": spoken.eos_token_id,
+    }
+    return settings
+
+
+def processor_of(kind: str, spoken: PreTrainedTokenizerFast) -> Any:
+    """Its processor. That of a model that sees too has no part for images."""
+    import transformers
+
+    tiny = TINY[kind]
+    name, settings = tiny.extractor
+    extractor = getattr(transformers, name)(**settings)
+    plain = getattr(transformers, tiny.processor)
+
+    class Hearing(plain):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, name: str, given: Any) -> Any:
+            return None if given is None else super().check_argument_for_proper_class(name, given)
+
+    parts = plain.get_attributes()
+    given = dict.fromkeys(parts)
+    for name in parts:
+        if "tokenizer" in name:
+            given[name] = spoken
+        elif name in ("feature_extractor", "audio_processor"):
+            given[name] = extractor
+    own = plain if all(part is not None for part in given.values()) else Hearing
+    return own(**given, chat_template=template(kind), **tiny.settings)
+
+
+def net_of(kind: str, settings: dict[str, Any], seed: int = 0) -> PreTrainedModel:
+    """The model of `settings` with random weights."""
+    from raysft.config.families import named
+
+    rest = {key: value for key, value in settings.items() if key != "model_type"}
+    config = AutoConfig.for_model(settings["model_type"], **rest)
+    torch.manual_seed(seed)
+    net = named("audio_lm").net_class(kind)._from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    return net.eval()
+
+
+def save(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Write a checkpoint of `kind` to `folder`, as one from the hub looks."""
+    spoken = tokenizer(TINY[kind].tokens)
+    net_of(kind, config_of(kind, spoken), seed).save_pretrained(folder)
+    processor = processor_of(kind, spoken)
+    spoken.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template(kind))
+    held = getattr(processor, "feature_extractor", None) or processor.audio_processor
+    held.save_pretrained(folder)
+    settings = {"processor_class": TINY[kind].processor, **TINY[kind].settings}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def clip(samples: int, seed: int = 0) -> np.ndarray:
+    """Noise that swells, float32 [samples]."""
+    rng = np.random.default_rng(seed)
+    swell = np.sin(np.linspace(0, 3, samples))
+    return (0.3 * swell * rng.standard_normal(samples)).astype(np.float32)

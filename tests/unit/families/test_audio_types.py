@@ -1,0 +1,213 @@
+"""Every model type of audio_lm against transformers alone: ids, losses, answers, exports."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from raysft.config import schema
+from raysft.config.families import named
+from raysft.data.encode import Encoder, make_encoder
+from raysft.data.example import Audio, Example, MicroBatch, Sequence
+from raysft.errors import BadExample
+from raysft.export import export
+from raysft.families.audio_lm.types import TYPES
+from raysft.models import SpeechModel, build
+from tests.support import audio_zoo as zoo
+
+SAMPLES = (9000, 24000, 15000, 31000)  # under and over a second, under and over a chunk
+FAST = ("glmasr", "granite_speech", "qwen2_5_omni_thinker", "qwen3_asr")  # in make test
+KINDS = [
+    pytest.param(kind, marks=[] if kind in FAST else pytest.mark.slow) for kind in sorted(zoo.TINY)
+]
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """folder(kind): a checkpoint of it, written once."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = zoo.save(kind, tmp_path_factory.mktemp(kind) / "base")
+        return made[kind]
+
+    return make
+
+
+def encoder_of(path: Path) -> Encoder:
+    """As a data task has it: sent there."""
+    found = make_encoder(schema.Model(path=str(path)), schema.Data(), "unused")
+    return pickle.loads(pickle.dumps(found))
+
+
+def model_of(path: Path, mode: str = "packed") -> SpeechModel:
+    model, data = schema.Model(path=str(path)), schema.Data(mode=mode)
+    found = build(model, data, make_encoder(model, data, "unused"), 0)
+    found.model.eval()
+    return found
+
+
+def examples() -> list[tuple[Example, np.ndarray]]:
+    """Questions about one clip each."""
+    return [
+        (
+            Example(f"e{i}", "asr", (Audio(f"{i}.wav"),), (f"it is {i}",), "Say it.", text="it"),
+            zoo.clip(samples, i),
+        )
+        for i, samples in enumerate(SAMPLES)
+    ]
+
+
+def batch(*items: Sequence) -> MicroBatch:
+    return MicroBatch.join(0, 1, 0, list(items))
+
+
+def theirs(kind: str, example: Example, wave: np.ndarray, answer: bool) -> dict[str, Any]:
+    """What transformers' processor makes of the whole dialogue, or of its prompt."""
+    spoken = zoo.tokenizer(zoo.TINY[kind].tokens)
+    processor = zoo.processor_of(kind, spoken)
+    parts = [{"type": "audio"}, {"type": "text", "text": example.instruction}]
+    turns = [{"role": "user", "content": parts}]
+    if answer:
+        said = [{"type": "text", "text": example.output[0]}]
+        turns.append({"role": "assistant", "content": said})
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answer)
+    made = dict(processor(text=[text], audio=[wave], return_tensors="pt"))
+    made.pop("mm_token_type_ids", None)
+    return made
+
+
+def plain(kind: str, path: Path) -> PreTrainedModel:
+    return named("audio_lm").net_class(kind).from_pretrained(path).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_tokens_are_planned_as_are_encoded(kind: str, folder: Folder) -> None:
+    encoder = encoder_of(folder(kind))
+    rng = np.random.default_rng(0)
+    most = min(getattr(encoder, "most", None) or 40000, 40000)
+    lengths = [*rng.integers(400, most, 40), *range(15998, 16003), *range(16158, 16163)]
+    usable = 0
+    for samples in lengths:
+        try:
+            planned = encoder.part_length(Audio("x"), int(samples), False)
+        except BadExample as error:
+            assert error.kind == "too short"
+            continue
+        usable += 1
+        assert len(encoder.part_encoded(Audio("x"), zoo.clip(int(samples)), None).ids) == planned
+    assert len(lengths) == 50 and usable > 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_ids_losses_and_answers_are_those_of_transformers(kind: str, folder: Folder) -> None:
+    path = folder(kind)
+    encoder, net = encoder_of(path), plain(kind, path)
+    items, expected, answers, prompts = [], 0.0, [], []
+    for example, wave in examples():
+        item = encoder.encode(example, [wave])
+        made = theirs(kind, example, wave, answer=True)
+        ids = made["input_ids"][0].tolist()
+        assert item.input_ids.tolist() == ids[: len(item.input_ids)]
+        labels = torch.full((1, len(ids)), -100)
+        labels[0, : len(item.labels)] = torch.from_numpy(item.labels.astype(np.int64))
+        logits = net(**made).logits[0, :-1]
+        expected += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
+        items.append(item)
+        asked = theirs(kind, example, wave, answer=False)
+        prompts.append(encoder.prompt(example, [wave]))
+        assert prompts[-1].input_ids.tolist() == asked["input_ids"][0].tolist()
+        tokens = net.generate(**asked, max_new_tokens=5, do_sample=False)
+        answers.append(tokens[0, asked["input_ids"].shape[1] :].tolist())
+    for mode in ("packed", "padded"):
+        ours = model_of(path, mode)
+        found = ours.loss(ours.collate(batch(*items)))[0].sum.item()
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert ours.generate(prompts, 5) == [ours._text(answer) for answer in answers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_clip_does_not_depend_on_its_neighbours(kind: str, folder: Folder) -> None:
+    ours = model_of(folder(kind))
+    encoder = encoder_of(folder(kind))
+    items = [encoder.encode(example, [wave]) for example, wave in examples()]
+    seen: list[torch.Tensor] = []
+    hook = ours.net.get_decoder().register_forward_pre_hook(
+        lambda part, args, given: seen.append(given["inputs_embeds"][0]), with_kwargs=True
+    )
+    ours.loss(ours.collate(batch(*items)))
+    together = seen.pop()
+    for item in items:
+        ours.loss(ours.collate(batch(item)))
+    hook.remove()
+    alone = sorted(seen, key=len)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_export_is_what_transformers_loads(kind: str, folder: Folder, tmp_path: Path) -> None:
+    ours = model_of(folder(kind))
+    for parameter in ours.net.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.01)
+    weights = {f"lm.{name}": tensor for name, tensor in ours.net.state_dict().items()}
+    again = plain(kind, export(model_of(folder(kind)), tmp_path / "out", weights))
+    example, wave = examples()[1]
+    made = theirs(kind, example, wave, answer=False)
+    left, right = (net(**made).logits for net in (again, ours.net))
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    left, right = (
+        net.generate(**made, max_new_tokens=6, do_sample=False) for net in (again, ours.net)
+    )
+    assert left.tolist() == right.tolist()
+    # Training goes on from it as from the base.
+    encoder, base = encoder_of(tmp_path / "out"), encoder_of(folder(kind))
+    assert encoder.fingerprint == base.fingerprint
+    name = TYPES[kind].features
+    spoken = zoo.tokenizer(zoo.TINY[kind].tokens)
+    assert encoder.tokenizer.get_vocab() == spoken.get_vocab()
+    assert np.array_equal(
+        encoder.prompt(example, [wave]).arrays["features"],
+        base.prompt(example, [wave]).arrays["features"],
+    )
+    assert name in made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_that_do_not_fit_are_said_and_none_is_cut(kind: str, folder: Folder) -> None:
+    encoder = encoder_of(folder(kind))
+    most = getattr(encoder, "most", None)
+    if most is not None:
+        encoder.part_length(Audio("x"), most, False)
+        said = r"its clip is \d+\.\d\d s, the model reads at most \d+\.\d\d s"
+        with pytest.raises(BadExample, match=said) as raised:
+            encoder.part_length(Audio("x"), most + 1, False)
+        assert raised.value.kind == "too long"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_that_trains_has_a_gradient_without_any_clip(
+    kind: str, folder: Folder
+) -> None:
+    ours = model_of(folder(kind))
+    ours.model.train()
+    encoder = encoder_of(folder(kind))
+    text = encoder.encode(Example("t", "asr", (), ("four",), "Two and two?"), [])
+    for mb in (batch(text), MicroBatch.join(0, 1, 0, [])):
+        ours.model.zero_grad(set_to_none=True)
+        ours.loss(ours.collate(mb))[0].trained.backward()
+        lacking = [
+            n for n, p in ours.model.named_parameters() if p.requires_grad and p.grad is None
+        ]
+        assert not lacking
