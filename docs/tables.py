@@ -137,8 +137,9 @@ def figures() -> str:
         by = "source" if scorer.wants == "text" else "task"
         for figure in scorer.figures:
             better = "lower" if figure.better == "min" else "higher"
-            rows.append((f"`{figure.name}/{by.upper()}`", scorer.name, by, better))
-    return table(("metric", "scorer", "of each", "better is"), rows)
+            tasks = ", ".join(scorer.tasks) if scorer.wants == "text" else "all"
+            rows.append((f"`{figure.name}/{by.upper()}`", scorer.name, by, tasks, better))
+    return table(("metric", "scorer", "of each", "of tasks, by default", "better is"), rows)
 
 
 # -- what goes with what -------------------------------------------------------------------------

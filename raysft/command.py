@@ -24,7 +24,7 @@ model reads them, supervised tokens in green (or, not on a terminal, between whi
 """
 
 EVALUATE = """\
-Evaluate a checkpoint of a run: WER and CER by generation, loss and perplexity by task.
+Evaluate a checkpoint of a run: answers by what their task is measured by (WER, BLEU, ...), losses.
 
 {command} RUN [--data SOURCE] [--step N|best|last] [key=value ...] [--debug]
 

@@ -25,6 +25,7 @@ from raysft.data.index.build import Index
 from raysft.data.plan.generations import open_index
 from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
+from raysft.evaluate.answers import reference_of
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.json_types import JsonObject
 from raysft.models.attention import used as attention_used
@@ -240,7 +241,7 @@ class Evaluation:
         names = [name for name, _ in index.sources]
 
         def references(rows: np.ndarray) -> list[str | None]:
-            return [example.text for example in index.examples(rows)]
+            return [reference_of(example) for example in index.examples(rows)]
 
         def batches(rows: list[np.ndarray]) -> Iterator[MicroBatch]:
             return read(Work(0, number, 0, chosen) for number, chosen in enumerate(rows))

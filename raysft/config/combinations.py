@@ -96,6 +96,11 @@ def _run(config: Config) -> list[Mistake]:
             f"{config.evaluate.every}, but data.eval names no source; name one "
             "(data.eval=[dev.jsonl]), or set evaluate.every=0",
         )
+    if config.evaluate.metrics.get("tts"):
+        found.add(
+            "evaluate.metrics.tts",
+            "answers of tts are speech, which no metric of texts can measure; leave it out",
+        )
     if config.evaluate.spelling and "whisper_english" not in config.evaluate.normalize:
         found.add(
             "evaluate.spelling",

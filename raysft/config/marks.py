@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import GetCoreSchemaHandler
@@ -39,9 +40,12 @@ class OneOf:
         return core_schema.no_info_plain_validator_function(self._checked)
 
     def _checked(self, value: object) -> str:
-        if not isinstance(value, str) or value not in self.names():
-            raise ValueError(one_of([repr(name) for name in self.names()]))
-        return value
+        names = self.names()
+        if isinstance(value, str) and value in names:
+            return value
+        near = get_close_matches(value.lower(), names, 1) if isinstance(value, str) else []
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(one_of([repr(name) for name in names]) + meant)
 
 
 def one_of(texts: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weigh
 from raysft.config.section import Section
 from raysft.config.training import Optim, Peft, Train
 from raysft.json_types import JsonObject
-from raysft.scorers import figure_of
+from raysft.scorers import by_task, figure_of, text_figures
 
 _READ = PathKey(read=True)
 _MODEL = PathKey("model", read=True)
@@ -33,6 +33,7 @@ Normalization = Literal[
     "lower", "punctuation", "whitespace", "numbers", "whisper_basic", "whisper_english"
 ]
 _MADE_EQUAL: tuple[Normalization, ...] = ("lower", "punctuation", "whitespace")
+BleuTokenize = Literal["13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "none"]
 
 
 class Run(Section):
@@ -362,16 +363,26 @@ class Evaluate(Section):
     max_new_tokens: Free[PositiveInt | None] = Field(
         None,
         description="longest answer generated; default: half as long again as the longest "
-        "transcript of the batch",
+        "reference of the batch",
     )
     generate: Free[bool] = Field(
-        True, description="generate asr answers for WER and CER, not only the loss"
+        True, description="generate answers and compare them with references, not only the loss"
+    )
+    metrics: Free[dict[str, list[Annotated[str, OneOf(text_figures)]]]] = Field(
+        default_factory=dict,
+        description="what answers are measured by, by task, e.g. {chat: [chrf], asr: [wer]}; tasks "
+        f"that are not named here: {by_task()}; others are not answered",
+    )
+    bleu_tokenize: Free[BleuTokenize] = Field(
+        "13a",
+        description="what words are for BLEU, as sacrebleu names it: zh or char for Chinese, "
+        "ja-mecab or ko-mecab where they are installed, else 13a or intl",
     )
     normalize: Free[list[Normalization]] = Field(
         default_factory=lambda: list(_MADE_EQUAL),
-        description="what is made equal in both texts before WER and CER: case, punctuation, "
-        "spaces; numbers: digits of any script, and English number words; or one of Whisper's "
-        "normalisers, alone",
+        description="what is made equal in both texts before WER, CER and accuracy: case, "
+        "punctuation, spaces; numbers: digits of any script, and English number words; or one of "
+        "Whisper's normalisers, alone",
     )
     spelling: Free[Annotated[str | None, _READ]] = Field(
         None,

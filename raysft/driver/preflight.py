@@ -46,6 +46,7 @@ from raysft.run.evaluations import choose, metrics_of
 from raysft.run.folder import check_run, read_config, resolve, run_folder
 from raysft.run.ownership import ANYONE, Permit, refuse_held
 from raysft.run.storage import write_whole
+from raysft.scorers import bleu, figures_of
 from raysft.scorers.normalize import read_spelling
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ def _check_evaluation_data(config: Config) -> None:
     sources.resolve_all(config.data.eval, "eval")
     if config.evaluate.spelling is not None:
         read_spelling(config.evaluate.spelling)
+    if config.evaluate.bleu_tokenize.endswith("mecab"):
+        bleu.metric(config.evaluate.bleu_tokenize)  # for its refusal
 
 
 def _check_names(config: Config, encoder: Encoder | None = None, total_steps: int = 0) -> None:
@@ -289,7 +292,31 @@ def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, sa
     index = build_index(given, split, encoder, _cache(config), progress=progress, most=most)
     for line in unknown_text(encoder, index):
         log.warning("data.%s: %s", split, line)
+    if split == "eval":
+        _tell_of_metrics(config, index, say)
     return index
+
+
+def _tell_of_metrics(config: Config, index: Index, say: Say) -> None:
+    """Which examples are not answered, for nothing would compare their answers; and tasks in
+    evaluate.metrics that no example has."""
+    metrics = config.evaluate.metrics
+    counts = np.bincount(index.task, minlength=len(index.tasks)).tolist()
+    found = {task: count for task, count in zip(index.tasks, counts) if count}
+    silent = {task: count for task, count in found.items() if not figures_of(task, metrics)}
+    if config.evaluate.generate and silent:
+        tasks = ", ".join(f"{count:,} of {task}" for task, count in silent.items())
+        say(
+            f"data.eval: examples without a metric are not answered, only their loss is measured: "
+            f"{tasks} (evaluate.metrics: {{{next(iter(silent))}: [...]}} names one)"
+        )
+    for task in metrics:
+        if task not in found:
+            log.warning(
+                "evaluate.metrics.%s: no example of data.eval is of this task; there are %s",
+                task,
+                ", ".join(found) or "none",
+            )
 
 
 def _keep_template(encoder: Encoder, folder: Path) -> None:

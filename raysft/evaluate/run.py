@@ -1,9 +1,9 @@
 """Evaluate a model on data.eval: every worker takes batches i, i + W, ... and counts their sums.
 
 Batches are a function of the index and the budget alone, so results do not depend on the number of
-workers. Loss comes from the whole sequence (teacher-forced); what compares texts (WER, CER) goes by
-what the model generates from the sequence up to its first supervised token. What is counted, and
-which figures come of the sums of all workers, is the scorers' (`raysft.scorers`).
+workers. Loss comes from the whole sequence (teacher-forced); what compares texts (WER, BLEU, ...)
+goes by what the model generates from the sequence up to its first supervised token. What is
+counted, and which figures come of the sums of all workers, is the scorers' (`raysft.scorers`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.patience import patient
 from raysft.run.lines import encoded
-from raysft.scorers import Answer, Loss, Sums, added, answered_tasks, scorers
+from raysft.scorers import Answer, Loss, Scorer, Sums, added, figures_of, scorers
 from raysft.train.step import to_device
 
 Read = Callable[[list[np.ndarray]], Iterator[MicroBatch]]
-Counted = dict[tuple[str, str], Sums]  # by a scorer, and a source or a task
+Counted = dict[tuple[str, str, str], Sums]  # by a scorer, what figures are of, and a task
 
 
 @dataclass
@@ -156,7 +156,7 @@ def evaluate(
             tell(text)
         if predictions is not None and everything:
             _write(predictions, everything)
-    return _figures([part for part, *_ in parts], corpus.source_names)
+    return _figures([part for part, *_ in parts], corpus.source_names, settings)
 
 
 def _transcribe(
@@ -168,10 +168,11 @@ def _transcribe(
     autocast: Callable[[], AbstractContextManager[object]],
     synced: bool,
 ) -> list[Answered]:
-    """The answers to those examples of a batch that have a transcript and a scorer, as the model
+    """The answers to those examples of a batch that have a reference and a metric, as the model
     gives them. By place: ids may repeat."""
-    prompts, tasks = prompts_of(speech_model, batch), answered_tasks()
-    wanted = [place for place, prompt in enumerate(prompts) if prompt.task in tasks]
+    prompts = prompts_of(speech_model, batch)
+    asked = {task for task in batch.tasks if figures_of(task, settings.metrics)}
+    wanted = [place for place, prompt in enumerate(prompts) if prompt.task in asked]
     if not wanted and not synced:
         return []
     lengths = answer_lengths(batch)
@@ -214,33 +215,47 @@ def _transcripts(world: World, answered: list[Answered], spaced: bool) -> list[A
     return found
 
 
+def _asked(row: Scorer, task: str, settings: Evaluate) -> set[str]:
+    """Names of those figures of a row that a task has."""
+    own = {figure.name for figure in row.figures}
+    return own if row.wants == "losses" else own & set(figures_of(task, settings.metrics))
+
+
 def _count(losses: dict[str, list[Loss]], answered: list[Answered], settings: Evaluate) -> Counted:
-    """What each scorer counts in a worker's losses by task, and answers by source."""
+    """What each scorer counts in a worker's losses by task, and answers by source and task."""
+    texts: dict[tuple[str, str], list[Any]] = {}
+    for answer in (one.answer for one in answered):
+        texts.setdefault((answer.source, answer.task), []).append(answer)
+    of_losses: dict[tuple[str, str], list[Any]] = {(task, task): losses[task] for task in losses}
     found: Counted = {}
-    for scorer in scorers():
-        groups: dict[str, list[Any]] = {}
-        if scorer.wants == "losses":
-            groups = dict(losses)
-        else:
-            for answer in (one.answer for one in answered if one.answer.task in scorer.tasks):
-                groups.setdefault(answer.source, []).append(answer)
-        for group, items in groups.items():
-            found[scorer.name, group] = scorer.count(items, settings)
+    for row in scorers():
+        groups = of_losses if row.wants == "losses" else texts
+        for (group, task), items in groups.items():
+            if _asked(row, task, settings):
+                found[row.name, group, task] = row.count(items, settings)
     return found
 
 
-def _figures(parts: list[Counted], sources: list[str]) -> dict[str, float]:
-    """Of what all workers counted: figures of losses, then those of texts. sources: in order."""
+def _figures(parts: list[Counted], sources: list[str], settings: Evaluate) -> dict[str, float]:
+    """Of what all workers counted: figures of losses, then those of texts, each of the tasks of a
+    source that have it. sources: in order."""
     values: dict[str, float] = {}
     for wants in ("losses", "text"):
-        rows = [scorer for scorer in scorers() if scorer.wants == wants]
-        names = {row.name for row in rows}
-        groups = {group for part in parts for name, group in part if name in names}
+        figures = [(row, figure.name) for row in scorers() for figure in row.figures]
+        figures = [(row, figure) for row, figure in figures if row.wants == wants]
+        names = {row.name for row, _ in figures}
+        groups = {group for part in parts for name, group, _ in part if name in names}
         for group in sorted(groups) if wants == "losses" else sources:
-            for row in rows:
-                own = [part[row.name, group] for part in parts if (row.name, group) in part]
-                figures = row.result(added(own)) if own else {}
-                values.update({f"{name}/{group}": value for name, value in figures.items()})
+            for row, figure in figures:
+                own = [
+                    sums
+                    for part in parts
+                    for (name, of, task), sums in part.items()
+                    if (name, of) == (row.name, group) and figure in _asked(row, task, settings)
+                ]
+                found = row.result(added(own)) if own else {}
+                if figure in found:
+                    values[f"{figure}/{group}"] = found[figure]
     return values
 
 

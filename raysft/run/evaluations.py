@@ -29,7 +29,7 @@ from raysft.patience import patiently
 from raysft.run.catalogue import Catalogue, Saved, best_step
 from raysft.run.lines import read_lines
 from raysft.run.storage import write_whole
-from raysft.scorers import figure_of, of_losses, scorers
+from raysft.scorers import figure_of, figures_of, of_losses, scorers, text_figures
 
 NAME = "evaluations.json"
 _RULES = 3  # counts up with every change of how texts are compared
@@ -42,16 +42,21 @@ class Measure:
 
     sources: by name {"data": digest of the source's files, "examples": how many of them are
     evaluated, "of": how many there are}. rules: digest of how texts are made and compared.
+    signatures: of figures that have one, how they are made (`Scorer.signature`).
     """
 
     sources: dict[str, JsonObject] = field(default_factory=dict)
     rules: str = ""
+    signatures: dict[str, str] = field(default_factory=dict)
 
     def of(self, metric: str) -> tuple[object, ...]:
         """What `metric` depends on: its source's entry, where its name ends in one, or all."""
-        source = self.sources.get(metric.partition("/")[2])
-        data = self.sources if source is None else source
-        return (data,) if of_losses(metric) else (data, self.rules)
+        name, _, group = metric.partition("/")
+        data = self.sources.get(group, self.sources)
+        if of_losses(metric):
+            return (data,)
+        signature = self.signatures.get(name)
+        return (data, self.rules) if signature is None else (data, self.rules, signature)
 
     @classmethod
     def taken(cls, index: Index, settings: Evaluate, final: bool) -> Measure:
@@ -64,19 +69,33 @@ class Measure:
             digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
             limit = count if final else settings.max_examples or count
             found[source["name"]] = {"data": digest, "examples": min(limit, count), "of": count}
-        rules = json.dumps([_RULES, *(getattr(settings, key) for key in _DECIDING)])
-        return cls(found, hashlib.sha256(rules.encode()).hexdigest()[:16])
+        facts = [_RULES, *(getattr(settings, key) for key in _DECIDING)]
+        if settings.metrics:  # only then: the rules of a run from before there was this key stay
+            facts.append(settings.metrics)
+        rules = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return cls(found, rules, _signatures(index, settings))
+
+
+def _signatures(index: Index, settings: Evaluate) -> dict[str, str]:
+    """Of the figures that an evaluation on `index` gives."""
+    given = {name.partition("/")[0] for name in metrics_of(index, settings)}
+    return {
+        figure.name: row.signature(settings)
+        for row in scorers()
+        if row.signature is not None
+        for figure in row.figures
+        if figure.name in given
+    }
 
 
 def metrics_of(index: Index, settings: Evaluate) -> list[str]:
     """Names of what an evaluation on `index` gives, where its clips can be read."""
-    texts = [scorer for scorer in scorers() if scorer.wants == "text"]
     losses = [scorer for scorer in scorers() if scorer.wants == "losses"]
     found = []
     for number, source in enumerate(index.sources if settings.generate else []):
-        tasks = {index.tasks[task] for task in np.unique(index.task[index.source == number])}
-        asking = [scorer for scorer in texts if not tasks.isdisjoint(scorer.tasks)]
-        found += [f"{figure.name}/{source.name}" for row in asking for figure in row.figures]
+        tasks = [index.tasks[task] for task in np.unique(index.task[index.source == number])]
+        asked = {name for task in tasks for name in figures_of(task, settings.metrics)}
+        found += [f"{name}/{source.name}" for name in text_figures() if name in asked]
     for task in index.tasks:
         found += [f"{figure.name}/{task}" for row in losses for figure in row.figures]
     return found
@@ -104,6 +123,8 @@ class Evaluation:
     def line(self, checkpoint: bool) -> JsonObject:
         """As a line of eval.jsonl. checkpoint: whether one of its step was saved."""
         measure = asdict(self.measure) if self.measure is not None else {}
+        if not measure.get("signatures"):
+            measure.pop("signatures", None)
         facts = {"final": self.final, "checkpoint": checkpoint}
         return {"step": self.step, **self.figures, **measure, **facts}
 
@@ -112,7 +133,7 @@ class Evaluation:
         """The inverse of `line`, of any version."""
         measure = None
         if "sources" in line:
-            measure = Measure(line["sources"], line["rules"])
+            measure = Measure(line["sources"], line["rules"], line.get("signatures", {}))
         return cls(line["step"], figures(line), measure, line.get("final", False))
 
 

@@ -2,13 +2,14 @@
 compares figures asks the rows.
 
 A new one is one new module here with a `SCORER` (see base.Scorer), or a row given to `register`.
-Nothing here imports torch; jiwer is loaded where texts are scored.
+Nothing here imports torch; jiwer and sacrebleu are loaded where texts are scored.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping, Sequence
 
 from raysft.errors import UserError
 from raysft.scorers.base import Answer, Figure, Loss, Scorer, Sums, added
@@ -20,11 +21,13 @@ __all__ = [
     "Scorer",
     "Sums",
     "added",
-    "answered_tasks",
+    "by_task",
     "figure_of",
+    "figures_of",
     "of_losses",
     "register",
     "scorers",
+    "text_figures",
 ]
 
 _ROWS: dict[str, Scorer] = {}
@@ -68,9 +71,30 @@ def of_losses(metric: str) -> bool:
     return any(figure.name == name for scorer in rows for figure in scorer.figures)
 
 
-def answered_tasks() -> set[str]:
-    """Tasks whose examples the model answers, for a scorer compares the texts."""
-    return {task for scorer in scorers() if scorer.wants == "text" for task in scorer.tasks}
+def text_figures() -> list[str]:
+    """Names of the figures of texts, which `evaluate.metrics` takes."""
+    return [figure.name for row in scorers() if row.wants == "text" for figure in row.figures]
+
+
+def figures_of(task: str, metrics: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of the figures of texts that a task's answers are measured by; none: examples of it are
+    not answered.
+
+    metrics: `evaluate.metrics`; of a task that it does not name the rows decide (`Scorer.tasks`).
+    """
+    if task in metrics:
+        return list(metrics[task])
+    rows = (row for row in scorers() if row.wants == "text" and task in row.tasks)
+    return [figure.name for row in rows for figure in row.figures]
+
+
+def by_task() -> str:
+    """What `figures_of` gives where `evaluate.metrics` is empty, in words."""
+    tasks: dict[tuple[str, ...], list[str]] = {}
+    for task in dict.fromkeys(t for row in scorers() if row.wants == "text" for t in row.tasks):
+        tasks.setdefault(tuple(figures_of(task, {})), []).append(task)
+    said = [f"{', '.join(names)}: {', '.join(found)}" for found, names in tasks.items()]
+    return "; ".join(said)
 
 
 for _info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):

@@ -22,6 +22,10 @@ class Settings(Protocol):
     def spelling(self) -> str | None:
         """A file of spellings made equal."""
 
+    @property
+    def bleu_tokenize(self) -> str:
+        """What words are for BLEU: a tokenizer of sacrebleu."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -65,14 +69,15 @@ class Loss:
 
 @dataclass(frozen=True)
 class Scorer:
-    """One kind of measurement of an evaluation. Needs neither torch nor jiwer to be made.
+    """One kind of measurement of an evaluation. Needs no torch, jiwer or sacrebleu to be made.
 
     figures: those it can give.
     count: of some `Answer`s of a source, or `Loss`es of a task, never none of them: their sums.
         Called on the worker that has them.
     result: figures by name, of the sums of all workers; what cannot be divided is left out.
     wants: text: what the model generates, by source; losses: those of right answers, by task.
-    tasks: of the examples whose texts are wanted.
+    tasks: of the examples whose texts are wanted, where `evaluate.metrics` does not name the task.
+    signature: how its figures are made, where they mean little without; eval.jsonl has it.
     """
 
     name: str
@@ -81,6 +86,7 @@ class Scorer:
     result: Callable[[Sums], dict[str, float]]
     wants: Wants = "text"
     tasks: tuple[str, ...] = ("asr",)
+    signature: Callable[[Settings], str] | None = None
 
 
 def added(parts: Iterable[Sums]) -> Sums:

@@ -53,7 +53,8 @@ class Oracle:
 
     def generate(self, prompts: list[Sequence], limit: int, synced_gpus: bool = False) -> list[str]:
         self.limits.append(limit)
-        documents = [d for d in self.documents(self._batch) if d.task == "asr"]
+        tasks = {prompt.task for prompt in prompts}
+        documents = [d for d in self.documents(self._batch) if d.task in tasks]
         right = [document.labels[document.labels != -100][:-1] for document in documents]
         answers = [self.tokenizer.decode(ids[:limit].tolist()) for ids in right]
         return [self.said(answer) for answer in answers]
