@@ -23,7 +23,7 @@ from raysft import models
 from raysft.adapters.attach import FOLDER as ADAPTER
 from raysft.adapters.attach import VIRTUAL, merge_adapters
 from raysft.config import Config
-from raysft.data.encode import make_encoder, require_template
+from raysft.data.encode import make_encoder, model_family, require_template
 from raysft.errors import UserError
 from raysft.models.base import SpeechModel
 from raysft.offered import callable_too
@@ -106,7 +106,10 @@ def export_run(run: Path, folder: Path, merge: bool = False, step: str = "last")
 
 def prompts(run: Path) -> dict[str, str]:
     """What examples without an instruction of their own were asked, by task."""
-    known = read_config(run).data.prompts
+    config = read_config(run)
+    if "data.prompts" in model_family(config.model).refused_keys:
+        return {}  # they are asked by other means
+    known = config.data.prompts
     return {task: known[task] for task in plans.tasks(run) if task in known}
 
 

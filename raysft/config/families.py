@@ -31,7 +31,10 @@ class Family:
     types: model type -> the class that builds it, "module:class".
     every_causal_lm: whether it takes all types of AutoModelForCausalLM as well.
     hears: whether its models read audio as it is.
+    alone: whether no other family may take its types, though AutoModelForCausalLM has them: as
+        half a model.
     parts: their modules beside the language model, which is quantised without them.
+    refused_types: model type that looks like one of its own -> why it cannot be trained.
     refused_keys: key of `data` or `model` that cannot be set -> why, and the remedy.
     refused_methods: `peft.method` that cannot train them -> why.
     """
@@ -42,7 +45,9 @@ class Family:
     types: Mapping[str, str] = field(default_factory=dict)
     every_causal_lm: bool = False
     hears: bool = False
+    alone: bool = False
     parts: tuple[str, ...] = ()
+    refused_types: Mapping[str, str] = field(default_factory=dict)
     refused_keys: Mapping[str, str] = field(default_factory=dict)
     refused_methods: Mapping[str, str] = field(default_factory=dict)
 
@@ -127,12 +132,19 @@ def by_type() -> str:
     return ", ".join([*said, f"others: {any_text().name}"])
 
 
+_UNTOLD = "only seq2seq is told which language is spoken: leave it out"
+_BATCH_NORM = "its encoder normalises over the clips of a batch, which would depend on each other"
+_NO_DIALOGUE = (
+    "seq2seq writes no dialogue: tokens of language and task stand before the text; leave it out"
+)
+
 register(
     Family(
         name="causal_lm",
         encode="raysft.families.causal_lm.encode",
         model="raysft.families.causal_lm.model",
         every_causal_lm=True,
+        refused_keys={"data.language": _UNTOLD},
     )
 )
 register(
@@ -155,6 +167,7 @@ register(
         hears=True,
         parts=("audio_tower", "multi_modal_projector"),
         refused_keys={
+            "data.language": _UNTOLD,
             "data.speech_tokens": "audio_lm reads audio as it is: leave data.speech_tokens out, "
             "or set model.family: causal_lm",
             "model.speech_units": "audio_lm reads audio as it is, no units: leave it out, or set "
@@ -164,6 +177,35 @@ register(
             "prefix": "transformers' audio models take no prefix",
             "prompt": "prompt tuning replaces the embeddings in which the audio lies: it would be "
             "ignored",
+        },
+    )
+)
+register(
+    Family(
+        name="seq2seq",
+        encode="raysft.families.seq2seq.encode",
+        model="raysft.families.seq2seq.model",
+        types={"whisper": "transformers:WhisperForConditionalGeneration"},
+        hears=True,
+        alone=True,
+        refused_types={
+            "moonshine": "its encoder normalises a clip over its whole row, padding too",
+            "canary": _BATCH_NORM,
+            "cohere_asr": _BATCH_NORM,
+            "speech_to_text": "transformers has only a slow tokenizer for it",
+        },
+        refused_keys={
+            "data.prompts": _NO_DIALOGUE,
+            "data.supervise": _NO_DIALOGUE,
+            "data.template": _NO_DIALOGUE,
+            "data.features": "seq2seq reads its model's own features: leave it out",
+            "data.speech_tokens": "seq2seq reads audio as it is: leave data.speech_tokens out",
+            "data.unit_noise": "seq2seq reads audio as it is, no units: leave it out",
+            "model.speech_units": "seq2seq reads audio as it is, no units: leave it out",
+        },
+        refused_methods={
+            "prefix": "its decoder begins with tokens of language and task",
+            "prompt": "its decoder begins with tokens of language and task",
         },
     )
 )

@@ -163,6 +163,11 @@ class Data(Section):
         description="turns of the assistant that are learnt in a conversation: all of them, or the "
         "last; a message's own `loss: true` or `false` goes first",
     )
+    language: Fixed[str | None] = Field(
+        None,
+        description="seq2seq: the language spoken in examples that name none, such as en or "
+        "german; default: that of the model's generation config, if any",
+    )
     speech_tokens: Fixed[SpeechTokens | None] = Field(
         None, description="turns audio into units for causal_lm (none: audio sources need audio_lm)"
     )

@@ -40,6 +40,8 @@ _WORDS = {
     "malformed record": r"not (?:valid|readable|a JSON)|fields? '|task_type is|holds half a surr",
     "bad text": r"its text (?:contains|cannot)",
     "unknown unit": r"unit -?\d+, but",
+    "unknown language": r"its language |it names no language",
+    "not one clip": r"has (?:no|\d+) clips?, and",
 }
 KINDS = (*_WORDS, OTHER)
 # Greedy: the last match counts, for what a reason is about, a path, may look like one.

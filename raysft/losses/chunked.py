@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 Forward = Callable[..., torch.Tensor]
 TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -44,14 +45,18 @@ def head_is_last(net: PreTrainedModel, head: nn.Module) -> tuple[int, bool]:
     float32, to which some models cast.
     """
     audio = getattr(net.config, "audio_token_id", None)
-    tokens = [i for i in range(5) if i != audio][:4]
     device = net.get_input_embeddings().weight.device
+    tokens = torch.tensor([[i for i in range(5) if i != audio][:4]], device=device)
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if net.config.is_encoder_decoder:
+        heard = torch.zeros(1, 1, net.config.hidden_size, device=device)
+        inputs = {"encoder_outputs": BaseModelOutput(heard), "decoder_input_ids": tokens}
     seen: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda _module, _args, out: seen.append(out))
     training = net.training
     net.eval()
     try:
-        logits = net(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
+        logits = net(**inputs, use_cache=False).logits
     finally:
         hook.remove()
         net.train(training)

@@ -11,6 +11,7 @@ What a batch holds (int64 but for the masks; R rows of L positions, M supervised
     attention_mask [R, L]              padded: 1 where there is a token
     keep, targets, tasks [M]           flat position that predicts, token to predict, task number
     input_features [C, mels, F], feature_attention_mask [C, F]   audio_lm: one row a clip
+    input_features [R, mels, F], decoder_input_ids [R, L]   seq2seq: a clip a row, no input_ids
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from raysft.losses.chunked import (
 from raysft.losses.term import CROSS_ENTROPY, Term
 from raysft.models import balance, generation, reach, targets
 from raysft.models.attention import document_mask
-from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad
+from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad, tokens_of
 
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
@@ -74,7 +75,7 @@ class Supervised(nn.Module):
         self.rows: int | None = None  # through the head at a time; None: see `chunk_rows`
         self.balance = balance.coefficient(net)
         self._keep: torch.Tensor | None = None
-        self._columns = 0  # of input_ids
+        self._columns = 0  # of the rows of tokens
         head = net.get_output_embeddings()
         if head is None:
             raise UserError(f"model: {type(net).__name__} has no language-model head to train")
@@ -163,7 +164,7 @@ class Supervised(nn.Module):
             head.forward = lambda hidden: chunked_losses(
                 head, compute, hidden[0], targets, rows, weights, kinds
             ).unsqueeze(0)
-        self._keep, self._columns = keep, inputs["input_ids"].shape[1]
+        self._keep, self._columns = keep, tokens_of(inputs).shape[1]
         try:
             found = self.lm(**inputs, use_cache=False)
         finally:
@@ -268,6 +269,24 @@ class SpeechModel(ABC):
         """Model inputs besides tokens."""
         return {}
 
+    def rows(
+        self, documents: list[Document], side: Literal["right", "left"]
+    ) -> tuple[Batch, Seq[int]]:
+        """A padded row a document, as the model takes them, and the flat position where each
+        document begins (before its row, where not all of it stands there)."""
+        batch, offsets = pad(documents, self.pad_id, side)
+        if not self.verdict.positions:
+            del batch["position_ids"]
+        return batch, offsets
+
+    def decoded(self, document: Document) -> int:
+        """Positions of a document in its row."""
+        return len(document.input_ids)
+
+    def computed(self, batch: Batch) -> int:
+        """Positions that a batch computes, padding among them."""
+        return tokens_of(batch).numel()
+
     def touches_everything(self, documents: list[Document]) -> bool:
         """Whether these documents reach every parameter, as gradient reduction needs."""
         return bool(documents)
@@ -286,9 +305,7 @@ class SpeechModel(ABC):
             documents.sort(key=lambda d: len(d.input_ids))
             batch, offsets = pack(documents)
         else:
-            batch, offsets = pad(documents, self.pad_id, side)
-            if not self.verdict.positions:
-                del batch["position_ids"]
+            batch, offsets = self.rows(documents, side)
         keep, targets, tasks = [], [], []
         for document, offset in zip(documents, offsets, strict=True):
             # Position t - 1 predicts t; the first token of a document is nobody's to predict.
@@ -343,9 +360,7 @@ class SpeechModel(ABC):
 
         Raises UserError if nothing else trains.
         """
-        batch, _ = pad([self.dummy_document()], self.pad_id, "right")
-        if not self.verdict.positions:
-            del batch["position_ids"]
+        batch, _ = self.rows([self.dummy_document()], "right")
         found = reach.freeze(self.model, batch | self.features([self.dummy_document()]))
         self.unreached = [*self.unreached, *found]
         if self.unreached and not any(p.requires_grad for p in self.model.parameters()):
@@ -381,7 +396,7 @@ class SpeechModel(ABC):
         batches of prompts of one length, or one by one.
         """
         documents = [Document(s.input_ids, s.labels, s.task, s.arrays) for s in prompts]
-        batches = self._batches([len(d.input_ids) for d in documents], max_new_tokens)
+        batches = self._batches([self.decoded(d) for d in documents], max_new_tokens)
         if synced_gpus:
             rounds = torch.tensor(len(batches), device=next(self.model.parameters()).device)
             dist.all_reduce(rounds, dist.ReduceOp.MAX)
@@ -426,25 +441,31 @@ class SpeechModel(ABC):
             return []
         if not self.touches_everything(documents):
             documents.append(self.dummy_document())
-        batch, _ = pad(documents, self.pad_id, "left")
+        batch, _ = self.rows(documents, "left")
         device = next(self.model.parameters()).device
-        if not self.verdict.positions:
-            del batch["position_ids"]
         inputs = {k: v.to(device) for k, v in (batch | self.features(documents)).items()}
         # The model's own generation config may sample or penalise repetition: not in evaluation.
         own, training = self.net.generation_config, self.model.training
-        self.net.generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=self.pad_id
-        )
+        self.net.generation_config = self._greedy(own, max_new_tokens)
         self.model.eval()
         try:
-            # Of transformers or peft, whose modules mypy takes for any.
-            tokens = self.model.generate(**inputs, synced_gpus=synced_gpus)  # type: ignore[operator]
+            tokens = self._answered(inputs, synced_gpus)
         finally:
             self.net.generation_config = own
             self.model.train(training)
-        answers = tokens[: len(asked), inputs["input_ids"].shape[1] :].tolist()
+        answers = tokens[: len(asked), tokens_of(inputs).shape[1] :].tolist()
         return [self._text(answer) for answer in answers]
+
+    def _greedy(self, own: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+        """How answers of at most so many tokens are generated. own: the model's config."""
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=self.pad_id
+        )
+
+    def _answered(self, inputs: Batch, synced_gpus: bool) -> torch.Tensor:
+        """Prompts with their answers [R, L + new], by `net.generation_config`."""
+        # Of transformers or peft, whose modules mypy takes for any.
+        return self.model.generate(**inputs, synced_gpus=synced_gpus)  # type: ignore[operator]
 
     def _text(self, answer: list[int]) -> str:
         """Decode up to the first stop token."""

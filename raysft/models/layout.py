@@ -57,6 +57,11 @@ def pad(
     return {name: ints(array) for name, array in arrays.items()}, offsets
 
 
+def tokens_of(batch: Batch) -> torch.Tensor:
+    """The rows of tokens [R, L] that a model makes logits of."""
+    return batch["decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"]
+
+
 def ints(values: np.ndarray) -> torch.Tensor:
     """int64, as embeddings take them."""
     return torch.from_numpy(values.astype(np.int64))

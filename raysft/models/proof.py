@@ -33,7 +33,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from raysft.data.encode.verdict import Batched, Verdict
 from raysft.errors import UserError
-from raysft.models import copies, rope
+from raysft.models import copies, decoders, rope
 from raysft.models.attention import attachable, document_mask, inexact, refusal
 from raysft.models.layout import Document, pack, pad
 from raysft.models.loading import line_of
@@ -59,7 +59,7 @@ def prove(net: PreTrainedModel) -> Verdict:
     """The verdict on models like `net`, whose weights do not matter."""
     key = f"{type(net)} {json.dumps(net.config.to_dict(), sort_keys=True, default=str)}"
     if key not in _KNOWN:
-        verdict = _prove(net, 0)
+        verdict = decoders.prove(net) if net.config.is_encoder_decoder else _prove(net, 0)
         if verdict.differs:
             verdict = _better(verdict, _prove(net, 1))
         _KNOWN[key] = verdict

@@ -140,7 +140,7 @@ def turn_of(speech_model: SpeechModel, batch: MicroBatch) -> Turn:
     tokens = float(batch.lengths.sum())
     counts = {
         "tokens": tokens,
-        "positions": float(laid_out["input_ids"].numel()) if tokens else 0.0,
+        "positions": float(speech_model.computed(laid_out)) if tokens else 0.0,
         "examples": float(len(batch.ids)),
         "audio_seconds": batch.seconds,
         "quarantined": float(len(batch.quarantined)),

@@ -123,6 +123,8 @@ def formula_holds(net: PreTrainedModel) -> bool:
     Where a model computes other than its matrices say (layers that run several times, attention of
     another kind) a number would be wrong. Kept for the process; costs 0.1 s.
     """
+    if net.config.is_encoder_decoder:  # whose tokens do not pass through every matrix
+        return False
     key = f"{type(net)} {json.dumps(net.config.to_dict(), sort_keys=True, default=str)}"
     if key not in _HOLDS:
         _HOLDS[key] = _counted_alike(net)

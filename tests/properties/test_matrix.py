@@ -1,4 +1,4 @@
-"""Every strategy with every PEFT method and both families: the same losses, the same checkpoints.
+"""Every strategy with every PEFT method and every family: the same losses, the same checkpoints.
 
 Two gloo processes and three lanes (so the second worker has a turn of weight zero) against one
 process; what a combination cannot do is refused in tests/unit/config/test_combinations.py. `make
@@ -17,7 +17,11 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen2AudioForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    Qwen2AudioForConditionalGeneration,
+)
 
 from raysft.audit import audit
 from raysft.config import Config, load_config
@@ -30,19 +34,24 @@ from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
 from raysft.train.checkpoint import read_weights
 from raysft.worker import build_model
-from tests.support import worlds
+from tests.support import whisper, worlds
 from tests.support.models import AUDIO, CAUSAL
 
 STEPS = 10
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 METHODS = ("none", "lora", "adalora", "ia3", "prefix", "prompt")
+FAMILIES = {
+    "causal_lm": AutoModelForCausalLM,
+    "audio_lm": Qwen2AudioForConditionalGeneration,
+    "seq2seq": AutoModelForSpeechSeq2Seq,
+}
 UNITS = 20
 Case = tuple[str, str, str]  # strategy, method, family
 
 
 def _cases() -> list[Case]:
     """All that is not refused."""
-    cases = [(s, m, f) for s in STRATEGIES for m in METHODS for f in ("causal_lm", "audio_lm")]
+    cases = [(s, m, f) for s in STRATEGIES for m in METHODS for f in FAMILIES]
     return [case for case in cases if not contradictions(Config.model_validate(tree(*case)))]
 
 
@@ -55,7 +64,7 @@ def tree(strategy: str, method: str, family: str) -> dict[str, Any]:
         peft |= {"init_r": 6, "tinit": 2, "tfinal": 2, "every": 2}
     if method in ("prefix", "prompt"):
         peft |= {"virtual_tokens": 3}
-    audio = family == "audio_lm"
+    audio, seq2seq = family != "causal_lm", family == "seq2seq"
     return {
         "run": {"name": f"{strategy}_{method}_{family}", "seed": 3},
         "data": {
@@ -63,7 +72,8 @@ def tree(strategy: str, method: str, family: str) -> dict[str, Any]:
             "lanes": 3,
             "tokens_per_batch": 500 if audio else 120,
             "window": 40,
-            "mode": "padded" if method in ("prefix", "prompt") else "packed",
+            "mode": "padded" if seq2seq or method in ("prefix", "prompt") else "packed",
+            **({"language": "en"} if seq2seq else {}),
         },
         "model": {"path": "base", "family": family} | ({} if audio else {"speech_units": UNITS}),
         "peft": peft,
@@ -87,12 +97,14 @@ class Bench:
         ]
         units = folder / "units.json"
         units.write_text(json.dumps(items))
-        self.corpus = {"causal_lm": units, "audio_lm": clips}
+        self.corpus = {"causal_lm": units, "audio_lm": clips, "seq2seq": clips}
         for family, model in (
             ("causal_lm", {**CAUSAL, "speech_units": UNITS}),
             ("audio_lm", AUDIO),
+            ("seq2seq", whisper.model(folder)),
         ):
-            config = Config.model_validate({"model": model})
+            mode = "padded" if family == "seq2seq" else "packed"
+            config = Config.model_validate({"model": model, "data": {"mode": mode}})
             encoder = make_encoder(config.model, config.data, folder)
             export(build(config.model, config.data, encoder, 1), folder / family)
 
@@ -165,7 +177,7 @@ def assert_export_speaks(bench: Bench, case: Case, run: Path) -> None:
     _, method, family = case
     out = bench.folder / "exported" / run.name
     export_run(run, out)
-    kind = AutoModelForCausalLM if family == "causal_lm" else Qwen2AudioForConditionalGeneration
+    kind = FAMILIES[family]
     if method == "none":
         plain = kind.from_pretrained(out)
     else:
@@ -180,8 +192,11 @@ def assert_export_speaks(bench: Bench, case: Case, run: Path) -> None:
     names = ("input_features", "feature_attention_mask")
     inputs = {name: batch[name] for name in names if name in batch}
     ids = torch.randint(5, 250, (1, 9), generator=torch.Generator().manual_seed(0))
-    inputs["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if family == "seq2seq":
+        inputs["decoder_input_ids"] = torch.cat([batch["decoder_input_ids"], ids], 1)
+    else:
+        inputs["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with torch.no_grad():
         said, expected = (
             model.eval()(**inputs, use_cache=False).logits for model in (plain, ours.model)
@@ -189,7 +204,7 @@ def assert_export_speaks(bench: Bench, case: Case, run: Path) -> None:
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{case}: {m}")
 
 
-PAIRS: list[Case] = [("fsdp", "lora", "audio_lm")]
+PAIRS: list[Case] = [("fsdp", "lora", "audio_lm"), ("fsdp", "lora", "seq2seq")]
 
 
 def test_a_strategy_with_adapters_trains_alike_and_resumes_exactly(bench: Bench) -> None:
@@ -211,10 +226,11 @@ GRADIENTS: list[Case] = [
     ("zero1", "lora", "causal_lm"),
     ("zero2", "lora", "causal_lm"),
     ("zero3", "lora", "causal_lm"),
+    *((strategy, "none", "seq2seq") for strategy in ("ddp", "fsdp", "zero3")),
 ]
 
 
-def test_gradients_of_adapters_are_those_of_the_whole_global_batch(bench: Bench) -> None:
+def test_gradients_are_those_of_the_whole_global_batch(bench: Bench) -> None:
     """Each worker has other examples, and the workers other numbers of turns: without an average
     over all of them the difference is of the size of the gradient itself."""
     alone = {
@@ -261,9 +277,10 @@ def test_a_run_moves_between_strategies_and_numbers_of_workers(
 
 
 def test_every_config_of_the_matrix_is_accepted_or_refused_with_a_reason(bench: Bench) -> None:
-    """27 + 17 of the 60 combinations work; the others say why not and what to do."""
+    """27 + 17 + 17 of the 90 combinations work; the others say why not and what to do."""
     cases = _cases()
     assert sum(f == "causal_lm" for _, _, f in cases) == 27
     assert sum(f == "audio_lm" for _, _, f in cases) == 17
+    assert sum(f == "seq2seq" for _, _, f in cases) == 17
     for case in cases:
         assert load_config(bench.config(case, "_".join(case)))

@@ -38,8 +38,10 @@ _LOADED = [
     "torch._dynamo",
     "raysft.families.audio_lm.model",
     "raysft.families.causal_lm.model",
+    "raysft.families.seq2seq.model",
     "transformers.models.qwen2_audio.modeling_qwen2_audio",
     "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.whisper.modeling_whisper",
     "tests.support.proven",
 ]
 

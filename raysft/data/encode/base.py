@@ -13,14 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from raysft.data.clips.audio import SHORTEST_S, Limits
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import Audio, Example, Sequence, Units
-from raysft.data.text import Segment, Template
+from raysft.data.text import Rendered, Segment
 from raysft.errors import BadExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VERSION = 2  # of the encoding: raise it when ids or lengths change with the same config
 EXCESS = 0.02  # share by which an example may be longer than it was measured
@@ -40,6 +44,28 @@ class Encoded:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
+class Renders(Protocol):
+    """What tells of an example what the model is given and what it learns, as `text.Template`
+    does. source: what a run keeps of it. remark: what a user should know of it, or ""."""
+
+    source: str
+    remark: str
+    end_id: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The transformers tokenizer."""
+
+    def render(self, example: Example) -> Rendered:
+        """Segments of prompt and answer. Raises BadExample, or UserError."""
+
+    def prompt(self, example: Example) -> list[Segment]:
+        """What a model is given to answer it. Raises as `render` does."""
+
+    def answer_of(self, generated: str) -> str:
+        """The answer in a generated text."""
+
+
 class Encoder(ABC):
     """Turns examples into sequences. Picklable, and free of torch unless its features need it.
 
@@ -49,16 +75,18 @@ class Encoder(ABC):
     limits: of the clips it is given. positions: that the model has; None: they do not end.
     new_ids: tokens that the tokenizer of the model lacked.
     units: which unit tokens are used and which are new, in words; "" where there are none.
+    says_language: whether the answer of an asr example begins with its lang.
     """
 
     sample_rate: int | None
     fingerprint: str
-    template: Template
+    template: Renders
     limits: Limits = Limits()
     positions: int | None = None
     verdict: Verdict | None = None
     new_ids: tuple[int, ...] = ()
     units: str = ""
+    says_language: bool = True
 
     @property
     def tokenizer(self):

@@ -65,8 +65,10 @@ def _family_of(given: str, settings: JsonObject, where: str) -> Family:
     kind = settings.get("model_type")
     chosen = None if given == AUTO else named(given)
     own = owner(kind)
-    if own is not None and (chosen is None or chosen.every_causal_lm or kind in chosen.types):
-        return chosen or own  # as causal_lm: the loader says that it has no such class
+    if own is not None and (chosen is None or kind in chosen.types):
+        return chosen or own
+    if own is not None and not own.alone and chosen is not None and chosen.every_causal_lm:
+        return chosen  # the loader says that it has no such class
     if own is None and ("auto_map" in settings or kind is None):
         return chosen or any_text()  # code of its own: transformers says what it is
     assert kind is not None  # none of a row, nor without a row
@@ -81,6 +83,8 @@ def _family_of(given: str, settings: JsonObject, where: str) -> Family:
     if chosen is not None and right is not None:  # another family would take it
         meant = f" (set model.family={right.name})"
         how = " on audio" if chosen.hears else f" as {chosen.name}"
+    reasons = [row.refused_types[kind] for row in families() if kind in row.refused_types]
+    meant += f" ({reasons[0]})" if reasons else ""
     known = [f"{row.name} knows {', '.join(row.types)}; " for row in families() if row.types]
     raise UserError(
         f"{where}: models of type {kind!r} cannot be trained{how}{meant}: {''.join(known)}"

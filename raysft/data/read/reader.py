@@ -103,7 +103,8 @@ class Reader:
             spare -= max(0, excess)
             sequences.append(sequence)
             slots.append(slot)
-            langs.append(example.lang if example.task == "asr" else None)
+            says = self.encoder.says_language and example.task == "asr"
+            langs.append(example.lang if says else None)
         batch = MicroBatch.join(
             work.epoch,
             work.step,

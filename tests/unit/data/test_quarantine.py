@@ -67,6 +67,15 @@ WITHOUT_A_PATH = {
     ],
     "bad text": ["its text contains <|AUDIO|>, a token that steers the model"],
     "unknown unit": ["unit 100, but there are 100 units"],
+    "unknown language": [
+        "its language 'xx' is unknown to the tokenizer, which has en, de",
+        "its language is 'de', and the model knows English only",
+        "it names no language: give it a lang, or set data.language for all that name none",
+    ],
+    "not one clip": [
+        "has no clip, and seq2seq reads one",
+        "has 2 clips, and seq2seq reads one",
+    ],
 }
 
 

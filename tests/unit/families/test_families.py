@@ -38,7 +38,7 @@ HEARING = (
         "musicgen",
         "kyutai_speech_to_text",
     ),
-    *("whisper", "mine_asr"),
+    *("moonshine", "mine_asr"),
 )
 
 
@@ -83,10 +83,25 @@ def test_audio_models_of_other_kinds_are_refused_whatever_the_family(
 
 def test_what_can_be_trained_goes_to_its_family(tmp_path: Path) -> None:
     assert model_family(model(tmp_path, model_type="qwen2_audio")).name == "audio_lm"
+    assert model_family(model(tmp_path, model_type="whisper")).name == "seq2seq"
     assert model_family(model(tmp_path, model_type="qwen3")).name == "causal_lm"
     assert model_family(model(tmp_path, model_type="gemma3n", audio_config={})).name == "causal_lm"
     code = {"AutoModelForCausalLM": "modeling_mine.Mine"}
     assert model_family(model(tmp_path, model_type="mine", auto_map=code)).name == "causal_lm"
+
+
+@pytest.mark.parametrize("family", ["causal_lm", "audio_lm"])
+def test_a_whisper_is_trained_whole_or_not_at_all(tmp_path: Path, family: str) -> None:
+    """AutoModelForCausalLM would make a decoder of it that hears nothing."""
+    with pytest.raises(UserError, match=r"'whisper' cannot be .*set model\.family=seq2seq"):
+        model_family(model(tmp_path, family, model_type="whisper"))
+
+
+def test_speech_models_that_look_alike_are_refused_with_the_reason(tmp_path: Path) -> None:
+    for kind, reason in named("seq2seq").refused_types.items():
+        with pytest.raises(UserError) as raised:
+            model_family(model(tmp_path, model_type=kind))
+        assert f"{kind!r} cannot be trained on audio ({reason}): " in str(raised.value)
 
 
 def test_a_text_model_as_audio_lm_says_what_hears_and_what_else_there_is(tmp_path: Path) -> None:
@@ -143,11 +158,11 @@ def test_what_a_row_names_is_there(family: Family) -> None:
 
 
 def test_a_name_that_is_no_family_is_refused_with_those_there_are() -> None:
-    said = "model.family: expected 'auto', 'causal_lm' or 'audio_lm', found 'audio'"
+    said = "model.family: expected 'auto', 'causal_lm', 'audio_lm' or 'seq2seq', found 'audio'"
     assert said in refused(model={**CAUSAL, "family": "audio"})
     with pytest.raises(UserError, match=said):
         model_family(Model(**CAUSAL).model_copy(update={"family": "audio"}))
-    assert "  model.family (auto|causal_lm|audio_lm; default 'auto')\n" in describe()
+    assert "  model.family (auto|causal_lm|audio_lm|seq2seq; default 'auto')\n" in describe()
 
 
 @pytest.mark.usefixtures("table")
@@ -204,7 +219,7 @@ def test_a_new_family_is_a_folder_and_a_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.unit_noise: outside_lm has its own noise"):
         make_encoder(config.model, config.data, tmp_path)
     said = refused(model={**CAUSAL, "family": "audio"})
-    assert "expected 'auto', 'causal_lm', 'audio_lm' or 'outside_lm', found 'audio'" in said
+    assert "'audio_lm', 'seq2seq' or 'outside_lm', found 'audio'" in said
 
 
 @pytest.mark.usefixtures("table")

@@ -1,0 +1,99 @@
+"""The proof of `proof`, for models whose decoder attends to what an encoder has read.
+
+On a small copy, whose decoder is given random states in place of an encoder's: rows padded on the
+right, and prompts of one length answered together, each against itself alone. Packed rows are out
+of the question: all tokens of a row attend to one clip. Prompts of several lengths would need
+positions and a mask that are not given. That an encoder reads each clip alone is up to its family.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
+
+from raysft.data.encode.verdict import Verdict
+from raysft.models import copies
+
+LENGTHS = (9, 4, 6)
+STATES = 7  # of an encoder
+PROMPT, ANSWER = 4, 5
+LIMIT = 1e-3  # of the largest logit: as in `proof`
+
+
+def prove(net: PreTrainedModel) -> Verdict:
+    """The verdict on encoder-decoders like `net`, whose weights do not matter."""
+    kind = net.config.model_type
+    packed = "all tokens of a row attend to one clip"
+    learned = getattr(net.config, "max_target_positions", None)
+    try:
+        small = copies.small_copy(net)
+    except ValueError as error:
+        return Verdict(kind, packed=packed, answers="length", learned=learned, copied=str(error))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        size = small.config.vocab_size - 40  # special tokens are the last ones
+        rows = torch.randint(size, (len(LENGTHS), max(LENGTHS)))
+        states = torch.randn(len(LENGTHS), STATES, small.config.hidden_size)
+        causal, padded = _rows(small, rows, states)
+        answers = _answers(small, rows[:, :PROMPT], states)
+    return Verdict(
+        kind, causal, padded, packed, answers="length" if answers else "one", learned=learned
+    )
+
+
+def _rows(
+    small: PreTrainedModel, rows: torch.Tensor, states: torch.Tensor
+) -> tuple[str | None, str | None]:
+    """Whether a token sees those behind it, and whether a padded row differs from itself alone."""
+    together = _logits(small, rows, states)
+    causal = padded = None
+    for row, length in enumerate(LENGTHS):
+        alone = _logits(small, rows[row : row + 1, :length], states[row : row + 1])[0]
+        if not _alike(together[row, :length], alone):
+            padded = f"a row of {length} tokens beside others differs from itself alone"
+        changed = rows[row : row + 1, :length].clone()
+        changed[0, -1] = (changed[0, -1] + 1) % (small.config.vocab_size - 40)
+        if not _alike(_logits(small, changed, states[row : row + 1])[0, :-1], alone[:-1]):
+            causal = "every position sees those after it"
+    return causal, None if causal else padded
+
+
+def _answers(small: PreTrainedModel, prompts: torch.Tensor, states: torch.Tensor) -> bool:
+    """Whether prompts of one length are answered together as each alone."""
+    together = _generated(small, prompts, states)
+    alone = [
+        _generated(small, prompts[row : row + 1], states[row : row + 1])
+        for row in range(len(prompts))
+    ]
+    return _alike(together, torch.cat(alone))
+
+
+def _logits(small: PreTrainedModel, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    return small(
+        encoder_outputs=BaseModelOutput(states), decoder_input_ids=rows, use_cache=False
+    ).logits
+
+
+def _generated(small: PreTrainedModel, prompts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Logits [R, new, V] of answers of ANSWER tokens."""
+    small.generation_config = GenerationConfig(
+        max_new_tokens=ANSWER,
+        min_new_tokens=ANSWER,
+        eos_token_id=small.config.vocab_size - 1,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    found: Any = GenerationMixin.generate(
+        small, encoder_outputs=BaseModelOutput(states), decoder_input_ids=prompts
+    )
+    return torch.stack(found.logits, 1)
+
+
+def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().max() < LIMIT * expected.abs().max())
