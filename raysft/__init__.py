@@ -1,7 +1,7 @@
 """raysft: supervised fine-tuning of speech+text models on Ray.
 
-`from raysft import load_config, train, evaluate, export, dry_run` (see `raysft.library`); each is
-imported when it is asked for.
+`from raysft import load_config, train, evaluate, export, dry_run, transcribe` (see
+`raysft.library`); each is imported when it is asked for.
 """
 
 from importlib import import_module
@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from raysft.library import export as export
     from raysft.library import load_config as load_config
     from raysft.library import train as train
+    from raysft.library import transcribe as transcribe
 
 __version__ = "0.1.0"
 
 _OFFERED = ("dry_run", "export", "load_config")
-_PACKAGES = ("evaluate", "train")  # of ours, which can be called: see `raysft.offered`
+_PACKAGES = (
+    "evaluate",
+    "train",
+    "transcribe",
+)  # of ours, which can be called: see `raysft.offered`
 
 
 def __getattr__(name: str) -> object:

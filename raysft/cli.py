@@ -29,12 +29,18 @@ class Arguments:
 
 
 def parse(
-    argv: Sequence[str], usage: str, positional: int, flags: Sequence[str] = (), keys: bool = True
+    argv: Sequence[str],
+    usage: str,
+    positional: int,
+    flags: Sequence[str] = (),
+    keys: bool = True,
+    more: bool = False,
 ) -> Arguments:
     """Split a command line; prints help and leaves on -h (and, with exit code 2, where nothing is
     given), raises UserError on anything unknown.
 
     flags: allowed names; one that ends in `=` takes a value (`--data SOURCE` or `--data=SOURCE`).
+    more: there may be more positional words than that.
     """
     found = Arguments([], [], {})
     rest = list(argv)
@@ -61,7 +67,7 @@ def parse(
                 raise UserError(f"--{name}: {_meant(name, value, rest, flags, keys)}")
         elif word.startswith("-") and word != "-" and "=" not in word:
             raise UserError(f"{word}: {_meant(word[1:], '', rest, flags, keys)}")
-        elif len(found.positional) < positional:
+        elif len(found.positional) < positional or more:
             found.positional.append(word)
         elif keys:
             found.overrides.append(word)

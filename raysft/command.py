@@ -44,11 +44,32 @@ Of a run with adapters (peft.method) the folder is the adapter, for PeftModel.fr
 give the base their rows first: base.resize_token_embeddings(len(tokenizer)).
 """
 
+TRANSCRIBE = """Text of clips, by a run or a model's folder. Needs no Ray.
+
+{command} RUN_OR_FOLDER AUDIO ... [--prompt TEXT] [--lang LANG] [--task TASK] [--json]
+    [--checkpoint N|best|last] [--batch-seconds N] [--max-new-tokens N] [--debug]
+
+RUN_OR_FOLDER is a run's folder (its newest checkpoint, adapters included; --checkpoint takes
+another), a folder that `export` wrote, or a hub id. AUDIO is a clip, a folder of clips, or a
+manifest of any format that data.train takes; where a manifest has references, what answers are
+measured by (WER and so on) is printed at the end, on stderr.
+
+Prints the text; of several clips a line each, path TAB text (line breaks as spaces); with --json a
+line each {"path", "id", "text", "seconds"} (and "reference"). A clip that cannot be read, or is
+longer than the model reads, is a line on stderr; others are transcribed, and the exit code is 1.
+
+What is asked is what the run was trained with (its data.prompts by task, its chat template);
+--prompt replaces the instruction. --lang: the language of the clips, as the data names it.
+--task: asr, where it is left out. --batch-seconds: of audio that is answered at a time (120).
+--max-new-tokens: longest answer; left out, it follows the clips' length.
+"""
+
 USAGE = """usage: raysft COMMAND ... (raysft COMMAND --help says more)
 
   raysft sft CONFIG.yaml [key=value ...]   train, or continue a run
   raysft evaluate RUN                      WER, CER and losses of a checkpoint
   raysft export RUN OUT                    a folder for from_pretrained
+  raysft transcribe RUN_OR_FOLDER AUDIO... text of clips
   raysft report RUN                        a picture of a run
   raysft audit RUN                         was every example trained on as planned?
 """
@@ -120,6 +141,58 @@ def export(argv: Sequence[str], command: str = "raysft export") -> None:
         )
 
 
+def transcribe(argv: Sequence[str], command: str = "raysft transcribe") -> None:
+    """Print a transcript as soon as it is there; leaves with exit code 1 where one is missing."""
+    flags = ["prompt=", "lang=", "task=", "json", "checkpoint=", "batch-seconds="]
+    flags.append("max-new-tokens=")
+    usage = TRANSCRIBE.replace("{command}", command)  # it has other braces
+    arguments = parse(argv, usage, positional=2, flags=flags, keys=False, more=True)
+    model, *audio = arguments.positional
+    given = {name: str(value) for name, value in arguments.flags.items()}
+    numbers = {name: _number(name, given) for name in ("batch-seconds", "max-new-tokens")}
+
+    from raysft import library
+
+    transcripts = library.transcribe(
+        model,
+        audio,
+        **{name: given.get(name) for name in ("prompt", "lang", "task", "checkpoint")},
+        batch_seconds=numbers["batch-seconds"],
+        max_new_tokens=numbers["max-new-tokens"],
+    )
+
+    from raysft.run.evaluations import table
+
+    for one in transcripts:
+        if one.error:
+            print(f"error: {one.error}", file=sys.stderr, flush=True)
+        elif "json" in given:
+            print(one.line(), flush=True)
+        else:
+            before = f"{one.path}\t" if len(transcripts) > 1 else ""
+            print(before + (" ".join(one.text.splitlines()) if before else one.text), flush=True)
+    if figures := transcripts.figures():
+        print(table(figures), file=sys.stderr)
+    if transcripts.unended:
+        print(
+            f"warning: {transcripts.unended} of {len(transcripts)} answers are cut where they have "
+            "as many tokens as an answer may have; --max-new-tokens raises that",
+            file=sys.stderr,
+        )
+    if transcripts.failed:
+        raise SystemExit(1)
+
+
+def _number(name: str, given: dict[str, str]) -> int | None:
+    """What --name says; None where it is not given. Raises UserError."""
+    value = given.get(name)
+    if value is None:
+        return None
+    if not value.isdecimal() or not int(value):
+        raise UserError(f"--{name}: expected a whole number greater than 0, found {value!r}")
+    return int(value)
+
+
 def _module(name: str) -> Callable[[Sequence[str]], None]:
     """The sub-command that is `python -m raysft.NAME`."""
 
@@ -133,6 +206,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sft": sft,
     "evaluate": evaluate,
     "export": export,
+    "transcribe": transcribe,
     "report": _module("report"),
     "audit": _module("audit"),
 }

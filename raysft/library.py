@@ -1,4 +1,5 @@
-"""The jobs as functions: `from raysft import load_config, train, evaluate, export, dry_run`.
+"""The jobs as functions: `from raysft import load_config, train, evaluate, export, dry_run,
+transcribe`.
 
 The jobs call these and nothing else, so that a program does what a command line does: the same
 checks, the same folders, the same UserError with the same line for whatever a user can mend. Each
@@ -21,8 +22,9 @@ from raysft.run.folder import reopen
 
 if TYPE_CHECKING:
     from raysft.driver.launch import Outcome
+    from raysft.transcribe.run import Transcripts
 
-__all__ = ["dry_run", "evaluate", "export", "load_config", "train"]
+__all__ = ["dry_run", "evaluate", "export", "load_config", "train", "transcribe"]
 
 Progress = Callable[[JsonObject], None]
 """Called with each report of driver and workers: `raysft.cli.ProgressLine()` prints them."""
@@ -119,3 +121,35 @@ def export(run: str | Path, out: str | Path, *, step: str = "last", merge: bool 
 
     remarks.quiet()
     return export_run(folder, target, merge=merge, step=step)
+
+
+def transcribe(
+    model: str | Path,
+    audio: Sequence[str | Path],
+    *,
+    prompt: str | None = None,
+    lang: str | None = None,
+    task: str | None = None,
+    checkpoint: str | None = None,
+    batch_seconds: float | None = None,
+    max_new_tokens: int | None = None,
+) -> Transcripts:
+    """What a model hears: iterate over it for a `Transcript` of each clip, in order. Needs no Ray.
+
+    model: a run's folder, an exported folder, or a hub id. audio: clips, folders of clips, and
+    manifests of any format. prompt: the instruction, in place of the one that the run was trained
+    with, or that an example brings. lang: as examples have it; task: of clips, asr where it is left
+    out. checkpoint: of a run, a step, `best` or `last`. batch_seconds: of audio at a time.
+    max_new_tokens: of an answer. Raises UserError; what is wrong with a clip is in its transcript.
+    """
+    from raysft.transcribe import asked
+
+    wanted = asked.read(audio, asked.Wishes(prompt, lang, task))
+
+    from raysft import remarks
+    from raysft.transcribe.model import load
+    from raysft.transcribe.run import BATCH_SECONDS, Transcripts
+
+    remarks.quiet()
+    answering = load(str(model), checkpoint)
+    return Transcripts(answering, wanted, batch_seconds or BATCH_SECONDS, max_new_tokens)

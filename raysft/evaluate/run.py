@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -148,7 +147,7 @@ def evaluate(
                 )
     spaced = settings.generate and not keeps_tab(speech_model.tokenizer)
     answered = _transcripts(world, answered, spaced)
-    counted = _count(losses, answered, settings)
+    counted = _count(losses, [one.answer for one in answered], settings)
     parts = world.gather((counted, answered, unusable))
     if world.is_main:
         everything = sorted((one for _, part, _ in parts for one in part), key=lambda one: one.row)
@@ -221,16 +220,22 @@ def _asked(row: Scorer, task: str, settings: Evaluate) -> set[str]:
     return own if row.wants == "losses" else own & set(figures_of(task, settings.metrics))
 
 
-def _count(losses: dict[str, list[Loss]], answered: list[Answered], settings: Evaluate) -> Counted:
+def measured(answers: list[Answer], settings: Evaluate) -> dict[str, float]:
+    """Figures of answers that are all there, by name: wer/SOURCE."""
+    sources = list(dict.fromkeys(answer.source for answer in answers))
+    return _figures([_count({}, answers, settings)], sources, settings)
+
+
+def _count(losses: dict[str, list[Loss]], answers: list[Answer], settings: Evaluate) -> Counted:
     """What each scorer counts in a worker's losses by task, and answers by source and task."""
-    texts: dict[tuple[str, str], list[Any]] = {}
-    for answer in (one.answer for one in answered):
+    texts: dict[tuple[str, str], list[Answer]] = {}
+    for answer in answers:
         texts.setdefault((answer.source, answer.task), []).append(answer)
-    of_losses: dict[tuple[str, str], list[Any]] = {(task, task): losses[task] for task in losses}
+    of_losses = {(task, task): losses[task] for task in losses}
     found: Counted = {}
     for row in scorers():
-        groups = of_losses if row.wants == "losses" else texts
-        for (group, task), items in groups.items():
+        groups = of_losses.items() if row.wants == "losses" else texts.items()
+        for (group, task), items in groups:
             if _asked(row, task, settings):
                 found[row.name, group, task] = row.count(items, settings)
     return found

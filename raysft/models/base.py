@@ -189,7 +189,7 @@ class SpeechModel(ABC):
     tokens that this run has added to the model's tokenizer. prepends: the model puts positions of
     its own in front of a row (prompt tuning), so padding must not come between. verdict: what is
     exact for this kind of model. unreached: parameters frozen because no batch reaches them.
-    virtual: positions in front of a prompt that train (prompt and prefix tuning).
+    virtual: positions that train in front of a prompt. unended: answers cut at their limit so far.
     """
 
     new_ids: Seq[int] = ()
@@ -197,7 +197,7 @@ class SpeechModel(ABC):
     verdict = Verdict("")
     unreached: Seq[str] = ()
     virtual = 0
-
+    unended = 0
     answer_of: Callable[[str], str] = staticmethod(str)
 
     def __init__(
@@ -222,9 +222,8 @@ class SpeechModel(ABC):
         self.stop_ids = sorted(stops - {None})
         if not self.stop_ids:
             raise UserError("model.tokenizer: it has no end-of-sequence token; answers never end")
-        self.pad_id = tokenizer.pad_token_id
-        if self.pad_id is None:
-            self.pad_id = self.stop_ids[0]
+        own = tokenizer.pad_token_id
+        self.pad_id = self.stop_ids[0] if own is None else own
         net.generation_config.eos_token_id = self.stop_ids
         net.generation_config.pad_token_id = self.pad_id
         if tokenizer.bos_token_id is not None:
@@ -470,6 +469,7 @@ class SpeechModel(ABC):
     def _text(self, answer: list[int]) -> str:
         """Decode up to the first stop token."""
         end = next((i for i, token in enumerate(answer) if token in self.stop_ids), len(answer))
+        self.unended += end == len(answer)
         return self.answer_of(self.tokenizer.decode(answer[:end], skip_special_tokens=True))
 
     # -- saving ----------------------------------------------------------------------------------

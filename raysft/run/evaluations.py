@@ -287,12 +287,17 @@ class Evaluations:
 
 
 def choose(
-    run: Path, settings: Checkpoint, word: str, damage: Callable[[Saved], str | None]
+    run: Path,
+    settings: Checkpoint,
+    word: str,
+    damage: Callable[[Saved], str | None],
+    option: str = "--step",
 ) -> tuple[Saved, list[str]]:
-    """The checkpoint that `--step word` names: a step, `best` or `last`; and why newer ones than
-    the last sound one were passed over.
+    """The checkpoint that `word` names: a step, `best` or `last`; and why newer ones than the last
+    sound one were passed over.
 
-    damage: what is wrong with a checkpoint, or None. Raises UserError where there is none such.
+    damage: what is wrong with a checkpoint, or None. option: of the command line, for messages.
+    Raises UserError where there is none such.
     """
     catalogue = Catalogue.of(settings, run)
     if word == "last":
@@ -305,21 +310,21 @@ def choose(
     if word == "best":
         if settings.best is None:
             raise UserError(
-                f"--step best: {run} has no checkpoint.best, so no figure says which; set it "
+                f"{option} best: {run} has no checkpoint.best, so no figure says which; set it "
                 f"(checkpoint.best: wer/NAME) and go on, or give a step; kept are {there}"
             )
         step = Evaluations.load(run).best(settings.best, settings.best_mode, kept)
         if step is None:
             raise UserError(
-                f"--step best: no checkpoint of {run} has a figure of {settings.best}; give a "
+                f"{option} best: no checkpoint of {run} has a figure of {settings.best}; give a "
                 f"step; kept are {there}"
             )
     elif word.isdecimal():
         step = int(word)
     else:
-        raise UserError(f"--step {word}: has to be a step, best or last")
+        raise UserError(f"{option} {word}: has to be a step, best or last")
     if step not in kept:
-        raise UserError(f"--step {step}: {run} keeps no checkpoint of it; kept are {there}")
+        raise UserError(f"{option} {step}: {run} keeps no checkpoint of it; kept are {there}")
     reason = damage(kept[step])
     if reason is not None:
         raise UserError(f"{kept[step].where}: {reason}; kept are {there}")

@@ -21,7 +21,18 @@ ROOMS = (
     *("json_types", "errors", "remarks", "environment", "", "offered"),
     *("paths", "patience", "failures", "hub", "plugins"),
     *("scorers", "config", "data", "losses", "parallel", "models", "adapters", "families"),
-    *("run", "train", "evaluate", "worker", "export", "reread", "cli", "audit", "report"),
+    *(
+        "run",
+        "train",
+        "evaluate",
+        "worker",
+        "export",
+        "transcribe",
+        "reread",
+        "cli",
+        "audit",
+        "report",
+    ),
     *("driver", "library", "command"),
 )
 OFFERED = ("raysft", "raysft.library")  # for type checkers alone: what it gives is loaded by name

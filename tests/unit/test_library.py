@@ -17,18 +17,18 @@ from tests.support.worlds import ROOT
 
 CODE = """
 import sys
-from raysft import dry_run, evaluate, export, load_config, train
+from raysft import dry_run, evaluate, export, load_config, train, transcribe
 assert not {"torch", "ray", "transformers"} & set(sys.modules)
 from raysft import library
-import raysft.train.loop, raysft.evaluate.run, raysft.export
-from raysft import evaluate, export, train  # packages and a module of ours by now
+import raysft.train.loop, raysft.evaluate.run, raysft.export, raysft.transcribe.run
+from raysft import evaluate, export, train, transcribe  # packages and a module of ours by now
 called = []
-for name in ("train", "evaluate", "export"):
+for name in ("train", "evaluate", "export", "transcribe"):
     setattr(library, name, lambda *words, name=name, **more: called.append((name, words, more)))
-train("config"); evaluate("run", step="best"); export("run", "out")
+train("config"); evaluate("run", step="best"); export("run", "out"); transcribe("run", [])
 assert called == [
     ("train", ("config",), {}), ("evaluate", ("run",), {"step": "best"}),
-    ("export", ("run", "out"), {}),
+    ("export", ("run", "out"), {}), ("transcribe", ("run", []), {}),
 ], called
 """
 

@@ -1,0 +1,141 @@
+"""What answers: a run at one of its checkpoints, adapters included, or a model as others have it.
+
+Costs the base's read and the checkpoint's; weights lie in float32, of a model in half precision on
+a GPU in that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from raysft import hub, paths, patience
+from raysft.config import Config
+from raysft.config.schema import Data, Model
+from raysft.data.clips.audio import Limits
+from raysft.data.encode import Encoder, make_encoder, require_template
+from raysft.data.example import Sequence as Encoded
+from raysft.errors import UserError
+from raysft.models.base import SpeechModel
+from raysft.parallel.native import HALF
+from raysft.run.catalogue import Saved
+from raysft.run.evaluations import choose
+from raysft.run.folder import check_base, read_config
+from raysft.train.checkpoint import read_weights
+from raysft.worker import build_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Answering:
+    """A model that answers. settings of the run, or defaults: how answers are compared."""
+
+    name: str
+    config: Config
+    encoder: Encoder
+    speech_model: SpeechModel
+    autocast: Callable[[], AbstractContextManager[object]]
+
+    def generate(self, prompts: Sequence[Encoded], most: int) -> list[str]:
+        """Answers of at most so many tokens, in order."""
+        with torch.inference_mode(), self.autocast():
+            return self.speech_model.generate(prompts, most)
+
+
+def load(given: str, checkpoint: str | None = None) -> Answering:
+    """The model that `given` names: a run's folder, a folder with weights, or a hub id.
+
+    checkpoint: of a run, a step, `best` or `last` (None: last). On a GPU where there is one. Raises
+    UserError where there is no such model, or it cannot be had.
+    """
+    name = paths.model(given)
+    folder = Path(name)
+    if (folder / "config.yaml").is_file():
+        return _of_run(folder, checkpoint or "last")
+    if checkpoint is not None:
+        raise UserError(
+            f"--checkpoint: {given} is no run's folder, which alone has some; leave it out"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise UserError(
+            f"{given}: "
+            + (
+                "an adapter without its base; name the run's folder, or export it with --merge"
+                if adapter
+                else "neither a run (config.yaml) nor a model (config.json) is here"
+            )
+        )
+    hub.check(name, "RUN_OR_FOLDER")
+    config = Config(model=Model(path=name), data=Data(mode="padded"))
+    # Of no run's folder: what is fitted or kept for one is not looked for in a model's.
+    encoder, speech_model = _build(config, folder / "no-run")
+    device, half = _device(), None
+    if device.type == "cuda":
+        half = AutoConfig.from_pretrained(name).dtype
+    if half in HALF.values():
+        # As adapters are trained over a base: matrices in it, norms and biases in float32.
+        for parameter in speech_model.model.parameters():
+            if parameter.ndim >= 2:
+                parameter.data = parameter.data.to(half)
+    else:
+        half = None
+    return _ready(given, config, encoder, speech_model, device, half)
+
+
+def _of_run(run: Path, word: str) -> Answering:
+    config = read_config(run)
+    patience.allow(config.patience_s)
+    found, skipped = choose(run, config.checkpoint, word, Saved.damage, "--checkpoint")
+    for reason in skipped:
+        log.warning("skipped: %s", reason)
+    require_template(run)
+    check_base(config, run)
+    train = config.train.model_copy(update={"gradient_checkpointing": False})
+    config = config.model_copy(update={"train": train})
+    encoder, speech_model = _build(config, run)
+    weights = read_weights(found)
+    supervised, adapted = speech_model.supervised, config.peft.method != "none"
+    wanted = {name for name, p in supervised.named_parameters() if p.requires_grad or not adapted}
+    if lacking := wanted - weights.keys():
+        raise ValueError(f"the checkpoint lacks {len(lacking)} weights, such as {min(lacking)}")
+    supervised.load_state_dict(weights, strict=False)
+    device, half = _device(), HALF.get(config.train.precision)
+    return _ready(f"{run}, step {found.step}", config, encoder, speech_model, device, half)
+
+
+def _build(config: Config, run: Path) -> tuple[Encoder, SpeechModel]:
+    encoder = make_encoder(config.model, config.data, run)
+    # What training leaves out (silence, long clips) is transcribed as it is.
+    encoder.limits = Limits(read_timeout_s=config.data.read_timeout_s)
+    speech_model, _ = build_model(config, encoder, 0)
+    learned = speech_model.verdict.learned
+    encoder.limit(None if learned is None else learned - speech_model.virtual)
+    return encoder, speech_model
+
+
+def _ready(
+    name: str,
+    config: Config,
+    encoder: Encoder,
+    speech_model: SpeechModel,
+    device: torch.device,
+    half: torch.dtype | None,
+) -> Answering:
+    """half: what matrix products are computed in; None: as the weights are."""
+    speech_model.model.to(device)
+    speech_model.model.eval()
+    autocast = nullcontext if half is None else partial(torch.autocast, device.type, dtype=half)
+    return Answering(name, config, encoder, speech_model, autocast)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
