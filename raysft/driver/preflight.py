@@ -304,6 +304,7 @@ def _tell_of_metrics(config: Config, index: Index, say: Say) -> None:
     counts = np.bincount(index.task, minlength=len(index.tasks)).tolist()
     found = {task: count for task, count in zip(index.tasks, counts) if count}
     silent = {task: count for task, count in found.items() if not figures_of(task, metrics)}
+    silent.pop("tts", None)  # its answers are speech: there is no metric to name
     if config.evaluate.generate and silent:
         tasks = ", ".join(f"{count:,} of {task}" for task, count in silent.items())
         say(

@@ -304,10 +304,14 @@ def test_what_is_not_answered_is_said_once(
     config = translating(tmp_path).model_copy(deep=True)
     config.checkpoint.best = None
     config.evaluate.metrics = {"translation": [], "st": ["bleu"]}
+    (tmp_path / "speak.json").write_text(json.dumps([{"input": "one", "output": "[Hu1]"}]))
+    config.data.eval.append(Source(path=str(tmp_path / "speak.json")))
+    config.data.prompts["tts"] = "Say it."
     with caplog.at_level(logging.WARNING):
         preflight.prepare(config, open_run(config), say=said.append)
     (line,) = [text for text in said if "without a metric" in text]
     assert "9 of translation (evaluate.metrics: {translation: [...]} names one)" in line
+    assert "tts" not in line, "speech has no metric that could be named"
     (warning,) = [text for text in caplog.messages if "metrics" in text]
     assert warning.startswith("evaluate.metrics.st: no example of data.eval is of this task; there")
 
