@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from raysft.config import families, strategies
-from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
+from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights, one_of
 from raysft.config.section import Section
 from raysft.config.training import Optim, Peft, Train
 from raysft.json_types import JsonObject
@@ -33,7 +33,7 @@ Normalization = Literal[
     "lower", "punctuation", "whitespace", "numbers", "whisper_basic", "whisper_english"
 ]
 _MADE_EQUAL: tuple[Normalization, ...] = ("lower", "punctuation", "whitespace")
-BleuTokenize = Literal["13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "none"]
+_BLEU_WORDS = ("13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "none")  # sacrebleu's names
 
 
 class Run(Section):
@@ -378,10 +378,11 @@ class Evaluate(Section):
         description="what answers are measured by, by task, e.g. {chat: [chrf], asr: [wer]}; tasks "
         f"that are not named here: {by_task()}; others are not answered",
     )
-    bleu_tokenize: Free[BleuTokenize] = Field(
+    bleu_tokenize: Free[str | dict[str, str]] = Field(
         "13a",
         description="what words are for BLEU, as sacrebleu names it: zh or char for Chinese, "
-        "ja-mecab or ko-mecab where they are installed, else 13a or intl",
+        "ja-mecab or ko-mecab where they are installed, else 13a or intl; or by source, e.g. "
+        "{en_zh: zh}, 13a for the others",
     )
     normalize: Free[list[Normalization]] = Field(
         default_factory=lambda: list(_MADE_EQUAL),
@@ -393,6 +394,15 @@ class Evaluate(Section):
         None,
         description="whisper_english: a JSON file {british: american, ...} of spellings made equal",
     )
+
+    @field_validator("bleu_tokenize", mode="plain")
+    @classmethod
+    def _known_words(cls, value: Any) -> str | dict[str, str]:
+        names = list(value.values()) if isinstance(value, dict) else [value]
+        if not all(name in _BLEU_WORDS for name in names):
+            known = one_of([repr(name) for name in _BLEU_WORDS])
+            raise ValueError(f"{known}, or one of them by source")
+        return value
 
 
 class Log(Section):

@@ -147,8 +147,10 @@ def _check_evaluation_data(config: Config) -> None:
     sources.resolve_all(config.data.eval, "eval")
     if config.evaluate.spelling is not None:
         read_spelling(config.evaluate.spelling)
-    if config.evaluate.bleu_tokenize.endswith("mecab"):
-        bleu.metric(config.evaluate.bleu_tokenize)  # for its refusal
+    words = config.evaluate.bleu_tokenize
+    for name in [words] if isinstance(words, str) else words.values():
+        if name.endswith("mecab"):
+            bleu.metric(name)  # for its refusal
 
 
 def _check_names(config: Config, encoder: Encoder | None = None, total_steps: int = 0) -> None:
@@ -317,6 +319,14 @@ def _tell_of_metrics(config: Config, index: Index, say: Say) -> None:
                 "evaluate.metrics.%s: no example of data.eval is of this task; there are %s",
                 task,
                 ", ".join(found) or "none",
+            )
+    words, names = config.evaluate.bleu_tokenize, [source.name for source in index.sources]
+    for name in () if isinstance(words, str) else words:
+        if name not in names:
+            log.warning(
+                "evaluate.bleu_tokenize.%s: no source of data.eval has this name; there are %s",
+                name,
+                ", ".join(names),
             )
 
 

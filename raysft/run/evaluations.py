@@ -42,7 +42,7 @@ class Measure:
 
     sources: by name {"data": digest of the source's files, "examples": how many of them are
     evaluated, "of": how many there are}. rules: digest of how texts are made and compared.
-    signatures: of figures that have one, how they are made (`Scorer.signature`).
+    signatures: of metrics that have one, how they are made (`Scorer.signature`).
     """
 
     sources: dict[str, JsonObject] = field(default_factory=dict)
@@ -51,11 +51,10 @@ class Measure:
 
     def of(self, metric: str) -> tuple[object, ...]:
         """What `metric` depends on: its source's entry, where its name ends in one, or all."""
-        name, _, group = metric.partition("/")
-        data = self.sources.get(group, self.sources)
+        data = self.sources.get(metric.partition("/")[2], self.sources)
         if of_losses(metric):
             return (data,)
-        signature = self.signatures.get(name)
+        signature = self.signatures.get(metric)
         return (data, self.rules) if signature is None else (data, self.rules, signature)
 
     @classmethod
@@ -77,14 +76,15 @@ class Measure:
 
 
 def _signatures(index: Index, settings: Evaluate) -> dict[str, str]:
-    """Of the figures that an evaluation on `index` gives."""
-    given = {name.partition("/")[0] for name in metrics_of(index, settings)}
+    """Of what an evaluation on `index` gives."""
+    given = set(metrics_of(index, settings))
     return {
-        figure.name: row.signature(settings)
+        f"{figure.name}/{source.name}": row.signature(settings, source.name)
         for row in scorers()
         if row.signature is not None
         for figure in row.figures
-        if figure.name in given
+        for source in index.sources
+        if f"{figure.name}/{source.name}" in given
     }
 
 

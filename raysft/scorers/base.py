@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,8 +23,8 @@ class Settings(Protocol):
         """A file of spellings made equal."""
 
     @property
-    def bleu_tokenize(self) -> str:
-        """What words are for BLEU: a tokenizer of sacrebleu."""
+    def bleu_tokenize(self) -> str | Mapping[str, str]:
+        """What words are for BLEU: a tokenizer of sacrebleu, or those of some sources."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Scorer:
     result: figures by name, of the sums of all workers; what cannot be divided is left out.
     wants: text: what the model generates, by source; losses: those of right answers, by task.
     tasks: of the examples whose texts are wanted, where `evaluate.metrics` does not name the task.
-    signature: how its figures are made, where they mean little without; eval.jsonl has it.
+    signature: how its figures of a source are made, where they mean little without; eval.jsonl has
+        it.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Scorer:
     result: Callable[[Sums], dict[str, float]]
     wants: Wants = "text"
     tasks: tuple[str, ...] = ("asr",)
-    signature: Callable[[Settings], str] | None = None
+    signature: Callable[[Settings, str], str] | None = None
 
 
 def added(parts: Iterable[Sums]) -> Sums:

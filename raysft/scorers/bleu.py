@@ -33,8 +33,14 @@ def metric(tokenize: str) -> BLEU:
         ) from error
 
 
+def tokenizer_of(settings: Settings, source: str) -> str:
+    """What makes words of the texts of a source."""
+    given = settings.bleu_tokenize
+    return given if isinstance(given, str) else given.get(source, "13a")
+
+
 def _count(answers: Sequence[Answer], settings: Settings) -> Sums:
-    found = metric(settings.bleu_tokenize).corpus_score(
+    found = metric(tokenizer_of(settings, answers[0].source)).corpus_score(
         [answer.hypothesis for answer in answers], [[answer.reference for answer in answers]]
     )
     return {
@@ -58,8 +64,8 @@ def _result(sums: Sums) -> dict[str, float]:
     return {"bleu": found.score}
 
 
-def _signature(settings: Settings) -> str:
-    used = metric(settings.bleu_tokenize)
+def _signature(settings: Settings, source: str) -> str:
+    used = metric(tokenizer_of(settings, source))
     used.corpus_score(["a"], [["a"]])  # how many references there are is told by a score only
     return str(used.get_signature())
 

@@ -38,7 +38,7 @@ def _result(sums: Sums) -> dict[str, float]:
     return {"chrf": _metric()._compute_f_score([sums[kind] for kind in _KINDS])}
 
 
-def _signature(settings: Settings) -> str:
+def _signature(settings: Settings, source: str) -> str:
     used = _metric()
     used.corpus_score(["a"], [["a"]])  # how many references there are is told by a score only
     return str(used.get_signature())

@@ -23,7 +23,7 @@ import torch
 from raysft.cli import ProgressLine
 from raysft.config import Config, load_config
 from raysft.config.combinations import contradictions
-from raysft.config.schema import BleuTokenize, Checkpoint, Data, Evaluate, Model, Source
+from raysft.config.schema import Checkpoint, Data, Evaluate, Model, Source
 from raysft.data.encode import make_encoder
 from raysft.data.example import Audio, Example, MicroBatch, Units
 from raysft.data.index.build import build_index
@@ -48,7 +48,7 @@ from tests.unit.scorers.test_scorers import ONE, Threads
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 WORDS = ("the", "cat", "sat on", "mat .", "你好", "don't", "12,000", "Ünal", "“so”", "end.", "( )")
-TOKENIZERS: list[BleuTokenize] = ["13a", "intl", "zh", "char", "none"]
+TOKENIZERS = ["13a", "intl", "zh", "char", "none"]
 
 
 def answers(draw: random.Random, count: int) -> list[Answer]:
@@ -69,7 +69,7 @@ def measured(name: str, parts: list[list[Answer]], settings: Evaluate) -> dict[s
 
 
 @pytest.mark.parametrize("tokenize", TOKENIZERS)
-def test_figures_of_parts_are_sacrebleus_of_all(tokenize: BleuTokenize) -> None:
+def test_figures_of_parts_are_sacrebleus_of_all(tokenize: str) -> None:
     draw, settings = random.Random(5), Evaluate(bleu_tokenize=tokenize)
     for _ in range(30):
         found = answers(draw, draw.choice([1, 2, 40]))
@@ -80,6 +80,17 @@ def test_figures_of_parts_are_sacrebleus_of_all(tokenize: BleuTokenize) -> None:
         assert measured("bleu", parts, settings) == {"bleu": expected}
         expected = sacrebleu.corpus_chrf(said, right).score
         assert measured("chrf", parts, settings) == {"chrf": expected}
+
+
+def test_sources_may_have_words_of_their_own() -> None:
+    found = [
+        Answer("x", name, "st", None, "你好 world end.", "你好 word end.") for name in ("a", "b")
+    ]
+    settings = Evaluate(bleu_tokenize={"a": "zh"})
+    for one, tokenize in zip(found, ("zh", "13a")):
+        expected = sacrebleu.corpus_bleu([one.hypothesis], [[one.reference]], tokenize=tokenize)
+        assert measured("bleu", [[one]], settings) == {"bleu": expected.score}
+    assert measured("bleu", [found[:1]], settings) != measured("bleu", [found[1:]], settings)
 
 
 def test_an_answer_is_right_as_it_is_or_as_it_is_compared() -> None:
@@ -268,9 +279,10 @@ def test_a_run_keeps_the_best_translation_and_says_how_it_was_measured(
     said = [text.replace("this", "there") for text in references]
     expected = sacrebleu.corpus_bleu(said, [references]).score
     assert [line["bleu/dev"] for line in lines][1] == expected > lines[0]["bleu/dev"]
+    kind = f"version:{sacrebleu.__version__}"
     signature = {
-        "bleu": f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}",
-        "chrf": f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{sacrebleu.__version__}",
+        "bleu/dev": f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|{kind}",
+        "chrf/dev": f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|{kind}",
     }
     assert [line["signatures"] for line in lines] == [signature] * 3
     assert choose(folder, reopen(folder).checkpoint, "best", Saved.damage)[0].step == 4
@@ -291,6 +303,9 @@ def test_figures_made_in_other_ways_are_not_compared(tmp_path: Path) -> None:
     plain = taken()
     assert plain.of("bleu/dev") != taken(bleu_tokenize="zh").of("bleu/dev")
     assert plain.of("chrf/dev") == taken(bleu_tokenize="zh").of("chrf/dev")
+    zh = taken(bleu_tokenize={"dev": "zh", "other": "char"})
+    assert zh.of("bleu/dev") == taken(bleu_tokenize="zh").of("bleu/dev")
+    assert taken(bleu_tokenize={"other": "char"}) == plain
     asked = taken(metrics={"translation": ["wer"]})
     assert asked.signatures == {} and asked.of("wer/dev") != plain.of("wer/dev")
     # A run of the version before goes on, its figures of WER compared with those of now.
@@ -304,6 +319,7 @@ def test_what_is_not_answered_is_said_once(
     config = translating(tmp_path).model_copy(deep=True)
     config.checkpoint.best = None
     config.evaluate.metrics = {"translation": [], "st": ["bleu"]}
+    config.evaluate.bleu_tokenize = {"dev": "zh", "deu": "intl"}
     (tmp_path / "speak.json").write_text(json.dumps([{"input": "one", "output": "[Hu1]"}]))
     config.data.eval.append(Source(path=str(tmp_path / "speak.json")))
     config.data.prompts["tts"] = "Say it."
@@ -312,8 +328,9 @@ def test_what_is_not_answered_is_said_once(
     (line,) = [text for text in said if "without a metric" in text]
     assert "9 of translation (evaluate.metrics: {translation: [...]} names one)" in line
     assert "tts" not in line, "speech has no metric that could be named"
-    (warning,) = [text for text in caplog.messages if "metrics" in text]
-    assert warning.startswith("evaluate.metrics.st: no example of data.eval is of this task; there")
+    one, other = [text for text in caplog.messages if "evaluate." in text]
+    assert one.startswith("evaluate.metrics.st: no example of data.eval is of this task; there")
+    assert other.startswith("evaluate.bleu_tokenize.deu: no source of data.eval has this name;")
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -326,10 +343,11 @@ def test_names_that_are_none_are_refused_with_the_nearest(tmp_path: Path) -> Non
         load_config(file, ["evaluate.metrics={st: [chrf, blue]}"])
     with pytest.raises(UserError, match=r"evaluate\.metrics\.st\.0: expected .*, found 'loss'"):
         load_config(file, ["evaluate.metrics={st: [loss]}"])
-    with pytest.raises(
-        UserError, match=r"evaluate\.bleu_tokenize: expected '13a', 'intl', .* found 'flores200'"
-    ):
-        load_config(file, ["evaluate.bleu_tokenize=flores200"])
+    for given in ("flores200", "{dev: flores200}", "[zh]"):
+        with pytest.raises(
+            UserError, match=r"\.bleu_tokenize: expected '13a', .* or 'none', .* found"
+        ):
+            load_config(file, [f"evaluate.bleu_tokenize={given}"])
 
 
 def test_speech_has_no_metric_of_texts(tmp_path: Path) -> None:
