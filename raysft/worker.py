@@ -32,7 +32,7 @@ from raysft.models.attention import used as attention_used
 from raysft.models.base import SpeechModel
 from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, determinism, make_strategy
-from raysft.parallel.blocks import blocks, whole_parts
+from raysft.parallel.blocks import blocks
 from raysft.patience import patient
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved
@@ -193,9 +193,7 @@ def wrap(config: Config, speech_model: SpeechModel, world: World) -> Strategy:
     if config.train.compile:
         from raysft.models.compiled import compile_blocks
 
-        whole = whole_parts(speech_model.supervised)
-        parts = [part for part in blocks(speech_model.supervised) if part not in whole]
-        compile_blocks(parts, world.device)
+        compile_blocks(blocks(speech_model.supervised), world.device)
     return make_strategy(config, speech_model.supervised, world)
 
 

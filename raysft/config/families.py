@@ -18,6 +18,7 @@ from raysft.errors import UserError
 
 AUTO = "auto"  # model.family: by the model's type
 CAUSAL_LM = "AutoModelForCausalLM"
+_STREAM = "it hears step by step beside its text, not in place of tokens"
 REMEDIES = ("lora", "adalora", "ia3")  # peft.method to name instead of one that cannot be had
 
 
@@ -29,6 +30,8 @@ class Family:
     encode: module with `make_encoder`, see `raysft.data.encode.Encode`.
     model: module with `make_model`, see `raysft.models.Build`.
     types: model type -> the class that builds it, "module:class".
+    asked_for: those of `types` that it trains only where model.family names it: with `auto` they
+        are another family's.
     every_causal_lm: whether it takes all types of AutoModelForCausalLM as well.
     hears: whether its models read audio as it is.
     alone: whether no other family may take its types, though AutoModelForCausalLM has them: as
@@ -43,6 +46,7 @@ class Family:
     encode: str
     model: str
     types: Mapping[str, str] = field(default_factory=dict)
+    asked_for: tuple[str, ...] = ()
     every_causal_lm: bool = False
     hears: bool = False
     alone: bool = False
@@ -117,8 +121,9 @@ def choices() -> list[str]:
 
 
 def owner(kind: str | None) -> Family | None:
-    """The row that names the model type `kind` itself; None: no row does."""
-    return next((row for row in families() if kind in row.types), None)
+    """The row that names the model type `kind` itself, for `auto`; None: no row does."""
+    rows = (row for row in families() if kind in row.types and kind not in row.asked_for)
+    return next(rows, None)
 
 
 def any_text() -> Family:
@@ -128,7 +133,12 @@ def any_text() -> Family:
 
 def by_type() -> str:
     """Which types `auto` gives to which family, in words."""
-    said = [f"{kind}: {row.name}" for row in families() for kind in row.types]
+    said = [
+        f"{kind}: {row.name}"
+        for row in families()
+        for kind in row.types
+        if kind not in row.asked_for
+    ]
     return ", ".join([*said, f"others: {any_text().name}"])
 
 
@@ -163,6 +173,22 @@ register(
             "musicflamingo": "transformers:MusicFlamingoForConditionalGeneration",
             "glmasr": "transformers:GlmAsrForConditionalGeneration",
             "granite_speech": "transformers:GraniteSpeechForConditionalGeneration",
+            "granite_speech_plus": "transformers:GraniteSpeechPlusForConditionalGeneration",
+            "phi4_multimodal": "transformers:Phi4MultimodalForCausalLM",
+            "gemma4": "transformers:Gemma4ForConditionalGeneration",
+            "fun_asr_nano": "transformers:FunAsrNanoForConditionalGeneration",
+        },
+        asked_for=("phi4_multimodal", "gemma4"),  # with auto they are trained on text
+        refused_types={
+            "voxtral": "its text goes through mistral-common, which is no tokenizer that "
+            "transformers renders dialogues with",
+            "voxtral_realtime": _STREAM,
+            "kyutai_speech_to_text": _STREAM,
+            "gemma3n": "it is not proven on clips here, for its vision tower needs timm",
+            "moss_transcribe_diarize": "it writes times as text between the tokens of a clip",
+            "vibevoice_asr": "its encoder draws noise for each clip",
+            "nemo_speechlm": "it has not been tried on clips here",
+            "nemotron_h_omni": "its Mamba layers carry a state from one document to the next",
         },
         hears=True,
         parts=("audio_tower", "multi_modal_projector"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,101 @@ TINY: dict[str, Tiny] = {
         ids={"audio_token_id": "audio_token"},
         processor="GraniteSpeechProcessor",
     ),
+    "phi4_multimodal": Tiny(
+        config={
+            "model_type": "phi4_multimodal",
+            **{key: value for key, value in TEXT.items() if key != "pad_token_id"},
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+            },
+            "audio_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_blocks": 2,
+                "num_attention_heads": 4,
+                "ext_pw_out_channel": 32,
+                "depthwise_separable_out_channel": 32,
+                "nemo_conv_channels": 16,
+                "input_size": 80,
+                "bias_max_distance": 20,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+            },
+        },
+        extractor=("Phi4MultimodalFeatureExtractor", {}),
+        tokens={"audio_token": "<|audio|>", "image_token": "<|image|>"},
+        ids={
+            "audio_config.audio_token_id": "audio_token",
+            "vision_config.image_token_id": "image_token",
+        },
+        processor="Phi4MultimodalProcessor",
+    ),
+    "gemma4": Tiny(
+        config={
+            "model_type": "gemma4",
+            "audio_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "subsampling_conv_channels": [128, 4],
+                "output_proj_dims": 32,
+            },
+            "text_config": {
+                **TEXT,
+                "head_dim": 8,
+                "global_head_dim": 8,
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": 300,
+                "pad_token_id": 0,
+            },
+        },
+        extractor=("Gemma4AudioFeatureExtractor", {}),
+        tokens={
+            "audio_token": "<audio_soft_token>",
+            "image_token": "<image_soft_token>",
+            "boi_token": "<boi>",
+            "eoi_token": "<eoi>",
+            "video_token": "<|video|>",
+        },
+        ids={"audio_token_id": "audio_token", "image_token_id": "image_token"}
+        | {"video_token_id": "video_token", "boi_token_id": "boi_token"},
+        processor="Gemma4Processor",
+    ),
+    "fun_asr_nano": Tiny(
+        config={
+            "model_type": "fun_asr_nano",
+            "audio_config": {
+                "model_type": "fun_asr_nano_encoder",
+                "num_mel_bins": 16,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "intermediate_size": 32,
+                "num_hidden_layers": 3,
+                "num_timestamp_prediction_layers": 1,
+            },
+            "adaptor_config": {
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "projector_hidden_size": 48,
+            },
+            "text_config": {"model_type": "qwen3", "head_dim": 8, **TEXT},
+        },
+        extractor=("FunAsrNanoFeatureExtractor", {"feature_size": 16}),
+        tokens={"audio_token": "<|object_ref_start|>"},
+        ids={"audio_token_id": "audio_token"},
+        processor="FunAsrNanoProcessor",
+    ),
 }
 
 
@@ -280,8 +375,11 @@ def config_of(kind: str, spoken: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The settings of its config, ids of tokens included."""
     settings = copy.deepcopy(TINY[kind].config)
     for key, name in TINY[kind].ids.items():
-        settings[key] = spoken.convert_tokens_to_ids(TINY[kind].tokens[name])
-    settings["text_config"] |= {
+        *parts, key = key.split(".")
+        part = settings[parts[0]] if parts else settings
+        part[key] = spoken.convert_tokens_to_ids(TINY[kind].tokens[name])
+    text = settings.get("text_config", settings)
+    text |= {
         "vocab_size": len(spoken),
         "eos_token_id": spoken.eos_token_id,
     }
@@ -345,3 +443,121 @@ def clip(samples: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     swell = np.sin(np.linspace(0, 3, samples))
     return (0.3 * swell * rng.standard_normal(samples)).astype(np.float32)
+
+
+TINY["granite_speech_plus"] = replace(
+    TINY["granite_speech"],
+    config={
+        **TINY["granite_speech"].config,
+        "model_type": "granite_speech_plus",
+        "encoder_config": {
+            **TINY["granite_speech"].config["encoder_config"],
+            "model_type": "granite_speech_plus_encoder",
+            "cat_hidden_layers": [1],
+        },
+        "projector_config": {
+            **TINY["granite_speech"].config["projector_config"],
+            "encoder_hidden_size": 64,
+        },
+    },
+)
+
+_TALKER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 1,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+WHOLE: dict[str, dict[str, Any]] = {
+    "qwen2_5_omni": {
+        "talker_config": {**_TALKER, "embedding_size": 32, "rope_parameters": _ROPE},
+        "token2wav_config": {
+            "dit_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "head_dim": 16,
+                "ff_mult": 1,
+                "emb_dim": 16,
+                "mel_dim": 8,
+                "enc_dim": 16,
+                "enc_emb_dim": 8,
+                "enc_channels": [8, 8, 8, 8, 24],
+                "enc_kernel_sizes": [3, 3, 3, 3, 1],
+                "enc_dilations": [1, 1, 1, 1, 1],
+                "enc_attention_channels": 8,
+                "enc_res2net_scale": 2,
+                "enc_se_channels": 8,
+                "num_embeds": 32,
+            },
+            "bigvgan_config": {
+                "mel_dim": 8,
+                "upsample_initial_channel": 16,
+                "resblock_kernel_sizes": [3],
+                "resblock_dilation_sizes": [[1, 1, 1]],
+                "upsample_rates": [2],
+                "upsample_kernel_sizes": [4],
+            },
+        },
+    },
+    "qwen3_omni_moe": {
+        "talker_config": {
+            "thinker_hidden_size": 32,
+            "num_code_groups": 4,
+            "accept_hidden_layer": 1,
+            "speaker_id": {"one": 1},
+            "spatial_merge_size": 2,
+            "text_config": {
+                **_TALKER,
+                "rope_parameters": {**_ROPE, "mrope_interleaved": True},
+                "num_experts": 2,
+                "num_experts_per_tok": 1,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+            },
+            "code_predictor_config": {**_TALKER, "num_code_groups": 4},
+        },
+        "code2wav_config": {
+            "codebook_size": 16,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_quantizers": 4,
+            "upsample_rates": [2],
+            "upsampling_ratios": [2],
+            "decoder_dim": 16,
+        },
+    },
+}
+"""What a whole checkpoint holds beside its thinker: kind -> parts of its config."""
+
+
+def save_whole(kind: str, folder: Path) -> Path:
+    """Write a whole checkpoint of `kind`: a thinker, and what speaks."""
+    import transformers
+
+    from raysft.families.audio_lm.types import TYPES
+
+    save(f"{kind}_thinker", folder)
+    spoken = tokenizer(OMNI)
+    thinker = config_of(f"{kind}_thinker", spoken)
+    thinker.pop("model_type")
+    config = AutoConfig.for_model(kind, thinker_config=thinker, **copy.deepcopy(WHOLE[kind]))
+    torch.manual_seed(0)
+    whole = getattr(transformers, TYPES[kind].whole_net)(config)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    whole.save_pretrained(folder)
+    torch.save({"one": {"ref_mel": torch.ones(2)}}, folder / "spk_dict.pt")
+    return folder
+
+
+MODES: dict[str, str] = {}
+"""data.mode of the kinds whose packed rows are not exact."""

@@ -64,9 +64,11 @@ def _family_of(given: str, settings: JsonObject, where: str) -> Family:
     """
     kind = settings.get("model_type")
     chosen = None if given == AUTO else named(given)
+    if chosen is not None and kind in chosen.types:
+        return chosen
     own = owner(kind)
-    if own is not None and (chosen is None or kind in chosen.types):
-        return chosen or own
+    if own is not None and chosen is None:
+        return own
     if own is not None and not own.alone and chosen is not None and chosen.every_causal_lm:
         return chosen  # the loader says that it has no such class
     if own is None and ("auto_map" in settings or kind is None):

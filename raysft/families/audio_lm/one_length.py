@@ -5,29 +5,32 @@ on how long the row is that it lies in. Here each clip is encoded as if it were 
 length share a call.
 
 In a batch, padding is NaN: it says where a clip ends, wherever the tensor travels, and a frame of
-it that were ever read would show in the loss. The encoder runs as often as there are lengths, on
-each worker another number of times: so what shards parameters takes it as one part.
+it that were ever read would show in the loss. The encoder runs as often as there are lengths, which
+differs from worker to worker. Where its parameters are sharded, each call brings them together, a
+collective: then all workers make as many calls as the one with most lengths, with a clip of theirs
+again, whose output counts for nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 
 from raysft.families.audio_lm.types import windowed
 
+Output = Any  # a tensor or a ModelOutput, which is what its class gives
+
 
 class _Windowed(Protocol):
     n_window: int
-
-    def forward(
-        self, features: torch.Tensor, feature_lens: torch.Tensor, **kwargs: object
-    ) -> ModelOutput: ...
 
 
 def attach(tower: nn.Module, windows: bool = False) -> None:
@@ -38,7 +41,6 @@ def attach(tower: nn.Module, windows: bool = False) -> None:
     """
     forward = _by_window if windows else _by_length
     tower.forward = MethodType(forward, tower)
-    tower._z3_leaf = True  # type: ignore[assignment]  # DeepSpeed's name for a part of one piece
     for part in tower.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
@@ -49,60 +51,83 @@ def _stay(part: nn.Module, mode: bool = True) -> nn.Module:
     return part
 
 
-def _by_length(
-    tower: nn.Module, features: torch.Tensor, *args: object, **kwargs: object
-) -> torch.Tensor | ModelOutput:
+def _by_length(tower: nn.Module, features: torch.Tensor, *args: object, **kwargs: object) -> Output:
     """The encoder's forward. features: [clips, frames, mels], NaN behind each clip's end."""
     own = type(tower).forward
-    ends = (~features.isnan().any(-1)).sum(1)
-    lengths = ends.tolist()
-    if min(lengths) == features.shape[1]:
-        return own(tower, features, *args, **kwargs)
-    order: list[int] = []
-    found = []
-    for length in sorted(set(lengths)):
-        rows = [row for row, other in enumerate(lengths) if other == length]
-        order += rows
+    lengths = (~features.isnan().any(-1)).sum(1).tolist()
+    groups = [
+        (length, [row for row, other in enumerate(lengths) if other == length])
+        for length in sorted(set(lengths))
+    ]
+
+    def call(number: int) -> Output:
+        length, rows = groups[number]
         rest = [_cut(value, rows, features.shape, length) for value in args]
         named = {key: _cut(value, rows, features.shape, length) for key, value in kwargs.items()}
-        found.append(own(tower, features[rows, :length], *rest, **named))
+        return own(tower, features[rows, :length], *rest, **named)
+
+    found, nothing = _calls(tower, call, len(groups), features.device)
+    order = [row for _, rows in groups for row in rows]
     back = torch.tensor(order, device=features.device).argsort()
     if isinstance(found[0], torch.Tensor):
-        return _joined(found)[back]
+        return _joined(found)[back] + nothing
     joined = {
         name: _joined([one[name] for one in found])[back]
         for name, value in found[0].items()
         if isinstance(value, torch.Tensor)
     }
     kind: type[ModelOutput] = type(found[0])
-    return kind(**joined)
+    return kind(**joined | {"last_hidden_state": joined["last_hidden_state"] + nothing})
 
 
 def _by_window(
     tower: _Windowed, features: torch.Tensor, feature_lens: torch.Tensor, **kwargs: object
-) -> ModelOutput:
+) -> Output:
     """The encoder's forward. features: [mels, frames of all clips]; feature_lens: [clips]."""
-    own = type(tower).forward
+    own = type(tower).forward  # type: ignore[attr-defined]
     window = 2 * tower.n_window
     lengths = feature_lens.tolist()
-    groups = sorted({min(length, window) for length in lengths})
-    if len(groups) == 1:
-        return own(tower, features, feature_lens=feature_lens, **kwargs)
     clips = features.split(lengths, 1)
-    parts: list[torch.Tensor] = [features] * len(clips)
-    for group in groups:
-        rows = [row for row, length in enumerate(lengths) if min(length, window) == group]
-        found = own(
-            tower,
-            torch.cat([clips[row] for row in rows], 1),
-            feature_lens=feature_lens[rows],
-            **kwargs,
-        )
+    groups = [
+        [row for row, length in enumerate(lengths) if min(length, window) == group]
+        for group in sorted({min(length, window) for length in lengths})
+    ]
+
+    def call(number: int) -> Output:
+        rows = groups[number]
+        chosen = torch.cat([clips[row] for row in rows], 1)
+        return own(tower, chosen, feature_lens=feature_lens[rows], **kwargs)
+
+    found, nothing = _calls(tower, call, len(groups), features.device)
+    parts: dict[int, torch.Tensor] = {}
+    for rows, one in zip(groups, found, strict=True):
         sizes = [windowed(lengths[row], window) for row in rows]
-        for row, part in zip(rows, found.last_hidden_state.split(sizes), strict=True):
-            parts[row] = part
-    joined = torch.cat(parts)
-    return type(found)(last_hidden_state=joined, pooler_output=joined)
+        parts |= zip(rows, one.last_hidden_state.split(sizes), strict=True)
+    joined = torch.cat([parts[row] for row in range(len(clips))]) + nothing
+    return type(found[0])(last_hidden_state=joined, pooler_output=joined)
+
+
+def _calls(
+    tower: object, call: Callable[[int], Output], count: int, device: torch.device
+) -> tuple[list[Output], torch.Tensor]:
+    """What `call` gives for each of `count` groups, and a zero on which all further calls hang."""
+    found = [call(number) for number in range(count)]
+    nothing = torch.zeros((), device=device)
+    if isinstance(tower, nn.Module) and _sharded(tower):
+        most = torch.tensor(count, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        for _ in range(int(most) - count):
+            again = call(0)
+            again = again if isinstance(again, torch.Tensor) else again.last_hidden_state
+            nothing = nothing + 0 * again.sum()
+    return found, nothing
+
+
+def _sharded(tower: nn.Module) -> bool:
+    """Whether its parameters, or those of a part, are brought together when it runs."""
+    if any(isinstance(part, FSDPModule) for part in tower.modules()):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in tower.parameters())  # DeepSpeed's
 
 
 def _cut(value: object, rows: list[int], shape: torch.Size, length: int) -> object:

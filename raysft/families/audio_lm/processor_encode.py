@@ -10,6 +10,7 @@ Costs what the processor does: some 0.5 to 3 ms a clip of 2 s, more where it pad
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from raysft.data.example import Audio, Units
 from raysft.data.text import Template, load_tokenizer
 from raysft.errors import BadExample, UserError
 from raysft.families.audio_lm.processors import Hearing
-from raysft.families.audio_lm.types import AudioType, Processor
+from raysft.families.audio_lm.types import AudioType, Extractor, Processor
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class ProcessorEncoder(Encoder):
         tokenizer = load_tokenizer(model, 0)
         self._processor: Processor | None = self._hearing.processor(tokenizer)
         self.sample_rate = self._hearing.extractor.sampling_rate
-        self._arguments = _arguments(self._processor, tokenizer)
+        self._arguments = _arguments(self._processor, self._hearing.extractor, tokenizer)
         hole = self._processor.audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(hole)
         markup = hole
@@ -194,7 +195,11 @@ class ProcessorEncoder(Encoder):
         return np.array(self.tokenizer(text, add_special_tokens=False).input_ids, np.int32)
 
 
-def _arguments(processor: Processor, tokenizer: PreTrainedTokenizerFast) -> JsonObject:
+def _arguments(
+    processor: Processor, extractor: Extractor, tokenizer: PreTrainedTokenizerFast
+) -> JsonObject:
     """What the processor's own call gives its extractor."""
-    merged = processor._merge_kwargs(tokenizer_init_kwargs=tokenizer.init_kwargs)
-    return merged["audio_kwargs"]
+    merged = processor._merge_kwargs(tokenizer_init_kwargs=tokenizer.init_kwargs)["audio_kwargs"]
+    if "sampling_rate" in inspect.signature(extractor.__call__).parameters:
+        merged.setdefault("sampling_rate", extractor.sampling_rate)  # it would warn at every clip
+    return merged

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from raysft.config import schema
@@ -47,7 +47,7 @@ class ProcessorLM(SpeechModel):
         super().__init__(net, encoder.tokenizer, mode, [encoder.end_id])
         self.row, self.encoder, self.source = encoder.row, encoder, model
         self._silence = self.silent_document(encoder.fewest())
-        if self.pad_id == net.config.audio_token_id:  # padded positions would be heard (glmasr)
+        if self.pad_id == encoder.audio_token_id:  # padded positions would be heard (glmasr)
             self.pad_id = self.stop_ids[0]
 
     def dummy_document(self) -> Document:
@@ -96,10 +96,12 @@ class ProcessorLM(SpeechModel):
         if self.row.time == 2:
             padded = np.ascontiguousarray(padded.transpose(0, 2, 1))
         found = {self.row.features: torch.from_numpy(padded)}
+        if self.row.counted:
+            lengths = self.row.counted(self.net.config, lengths)
+            longest = lengths.max()
+        if self.row.sizes:
+            found[self.row.sizes] = torch.from_numpy(lengths)
         if self.row.mask:
-            if self.row.masked:
-                lengths = self.row.masked(self.net.config, lengths)
-                longest = lengths.max()
             found[self.row.mask] = torch.from_numpy(np.arange(longest) < lengths[:, None])
         return found
 
@@ -150,6 +152,21 @@ class ProcessorLM(SpeechModel):
         super().save_processor(folder)
 
 
+def _settle_attention(net: PreTrainedModel) -> None:
+    """Parts of a config to which transformers gave no attention (the adaptor of fun_asr_nano) would
+    add their mask to the scores as ones and zeros."""
+    for part in vars(net.config).values():
+        if isinstance(part, PreTrainedConfig) and part._attn_implementation is None:
+            part._attn_implementation = net.config._attn_implementation
+
+
+def audio_token(config: PreTrainedConfig) -> int | None:
+    """The id that `config`, or its part for audio, gives to what is heard."""
+    parts = (config, getattr(config, "audio_config", None))
+    found = (getattr(part, "audio_token_id", None) for part in parts)
+    return next((token for token in found if token is not None), None)
+
+
 def make_model(
     model: schema.Model,
     data: schema.Data,
@@ -167,11 +184,12 @@ def make_model(
         settings["text_config"] = loading.fill_from_tokenizer(text, tokenizer)
         net = loading.from_config(settings, net_class(model), seed)
     loading.grow_vocabulary(net, len(tokenizer), seed)
-    if net.config.audio_token_id != encoder.audio_token_id:
+    if (own := audio_token(net.config)) != encoder.audio_token_id:
         raise UserError(
-            f"model: its audio token is {net.config.audio_token_id}, the tokenizer's is "
+            f"model: its audio token is {own}, the tokenizer's is "
             f"{encoder.audio_token_id}; give the tokenizer that belongs to the model"
         )
+    _settle_attention(net)
     if row.tower is not None:
         one_length.attach(net.get_submodule(row.tower))
     if row.window is not None:

@@ -28,9 +28,18 @@ class Extractor(Protocol):
     chunk_length: int
     n_samples: int
     min_length: int
+    win_length: int
+    frame_length: int
+    num_frames_lfr: int
+    stride_lfr: int
+    frame_shift: int
+    audio_compression_rate: int
+    audio_downsample_rate: int
+    audio_feat_stride: int
 
-    def to_dict(self) -> JsonObject:
-        """Its settings."""
+    def __call__(self, audio: list[np.ndarray], **kwargs: object) -> object: ...
+
+    def to_dict(self) -> JsonObject: ...
 
     def _get_num_audio_features(self, audio_lengths: list[int]) -> list[int]: ...
 
@@ -54,11 +63,13 @@ class Processor(Protocol):
     def _merge_kwargs(self, tokenizer_init_kwargs: JsonObject) -> dict[str, JsonObject]: ...
 
 
-class Projector(Protocol):
-    """What is asked of the config of granite_speech."""
+class Config(Protocol):
+    """What is asked of the config of a model, where it has it."""
 
     window_size: int
     downsample_rate: int
+    time_reduction: int
+    audio_config: Config
 
 
 Lengths = Callable[[Processor, int], int]
@@ -76,7 +87,8 @@ class AudioType:
     features, mask: their names among the model's inputs; mask None: it takes none.
     time: axis of the frames in what the processor gives, [1, mels, frames] or [1, frames, mels].
     multiple: a batch of `frames` is as long as a multiple of it.
-    masked: (config, frames of each clip) -> how many its mask has; None: the frames.
+    counted: (config, frames of each clip) -> what its mask or `sizes` counts; None: the frames.
+    sizes: name of the input that says how many audio tokens each clip has; None: there is none.
     most: (processor) -> samples it reads of a clip at most; None: all.
     tower: path of an encoder whose output depends on how long the rows are that it is given: it is
         called for clips of one length at a time. None: its mask makes it exact.
@@ -94,7 +106,8 @@ class AudioType:
     mask: str | None = "input_features_mask"
     time: int = 2
     multiple: int = 1
-    masked: Callable[[Projector, np.ndarray], np.ndarray] | None = None
+    counted: Callable[[Config, np.ndarray], np.ndarray] | None = None
+    sizes: str | None = None
     most: Callable[[Processor], int] | None = None
     tower: str | None = None
     window: str | None = None
@@ -142,9 +155,44 @@ def _granite(processor: Processor, samples: int) -> int:
     return int(processor.audio_processor._get_num_audio_features([samples])[0])
 
 
-def _granite_windows(config: Projector, frames: np.ndarray) -> np.ndarray:
+def _granite_windows(config: Config, frames: np.ndarray) -> np.ndarray:
     """Queries that the projector answers, by windows of frames."""
     return -(-frames // config.window_size) * (config.window_size // config.downsample_rate)
+
+
+def _phi4(processor: Processor, samples: int) -> int:
+    extractor = processor.audio_processor
+    frames = (samples - extractor.win_length) // extractor.hop_length + 1
+    reduced = _ceil(frames * extractor.audio_feat_stride, extractor.audio_compression_rate)
+    return _ceil(reduced, extractor.audio_downsample_rate)
+
+
+def _phi4_sizes(config: Config, frames: np.ndarray) -> np.ndarray:
+    audio = config.audio_config
+    return -(-frames // audio.time_reduction) // audio.downsample_rate
+
+
+def _gemma4(processor: Processor, samples: int) -> int:
+    """Frames whose whole window is of the clip, behind half a window of silence; two convolutions
+    of stride 2."""
+    extractor = processor.feature_extractor
+    frames = _ceil(samples - extractor.frame_length // 2, extractor.hop_length)
+    return _ceil(_ceil(max(0, frames), 2), 2)
+
+
+def _fun_asr(processor: Processor, samples: int) -> int:
+    """Kaldi's frames, of which each stride makes a position."""
+    extractor = processor.feature_extractor
+    window, hop = (
+        extractor.sampling_rate * milliseconds // 1000
+        for milliseconds in (extractor.frame_length, extractor.frame_shift)
+    )
+    return _ceil(max(0, 1 + (samples - window) // hop), extractor.stride_lfr)
+
+
+def _half_a_minute(processor: Processor) -> int:
+    """What its extractor cuts off behind 480,000 samples, whatever the rate."""
+    return 480_000
 
 
 def _chunk_limit(processor: Processor) -> int:
@@ -200,7 +248,29 @@ TYPES: dict[str, AudioType] = {
         processor="transformers:GraniteSpeechProcessor",
         tokens=_granite,
         time=1,
-        masked=_granite_windows,
+        counted=_granite_windows,
         tower="model.encoder",
     ),
+    "phi4_multimodal": AudioType(
+        processor="transformers:Phi4MultimodalProcessor",
+        tokens=_phi4,
+        features="audio_input_features",
+        mask=None,
+        time=1,
+        counted=_phi4_sizes,
+        sizes="audio_embed_sizes",
+        tower="model.embed_tokens_extend.audio_embed.encoder",
+    ),
+    "gemma4": AudioType(
+        processor="transformers:Gemma4Processor",
+        tokens=_gemma4,
+        time=1,
+        most=_half_a_minute,
+    ),
+    "fun_asr_nano": AudioType(
+        processor="transformers:FunAsrNanoProcessor",
+        tokens=_fun_asr,
+        time=1,
+    ),
 }
+TYPES["granite_speech_plus"] = TYPES["granite_speech"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from raysft.config import schema
@@ -45,12 +48,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 def encoder_of(path: Path) -> Encoder:
     """As a data task has it: sent there."""
-    found = make_encoder(schema.Model(path=str(path)), schema.Data(), "unused")
+    model = schema.Model(path=str(path), family="audio_lm")
+    found = make_encoder(model, schema.Data(), "unused")
     return pickle.loads(pickle.dumps(found))
 
 
 def model_of(path: Path, mode: str = "packed") -> SpeechModel:
-    model, data = schema.Model(path=str(path)), schema.Data(mode=mode)
+    model, data = schema.Model(path=str(path), family="audio_lm"), schema.Data(mode=mode)
     found = build(model, data, make_encoder(model, data, "unused"), 0)
     found.model.eval()
     return found
@@ -211,3 +215,32 @@ def test_every_parameter_that_trains_has_a_gradient_without_any_clip(
             n for n, p in ours.model.named_parameters() if p.requires_grad and p.grad is None
         ]
         assert not lacking
+
+
+@pytest.mark.parametrize("kind", sorted(zoo.WHOLE))
+@torch.no_grad()
+def test_a_thinker_comes_from_its_whole_checkpoint_and_goes_back_into_it(
+    kind: str, tmp_path: Path
+) -> None:
+    base = zoo.save_whole(kind, tmp_path / "base")
+    whole = getattr(transformers, TYPES[kind].whole_net)
+    before = whole.from_pretrained(base).state_dict()
+    ours = model_of(base)
+    assert type(ours.net) is named("audio_lm").net_class(kind)
+    for name, tensor in ours.net.state_dict().items():
+        assert torch.equal(tensor, before[f"thinker.{name}"])
+    weights = {name: tensor + 0.01 for name, tensor in ours.net.state_dict().items()}
+    out = export(ours, tmp_path / "out", {f"lm.{name}": t for name, t in weights.items()})
+    with (
+        safe_open(out / "model.safetensors", "pt") as after,
+        safe_open(base / "model.safetensors", "pt") as theirs,
+    ):
+        assert set(after.keys()) == set(theirs.keys())
+    after = whole.from_pretrained(out).state_dict()
+    for name, tensor in before.items():
+        mine = weights.get(name.removeprefix("thinker."))
+        assert torch.equal(after[name], tensor if mine is None else mine), name
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == kind and config["talker_config"]
+    assert (out / "spk_dict.pt").read_bytes() == (base / "spk_dict.pt").read_bytes()
+    assert encoder_of(out).fingerprint == encoder_of(base).fingerprint
