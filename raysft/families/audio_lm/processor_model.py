@@ -6,6 +6,7 @@ padding included, and each clip's embedding is what it is alone.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from pkgutil import resolve_name
@@ -23,6 +24,8 @@ from raysft.families.audio_lm import one_length
 from raysft.families.audio_lm.processor_encode import FEATURES, FRAMES, ProcessorEncoder
 from raysft.models import generation, loading
 from raysft.models.base import IGNORED, PREFIX, Batch, Document, SpeechModel
+
+log = logging.getLogger(__name__)
 
 # Of a checkpoint, beside weights, configs and tokenizer: what turns audio into features, what does
 # so with images, and the voices of qwen2_5_omni.
@@ -119,6 +122,12 @@ class ProcessorLM(SpeechModel):
         setattr(whole, self.row.whole, self.net)
         setattr(whole.config, f"{self.row.whole}_config", self.net.config)
         whole.save_pretrained(folder)
+        log.info(
+            "written as the whole of %s, with what it trained under %s.: as transformers and vLLM "
+            "look for it",
+            self.source.path,
+            self.row.whole,
+        )
         self.save_processor(folder)
 
     def _load(self, state_dict: dict[str, torch.Tensor]) -> None:

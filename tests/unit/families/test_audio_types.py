@@ -24,6 +24,7 @@ from raysft.export import export
 from raysft.families.audio_lm.types import TYPES
 from raysft.models import SpeechModel, build
 from tests.support import audio_zoo as zoo
+from tests.support.worlds import ROOT
 
 SAMPLES = (9000, 24000, 15000, 31000)  # under and over a second, under and over a chunk
 FAST = ("glmasr", "granite_speech", "qwen2_5_omni_thinker", "qwen3_asr")  # in make test
@@ -244,3 +245,13 @@ def test_a_thinker_comes_from_its_whole_checkpoint_and_goes_back_into_it(
     assert config["model_type"] == kind and config["talker_config"]
     assert (out / "spk_dict.pt").read_bytes() == (base / "spk_dict.pt").read_bytes()
     assert encoder_of(out).fingerprint == encoder_of(base).fingerprint
+
+
+def test_the_page_has_every_type_and_what_is_refused() -> None:
+    page = (ROOT / "docs" / "audio.md").read_text(encoding="utf-8")
+    row = named("audio_lm")
+    for kind in (*row.types, *row.refused_types):
+        assert f"`{kind}`" in page, kind
+    assert set(TYPES) == set(row.types) - {"qwen2_audio"}
+    tried = set(zoo.TINY) | {"qwen2_5_omni", "qwen3_omni_moe"}
+    assert tried == set(TYPES)
