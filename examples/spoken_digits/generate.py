@@ -28,7 +28,7 @@ import numpy as np
 import soundfile
 import soxr
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, WhisperTokenizer
 
 SEED = 7
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -271,6 +271,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def build_whisper_tokenizer() -> WhisperTokenizer:
+    """A tokenizer of Whisper's class, for whisper.yaml: bytes, joined to a token for each digit,
+    with a space before it or without, and the control tokens of a Whisper that knows English."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges: list[tuple[str, str]] = []
+    for word in DIGITS:
+        merges += [(word[:end], word[end]) for end in range(1, len(word))]
+        merges.append(("\u0120", word))  # how a space is written
+    merges = list(dict.fromkeys(merges))
+    pieces += [first + second for first, second in merges]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=merges, pad_token="<|pad|>")  # noqa: S106
+    names = ("startoftranscript", "en", "translate", "transcribe", "startoflm", "startofprev")
+    names += ("nospeech", "notimestamps")
+    tokenizer.add_tokens([f"<|{name}|>" for name in names], special_tokens=True)
+    tokenizer.set_prefix_tokens()  # which are known only now
+    return tokenizer
+
+
 def main() -> None:
     """Write the whole corpus, replacing the audio that is there."""
     here = Path(__file__).resolve().parent
@@ -291,6 +310,7 @@ def main() -> None:
     for split, clips in splits.items():
         (out / f"{split}.jsonl").write_text("".join(manifest(clips)))
     build_tokenizer().save_pretrained(out / "tokenizer")
+    build_whisper_tokenizer().save_pretrained(out / "whisper_tokenizer")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{sum(map(len, splits.values()))} clips, {size / 1e6:.2f} MB in {out}")
 

@@ -37,6 +37,7 @@ def tokenizer(languages: tuple[str, ...] = LANGUAGES) -> PreTrainedTokenizerBase
     made = WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|pad|>")
     names = [name for name in TOKENS if name not in LANGUAGES or name in languages]
     made.add_tokens(names, special_tokens=True)
+    made.set_prefix_tokens()  # which are known only now
     return made
 
 

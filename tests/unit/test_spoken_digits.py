@@ -117,6 +117,17 @@ def test_tokenizer_on_disk_is_the_one_the_generator_builds(generate: ModuleType)
     assert loaded.backend_tokenizer.to_str() == built.backend_tokenizer.to_str()
 
 
+def test_the_tokenizer_of_whisper_has_a_token_for_each_digit(generate: ModuleType) -> None:
+    built = generate.build_whisper_tokenizer()
+    loaded = AutoTokenizer.from_pretrained(FOLDER / "whisper_tokenizer")
+    assert type(loaded) is type(built)
+    assert loaded.backend_tokenizer.to_str() == built.backend_tokenizer.to_str()
+    for text in sorted(texts("train")):
+        ids = loaded.encode(text, add_special_tokens=False)
+        assert len(ids) == len(text.split())
+        assert loaded.decode(ids) == text
+
+
 def test_tokenizer_gives_transcripts_back_and_knows_every_word_of_the_corpus() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
     for text in texts("train") | texts("test"):
@@ -168,7 +179,7 @@ def test_units_come_as_an_asr_item_and_its_swapped_tts_item() -> None:
     assert tts.id == f"tts_{asr.id}"
 
 
-@pytest.mark.parametrize("recipe", ["asr", "units"])
+@pytest.mark.parametrize("recipe", ["asr", "units", "whisper"])
 def test_recipes_are_configs_whose_encoder_can_be_made(
     recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

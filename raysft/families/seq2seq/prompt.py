@@ -96,7 +96,9 @@ class Prompt:
                 "start a new run for that (run.name)"
             )
         facts = [self.source, self._ids, self.end_id]
-        content = self._backend.to_str() + json.dumps(facts, sort_keys=True)
+        known = json.loads(self._backend.to_str())
+        del known["post_processor"]  # transformers' own prefix, as somebody has set it last
+        content = json.dumps([known, facts], sort_keys=True)
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def _id(self, name: str) -> int:

@@ -318,6 +318,15 @@ def test_examples_without_a_language_take_that_of_the_config(folder: Path) -> No
         encoder(folder, Data(mode="padded", language="klingon"))
 
 
+def test_what_transformers_would_put_before_a_text_changes_nothing(folder: Path) -> None:
+    section = whisper.model(folder)
+    tokenizer = whisper.tokenizer()
+    tokenizer.set_prefix_tokens(language="german", task="translate")
+    tokenizer.save_pretrained(folder / "set")
+    again = make_encoder(Model(**section | {"tokenizer": str(folder / "set")}), PADDED, folder)
+    assert again.fingerprint == encoder(folder).fingerprint
+
+
 def test_a_model_of_one_language_is_told_that_one(tmp_path: Path) -> None:
     section = whisper.model(tmp_path, ("<|en|>",))
     made = make_encoder(Model(**section), PADDED, tmp_path)
