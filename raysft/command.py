@@ -50,9 +50,9 @@ TRANSCRIBE = """Text of clips, by a run or a model's folder. Needs no Ray.
     [--checkpoint N|best|last] [--batch-seconds N] [--max-new-tokens N] [--debug]
 
 RUN_OR_FOLDER is a run's folder (its newest checkpoint, adapters included; --checkpoint takes
-another), a folder that `export` wrote, or a hub id. AUDIO is a clip, a folder of clips, or a
-manifest of any format that data.train takes; where a manifest has references, what answers are
-measured by (WER and so on) is printed at the end, on stderr.
+another), a folder that `export` wrote, adapters too, or a hub id. AUDIO is a clip, a folder of
+clips, or a manifest of any format that data.train takes; where a manifest has references, what
+answers are measured by (WER and so on) is printed at the end, on stderr.
 
 Prints the text; of several clips a line each, path TAB text (line breaks as spaces); with --json a
 line each {"path", "id", "text", "seconds"} (and "reference"). A clip that cannot be read, or is

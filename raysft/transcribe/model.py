@@ -6,6 +6,7 @@ a GPU in that.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from raysft import hub, paths, patience
 from raysft.config import Config
 from raysft.config.schema import Data, Model
 from raysft.data.clips.audio import Limits
-from raysft.data.encode import Encoder, make_encoder, require_template
+from raysft.data.encode import Encoder, make_encoder, model_family, require_template
 from raysft.data.example import Sequence as Encoded
 from raysft.errors import UserError
 from raysft.models.base import SpeechModel
@@ -32,6 +33,9 @@ from raysft.train.checkpoint import read_weights
 from raysft.worker import build_model
 
 log = logging.getLogger(__name__)
+
+ADAPTER = "adapter_config.json"
+LAYERS = ("LORA", "ADALORA", "IA3")  # adapters of layers, not of positions
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Answering:
 
 
 def load(given: str, checkpoint: str | None = None) -> Answering:
-    """The model that `given` names: a run's folder, a folder with weights, or a hub id.
+    """The model that `given` names: a run's folder, a folder with weights or an adapter, a hub id.
 
     checkpoint: of a run, a step, `best` or `last` (None: last). On a GPU where there is one. Raises
     UserError where there is no such model, or it cannot be had.
@@ -64,15 +68,11 @@ def load(given: str, checkpoint: str | None = None) -> Answering:
         raise UserError(
             f"--checkpoint: {given} is no run's folder, which alone has some; leave it out"
         )
+    if (folder / ADAPTER).is_file():
+        return _of_adapter(given, folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
         raise UserError(
-            f"{given}: "
-            + (
-                "an adapter without its base; name the run's folder, or export it with --merge"
-                if adapter
-                else "neither a run (config.yaml) nor a model (config.json) is here"
-            )
+            f"{given}: neither a run (config.yaml) nor a model (config.json) nor an adapter is here"
         )
     hub.check(name, "RUN_OR_FOLDER")
     config = Config(model=Model(path=name), data=Data(mode="padded"))
@@ -110,6 +110,26 @@ def _of_run(run: Path, word: str) -> Answering:
     supervised.load_state_dict(weights, strict=False)
     device, half = _device(), HALF.get(config.train.precision)
     return _ready(f"{run}, step {found.step}", config, encoder, speech_model, device, half)
+
+
+def _of_adapter(given: str, folder: Path) -> Answering:
+    """An adapter over its base, in peft's layout, with the tokenizer and template it has."""
+    settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+    if kind not in LAYERS or not base:
+        wrong = f"an adapter of type {kind}" if base else "an adapter that does not name its base"
+        raise UserError(f"{given}: {wrong}; name the run's folder, or export the run with --merge")
+    model = Model(path=paths.model(base))
+    hub.check(base, f"{given}: base_model_name_or_path")
+    if model_family(model).every_causal_lm:  # whose units may be new
+        model.tokenizer = str(folder)
+    config = Config(model=model, data=Data(mode="padded"))
+    encoder, speech_model = _build(config, folder)
+
+    from peft import PeftModel  # it takes 2 s to import
+
+    speech_model.wrap(PeftModel.from_pretrained(speech_model.net, str(folder)))
+    return _ready(given, config, encoder, speech_model, _device(), None)
 
 
 def _build(config: Config, run: Path) -> tuple[Encoder, SpeechModel]:

@@ -128,21 +128,36 @@ def test_a_run_says_what_its_evaluation_says_batched_or_not(heard: Run, batch_se
     assert [one.seconds for one in found] == pytest.approx(lengths, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt"])
-def test_adapters_answer_too(tmp_path: Path, make_clips: Callable[..., Path], method: str) -> None:
-    if method == "lora":
-        run = trained(tmp_path, make_clips(6, seed=2), 20, peft={"method": "lora", "r": 2})
-    else:  # of a text model: positions that no weights can take in
-        items = [
-            {"id": f"t{i}", "input": word * (1 + i), "output": word, "task": "asr"}
-            for i, word in enumerate(("one ", "two ", "three "))
-        ]
-        file = tmp_path / "train.json"
-        file.write_text(json.dumps(items))
-        data = {"lanes": 1, "mode": "padded", "train": [str(file)], "eval": [str(file)]}
-        data |= {"tokens_per_batch": 400, "prompts": {"asr": INSTRUCTION}}
-        peft = {"method": "prompt", "virtual_tokens": 3}
-        run = trained(tmp_path, file, 20, data=data, model=CAUSAL, peft=peft)
+@pytest.mark.parametrize("how", ["its run", "its export", "merged"])
+def test_an_adapter_answers_over_its_base(adapted: Run, tmp_path: Path, how: str) -> None:
+    place, wished = adapted.folder, {"prompt": INSTRUCTION, "max_new_tokens": ANSWER}
+    if how != "its run":
+        place = tmp_path / "out"
+        export_run(adapted.folder, place, merge=how == "merged")
+    found = library.transcribe(place, adapted.clips, **(wished if how != "its run" else {}))
+    assert texts(found) == list(adapted.said.values())
+
+
+@pytest.fixture(scope="module")
+def adapted(heard: Run, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An adapter over what `heard` has learnt, which changes its answers."""
+    folder, peft = tmp_path_factory.mktemp("adapted"), {"method": "lora", "r": 2}
+    run = trained(folder, heard.manifest, 10, model={"path": str(exported)}, peft=peft)
+    assert run.said != heard.said
+    return run
+
+
+def test_positions_that_train_answer_too(tmp_path: Path) -> None:
+    items = [
+        {"id": f"t{i}", "input": word * (1 + i), "output": word, "task": "asr"}
+        for i, word in enumerate(("one ", "two ", "three "))
+    ]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(items))
+    data = {"lanes": 1, "mode": "padded", "train": [str(file)], "eval": [str(file)]}
+    data |= {"tokens_per_batch": 400, "prompts": {"asr": INSTRUCTION}}
+    peft = {"method": "prompt", "virtual_tokens": 3}
+    run = trained(tmp_path, file, 20, data=data, model=CAUSAL, peft=peft)
     found = library.transcribe(run.folder, [run.manifest], checkpoint="last")
     assert texts(found) == list(run.said.values())
 
@@ -340,8 +355,12 @@ def test_mistakes_are_a_line(heard: Run, exported: Path, tmp_path: Path) -> None
     assert "expected a whole number" in refused(heard.folder, clip, "--batch-seconds", "x")
     assert "does not exist" in refused(tmp_path / "none", clip)
     assert "neither a run" in refused(tmp_path, clip)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "export it with --merge" in refused(tmp_path, clip)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "an adapter that does not name its base" in refused(tmp_path, clip)
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "a/b"}'
+    )
+    assert "of type PROMPT_TUNING; name the run's folder" in refused(tmp_path, clip)
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refused(heard.folder, tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("words\n")
