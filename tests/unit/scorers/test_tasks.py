@@ -25,7 +25,7 @@ from raysft.config import Config, load_config
 from raysft.config.combinations import contradictions
 from raysft.config.schema import Checkpoint, Data, Evaluate, Model, Source
 from raysft.data.encode import make_encoder
-from raysft.data.example import Audio, Example, MicroBatch, Units
+from raysft.data.example import Audio, Example, MicroBatch, Turn, Units
 from raysft.data.index.build import build_index
 from raysft.data.read.reader import Reader, Work
 from raysft.driver import preflight
@@ -124,6 +124,8 @@ def test_the_reference_is_the_text_or_what_is_to_be_answered() -> None:
     assert reference_of(Example("a", "qa", (clip,), ("Par", "is"))) == "Paris"
     assert reference_of(Example("a", "tts", ("one",), (clip,), text="one")) is None
     assert reference_of(Example("a", "tts", ("one",), (Units((1,)), "b"))) is None
+    turns = (Turn("user", ("who?",)), Turn("assistant", ("me",)))
+    assert reference_of(Example("a", "chat", (), (), text="me", turns=turns)) == "me"
 
 
 # -- an evaluation -------------------------------------------------------------------------------
