@@ -138,7 +138,7 @@ class Transcripts:
         """Of audio, by its headers."""
         measure = partial(probe, limits=self._answering.encoder.limits)
         probed = (self._call(measure, clip) for clip in example.audio())
-        return sum(one.samples / one.rate for one in probed)
+        return sum((one.samples / one.rate for one in probed), 0.0)
 
     def _clips_of(self, example: Example) -> list[np.ndarray]:
         encoder = self._answering.encoder

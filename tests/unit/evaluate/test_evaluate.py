@@ -22,7 +22,7 @@ from raysft.data.index.build import build_index
 from raysft.data.read.reader import Reader, Work
 from raysft.data.text import byte_tokenizer
 from raysft.evaluate.answers import MOST_NEW_TOKENS, limit_for, transcript
-from raysft.evaluate.run import Corpus, evaluate
+from raysft.evaluate.run import Corpus, answer_lengths, evaluate, prompts_of
 from raysft.losses import Term
 from raysft.models.layout import Document
 from raysft.parallel import World
@@ -161,6 +161,22 @@ def test_references_that_are_empty_end_nothing(tmp_path: Path, encoder: Encoder)
     assert found.figures == {"wer/dev": 0.0, "cer/dev": 0.0}
     heard = run(silence, encoder, lambda text: "oh no")
     assert heard.figures == {"wer/dev": 2.0, "cer/dev": 5.0}
+
+
+def test_a_conversation_is_asked_for_its_last_turn_alone(tmp_path: Path) -> None:
+    said = [("user", "one?"), ("assistant", "first"), ("user", "two?"), ("assistant", "second one")]
+    turns = [{"role": role, "content": text} for role, text in said]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"id": "a", "messages": turns}) + "\n")
+    encoder = make_encoder(Model(**CAUSAL), Data(), tmp_path)
+    source = Source(path=str(tmp_path / "talk.jsonl"))
+    index = build_index([source], "eval", encoder, tmp_path / "i")
+    (batch,) = Reader(index, encoder, 10**6, None).read(iter([Work(0, 0, 0, np.arange(1))]))
+    (example,) = index.examples(np.arange(1))
+    (prompt,) = prompts_of(Oracle(encoder), batch)
+    assert prompt.input_ids.tolist() == encoder.prompt(example, []).input_ids.tolist()
+    shown = encoder.tokenizer.decode(prompt.input_ids.tolist())
+    assert "first" in shown and shown.endswith("two?\n")
+    assert answer_lengths(batch) == [len("second one")]  # in bytes
 
 
 # -- length --------------------------------------------------------------------------------------
