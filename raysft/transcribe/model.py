@@ -40,7 +40,7 @@ LAYERS = ("LORA", "ADALORA", "IA3")  # adapters of layers, not of positions
 
 @dataclass
 class Answering:
-    """A model that answers. settings of the run, or defaults: how answers are compared."""
+    """A model that answers. config: the run's; of a model, its path and defaults."""
 
     name: str
     config: Config
@@ -78,17 +78,7 @@ def load(given: str, checkpoint: str | None = None) -> Answering:
     config = Config(model=Model(path=name), data=Data(mode="padded"))
     # Of no run's folder: what is fitted or kept for one is not looked for in a model's.
     encoder, speech_model = _build(config, folder / "no-run")
-    device, half = _device(), None
-    if device.type == "cuda":
-        half = AutoConfig.from_pretrained(name).dtype
-    if half in HALF.values():
-        # As adapters are trained over a base: matrices in it, norms and biases in float32.
-        for parameter in speech_model.model.parameters():
-            if parameter.ndim >= 2:
-                parameter.data = parameter.data.to(half)
-    else:
-        half = None
-    return _ready(given, config, encoder, speech_model, device, half)
+    return _ready(given, config, encoder, speech_model, _device(), _halved(config, speech_model))
 
 
 def _of_run(run: Path, word: str) -> Answering:
@@ -125,11 +115,12 @@ def _of_adapter(given: str, folder: Path) -> Answering:
         model.tokenizer = str(folder)
     config = Config(model=model, data=Data(mode="padded"))
     encoder, speech_model = _build(config, folder)
+    half = _halved(config, speech_model)
 
     from peft import PeftModel  # it takes 2 s to import
 
     speech_model.wrap(PeftModel.from_pretrained(speech_model.net, str(folder)))
-    return _ready(given, config, encoder, speech_model, _device(), None)
+    return _ready(given, config, encoder, speech_model, _device(), half)
 
 
 def _build(config: Config, run: Path) -> tuple[Encoder, SpeechModel]:
@@ -140,6 +131,18 @@ def _build(config: Config, run: Path) -> tuple[Encoder, SpeechModel]:
     learned = speech_model.verdict.learned
     encoder.limit(None if learned is None else learned - speech_model.virtual)
     return encoder, speech_model
+
+
+def _halved(config: Config, speech_model: SpeechModel) -> torch.dtype | None:
+    """Half precision, where the model's files are in it and a GPU computes: matrices are stored in
+    it from here on, norms and biases stay, as of a base under adapters in training."""
+    half = AutoConfig.from_pretrained(config.model.path).dtype
+    if _device().type == "cpu" or half not in HALF.values():
+        return None
+    for parameter in speech_model.net.parameters():
+        if parameter.ndim >= 2:
+            parameter.data = parameter.data.to(half)
+    return half
 
 
 def _ready(
