@@ -191,7 +191,10 @@ register(
             "nemotron_h_omni": "its Mamba layers carry a state from one document to the next",
         },
         hears=True,
-        parts=("audio_tower", "multi_modal_projector"),
+        parts=(
+            *("audio_tower", "multi_modal_projector", "embed_audio", "embed_tokens_extend"),
+            *("encoder", "projector", "visual", "vision_tower", "embed_vision"),
+        ),
         refused_keys={
             "data.language": _UNTOLD,
             "data.speech_tokens": "audio_lm reads audio as it is: leave data.speech_tokens out, "

@@ -111,15 +111,16 @@ def _calls(
     tower: object, call: Callable[[int], Output], count: int, device: torch.device
 ) -> tuple[list[Output], torch.Tensor]:
     """What `call` gives for each of `count` groups, and a zero on which all further calls hang."""
-    found = [call(number) for number in range(count)]
-    nothing = torch.zeros((), device=device)
-    if isinstance(tower, nn.Module) and _sharded(tower):
+    rounds, nothing = count, torch.zeros((), device=device)
+    if isinstance(tower, nn.Module) and _sharded(tower):  # agreed on before any of them
         most = torch.tensor(count, device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        for _ in range(int(most) - count):
-            again = call(0)
-            again = again if isinstance(again, torch.Tensor) else again.last_hidden_state
-            nothing = nothing + 0 * again.sum()
+        rounds = int(most)
+    found = [call(number) for number in range(count)]
+    for _ in range(rounds - count):
+        again = call(0)
+        again = again if isinstance(again, torch.Tensor) else again.last_hidden_state
+        nothing = nothing + 0 * again.sum()
     return found, nothing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from raysft.config import schema
 from raysft.config.families import named
 from raysft.data.encode import Encoder, make_encoder
 from raysft.data.example import Audio, Example, MicroBatch, Sequence
-from raysft.errors import BadExample
+from raysft.data.tokenizer import byte_tokenizer
+from raysft.errors import BadExample, UserError
 from raysft.export import export
 from raysft.families.audio_lm.types import TYPES
 from raysft.models import SpeechModel, build
@@ -255,3 +257,30 @@ def test_the_page_has_every_type_and_what_is_refused() -> None:
     assert set(TYPES) == set(row.types) - {"qwen2_audio"}
     tried = set(zoo.TINY) | {"qwen2_5_omni", "qwen3_omni_moe"}
     assert tried == set(TYPES)
+
+
+def test_a_processor_that_does_not_hear_is_refused(folder: Folder, tmp_path: Path) -> None:
+    deaf = shutil.copytree(folder("qwen3_asr"), tmp_path / "deaf")
+    (deaf / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"model\.path: .* so nothing there reads audio"):
+        encoder_of(deaf)
+    other = shutil.copytree(folder("qwen3_asr"), tmp_path / "other")
+    byte_tokenizer().save_pretrained(other)
+    with pytest.raises(UserError, match=r"model\.tokenizer: it does not belong to a Qwen3ASRProc"):
+        encoder_of(other)
+    settings = zoo.config_of("qwen3_asr", zoo.tokenizer(zoo.TINY["qwen3_asr"].tokens))
+    random = schema.Model(config=settings, tokenizer="bytes")
+    with pytest.raises(UserError, match=r"model\.tokenizer: 'bytes' has no Qwen3ASRProcessor"):
+        make_encoder(random, schema.Data(), "unused")
+    random = random.model_copy(update={"tokenizer": str(folder("qwen3_asr"))})
+    encoder = make_encoder(random, schema.Data(), "unused")
+    assert build(random, schema.Data(), encoder, 0).dummy_document().arrays
+
+
+def test_settings_that_the_processor_decides_are_refused(folder: Folder) -> None:
+    path = str(folder("qwen3_asr"))
+    with pytest.raises(UserError, match=r"data\.features: fbank, but qwen3_asr reads what its"):
+        make_encoder(schema.Model(path=path), schema.Data(features="fbank"), "unused")
+    model = schema.Model(path=path, feature_extractor={"chunk_length": 1})
+    with pytest.raises(UserError, match=r"model\.feature_extractor: qwen3_asr takes the settings"):
+        make_encoder(model, schema.Data(), "unused")
