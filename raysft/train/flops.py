@@ -16,8 +16,8 @@ Attention: 12 L H D for each pair of positions (L layers, H heads of D dimension
 forward 4, backward 8), and half of that where it is causal: 6 L H D sum(length^2) over documents,
 packed or not. Layers with a sliding window are left out of it, so it is rather too low there.
 
-The audio encoder takes every clip at one length, P positions: its 2N, 4N or 6N for each of them and
-12 L H D P^2 (4 L H D P^2 if frozen) for a clip, whatever the clip's own length.
+The encoder of Qwen2-Audio or Whisper takes every clip at one length, P positions: its 2N, 4N or 6N
+for each of them and 12 L H D P^2 (4 L H D P^2 if frozen) for a clip, whatever its own length.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def cost_of(model: nn.Module, unreached: Collection[str] = ()) -> Cost | None:
     architecture without the usual names, an audio encoder of another kind than Qwen2-Audio's.
     """
     net = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    if net.config.is_encoder_decoder:
+        return _of_seq2seq(model, net, unreached)
     try:
         text = net.config.get_text_config()
     except ValueError:  # several
@@ -123,8 +125,8 @@ def formula_holds(net: PreTrainedModel) -> bool:
     Where a model computes other than its matrices say (layers that run several times, attention of
     another kind) a number would be wrong. Kept for the process; costs 0.1 s.
     """
-    if net.config.is_encoder_decoder:  # whose tokens do not pass through every matrix
-        return False
+    if net.config.is_encoder_decoder:  # Whisper's, which tests hold against torch
+        return True
     key = f"{type(net)} {json.dumps(net.config.to_dict(), sort_keys=True, default=str)}"
     if key not in _HOLDS:
         _HOLDS[key] = _counted_alike(net)
@@ -236,6 +238,38 @@ def _head_size(text: PreTrainedConfig) -> float:
         return (keys + values) / 2
     found = getattr(text, "head_dim", None)
     return found or getattr(text, "hidden_size", 0) / text.num_attention_heads
+
+
+def _of_seq2seq(model: nn.Module, net: PreTrainedModel, unreached: Collection[str]) -> Cost | None:
+    """Of a Whisper: decoder tokens pass through the decoder and attend to all positions of a clip;
+    these pass through the encoder, and through the decoder's keys and values of them.
+
+    Tokens are counted with a clip's positions among them, so a clip costs that much less.
+    """
+    config = net.config
+    positions = getattr(config, "max_source_positions", None)
+    if not isinstance(positions, int):
+        return None
+    encoder = net.get_encoder()
+    own = {id(part) for part in net.get_output_embeddings().modules()}
+    heard = {id(part) for part in encoder.modules()}
+    keys = {
+        id(part)
+        for name, part in model.named_modules()
+        if ".encoder_attn.k_proj" in name or ".encoder_attn.v_proj" in name
+    }
+    passed = any(p.requires_grad for p in encoder.parameters())
+    token = supervised = clip = 0.0
+    for part, size, trains in _matrices(model, None, unreached):
+        if id(part) in own:
+            supervised += size * (6 if trains else 4)
+        elif id(part) in keys:
+            clip += positions * size * ((4 if trains else 2) + (2 if passed else 0))
+        elif id(part) not in heard:
+            token += size * (6 if trains else 4)
+    token += 12.0 * config.decoder_layers * config.d_model * positions
+    pair = 6.0 * config.decoder_layers * config.d_model
+    return Cost(token, supervised, pair, clip + _clip(encoder, config) - positions * token)
 
 
 def _clip(tower: nn.Module, audio: PreTrainedConfig) -> float:

@@ -88,8 +88,10 @@ class Seq2Seq(SpeechModel):
         return rows.numel() + len(rows) * self.heard
 
     def counts(self, mb: MicroBatch) -> dict[str, float]:
-        """As `SpeechModel.counts`, and clips: how many the encoder reads."""
-        return super().counts(mb) | {"clips": float(len(mb.ids))}
+        """As `SpeechModel.counts`, with squares of the decoder's rows; and clips: how many the
+        encoder reads."""
+        squares = np.square(mb.lengths - self.heard, dtype=np.float64).sum()
+        return super().counts(mb) | {"squares": float(squares), "clips": float(len(mb.ids))}
 
     def features(self, documents: list[Document]) -> Batch:
         """Clips padded to the one length the encoder takes, a row each."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
@@ -27,6 +28,7 @@ from raysft.export import export
 from raysft.models import SpeechModel, build
 from raysft.models.layout import tokens_of
 from raysft.train.feed import turn_of
+from raysft.train.flops import cost_of, formula_holds
 from tests.support import whisper
 from tests.support.model_zoo import gradients, loss_of
 
@@ -227,6 +229,32 @@ def test_positions_are_those_that_are_computed(
     assert turn.counts["clips"] == len(lengths)
     assert turn.counts["supervised"] == int((turn.batch["targets"] >= 0).sum())
     assert tokens_of(turn.batch).shape == (len(lengths), max(lengths) - 100)
+
+
+@pytest.mark.parametrize("frozen", ["", "encoder"])
+def test_its_cost_is_what_torch_counts(frozen: str, folder: Path) -> None:
+    # Wide enough for matrices to be most of it, as they are of a real one.
+    section = Model(**whisper.model(folder, d_model=128, encoder_ffn_dim=512, decoder_ffn_dim=512))
+    net = build(section, PADDED, make_encoder(section, PADDED, folder), 0).net
+    if frozen:
+        net.model.encoder.requires_grad_(False)
+    net.set_attn_implementation("eager")
+    length, clips = 40, 3
+    rows = torch.arange(clips * length).view(clips, length) % 200
+    with FlopCounterMode(display=False) as counter:
+        features = torch.randn(clips, 16, 200)
+        net(
+            input_features=features, decoder_input_ids=rows, use_cache=False
+        ).logits.sum().backward()
+    cost = cost_of(net)
+    assert cost is not None and formula_holds(net)
+    counts = {
+        "tokens": clips * (100 + length),
+        "supervised": clips * length,
+        "squares": 2 * clips * length**2,  # torch computes the pairs that nobody sees as well
+        "clips": clips,
+    }
+    assert cost.total(counts) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_an_empty_micro_batch_reaches_every_parameter(ours: SpeechModel) -> None:
