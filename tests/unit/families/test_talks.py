@@ -20,7 +20,14 @@ KINDS = [
     pytest.param(kind, marks=[] if kind in ("granite_speech", "qwen3_asr") else pytest.mark.slow)
     for kind in sorted(zoo.TINY)
 ]
-LIKE = ("granite_speech", "qwen3_asr")
+LIKE = (
+    "fun_asr_nano",
+    "granite_speech",
+    "granite_speech_plus",
+    "phi4_multimodal",
+    "gemma4",
+    "qwen3_asr",
+)
 
 
 def talks(kind: str) -> list[tuple[Example, list[np.ndarray]]]:
