@@ -24,6 +24,9 @@ class Extractor(Protocol):
     """What is asked of a feature extractor of transformers, where it has it."""
 
     sampling_rate: int
+    feature_size: int
+    n_fft: int
+    dither: float
     hop_length: int
     chunk_length: int
     n_samples: int
@@ -96,6 +99,8 @@ class AudioType:
         longest of the batch: it is called for clips shorter than one by length.
     whole: a checkpoint of this type holds the model below this name, and other models beside it;
         whole_net is the class of transformers that has them all.
+    silenced: its processor pads a clip with silence to the extractor's chunk, of which the model
+        reads the clip's own frames: our log-mel computes those alone.
     bracketed: the plain template writes the processor's begin and end of audio around a clip.
     """
 
@@ -113,6 +118,7 @@ class AudioType:
     window: str | None = None
     whole: str | None = None
     whole_net: str = ""
+    silenced: bool = False
     bracketed: bool = False
 
 
@@ -210,6 +216,7 @@ _QWEN25 = AudioType(
     tokens=_pooled,
     mask="feature_attention_mask",
     most=_one_chunk,
+    silenced=True,
     bracketed=True,
 )
 _QWEN3 = AudioType(

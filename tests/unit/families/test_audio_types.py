@@ -259,6 +259,19 @@ def test_the_page_has_every_type_and_what_is_refused() -> None:
     assert tried == set(TYPES)
 
 
+def test_our_log_mel_has_the_frames_that_the_processor_keeps(folder: Folder) -> None:
+    encoder = encoder_of(folder("qwen2_5_omni_thinker"))
+    assert encoder._log_mel is not None
+    for samples in (401, 9000, 15999, 31999, 32000):
+        wave = zoo.clip(samples, samples)
+        ours = encoder.part_encoded(Audio("x"), wave, None)
+        encoder._log_mel, fast = None, encoder._log_mel
+        plain = encoder.part_encoded(Audio("x"), wave, None)
+        encoder._log_mel = fast
+        assert ours.ids.tolist() == plain.ids.tolist()
+        np.testing.assert_allclose(ours.arrays["features"], plain.arrays["features"], atol=1e-4)
+
+
 def test_a_processor_that_does_not_hear_is_refused(folder: Folder, tmp_path: Path) -> None:
     deaf = shutil.copytree(folder("qwen3_asr"), tmp_path / "deaf")
     (deaf / "preprocessor_config.json").unlink()
