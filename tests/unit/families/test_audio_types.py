@@ -150,8 +150,10 @@ def test_a_clip_does_not_depend_on_its_neighbours(kind: str, folder: Folder) -> 
     encoder = encoder_of(folder(kind))
     items = [encoder.encode(example, [wave]) for example, wave in examples()]
     seen: list[torch.Tensor] = []
-    hook = ours.net.get_decoder().register_forward_pre_hook(
-        lambda part, args, given: seen.append(given["inputs_embeds"][0]), with_kwargs=True
+    first = ours.net.get_decoder().layers[0]
+    hook = first.register_forward_pre_hook(
+        lambda part, args, given: seen.append((args or (given["hidden_states"],))[0][0]),
+        with_kwargs=True,
     )
     ours.loss(ours.collate(batch(*items)))
     together = seen.pop()
