@@ -47,7 +47,7 @@ def head_is_last(net: PreTrainedModel, head: nn.Module) -> tuple[int, bool]:
     audio = getattr(net.config, "audio_token_id", None)
     device = net.get_input_embeddings().weight.device
     tokens = torch.tensor([[i for i in range(5) if i != audio][:4]], device=device)
-    inputs: dict[str, Any] = {"input_ids": tokens}
+    inputs: dict[str, object] = {"input_ids": tokens}
     if net.config.is_encoder_decoder:
         heard = torch.zeros(1, 1, net.config.hidden_size, device=device)
         inputs = {"encoder_outputs": BaseModelOutput(heard), "decoder_input_ids": tokens}

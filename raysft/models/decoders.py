@@ -8,8 +8,6 @@ positions and a mask that are not given. That an encoder reads each clip alone i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
@@ -89,9 +87,10 @@ def _generated(small: PreTrainedModel, prompts: torch.Tensor, states: torch.Tens
         output_logits=True,
         return_dict_in_generate=True,
     )
-    found: Any = GenerationMixin.generate(
+    found = GenerationMixin.generate(
         small, encoder_outputs=BaseModelOutput(states), decoder_input_ids=prompts
     )
+    assert not isinstance(found, torch.Tensor) and found.logits is not None  # asked for above
     return torch.stack(found.logits, 1)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from raysft.data.text import load_tokenizer
 from raysft.errors import BadExample, UserError, first_line
 from raysft.families.seq2seq.prompt import START, Prompt
 from raysft.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig, WhisperFeatureExtractor
 
 FEATURES = "features"  # the name of a clip's frames among the arrays of an example
 FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
@@ -104,7 +107,7 @@ class Seq2SeqEncoder(Encoder):
         return Encoded(ids, len(clip) / self.sample_rate, {FEATURES: self.front_end(clip)})
 
 
-def _model_config(model: Model) -> Any:
+def _model_config(model: Model) -> WhisperConfig:
     """The transformers config of a model of this family."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -135,7 +138,7 @@ def _generation(model: Model) -> JsonObject:
 
 
 def _multilingual(
-    model: Model, config: Any, generation: JsonObject, vocabulary: dict[str, int]
+    model: Model, config: WhisperConfig, generation: JsonObject, vocabulary: dict[str, int]
 ) -> bool:
     """Whether the model is told language and task.
 
@@ -150,7 +153,7 @@ def _multilingual(
     return "<|transcribe|>" in vocabulary
 
 
-def _extractor(model: Model, config: Any) -> Any:
+def _extractor(model: Model, config: WhisperConfig) -> WhisperFeatureExtractor:
     """transformers' feature extractor of the model."""
     from transformers import AutoFeatureExtractor, WhisperFeatureExtractor
 
@@ -183,7 +186,7 @@ def _extractor(model: Model, config: Any) -> Any:
     return extractor
 
 
-def _front_end(extractor: Any) -> FrontEnd:
+def _front_end(extractor: WhisperFeatureExtractor) -> FrontEnd:
     """What computes the extractor's features in the data tasks."""
     from transformers import WhisperFeatureExtractor
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def make_model(
 def _tell_languages(net: PreTrainedModel, prompt: Prompt) -> None:
     """What `generate` of transformers looks for a prompt in: a model of random weights has none."""
     known = prompt.tokenizer.convert_tokens_to_ids
-    own: dict[str, Any] = {
+    own: dict[str, object] = {
         "_from_model_config": False,  # else from_pretrained would make it anew
         "is_multilingual": prompt.multilingual,
         "no_timestamps_token_id": known(NO_TIMESTAMPS),
