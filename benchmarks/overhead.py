@@ -332,7 +332,9 @@ def _prepared(config: Config) -> tuple[Encoder, Index]:
     from raysft.remarks import quiet
 
     quiet()
-    prepared = prepare(config, Path(config.run.storage_path))
+    folder = Path(config.run.storage_path)
+    folder.mkdir(parents=True, exist_ok=True)  # the run beside it, which makes it too, may be later
+    prepared = prepare(config, folder)
     return prepared.encoder, prepared.train
 
 
