@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from raysft.families.audio_lm.types import TYPES
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 FEATURES = "features"  # the name of a clip's frames among the arrays of an example
 FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
@@ -160,7 +160,7 @@ def _own_template(model: Model, tokenizer: PreTrainedTokenizerFast) -> str | Non
     return None
 
 
-def _model_config(model: Model) -> Any:
+def _model_config(model: Model) -> PreTrainedConfig:
     """The transformers config of a model of this family."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
