@@ -77,12 +77,20 @@ def losses(folder: Path, name: str) -> list[float]:
     return [line["loss"] for line in read_lines(folder / "runs" / name / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "strategies"),
+    [
+        *((kind, ("ddp", "fsdp")) for kind in FAST),
+        *(
+            pytest.param(kind, ("ddp", "fsdp", "zero3"), marks=pytest.mark.slow)
+            for kind in sorted(zoo.TINY)
+        ),
+    ],
+)
 def test_batches_with_and_without_clips_train_alike_under_every_strategy(
-    kind: str, tmp_path: Path
+    kind: str, strategies: tuple[str, ...], tmp_path: Path
 ) -> None:
     base = zoo.save(kind, tmp_path / "base")
-    strategies = ("ddp", "fsdp", "zero3")
     mode = {"mode": zoo.MODES.get(kind, "packed")}
     paths = [write(tmp_path, base, s, s, data=mode) for s in strategies]
     assert worlds.run(2, *paths) == 0
