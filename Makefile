@@ -21,7 +21,8 @@ demo: setup
 	$(BIN)/python examples/spoken_digits/demo.py
 
 # Two parts side by side, for two cores: those with a cluster and a few that take long, and the rest.
-BESIDE := tests/cluster $(addprefix tests/properties/test_,matrix.py bit_identity.py world_sizes.py)
+BESIDE := tests/cluster $(addprefix tests/properties/test_,matrix.py bit_identity.py world_sizes.py \
+	audio_runs.py kill_while_saving.py)
 
 test: setup
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(BESIDE) > cluster-tests.log 2>&1 & \
