@@ -27,18 +27,20 @@ from raysft.json_types import JsonObject
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Texts while a template is rendered: Unicode noncharacters, which no text has.
 _MARK = "\ufdd0{}\ufdd1"
+_MARKS = re.compile("\ufdd0[0-9]+\ufdd1")
+_KNOWN = 1024  # shapes of conversations whose leads are kept: calls of tools differ without end
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A conversation as text. learnt: its spans, in order. texts: where the example's own texts
-    lie; None: the template has changed them."""
+    """A conversation as text. learnt: its spans, in order. bare: what the template writes where
+    the example's own texts are left out."""
 
     text: str
     learnt: list[Span]
-    texts: list[Span] | None
+    bare: str
 
 
 @dataclass
@@ -78,11 +80,13 @@ class Conversations:
         self._refuse_unshown(example)
         learnt = _learnt(turns, supervise)
         messages = self._messages(turns)
-        if _GENERATION.search(self.source):
-            return self._as_marked(messages, example, learnt)
-        whole = self._rendered(messages, False, example.tools)
         marked, texts = self._marked(turns)
-        pieces = _pieces(self._rendered(marked, False, example.tools), len(texts))
+        around = self._rendered(marked, False, example.tools)
+        bare = _MARKS.sub("", around)
+        if _GENERATION.search(self.source):
+            return self._as_marked(messages, example, learnt, bare)
+        whole = self._rendered(messages, False, example.tools)
+        pieces = _pieces(around, len(texts))
         found = None if pieces is None else _found(whole, pieces, texts)
         spans = []
         for number in learnt:
@@ -101,9 +105,9 @@ class Conversations:
         start, stop = spans[-1]
         if learnt[-1] == len(turns) - 1 and not whole.endswith(self.end, start, stop):
             # Nothing ends an answer in this template: the end token does, as in the short form.
-            whole = whole[:stop] + self.end
+            whole, bare = whole[:stop] + self.end, bare + self.end
             spans[-1] = start, len(whole)
-        return Shown(whole, spans, found)
+        return Shown(whole, spans, bare)
 
     def asked(self, example: Example, supervise: str) -> str:
         """The prompt that asks for the last turn that is learnt, as inference has it."""
@@ -123,7 +127,9 @@ class Conversations:
 
     # -- what is learnt --------------------------------------------------------------------------
 
-    def _as_marked(self, messages: list[JsonObject], example: Example, learnt: list[int]) -> Shown:
+    def _as_marked(
+        self, messages: list[JsonObject], example: Example, learnt: list[int], bare: str
+    ) -> Shown:
         """By the template's own marks, one for each turn of the assistant."""
         whole, spans = self._render(messages, example.tools, return_assistant_tokens_mask=True)
         own = [number for number, turn in enumerate(example.turns) if turn.role == ASSISTANT]
@@ -134,7 +140,7 @@ class Conversations:
                 "bad text",
             )
         by_turn = dict(zip(own, spans, strict=True))
-        return Shown(whole, [by_turn[number] for number in learnt], None)
+        return Shown(whole, [by_turn[number] for number in learnt], bare)
 
     def _of_turn(self, whole: str, example: Example, number: int, found: list[Span]) -> Span | None:
         """From the end of the prompt up to and with the end token. found: of all texts."""
@@ -163,7 +169,10 @@ class Conversations:
             prompt = self._prompt(marked[:number], example.tools)
             # A prompt that its own conversations do not begin with: the answer alone is learnt.
             fits = prompt is not None and shown.startswith(prompt)
-            self._leads[shape] = shown.removeprefix(prompt or "") if fits else ""
+            lead = shown.removeprefix(prompt or "") if fits else ""
+            if len(self._leads) >= _KNOWN:
+                return lead
+            self._leads[shape] = lead
         return self._leads[shape]
 
     def _behind_prompt(self, whole: str, example: Example, number: int) -> Span | None:
@@ -180,9 +189,7 @@ class Conversations:
     # -- rendering -------------------------------------------------------------------------------
 
     def _messages(self, turns: Sequence[Turn]) -> list[JsonObject]:
-        return [
-            self._message(turn, [p for p in turn.content if isinstance(p, str)]) for turn in turns
-        ]
+        return [self._message(turn, turn.texts) for turn in turns]
 
     def _marked(self, turns: Sequence[Turn]) -> tuple[list[JsonObject], list[str]]:
         """The messages with a mark for each text that is not empty, and those texts."""

@@ -64,6 +64,10 @@ _KNOWN = 256  # prompts whose ids are kept: with clips or units for input there 
 _backends: dict[str, Tokenizer] = {}
 
 
+class NoInstruction(UserError):
+    """An example brings none, and data.prompts has none for its task."""
+
+
 class Template:
     """Makes examples dialogues, as a chat template writes them: of one turn here, of several in
     `conversation`.
@@ -251,7 +255,7 @@ class Template:
         instruction = example.instruction
         if instruction is None:
             if example.task not in self._prompts:
-                raise UserError(
+                raise NoInstruction(
                     f"data.prompts: has no entry for task {example.task!r}, and example "
                     f"{example.id} brings no instruction: add {example.task}: TEXT to data.prompts"
                 )
@@ -310,7 +314,7 @@ class Template:
             last = encoding.char_to_token(len(self._begin) + stop - 1)
             if first is not None:  # else nothing is written there
                 learnt[first : len(learnt) if last is None else last + 1] = True
-        self._refuse_steering_in(shown, encoding, example)
+        self._refuse_steering_in(shown, encoding.ids, example)
         return cut(encoding.ids, learnt, others, self._hole_id).until_learnt()
 
     def _check_turns(self, example: Example) -> None:
@@ -327,18 +331,15 @@ class Template:
                         "bad text",
                     )
 
-    def _refuse_steering_in(self, shown: Shown, encoding: Encoding, example: Example) -> None:
+    def _refuse_steering_in(self, shown: Shown, ids: list[int], example: Example) -> None:
         """Raises BadExample where a text became a control token by other ways than its name."""
-        steering = [at for at, token in enumerate(encoding.ids) if token in self._steering]
-        begun = len(self._begin)
-        for start, stop in shown.texts or ():
-            for at in steering:
-                if begun + start <= encoding.offsets[at][0] < begun + stop:
-                    name = self._piece(encoding.ids[at])
-                    if not any(name in turn.text for turn in example.turns):
-                        raise BadExample(
-                            f"its text becomes {name}, a token that steers the model", "bad text"
-                        )
+        own = Counter(self._steers(self._encode(self._begin + shown.bare)))
+        for token in Counter(self._steers(ids)) - own:
+            name = self._piece(token)
+            if not any(name in turn.text for turn in example.turns):
+                raise BadExample(
+                    f"its text becomes {name}, a token that steers the model", "bad text"
+                )
 
     def answer_of(self, generated: str) -> str:
         """The answer in a generated text: without what the template writes around it."""

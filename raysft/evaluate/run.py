@@ -2,7 +2,7 @@
 
 Batches are a function of the index and the budget alone, so results do not depend on the number of
 workers. Loss comes from the whole sequence (teacher-forced); what compares texts (WER, BLEU, ...)
-goes by what the model generates from the sequence up to its first supervised token. What is
+goes by what the model generates from the sequence up to its last supervised run of tokens. What is
 counted, and which figures come of the sums of all workers, is the scorers' (`raysft.scorers`).
 """
 

@@ -21,6 +21,7 @@ from raysft.data.clips.audio import probe
 from raysft.data.clips.stalled import ClipReader
 from raysft.data.example import Audio, Example
 from raysft.data.example import Sequence as Encoded
+from raysft.data.text import NoInstruction
 from raysft.errors import BadExample, UserError
 from raysft.evaluate.answers import MOST_NEW_TOKENS, keeps_tab, transcript
 from raysft.evaluate.run import measured
@@ -158,9 +159,7 @@ class Transcripts:
         encoder = self._answering.encoder
         try:
             prompt = encoder.prompt(example, clips)
-        except UserError as error:
-            if not str(error).startswith("data.prompts: has no entry"):
-                raise
+        except NoInstruction as error:
             known = ", ".join(self._answering.config.data.prompts)
             raise UserError(
                 f"--task {example.task}: {self.name} has no instruction for it (it has some for "

@@ -40,6 +40,12 @@ TASK = "chat"
 TAG = "<audio>"
 LISTS = ("messages", "conversations", "conversation")
 PAIRS = {"query": "response", "instruction": "output"}  # question -> answer, of the last turn
+BESIDE = ("input", *PAIRS.values())
+USED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(LISTS, ()),
+    "query": ("response",),
+    "instruction": ("input", "output"),
+}
 AUDIO = ("audios", "audio")
 READ = frozenset([*LISTS, *PAIRS, *PAIRS.values(), *AUDIO])
 READ |= {"id", "task", "input", "history", "system", "tools"}
@@ -192,6 +198,12 @@ def _messages(record: JsonObject) -> Iterator[tuple[int, JsonObject]]:
         raise BadExample(
             f"expected one of {', '.join((*LISTS, *PAIRS))}, found {found}", "malformed record"
         )
+    beside = [name for name in BESIDE if record.get(name) and name not in USED[kinds[0]]]
+    if beside:
+        raise BadExample(
+            f"field {beside[0]!r} beside {kinds[0]!r} would not be learnt: leave one of them",
+            "malformed record",
+        )
     messages = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     for question, answer in _pairs(record.get("history") or [], "history"):
         messages += [_said("user", question), _said(ASSISTANT, answer)]
@@ -212,6 +224,7 @@ def _messages(record: JsonObject) -> Iterator[tuple[int, JsonObject]]:
                     f"field {name!r} holds {kind(item)}, expected messages", "malformed record"
                 )
             if name == "conversation" and "human" in item:
+                refuse_unread(item, frozenset(["human", "assistant"]))
                 messages.append(_said("user", item["human"]))
                 messages.append(_said(ASSISTANT, item.get("assistant")))
             else:

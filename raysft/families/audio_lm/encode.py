@@ -24,7 +24,7 @@ from raysft.data.example import Audio, Units
 from raysft.data.text import Template, load_tokenizer
 from raysft.errors import BadExample, UserError, first_line
 from raysft.families.audio_lm.processor_encode import ProcessorEncoder
-from raysft.families.audio_lm.types import TYPES
+from raysft.families.audio_lm.types import TYPES, refuse_part
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -92,16 +92,7 @@ class AudioLMEncoder(Encoder):
 
     def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
         """Audio tokens of the clip. BadExample: too long or too short."""
-        if isinstance(part, Units):
-            raise UserError(
-                "model.family: audio_lm reads audio, no speech units: sources of units need "
-                "model.family: causal_lm"
-            )
-        if answer:
-            raise UserError(
-                "model.family: audio_lm answers in text only; task tts needs causal_lm with "
-                "data.speech_tokens"
-            )
+        refuse_part(part, answer)
         frames = self.front_end.frames(samples)
         tokens = audio_tokens(frames)
         seconds = samples / self.sample_rate

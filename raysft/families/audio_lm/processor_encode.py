@@ -26,7 +26,7 @@ from raysft.data.example import Audio, Units
 from raysft.data.text import Template, load_tokenizer
 from raysft.errors import BadExample, UserError
 from raysft.families.audio_lm.processors import Hearing
-from raysft.families.audio_lm.types import AudioType, Extractor, Processor
+from raysft.families.audio_lm.types import AudioType, Extractor, Processor, refuse_part
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ class ProcessorEncoder(Encoder):
         tokenizer.chat_template = self.template.source
         self._log_mel = _log_mel(self._hearing.extractor) if row.silenced else None
         self.most = row.most(self._processor) if row.most else None
-        self._lengths: dict[int, int] = {}
         self._around: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         settings = [VERSION, "audio_lm", kind, self.template.fingerprint]
         settings += [self._hearing.extractor.to_dict(), self._hearing.settings, self._arguments]
@@ -100,16 +99,7 @@ class ProcessorEncoder(Encoder):
 
     def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
         """Positions of the clip. BadExample: too long or too short."""
-        if isinstance(part, Units):
-            raise UserError(
-                "model.family: audio_lm reads audio, no speech units: sources of units need "
-                "model.family: causal_lm"
-            )
-        if answer:
-            raise UserError(
-                "model.family: audio_lm answers in text only; task tts needs causal_lm with "
-                "data.speech_tokens"
-            )
+        refuse_part(part, answer)
         seconds = samples / self.sample_rate
         if self.most is not None and samples > self.most:
             raise BadExample(

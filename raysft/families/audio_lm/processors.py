@@ -7,7 +7,6 @@ what it lacks is None.
 
 from __future__ import annotations
 
-import pickle
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
@@ -88,10 +87,3 @@ class Hearing:
             raise UserError(
                 f"model.tokenizer: it does not belong to a {plain.__name__}: {error}"
             ) from None
-
-    def __getstate__(self) -> JsonObject:
-        return {**self.__dict__, "extractor": pickle.dumps(self.extractor)}
-
-    def __setstate__(self, state: JsonObject) -> None:
-        extractor = pickle.loads(state["extractor"])  # noqa: S301 (our own bytes)
-        self.__dict__.update({**state, "extractor": extractor})

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from raysft.data.example import Audio, Units
+from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -73,6 +75,20 @@ class Config(Protocol):
     downsample_rate: int
     time_reduction: int
     audio_config: Config
+
+
+def refuse_part(part: Audio | Units, answer: bool) -> None:
+    """Raises UserError for what no model of the family reads (units) or writes (speech)."""
+    if isinstance(part, Units):
+        raise UserError(
+            "model.family: audio_lm reads audio, no speech units: sources of units need "
+            "model.family: causal_lm"
+        )
+    if answer:
+        raise UserError(
+            "model.family: audio_lm answers in text only; task tts needs causal_lm with "
+            "data.speech_tokens"
+        )
 
 
 Lengths = Callable[[Processor, int], int]

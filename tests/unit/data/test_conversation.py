@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, normalizers
 
 from raysft.config.schema import Data
 from raysft.data import text
@@ -264,3 +265,19 @@ def test_a_template_that_takes_no_such_conversation_names_why() -> None:
     turns = [Turn("system", ("s",)), Turn("user", ("q",)), Turn("assistant", ("a",))]
     with pytest.raises(BadExample, match="does not take this conversation: no system here"):
         template.render(example(turns))
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_no_text_becomes_a_control_token_by_normalisation(marked: bool) -> None:
+    """Full-width letters that NFKC makes the name of a token, wherever learning is told from."""
+    tokenizer = TOKENIZERS["bytes"]()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.NFKC()
+    backend.add_tokens([AddedToken("<|stop|>", normalized=True, special=True)])
+    source = MARKED["chatml"]
+    if not marked:
+        source = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    template = template_of(tokenizer, source)
+    asked = [Turn("user", ("\uff1c|stop|\uff1e",)), Turn("assistant", ("a",))]
+    with pytest.raises(BadExample, match=r"becomes <\|stop\|>"):
+        template.render(example(asked))

@@ -181,6 +181,9 @@ def test_roles_of_tools_and_what_they_say_are_kept() -> None:
         ({"messages": [{"role": "assistant", "content": "a", "thinking": "b"}]}, "'thinking' is"),
         ({"messages": TOLD, "audios": CLIPS, "tools": "[{"}, "tools: no JSON"),
         ({"messages": TOLD, "audios": CLIPS, "tools": {"a": 1}}, "tools: expected a list"),
+        ({"messages": TOLD, "audios": CLIPS, "response": "No."}, "'response' beside 'messages'"),
+        ({"query": "a", "response": "b", "output": "c"}, "'output' beside 'query'"),
+        ({"conversation": [{"human": "a", "assistant": "b", "history": "c"}]}, "'history' is text"),
         ({"query": "a", "response": "b", "history": ["c"]}, "expected a list of"),
     ],
 )
