@@ -21,6 +21,7 @@ from pydantic import (
 
 from raysft.config import families, strategies
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights, one_of
+from raysft.config.moe import Moe
 from raysft.config.section import Section
 from raysft.config.training import Optim, Peft, Train
 from raysft.json_types import JsonObject
@@ -224,6 +225,10 @@ class Model(Section):
     )
     trust_remote_code: Weights[bool] = Field(
         False, description="run Python code that ships with the model"
+    )
+    moe: Weights[Moe | None] = Field(
+        None,
+        description="how the experts of a mixture compute; left out: as transformers does",
     )
 
     @field_validator("unit_token")

@@ -155,6 +155,11 @@ def _check_evaluation_data(config: Config) -> None:
 
 def _check_names(config: Config, encoder: Encoder | None = None, total_steps: int = 0) -> None:
     """Look names of layers and parameters up in the model, without its weights."""
+    if config.model.moe is not None:
+        from raysft.models import experts
+        from raysft.models.loading import skeleton
+
+        experts.check(skeleton(config.model))
     if config.peft.method != "none":
         from raysft.adapters import attach as peft  # torch: only where it is needed
 

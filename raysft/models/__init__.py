@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from raysft.config import schema
 from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
-from raysft.models import balance, loading, proof, rope
+from raysft.models import balance, experts, loading, proof, rope
 from raysft.models.attention import attach
 from raysft.models.base import PREFIX, SpeechModel, Supervised
 
@@ -64,6 +64,8 @@ def build(
     balance.attach(speech_model.net)
     if data.mode == "packed":
         attach(speech_model.net, verdict.windows)
+    if model.moe is not None:
+        experts.use(speech_model.net, model.moe.experts)
     speech_model.take(verdict)
     speech_model.freeze_unreached()
     return speech_model
