@@ -45,9 +45,10 @@ from raysft.config.schema import Config
 from raysft.data.encode import model_family
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
-from raysft.models.base import PREFIX, SpeechModel
+from raysft.models.base import SpeechModel
 from raysft.models.loading import line_of, seeded, skeleton
 from raysft.models.quantized import refuse_widths
+from raysft.models.supervised import PREFIX
 from raysft.models.targets import Targets, modules_named, resolve
 from raysft.parallel.native import HALF
 

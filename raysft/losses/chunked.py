@@ -1,6 +1,6 @@
 """Losses of tokens from a head's logits, the cross-entropy first, without holding all of them.
 
-Stands in the step, inside the head: `models.base.Supervised` lets the head return losses where it
+Stands in the step, inside the head: `models.supervised` lets the head return losses where it
 would return logits. 8,192 tokens of a vocabulary of 150,000 are 4.9 GB of float32 logits, and three
 times that with their softmax and gradient. Here the rows go through the head in chunks of
 CHUNK_BYTES.

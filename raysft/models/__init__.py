@@ -11,7 +11,8 @@ from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
 from raysft.models import balance, experts, loading, proof, rope
 from raysft.models.attention import attach
-from raysft.models.base import PREFIX, SpeechModel, Supervised
+from raysft.models.base import SpeechModel
+from raysft.models.supervised import PREFIX, Supervised
 
 __all__ = ["PREFIX", "Build", "SpeechModel", "Supervised", "build"]
 

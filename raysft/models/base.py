@@ -17,10 +17,10 @@ What a batch holds (int64 but for the masks; R rows of L positions, M supervised
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,155 +31,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
-from raysft.losses.chunked import (
-    Kinds,
-    TokenLoss,
-    chunk_rows,
-    chunked_losses,
-    head_is_last,
-    in_one_call,
-    weighted_sum,
-)
-from raysft.losses.term import CROSS_ENTROPY, Term
-from raysft.models import balance, generation, reach, targets
-from raysft.models.attention import document_mask
+from raysft.losses.chunked import TokenLoss
+from raysft.losses.term import Term
+from raysft.models import generation, reach, targets
 from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad, tokens_of
-
-# Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
-PREFIX = "lm."
-
-
-class Supervised(nn.Module):
-    """The model with its loss as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
-
-    tasks: names by task number; `SpeechModel` appends as it meets new ones. weights: of tasks in
-    the loss that is trained, 1 where none is given. more: losses of tokens beside the
-    cross-entropy: name, function, weight. penalty: gives the term that training adds to the loss
-    once a step. windows: see `attention.document_mask`.
-    """
-
-    def __init__(
-        self,
-        net: PreTrainedModel,
-        tasks: list[str],
-        weights: Mapping[str, float] | None = None,
-        more: Seq[tuple[str, TokenLoss, float]] = (),
-    ) -> None:
-        super().__init__()
-        self.lm = net
-        self.tasks = tasks
-        self.weights = {} if weights is None else weights
-        self.more = more
-        self.penalty: Callable[[], torch.Tensor] | None = None
-        self.windows = False
-        self.rows: int | None = None  # through the head at a time; None: see `chunk_rows`
-        self.balance = balance.coefficient(net)
-        self._keep: torch.Tensor | None = None
-        self._columns = 0  # of the rows of tokens
-        head = net.get_output_embeddings()
-        if head is None:
-            raise UserError(f"model: {type(net).__name__} has no language-model head to train")
-        self._head = (head,)  # in a tuple: a module's attribute would be saved under two names
-        self._hook = head.register_forward_pre_hook(self._select)
-        self._vocabulary, self._head_is_last = head_is_last(net, head)
-
-    def _select(self, head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-        """Only what predicts a supervised token goes through the head: [R, L, H] -> [1, M, H].
-
-        A hook, because not every model takes `logits_to_keep`, and because whatever a model does
-        after its head (scaling, capping) then stays its own. Rows that are longer than their
-        tokens have virtual positions in front (prompt tuning).
-        """
-        keep = self._keep
-        if keep is None:
-            return None
-        if virtual := args[0].shape[1] - self._columns:
-            keep = keep + (keep // self._columns + 1) * virtual
-        return (args[0].flatten(0, -2).index_select(0, keep).unsqueeze(0),)
-
-    def release(self) -> None:
-        """Take the hook from the model's head: another module computes losses from here on."""
-        self._hook.remove()
-
-    def forward(self, batch: Batch) -> list[Term]:
-        """The terms of `batch`, the cross-entropy first; what is trained has a graph to every
-        parameter even when nothing counts.
-
-        Its sum is that of float32 cross-entropies over supervised tokens, in training each times
-        its task's weight; by task it never is. Then the other losses of tokens; the balance loss of
-        a mixture's routers, of which a micro-batch has its share of supervised tokens; and the
-        penalty on the weights, in training.
-        """
-        inputs = {k: v for k, v in batch.items() if k not in ("keep", "targets", "tasks")}
-        if "documents" in inputs:
-            ends = inputs.pop("documents")
-            inputs["attention_mask"] = document_mask(ends, inputs["input_ids"].device, self.windows)
-        names = list(self.tasks)  # the thread that lays out the next batches may add to them
-        weights = None
-        if self.weights and self.training:
-            by_name = [float(self.weights.get(name, 1.0)) for name in names]
-            weights = torch.tensor(by_name or [1.0], device=batch["tasks"].device)[batch["tasks"]]
-        losses, total, unbalanced = self._losses(inputs, batch["keep"], batch["targets"], weights)
-        # By comparison, not by scattered additions: the same bits every time on a GPU too.
-        numbers = torch.arange(len(names), device=losses.device).unsqueeze(1)
-        chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
-        counts = chosen.sum(1).long()
-        count = torch.full((), losses.shape[1], device=losses.device)
-
-        def term(name: str, each: torch.Tensor, *rest: Any) -> Term:
-            sums = (chosen * each).sum(1)
-            by_task = {task: (sums[i], counts[i]) for i, task in enumerate(names)}
-            return Term(name, weighted_sum(each, weights), count, by_task, *rest)
-
-        first, *others = losses.detach()
-        terms = [term(CROSS_ENTROPY, first, total)]
-        for each, (name, _, weight) in zip(others, self.more, strict=True):
-            terms.append(term(name, each, None, "supervised", weight))
-        if unbalanced is not None:
-            found = unbalanced * count
-            terms.append(Term("balance", found.detach(), count, trained=found, reported=False))
-        if self.penalty is not None and self.training:
-            found = self.penalty()
-            once = torch.ones_like(count)
-            terms.append(Term("penalty", found.detach(), once, {}, found, None, reported=False))
-        return terms
-
-    def _losses(
-        self,
-        inputs: Batch,
-        keep: torch.Tensor,
-        targets: torch.Tensor,
-        weights: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Float32 losses [kinds, M] and what is trained of them, with the graph; the balance loss.
-
-        Those of many rows are made inside the head, which returns them as logits [1, kinds, M + 1]:
-        whatever is hooked to the head sees one call, on every worker.
-        """
-        kinds = Kinds(tuple((loss, weight) for _, loss, weight in self.more))
-        head, rows = self._head[0], self.rows or chunk_rows(self._vocabulary, keep.device)
-        chunked = self._head_is_last and len(keep) > rows and not in_one_call(head)
-        own, compute = head.__dict__.get("forward"), head.forward
-        if chunked:
-            head.forward = lambda hidden: chunked_losses(
-                head, compute, hidden[0], targets, rows, weights, kinds
-            ).unsqueeze(0)
-        self._keep, self._columns = keep, tokens_of(inputs).shape[1]
-        try:
-            found = self.lm(**inputs, use_cache=False)
-        finally:
-            self._keep = None
-            if own is not None:
-                head.forward = own
-            elif chunked:
-                del head.forward
-        logits, unbalanced = found.logits[0], None
-        if self.balance is not None:
-            unbalanced = self.balance * found.aux_loss
-        if chunked:
-            return logits[:, :-1].detach(), logits[0, -1], unbalanced
-        losses = kinds.of_logits(logits, targets)
-        return losses, kinds.total(losses, weights), unbalanced
+from raysft.models.supervised import PREFIX, Supervised
 
 
 class SpeechModel(ABC):

@@ -23,7 +23,8 @@ from raysft.errors import UserError
 from raysft.families.audio_lm import one_length
 from raysft.families.audio_lm.processor_encode import FEATURES, FRAMES, ProcessorEncoder
 from raysft.models import generation, loading
-from raysft.models.base import IGNORED, PREFIX, Batch, Document, SpeechModel
+from raysft.models.base import IGNORED, Batch, Document, SpeechModel
+from raysft.models.supervised import PREFIX
 
 log = logging.getLogger(__name__)
 
