@@ -6,6 +6,7 @@ without Ray too: tests and benchmarks give it readers in their own process (`Dat
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 
 from raysft import models
 from raysft.config import Config, losses
+from raysft.config.moe import Backend
 from raysft.config.strategies import traits_of
 from raysft.data.encode import Encoder
 from raysft.data.example import MicroBatch
@@ -28,16 +30,20 @@ from raysft.errors import UserError
 from raysft.evaluate.answers import reference_of
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.json_types import JsonObject
+from raysft.models import experts, fastest
 from raysft.models.attention import used as attention_used
 from raysft.models.base import SpeechModel
+from raysft.models.experts import why_not
 from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, determinism, make_strategy
 from raysft.parallel.blocks import blocks
+from raysft.parallel.native import HALF
 from raysft.patience import patient
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved
 from raysft.run.evaluations import Measure
-from raysft.run.folder import check_base, initial_weights
+from raysft.run.folder import EXPERTS, check_base, initial_weights
+from raysft.run.storage import write_whole
 from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.feed import Feed
 from raysft.train.flops import cost_of, formula_holds
@@ -121,6 +127,7 @@ def build_job(
     """
     check_base(config, folder)
     speech_model, adapters = build_model(config, data.encoder, total_steps)
+    config, tried = settle_experts(config, folder, world, speech_model)
     speech_model.tasks[:] = plans.tasks(folder)
     sizes = sizes_of(speech_model)
     cost = None
@@ -160,6 +167,7 @@ def build_job(
             "attention": attention_used(speech_model.model, world.device, half),
             "proof": speech_model.verdict.describe(),
             **({"unreached": list(speech_model.unreached)} if speech_model.unreached else {}),
+            **tried,
             **sizes,
         },
         extras=_extras(speech_model, folder) if world.is_main else {},
@@ -190,11 +198,59 @@ def wrap(config: Config, speech_model: SpeechModel, world: World) -> Strategy:
     """The model in its strategy, compiled where `train.compile` says so; torch as
     `train.deterministic` says."""
     determinism.settle(config.train.deterministic, world.device)
+    if config.model.moe is not None:
+        chosen = config.model.moe.experts
+        backend: Backend = "torch" if chosen == "auto" else chosen
+        experts.require(backend, world.device, _dtype(config))
+        experts.use(speech_model.net, backend)
     if config.train.compile:
         from raysft.models.compiled import compile_blocks
 
         compile_blocks(blocks(speech_model.supervised), world.device)
     return make_strategy(config, speech_model.supervised, world)
+
+
+def settle_experts(
+    config: Config, folder: Path, world: World, speech_model: SpeechModel
+) -> tuple[Config, JsonObject]:
+    """`config` with what model.moe.experts: auto means in the run in `folder`, and the facts of it.
+
+    It is tried once, by the first start, and kept: another way to compute has other last bits. A
+    collective.
+    """
+    if config.model.moe is None or config.model.moe.experts != "auto":
+        return config, {}
+    known: JsonObject | None = None
+    if world.is_main:
+        known = kept_experts(folder)
+        if known is None:
+            found = fastest.milliseconds(
+                speech_model.net, world.device, _dtype(config), config.data.budget
+            )
+            known = {"backend": min(found, key=found.__getitem__), "ms": found}
+            write_whole(folder / EXPERTS, json.dumps(known).encode())
+    known = world.gather(known)[0]
+    assert known is not None
+    return _with_experts(config, known["backend"]), {"experts": known}
+
+
+@patient
+def kept_experts(folder: Path) -> JsonObject | None:
+    """By what the experts of the run in `folder` compute, and what was measured; None: not tried
+    yet."""
+    written = folder / EXPERTS
+    return json.loads(written.read_bytes()) if written.is_file() else None
+
+
+def _with_experts(config: Config, backend: Backend) -> Config:
+    moe = config.model.moe
+    assert moe is not None
+    model = config.model.model_copy(update={"moe": moe.model_copy(update={"experts": backend})})
+    return config.model_copy(update={"model": model})
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return HALF.get(config.train.precision, torch.float32)
 
 
 @patient
@@ -275,6 +331,11 @@ def build_evaluator(config: Config, run: Path, world: World, data: Data) -> Eval
     """Model and strategy of one worker, for checkpoints of the run in `run`."""
     check_base(config, run)
     speech_model, _ = build_model(config, data.encoder, 0)
+    if config.model.moe is not None and config.model.moe.experts == "auto":
+        known = kept_experts(run)
+        # It may have been found on another kind of device than is here.
+        if known and why_not(known["backend"], world.device, _dtype(config)) is None:
+            config = _with_experts(config, known["backend"])
     strategy = wrap(config, speech_model, world)
     evaluation = Evaluation(config, world, data, speech_model, strategy)
     return Evaluator(world, strategy, Catalogue.of(config.checkpoint, run), evaluation)

@@ -45,6 +45,7 @@ def contradictions(config: Config) -> list[Mistake]:
         *check_deepspeed(config),
         *_peft(config),
         *_optim(config),
+        *_experts(config),
     ]
 
 
@@ -163,6 +164,23 @@ def _no_experts(traits: StrategyTraits, settings: JsonObject | None) -> str | No
     if settings is not None and not any(key in settings for key in EXPERTS):
         return f"{settings.get('model_type')} has none (of {', '.join(EXPERTS)}, none is set)"
     return None if traits.available else "it is not available yet"
+
+
+def _experts(config: Config) -> list[Mistake]:
+    found = _Found()
+    backend = config.model.moe.experts if config.model.moe is not None else "auto"
+    if backend in ("grouped_gemm", "sonicmoe"):
+        if config.train.precision != "bf16":
+            found.add(
+                "model.moe.experts",
+                f"{backend} computes in bfloat16 only; set train.precision: bf16, or use torch",
+            )
+        if config.parallel.device == "cpu":
+            found.add(
+                "model.moe.experts",
+                f"{backend} computes on GPUs only, and parallel.device is cpu; use torch",
+            )
+    return found
 
 
 def _peft(config: Config) -> list[Mistake]:

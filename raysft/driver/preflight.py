@@ -160,6 +160,8 @@ def _check_names(config: Config, encoder: Encoder | None = None, total_steps: in
         from raysft.models.loading import skeleton
 
         experts.check(skeleton(config.model))
+        if config.model.moe.experts == "grouped_gemm":
+            experts.require_installed()
     if config.peft.method != "none":
         from raysft.adapters import attach as peft  # torch: only where it is needed
 

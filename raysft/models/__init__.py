@@ -66,7 +66,7 @@ def build(
     if data.mode == "packed":
         attach(speech_model.net, verdict.windows)
     if model.moe is not None:
-        experts.use(speech_model.net, model.moe.experts)
+        experts.check(speech_model.net)
     speech_model.take(verdict)
     speech_model.freeze_unreached()
     return speech_model

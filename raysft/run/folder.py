@@ -5,6 +5,7 @@ config.yaml   the config as resolved, the versions of the packages it ran with, 
 owner.json, owner/   who may write here: see `run.ownership`
 chat_template.jinja   the template of its prompts, as it was when the run began
 evaluations/  folders of jobs/evaluate.py, each with its own config.yaml
+experts.json  what model.moe.experts: auto means in this run, with what was measured
 weights.json  which checkpoint a run with checkpoint.resume=weights_only begins with
 earlier_N/    the runs that were in this folder before such a beginning
 """
@@ -181,6 +182,8 @@ def _was_set_aside(folder: Path) -> bool:
     return (folder / "weights.json").is_file() and not (folder / "config.yaml").exists()
 
 
+EXPERTS = "experts.json"
+
 # What belongs to the run so far, and not to one that begins anew in its folder.
 _ITS_OWN = (
     "checkpoints",
@@ -194,6 +197,7 @@ _ITS_OWN = (
     "quarantine.jsonl",
     "events.jsonl",
     "plan.json",
+    EXPERTS,
     remarks.LOG,
     TEMPLATE,
     "weights.json",

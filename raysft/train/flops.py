@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from raysft.models import copies, reach
+from raysft.models.experts import CHOSEN
 
 # Peak of dense products in bf16 or fp16, TFLOP/s, from the vendor's data sheets; the first name
 # that is part of the device's wins. Devices that are not here have no `mfu`.
@@ -51,11 +52,6 @@ PEAKS = {
     "L4": 121.0,
 }
 DECIDING = ("num_hidden_layers", "num_attention_heads")
-# Names that models have for the number of experts a token is sent to.
-CHOSEN = (
-    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"),
-    "num_selected_experts",
-)
 FIXED_LENGTH = "Qwen2AudioForConditionalGeneration"
 # Parts of peft's wrappers that no token passes through.
 _UNUSED = ("original_module", "trainable_tokens")

@@ -62,6 +62,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"train__compile": True, "parallel__strategy": "zero3"},
         "train.compile: the hooks of zero3 break what is compiled; use ddp or fsdp",
     ),
+    # -- experts
+    (
+        {"model__moe": {"experts": "grouped_gemm"}},
+        "model.moe.experts: grouped_gemm computes in bfloat16 only; set train.precision: bf16, or",
+    ),
+    (
+        {
+            "model__moe": {"experts": "sonicmoe"},
+            "train__precision": "bf16",
+            "parallel__device": "cpu",
+        },
+        "model.moe.experts: sonicmoe computes on GPUs only, and parallel.device is cpu; use torch",
+    ),
     # -- adapters
     ({"peft__r": 8}, "peft.r: does nothing with peft.method: none; lora, qlora, adalora read it"),
     ({"peft__path": "adapter"}, "peft.path: does nothing with peft.method: none"),

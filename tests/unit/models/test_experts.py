@@ -1,7 +1,12 @@
-"""The experts of mixtures: found in any architecture, refused where there are none."""
+"""The experts of mixtures: found in any architecture, and the same by whatever they compute.
+
+The reference is the loop that each model class of transformers has as its forward.
+"""
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,16 +14,33 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raysft.errors import UserError
-from raysft.models import experts
+from raysft.models import experts, fastest
+from tests.support.fused import KINDS, Tokens, make, through
 from tests.support.model_zoo import CONFIGS
 
+CPU = torch.device("cpu")
 MIXTURES = ("qwen3_moe", "deepseek_v2")
+EXPERTS = 8
+# How far sums of some dozen products may lie apart, by what they are rounded to.
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
 
 
 def net_of(name: str, **settings: Any) -> Any:
     config = {**CONFIGS[name], "vocab_size": 64, **settings}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+def assert_alike(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], close: float
+) -> None:
+    """To `close` of the largest value of each."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        most = value.float().abs().max().item()
+        away = (ours[name].float() - value.float()).abs().max().item()
+        assert away <= close * max(most, 1.0), name
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -38,4 +60,186 @@ def test_a_dense_model_has_none_and_refuses_the_keys() -> None:
 
     assert experts.experts_of(net) == []
     with pytest.raises(UserError, match=r"^model\.moe: Qwen3ForCausalLM has no experts .* leave"):
-        experts.use(net, "torch")
+        experts.check(net)
+
+
+def cases(width: int) -> dict[str, Tokens]:
+    torch.manual_seed(1)
+    rows = torch.randn(7, width)
+    return {
+        "any": Tokens.random(40, width, EXPERTS),
+        "empty experts": Tokens.random(3, width, EXPERTS, chosen=1),
+        "one token": Tokens.random(1, width, EXPERTS),
+        "all on one": Tokens(rows, torch.full((7, 1), 5), torch.rand(7, 1)),
+    }
+
+
+@pytest.mark.parametrize("backend", ["torch", "loop"])
+@pytest.mark.parametrize("width, inner", [(16, 24), (13, 7)], ids=["even", "odd"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_those_of_the_loop(
+    kind: str, width: int, inner: int, backend: str
+) -> None:
+    layer = make(kind, width, inner, EXPERTS)
+    for tokens in cases(width).values():
+        assert_alike(
+            through(layer, tokens, f"raysft_{backend}"),
+            through(layer, tokens, "eager"),
+            CLOSE[torch.float32],
+        )
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["torch", "loop"])
+def test_in_half_precision_products_are_in_it_and_outputs_as_the_loop_has_them(
+    backend: str, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast does not know grouped_mm, which alone would multiply float32 weights as such."""
+    multiplied = set()
+
+    def product(rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        multiplied.add((rows.dtype, matrices.dtype))
+        return own(rows, matrices, offs=offs)
+
+    own = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", product)
+    layer = make("qwen3_moe", 16, 24, EXPERTS)
+    for tokens in cases(16).values():
+        with torch.autocast("cpu", half):
+            ours = through(layer, tokens, f"raysft_{backend}")
+            theirs = through(layer, tokens, "eager")
+        assert_alike(ours, theirs, CLOSE[half])
+        assert ours["out"].dtype == torch.float32  # as the tokens
+    assert multiplied == ({(half, half)} if backend == "torch" else set())
+
+
+@pytest.mark.parametrize("backend", ["torch", "loop"])
+def test_no_token_at_all_gives_none_and_gradients_of_zero(backend: str) -> None:
+    """A worker of expert parallelism to whose experts nothing came."""
+    layer = make("qwen3_moe", 16, 24, EXPERTS)
+    none = Tokens(torch.randn(0, 16), torch.zeros(0, 1, dtype=torch.long), torch.rand(0, 1))
+
+    found = through(layer, none, f"raysft_{backend}")
+
+    assert found["out"].shape == (0, 16)
+    assert not found["gate_up_proj"].any() and not found["down_proj"].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "loop", "grouped_gemm"])
+def test_a_share_of_the_experts_gives_its_share_of_the_sum(
+    backend: str, package: list[torch.Tensor]
+) -> None:
+    """As transformers' own expert parallelism calls it: local ids, and one past them for others."""
+    whole = make("qwen3_moe", 16, 24, EXPERTS)
+    tokens = Tokens.random(30, 16, EXPERTS)
+    half = backend == "grouped_gemm"
+    found = {"out": torch.zeros_like(tokens.rows)}
+    gradients = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        expected = through(whole, tokens, "eager")
+        for first in (0, EXPERTS // 2):
+            part = make("qwen3_moe", 16, 24, EXPERTS // 2)
+            for name, parameter in part.named_parameters():
+                own = whole.get_parameter(name)[first : first + EXPERTS // 2]
+                parameter.data.copy_(own)
+            part._is_expert_parallel = True
+            ids = tokens.ids - first
+            theirs = (ids < 0) | (ids >= EXPERTS // 2)
+            ids = ids.masked_fill(theirs, EXPERTS // 2)
+            sent = Tokens(tokens.rows, ids, tokens.weights.masked_fill(theirs, 0.0))
+            share = through(part, sent, f"raysft_{backend}")
+            found["out"] += share["out"]
+            gradients.append(share["down_proj"])
+    found["down_proj"] = torch.cat(gradients)
+
+    close = CLOSE[torch.bfloat16 if half else torch.float32]
+    assert_alike(found, {name: expected[name] for name in found}, close)
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """A stand-in for grouped_gemm, as strict as it is: bfloat16 [S, k] and [E, k, n] that lie in
+    one piece, the sizes on the host, which add up to S; gradients of empty groups are whatever
+    was there before."""
+    seen: list[torch.Tensor] = []
+
+    class Gmm(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, a: torch.Tensor, b: torch.Tensor, sizes: torch.Tensor, trans_b: bool
+        ) -> torch.Tensor:
+            assert a.dtype == b.dtype == torch.bfloat16 and sizes.dtype == torch.int64
+            assert a.is_contiguous() and b.is_contiguous() and sizes.device == CPU
+            assert sizes.shape == b.shape[:1] and int(sizes.sum()) == len(a)
+            ctx.save_for_backward(a, b)
+            ctx.sizes, ctx.trans_b = sizes.tolist(), trans_b
+            seen.append(sizes)
+            parts = a.split(ctx.sizes)
+            return torch.cat([x @ (m.T if trans_b else m) for x, m in zip(parts, b, strict=True)])
+
+        @staticmethod
+        def backward(ctx: Any, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            a, b = ctx.saved_tensors
+            rows, gradients = a.split(ctx.sizes), given[0].split(ctx.sizes)
+            of_a = [g @ (m if ctx.trans_b else m.T) for g, m in zip(gradients, b, strict=True)]
+            of_b = torch.full_like(b, torch.nan)
+            for number, (x, g) in enumerate(zip(rows, gradients, strict=True)):
+                if len(x):
+                    of_b[number] = g.T @ x if ctx.trans_b else x.T @ g
+            return torch.cat(of_a), of_b, None, None
+
+    def gmm(
+        a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, trans_b: bool = False
+    ) -> torch.Tensor:
+        found: torch.Tensor = Gmm.apply(a, b, batch_sizes, trans_b)
+        return found
+
+    monkeypatch.setitem(sys.modules, "grouped_gemm", SimpleNamespace(ops=SimpleNamespace(gmm=gmm)))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("width, inner", [(16, 24), (13, 7)], ids=["even", "odd"])
+def test_grouped_gemm_gets_what_it_takes(
+    kind: str, width: int, inner: int, package: list[torch.Tensor]
+) -> None:
+    layer = make(kind, width, inner, EXPERTS)
+    for tokens in cases(width).values():
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = through(layer, tokens, "raysft_grouped_gemm")
+            theirs = through(layer, tokens, "eager")
+        assert_alike(ours, theirs, CLOSE[torch.bfloat16])
+    assert package
+
+
+def test_what_cannot_compute_here_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.bfloat16
+    assert experts.why_not("torch", CPU, half) is None
+    assert experts.why_not("loop", CPU, half) is None
+    with pytest.raises(UserError) as missing:
+        experts.require("grouped_gemm", torch.device("cuda"), half)
+    assert str(missing.value) == (
+        "model.moe.experts: grouped_gemm is not installed; pip install 'raysft[gpu]' (it is built "
+        "with CUDA's compiler), or use torch"
+    )
+    with pytest.raises(UserError, match=r"^model\.moe\.experts: sonic.* `kernels` .*; use torch$"):
+        experts.require("sonicmoe", CPU, half)
+    monkeypatch.setattr("raysft.models.grouped.installed", lambda: True)
+    with pytest.raises(UserError, match=r"grouped_gemm computes on GPUs only, .* cpu; use torch$"):
+        experts.require("grouped_gemm", CPU, half)
+    with pytest.raises(UserError, match=r"bfloat16 only; set train\.precision: bf16, or use torch"):
+        experts.require("grouped_gemm", torch.device("cuda"), torch.float32)
+    assert experts.why_not("grouped_gemm", torch.device("cuda"), half) is None
+
+
+def test_all_that_can_are_timed_on_a_layer_of_the_models_shapes() -> None:
+    net = net_of("qwen3_moe")
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    implementation = net.config._experts_implementation
+
+    found = fastest.milliseconds(net, CPU, torch.bfloat16, tokens=32)
+
+    assert list(found) == ["torch", "loop"] and all(took > 0 for took in found.values())
+    assert net.config._experts_implementation == implementation
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert all(p.grad is None for p in net.parameters())

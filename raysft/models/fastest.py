@@ -1,0 +1,89 @@
+"""By what experts compute fastest, tried on a run's own shapes: `model.moe.experts: auto`.
+
+Each candidate does the forward and backward pass of one layer's experts a few times, for random
+tokens that go to all experts alike, with random matrices of the layer's shapes in the run's dtype,
+on the worker's device. Costs as much memory as that layer with its gradients and activations, and
+for each candidate the time of four such passes, or of one that takes over a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from raysft.config.moe import Backend
+from raysft.models import experts
+from raysft.models.experts import BACKENDS, CHOSEN, WHOLE, experts_of, why_not
+from raysft.models.loading import seeded
+
+AGAIN = 3  # timed passes, after one that warms up
+ENOUGH_S = 1.0  # a pass that takes longer is not done again
+
+
+def candidates(net: nn.Module, device: torch.device, dtype: torch.dtype) -> list[Backend]:
+    """By what the experts of `net` can compute there, in that dtype."""
+    updated = any(hasattr(module, "lora") for _, module in experts_of(net))
+    able = [backend for backend in BACKENDS if why_not(backend, device, dtype) is None]
+    return [backend for backend in able if not (updated and backend in WHOLE)]
+
+
+def milliseconds(
+    net: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int
+) -> dict[Backend, float]:
+    """Candidate -> the time that so many tokens take through the experts of a layer, and back."""
+    own: Any = experts_of(net)[0][1]
+    with seeded(0):
+        layer = _alike(own, device, dtype)
+        rows = torch.randn(tokens, _width(own)).to(device, dtype).requires_grad_()
+        scores = torch.rand(tokens, own.down_proj.shape[0])
+        weights, ids = (found.to(device) for found in scores.topk(_chosen(own)))
+    found: dict[Backend, float] = {}
+    for backend in candidates(net, device, dtype):
+        experts.use(layer, backend)
+        found[backend] = round(_seconds(layer, rows, ids, weights) * 1e3, 3)
+    return found
+
+
+def _seconds(
+    layer: nn.Module, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> float:
+    taken: list[float] = []
+    while len(taken) <= AGAIN:
+        _wait(rows.device)
+        before = time.perf_counter()
+        out = layer(rows, ids, weights)
+        out.backward(out.detach())
+        _wait(rows.device)
+        taken.append(time.perf_counter() - before)
+        layer.zero_grad()
+        if taken[-1] > ENOUGH_S:
+            break
+    return min(taken)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _alike(own: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A module of experts like `own`, with random parameters and a config of its own."""
+    drawn: dict[int, Any] = {}
+    for parameter in own.parameters():
+        filled = torch.empty(parameter.shape, device=device, dtype=dtype).normal_(std=0.02)
+        drawn[id(parameter)] = nn.Parameter(filled, parameter.requires_grad)
+    return copy.deepcopy(own, drawn)
+
+
+def _width(own: Any) -> int:
+    """Of the tokens: the output's."""
+    return int(own.down_proj.shape[2 if own.is_transposed else 1])
+
+
+def _chosen(own: Any) -> int:
+    found = (getattr(own.config, name, None) for name in CHOSEN)
+    return next((count for count in found if isinstance(count, int)), 1)
