@@ -176,15 +176,14 @@ register(
             "granite_speech_plus": "transformers:GraniteSpeechPlusForConditionalGeneration",
             "phi4_multimodal": "transformers:Phi4MultimodalForCausalLM",
             "gemma4": "transformers:Gemma4ForConditionalGeneration",
+            "gemma3n": "transformers:Gemma3nForConditionalGeneration",
             "fun_asr_nano": "transformers:FunAsrNanoForConditionalGeneration",
+            "voxtral": "transformers:VoxtralForConditionalGeneration",
         },
-        asked_for=("phi4_multimodal", "gemma4"),  # with auto they are trained on text
+        asked_for=("phi4_multimodal", "gemma4", "gemma3n"),  # with auto they are trained on text
         refused_types={
-            "voxtral": "its text goes through mistral-common, which is no tokenizer that "
-            "transformers renders dialogues with",
             "voxtral_realtime": _STREAM,
             "kyutai_speech_to_text": _STREAM,
-            "gemma3n": "it is not proven on clips here, for its vision tower needs timm",
             "moss_transcribe_diarize": "it writes times as text between the tokens of a clip",
             "vibevoice_asr": "its encoder draws noise for each clip",
             "nemo_speechlm": "it has not been tried on clips here",

@@ -18,7 +18,7 @@ from raysft.config.schema import Model
 from raysft.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 UNIT = "<|unit{}|>"
 
@@ -42,9 +42,11 @@ def load_tokenizer(model: Model, units: int) -> PreTrainedTokenizerFast:
         key = "model.tokenizer" if model.tokenizer else "model.path"
         try:
             revision = model.revision if name == model.path else None
+            # Not mistral-common's, which is slow: transformers makes a fast one of tekken.json.
             tokenizer = AutoTokenizer.from_pretrained(
-                name, **model.model_copy(update={"revision": revision}).hub
+                name, mistral_format=False, **model.model_copy(update={"revision": revision}).hub
             )
+            _name_tekken(tokenizer)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
@@ -64,6 +66,16 @@ def load_tokenizer(model: Model, units: int) -> PreTrainedTokenizerFast:
         tokenizer.pad_token = tokenizer.eos_token
     add_units(tokenizer, units)
     return tokenizer
+
+
+def _name_tekken(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say which tokens of a tekken.json begin, end and pad, where none of its files does."""
+    if not str(tokenizer.init_kwargs.get("vocab_file") or "").endswith("tekken.json"):
+        return
+    known = tokenizer.get_vocab()
+    for kind, name in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"), ("unk", "<unk>")):
+        if getattr(tokenizer, f"{kind}_token") is None and name in known:
+            setattr(tokenizer, f"{kind}_token", name)
 
 
 def unit_pattern(form: str) -> re.Pattern[str]:

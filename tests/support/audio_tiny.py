@@ -306,6 +306,53 @@ TINY: dict[str, Tiny] = {
         | {"video_token_id": "video_token", "boi_token_id": "boi_token"},
         processor="Gemma4Processor",
     ),
+    "gemma3n": Tiny(
+        config={
+            "model_type": "gemma3n",
+            "audio_config": {
+                "hidden_size": 32,
+                "vocab_size": 2,
+                "vocab_offset": 265,
+                "conf_num_hidden_layers": 2,
+                "conf_num_attention_heads": 4,
+                "sscp_conv_channel_size": [8, 4],
+            },
+            "vision_config": {
+                "architecture": "test_resnet",
+                "hidden_size": 32,
+                "vocab_size": 1,
+                "vocab_offset": 264,
+            },
+            "text_config": {
+                **TEXT,
+                "head_dim": 8,
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": 264,
+                "laurel_rank": 4,
+                "altup_num_inputs": 2,
+                "num_kv_shared_layers": 0,
+                "activation_sparsity_pattern": [0.5, 0.0],
+                "pad_token_id": 0,
+            },
+            "audio_soft_tokens_per_image": 24,
+        },
+        extractor=("Gemma3nAudioFeatureExtractor", {}),
+        tokens={
+            "audio_token": "<audio_soft_token>",
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "boa_token": "<start_of_audio>",
+            "eoa_token": "<end_of_audio>",
+        },
+        ids={"audio_token_id": "audio_token", "image_token_id": "image_token"}
+        | {"boi_token_id": "boi_token", "eoi_token_id": "eoi_token"}
+        | {"boa_token_id": "boa_token", "eoa_token_id": "eoa_token"},
+        processor="Gemma3nProcessor",
+        settings={"audio_seq_length": 24},
+    ),
     "fun_asr_nano": Tiny(
         config={
             "model_type": "fun_asr_nano",
@@ -331,6 +378,26 @@ TINY: dict[str, Tiny] = {
         tokens={"audio_token": "<|object_ref_start|>"},
         ids={"audio_token_id": "audio_token"},
         processor="FunAsrNanoProcessor",
+    ),
+    "voxtral": Tiny(
+        config={
+            "model_type": "voxtral",
+            "audio_config": {
+                "model_type": "voxtral_encoder",
+                "hidden_size": 32,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_mel_bins": 16,
+                "max_source_positions": 100,
+                "initializer_range": 0.2,
+            },
+            "text_config": {"model_type": "llama", "head_dim": 8, **TEXT},
+        },
+        extractor=_whisper(),
+        tokens={"audio_token": "[AUDIO]"},
+        ids={"audio_token_id": "audio_token"},
+        processor="VoxtralProcessor",
     ),
 }
 

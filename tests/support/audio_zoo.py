@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,24 @@ from transformers import (
     AutoConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    WhisperFeatureExtractor,
 )
+from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 from raysft.data.tokenizer import byte_tokenizer
+from tests.support import audio_voxtral
 from tests.support.audio_tiny import MODES, OMNI, TINY, TURNS, WHOLE
 
 __all__ = ["MODES", "OMNI", "TINY", "WHOLE"]
+
+
+def spoken_of(kind: str) -> PreTrainedTokenizerFast:
+    """Its tokenizer."""
+    if kind != "voxtral":
+        return tokenizer(TINY[kind].tokens)
+    with tempfile.TemporaryDirectory() as scratch:
+        audio_voxtral.write_tekken(Path(scratch))
+        return convert_tekken_tokenizer(f"{scratch}/tekken.json", chat_template="")
 
 
 def tokenizer(tokens: dict[str, str]) -> PreTrainedTokenizerFast:
@@ -99,8 +112,12 @@ def net_of(kind: str, settings: dict[str, Any], seed: int = 0) -> PreTrainedMode
 
 def save(kind: str, folder: Path, seed: int = 0) -> Path:
     """Write a checkpoint of `kind` to `folder`, as one from the hub looks."""
-    spoken = tokenizer(TINY[kind].tokens)
+    spoken = spoken_of(kind)
     net_of(kind, config_of(kind, spoken), seed).save_pretrained(folder)
+    if kind == "voxtral":  # which has no file of a tokenizer of transformers
+        audio_voxtral.write_tekken(folder)
+        WhisperFeatureExtractor(**TINY[kind].extractor[1]).save_pretrained(folder)
+        return folder
     processor = processor_of(kind, spoken)
     spoken.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(template(kind))

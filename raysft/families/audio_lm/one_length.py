@@ -139,6 +139,10 @@ def _cut(value: object, rows: list[int], shape: torch.Size, length: int) -> obje
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """[clips, positions, ...] of all, padded with zeros."""
+    """[clips, positions, ...] of all, padded with zeros; a mask, which says what is padding, with
+    ones."""
     longest = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(p, (0, 0) * (p.ndim - 2) + (0, longest - p.shape[1])) for p in parts])
+    fill = float(parts[0].dtype == torch.bool)
+    return torch.cat(
+        [F.pad(p, (0, 0) * (p.ndim - 2) + (0, longest - p.shape[1]), value=fill) for p in parts]
+    )

@@ -15,6 +15,8 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,6 +60,11 @@ class ProcessorEncoder(Encoder):
             raise UserError(
                 f"model.feature_extractor: {kind} takes the settings of its processor: leave it out"
             )
+        if row.package and find_spec(row.package[0]) is None:
+            raise UserError(
+                f"model: {kind} is built with {row.package[0]}, which is not installed: "
+                f"pip install 'raysft[{row.package[1]}]'"
+            )
         self.row = row
         self._hearing, own = Hearing.load(row.processor, model)
         tokenizer = load_tokenizer(model, 0)
@@ -69,12 +76,14 @@ class ProcessorEncoder(Encoder):
         markup = hole
         if row.bracketed:
             markup = self._processor.audio_bos_token + hole + self._processor.audio_eos_token
-        self.template = Template(
+        dialogues = resolve_name(row.template) if row.template else Template
+        self.says_language = row.says_language
+        self.template = dialogues(
             tokenizer,
             data,
             [hole],
             hole=hole,
-            markup=markup,
+            markup=row.markup or markup,
             own=None if kept or data.template == "plain" else own,
             kept=kept,
         )

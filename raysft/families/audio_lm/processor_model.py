@@ -29,10 +29,10 @@ from raysft.models.supervised import PREFIX
 log = logging.getLogger(__name__)
 
 # Of a checkpoint, beside weights, configs and tokenizer: what turns audio into features, what does
-# so with images, and the voices of qwen2_5_omni.
+# so with images, the voices of qwen2_5_omni, what mistral-common reads.
 FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
-    "spk_dict.pt",
+    *("spk_dict.pt", "tekken.json"),
 )
 
 

@@ -32,6 +32,7 @@ class Extractor(Protocol):
     hop_length: int
     chunk_length: int
     n_samples: int
+    nb_max_frames: int
     min_length: int
     win_length: int
     frame_length: int
@@ -59,6 +60,7 @@ class Processor(Protocol):
     feature_extractor: Extractor
     audio_processor: Extractor
     max_audio_len: int
+    audio_seq_length: int
     n_window: int
 
     def _process_audio(
@@ -118,6 +120,11 @@ class AudioType:
     silenced: its processor pads a clip with silence to the extractor's chunk, of which the model
         reads the clip's own frames: our log-mel computes those alone.
     bracketed: the plain template writes the processor's begin and end of audio around a clip.
+    markup: what the plain template writes for a clip, where it is neither of these.
+    template: class of its dialogues, "module:class"; None: `raysft.data.text.Template`.
+    says_language: whether the answer of an asr example begins with its lang.
+    package: what transformers needs beside itself to build the model: its name, and the extra of
+        raysft that has it.
     """
 
     processor: str
@@ -136,6 +143,10 @@ class AudioType:
     whole_net: str = ""
     silenced: bool = False
     bracketed: bool = False
+    markup: str | None = None
+    template: str | None = None
+    says_language: bool = True
+    package: tuple[str, str] | None = None
 
 
 def _ceil(samples: int, hop: int) -> int:
@@ -202,6 +213,11 @@ def _gemma4(processor: Processor, samples: int) -> int:
     return _ceil(_ceil(max(0, frames), 2), 2)
 
 
+def _gemma3n(processor: Processor, samples: int) -> int:
+    """As many for every clip; those behind its own hold the embedding of padding."""
+    return processor.audio_seq_length
+
+
 def _fun_asr(processor: Processor, samples: int) -> int:
     """Kaldi's frames, of which each stride makes a position."""
     extractor = processor.feature_extractor
@@ -210,6 +226,12 @@ def _fun_asr(processor: Processor, samples: int) -> int:
         for milliseconds in (extractor.frame_length, extractor.frame_shift)
     )
     return _ceil(max(0, 1 + (samples - window) // hop), extractor.stride_lfr)
+
+
+def _voxtral(processor: Processor, samples: int) -> int:
+    """Chunks, each whole: a convolution of stride 2, four positions merged into one."""
+    extractor = processor.feature_extractor
+    return _ceil(samples, extractor.n_samples) * (extractor.nb_max_frames // 8)
 
 
 def _half_a_minute(processor: Processor) -> int:
@@ -290,10 +312,27 @@ TYPES: dict[str, AudioType] = {
         time=1,
         most=_half_a_minute,
     ),
+    "gemma3n": AudioType(
+        processor="transformers:Gemma3nProcessor",
+        tokens=_gemma3n,
+        time=1,
+        most=_half_a_minute,
+        tower="model.audio_tower",
+        package=("timm", "gemma3n"),
+    ),
     "fun_asr_nano": AudioType(
         processor="transformers:FunAsrNanoProcessor",
         tokens=_fun_asr,
         time=1,
+    ),
+    "voxtral": AudioType(
+        processor="raysft.families.audio_lm.voxtral:VoxtralProcessor",
+        tokens=_voxtral,
+        layout="rows",
+        mask=None,
+        markup="[BEGIN_AUDIO][AUDIO]",
+        template="raysft.families.audio_lm.voxtral:VoxtralTemplate",
+        says_language=False,
     ),
 }
 TYPES["granite_speech_plus"] = TYPES["granite_speech"]

@@ -25,6 +25,7 @@ from raysft.errors import BadExample, UserError
 from raysft.export import export
 from raysft.families.audio_lm.types import TYPES
 from raysft.models import SpeechModel, build
+from tests.support import audio_voxtral
 from tests.support import audio_zoo as zoo
 from tests.support.worlds import ROOT
 
@@ -78,15 +79,18 @@ def batch(*items: Sequence) -> MicroBatch:
     return MicroBatch.join(0, 1, 0, list(items))
 
 
-def theirs(kind: str, example: Example, wave: np.ndarray, answer: bool) -> dict[str, Any]:
+def theirs(
+    kind: str, path: Path, example: Example, wave: np.ndarray, answer: bool
+) -> dict[str, Any]:
     """What transformers' processor makes of the whole dialogue, or of its prompt."""
-    spoken = zoo.tokenizer(zoo.TINY[kind].tokens)
-    processor = zoo.processor_of(kind, spoken)
     parts = [{"type": "audio"}, {"type": "text", "text": example.instruction}]
     turns = [{"role": "user", "content": parts}]
     if answer:
         said = [{"type": "text", "text": example.output[0]}]
         turns.append({"role": "assistant", "content": said})
+    if kind == "voxtral":
+        return audio_voxtral.inputs(path, turns, [wave])
+    processor = zoo.processor_of(kind, zoo.spoken_of(kind))
     text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answer)
     made = dict(processor(text=[text], audio=[wave], return_tensors="pt"))
     made.pop("mm_token_type_ids", None)
@@ -123,7 +127,7 @@ def test_ids_losses_and_answers_are_those_of_transformers(kind: str, folder: Fol
     items, expected, answers, prompts = [], 0.0, [], []
     for example, wave in examples():
         item = encoder.encode(example, [wave])
-        made = theirs(kind, example, wave, answer=True)
+        made = theirs(kind, path, example, wave, answer=True)
         ids = made["input_ids"][0].tolist()
         assert item.input_ids.tolist() == ids[: len(item.input_ids)]
         labels = torch.full((1, len(ids)), -100)
@@ -131,7 +135,7 @@ def test_ids_losses_and_answers_are_those_of_transformers(kind: str, folder: Fol
         logits = net(**made).logits[0, :-1]
         expected += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
         items.append(item)
-        asked = theirs(kind, example, wave, answer=False)
+        asked = theirs(kind, path, example, wave, answer=False)
         prompts.append(encoder.prompt(example, [wave]))
         assert prompts[-1].input_ids.tolist() == asked["input_ids"][0].tolist()
         tokens = net.generate(**asked, max_new_tokens=5, do_sample=False)
@@ -143,6 +147,11 @@ def test_ids_losses_and_answers_are_those_of_transformers(kind: str, folder: Fol
         assert ours.generate(prompts, 5) == [ours._text(answer) for answer in answers]
 
 
+def first_row(given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """[positions, H] of what a layer is given; gemma3n has a dimension more in front."""
+    return given[0][0].reshape(-1, given[0].shape[-1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_clip_does_not_depend_on_its_neighbours(kind: str, folder: Folder) -> None:
@@ -152,7 +161,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(kind: str, folder: Folder) -> 
     seen: list[torch.Tensor] = []
     first = ours.net.get_decoder().layers[0]
     hook = first.register_forward_pre_hook(
-        lambda part, args, given: seen.append((args or (given["hidden_states"],))[0][0]),
+        lambda part, args, given: seen.append(first_row(args or (given["hidden_states"],))),
         with_kwargs=True,
     )
     ours.loss(ours.collate(batch(*items)))
@@ -173,7 +182,7 @@ def test_an_export_is_what_transformers_loads(kind: str, folder: Folder, tmp_pat
     weights = {f"lm.{name}": tensor for name, tensor in ours.net.state_dict().items()}
     again = plain(kind, export(model_of(folder(kind)), tmp_path / "out", weights))
     example, wave = examples()[1]
-    made = theirs(kind, example, wave, answer=False)
+    made = theirs(kind, folder(kind), example, wave, answer=False)
     left, right = (net(**made).logits for net in (again, ours.net))
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
     left, right = (
@@ -184,7 +193,7 @@ def test_an_export_is_what_transformers_loads(kind: str, folder: Folder, tmp_pat
     encoder, base = encoder_of(tmp_path / "out"), encoder_of(folder(kind))
     assert encoder.fingerprint == base.fingerprint
     name = TYPES[kind].features
-    spoken = zoo.tokenizer(zoo.TINY[kind].tokens)
+    spoken = zoo.spoken_of(kind)
     assert encoder.tokenizer.get_vocab() == spoken.get_vocab()
     assert np.array_equal(
         encoder.prompt(example, [wave]).arrays["features"],
