@@ -176,16 +176,21 @@ register(
             "granite_speech_plus": "transformers:GraniteSpeechPlusForConditionalGeneration",
             "phi4_multimodal": "transformers:Phi4MultimodalForCausalLM",
             "gemma4": "transformers:Gemma4ForConditionalGeneration",
+            "gemma4_unified": "transformers:Gemma4UnifiedForConditionalGeneration",
+            "moss_transcribe_diarize": "transformers:MossTranscribeDiarizeForConditionalGeneration",
             "gemma3n": "transformers:Gemma3nForConditionalGeneration",
             "fun_asr_nano": "transformers:FunAsrNanoForConditionalGeneration",
             "voxtral": "transformers:VoxtralForConditionalGeneration",
         },
-        asked_for=("phi4_multimodal", "gemma4", "gemma3n"),  # with auto they are trained on text
+        asked_for=(
+            *("phi4_multimodal", "gemma4", "gemma4_unified", "gemma3n"),
+            "moss_transcribe_diarize",
+        ),  # with auto they are trained on text
         refused_types={
             "voxtral_realtime": _STREAM,
             "kyutai_speech_to_text": _STREAM,
-            "moss_transcribe_diarize": "it writes times as text between the tokens of a clip",
-            "vibevoice_asr": "its encoder draws noise for each clip",
+            "vibevoice_asr": "its dialogues say in text how many seconds a clip has, and its "
+            "encoder draws noise for each clip",
             "nemo_speechlm": "it has not been tried on clips here",
             "nemotron_h_omni": "its Mamba layers carry a state from one document to the next",
         },

@@ -24,7 +24,8 @@ from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 from raysft.data.tokenizer import byte_tokenizer
 from tests.support import audio_voxtral
-from tests.support.audio_tiny import MODES, OMNI, TINY, TURNS, WHOLE
+from tests.support.audio_tiny import MODES, OMNI, TINY, TURNS
+from tests.support.audio_whole import WHOLE
 
 __all__ = ["MODES", "OMNI", "TINY", "WHOLE"]
 

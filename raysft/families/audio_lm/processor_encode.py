@@ -71,6 +71,8 @@ class ProcessorEncoder(Encoder):
         self._processor: Processor | None = self._hearing.processor(tokenizer)
         self.sample_rate = self._hearing.extractor.sampling_rate
         self._arguments = _arguments(self._processor, self._hearing.extractor, tokenizer)
+        if row.interleaved:
+            self._arguments["return_tensors"] = "pt"
         hole = self._processor.audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(hole)
         markup = hole
@@ -90,6 +92,7 @@ class ProcessorEncoder(Encoder):
         tokenizer.chat_template = self.template.source
         self._log_mel = _log_mel(self._hearing.extractor) if row.silenced else None
         self.most = row.most(self._processor) if row.most else None
+        self._lengths: dict[int, int] = {}
         self._around: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         settings = [VERSION, "audio_lm", kind, self.template.fingerprint]
         settings += [self._hearing.extractor.to_dict(), self._hearing.settings, self._arguments]
@@ -121,6 +124,8 @@ class ProcessorEncoder(Encoder):
             raise BadExample(
                 f"its clip of {seconds:.3f} s is too short: it gives no audio token", "too short"
             )
+        if self.row.interleaved:
+            return self._written_length(tokens)
         return tokens + self._more()
 
     def part_encoded(
@@ -135,13 +140,15 @@ class ProcessorEncoder(Encoder):
             return self._by_log_mel(self._log_mel, part, clip)
         made, (text,) = self.processor._process_audio([clip], **self._arguments)
         tokens = text.count(self.processor.audio_token)
-        planned = self.part_length(part, len(clip), False) - self._more()
+        planned = self.row.tokens(self.processor, len(clip))
         if tokens != planned:
             raise BadExample(
                 f"its clip of {len(clip)} samples becomes {tokens} audio tokens, {planned} were "
                 "planned: transformers' processor counts otherwise than this raysft",
                 "longer than indexed",
             )
+        if self.row.interleaved:
+            return Encoded(self._ids(text), len(clip) / self.sample_rate, self._arrays(made))
         before, after = self._text_around(text, tokens)
         audio = np.full(tokens, self.audio_token_id, np.int32)
         ids = np.concatenate([before, audio, after])
@@ -186,6 +193,13 @@ class ProcessorEncoder(Encoder):
         if mask is not None and np.asarray(mask).shape[-1] == len(found):
             found = found[np.asarray(mask)[0].astype(bool)]
         return {FEATURES: np.ascontiguousarray(found)}
+
+    def _written_length(self, tokens: int) -> int:
+        """Positions of a clip of so many audio tokens, with the text between them."""
+        if tokens not in self._lengths:
+            text = self.processor.replace_audio_token({"num_audio_tokens": [tokens]}, 0)
+            self._lengths[tokens] = len(self._ids(text))
+        return self._lengths[tokens]
 
     def _more(self) -> int:
         """Positions that the processor writes around the audio tokens of a clip."""

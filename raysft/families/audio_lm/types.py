@@ -42,6 +42,7 @@ class Extractor(Protocol):
     audio_compression_rate: int
     audio_downsample_rate: int
     audio_feat_stride: int
+    audio_samples_per_token: int
 
     def __call__(self, audio: list[np.ndarray], **kwargs: object) -> object: ...
 
@@ -61,11 +62,14 @@ class Processor(Protocol):
     audio_processor: Extractor
     max_audio_len: int
     audio_seq_length: int
+    audio_merge_size: int
     n_window: int
 
     def _process_audio(
         self, audio: list[np.ndarray], **kwargs: object
     ) -> tuple[Mapping[str, np.ndarray], list[str]]: ...
+
+    def replace_audio_token(self, audio_inputs: JsonObject, audio_idx: int) -> str: ...
 
     def _merge_kwargs(self, tokenizer_init_kwargs: JsonObject) -> dict[str, JsonObject]: ...
 
@@ -122,6 +126,8 @@ class AudioType:
     bracketed: the plain template writes the processor's begin and end of audio around a clip.
     markup: what the plain template writes for a clip, where it is neither of these.
     template: class of its dialogues, "module:class"; None: `raysft.data.text.Template`.
+    interleaved: other text stands between the audio tokens of a clip, of its own for every length;
+        its processor wants torch tensors.
     says_language: whether the answer of an asr example begins with its lang.
     package: what transformers needs beside itself to build the model: its name, and the extra of
         raysft that has it.
@@ -145,6 +151,7 @@ class AudioType:
     bracketed: bool = False
     markup: str | None = None
     template: str | None = None
+    interleaved: bool = False
     says_language: bool = True
     package: tuple[str, str] | None = None
 
@@ -211,6 +218,21 @@ def _gemma4(processor: Processor, samples: int) -> int:
     extractor = processor.feature_extractor
     frames = _ceil(samples - extractor.frame_length // 2, extractor.hop_length)
     return _ceil(_ceil(max(0, frames), 2), 2)
+
+
+def _gemma4_unified(processor: Processor, samples: int) -> int:
+    """Frames of samples, of which each makes a position."""
+    return _ceil(samples, processor.feature_extractor.audio_samples_per_token)
+
+
+def _moss(processor: Processor, samples: int) -> int:
+    """Whisper's frames of each chunk, a convolution of stride 2, some positions merged into one."""
+    extractor, merged = processor.feature_extractor, processor.audio_merge_size
+    chunks, rest = divmod(samples, extractor.n_samples)
+    whole = _ceil(_halved(extractor.nb_max_frames), merged)
+    return chunks * whole + (
+        _ceil(_halved(_ceil(rest, extractor.hop_length)), merged) if rest else 0
+    )
 
 
 def _gemma3n(processor: Processor, samples: int) -> int:
@@ -311,6 +333,18 @@ TYPES: dict[str, AudioType] = {
         tokens=_gemma4,
         time=1,
         most=_half_a_minute,
+    ),
+    "gemma4_unified": AudioType(
+        processor="transformers:Gemma4UnifiedProcessor",
+        tokens=_gemma4_unified,
+        time=1,
+    ),
+    "moss_transcribe_diarize": AudioType(
+        processor="transformers:MossTranscribeDiarizeProcessor",
+        tokens=_moss,
+        layout="rows",
+        bracketed=True,
+        interleaved=True,
     ),
     "gemma3n": AudioType(
         processor="transformers:Gemma3nProcessor",
