@@ -37,7 +37,7 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from raysft.adapters import adalora
+from raysft.adapters import adalora, experts
 from raysft.adapters.start import fill, find
 from raysft.config.combinations import contradictions
 from raysft.config.families import Family
@@ -61,9 +61,13 @@ NEW_ROWS = ("lora", "qlora", "adalora")  # methods for which peft trains single 
 class PeftAdapters:
     """Adapters of one model: their state beside the weights, and their files."""
 
-    def __init__(self, model: PeftModel) -> None:
-        """model: with its adapters, before a strategy changes its parameters."""
-        self._settings = _settings_of(model)
+    def __init__(self, model: PeftModel, of_experts: list[experts.Matrix]) -> None:
+        """model: with its adapters, before a strategy changes its parameters. of_experts: those
+        beside peft's."""
+        self._experts = of_experts
+        self._settings = experts.settled(
+            _settings_of(model), experts.names_for_peft(of_experts, model.get_base_model())
+        )
         self._layout, self._constants = _layout(model)
         self._ranks = adalora.Ranks(model) if "lora_E" in str(self._layout) else None
 
@@ -95,7 +99,9 @@ class PeftAdapters:
 
         weights: as a checkpoint holds them. Reads nothing of the model, which may be training.
         """
-        named = {key: weights[PREFIX + name] for key, name in self._layout.items()}
+        given = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+        named = {key: given[name] for key, name in self._layout.items()}
+        named |= experts.to_files(self._experts, given)
         settings = copy.deepcopy(self._settings)
         if self._ranks is not None:
             named, pattern = adalora.cut(named)
@@ -116,7 +122,7 @@ def check(config: Config, new_ids: Sequence[int] = (), total_steps: int = 0) -> 
         if config.peft.method == "qlora":
             refuse_widths(net, family)
         settings, names = _settings(config, net, family, new_ids, total_steps)
-        find(config, settings, names, net)
+        find(config, settings, names, net, experts.matrices(config.peft, net))
 
 
 def add_adapters(speech_model: SpeechModel, config: Config, total_steps: int) -> PeftAdapters:
@@ -126,7 +132,7 @@ def add_adapters(speech_model: SpeechModel, config: Config, total_steps: int) ->
     of the run, for AdaLoRA's schedule; 0: it is not to be trained to an end. Raises UserError
     where the method cannot train this model, or `peft.path` is an adapter of something else.
     """
-    model = _inject(speech_model, config, total_steps, begin=True)
+    model, of_experts = _inject(speech_model, config, total_steps, begin=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -145,7 +151,7 @@ def add_adapters(speech_model: SpeechModel, config: Config, total_steps: int) ->
             f"{type(speech_model.net).__name__} ({line_of(error)}); use lora"
         ) from error
     speech_model.freeze_unreached()
-    adapters = PeftAdapters(model)
+    adapters = PeftAdapters(model, of_experts)
     if adapters.ranks is not None:
         speech_model.supervised.penalty = adapters.ranks.penalty
     # Last, for outside of a strategy's autocast half-precision matrices multiply nothing.
@@ -158,7 +164,7 @@ def merge_adapters(
 ) -> None:
     """Make `speech_model` (just built, in float32) a plain model that says what the base says with
     adapters of these weights, named as a checkpoint names them. Not for methods in VIRTUAL."""
-    model = _inject(speech_model, config, total_steps)
+    model, of_experts = _inject(speech_model, config, total_steps)
     speech_model.wrap(model)
     speech_model.freeze_unreached()  # as training did: a checkpoint may lack what it froze
     given = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
@@ -166,27 +172,32 @@ def merge_adapters(
     if lacking:
         raise ValueError(f"the checkpoint lacks {len(lacking)} weights, such as {min(lacking)}")
     model.load_state_dict(given, strict=False)
+    experts.merge(speech_model.net, of_experts)
     speech_model.wrap(model.merge_and_unload())
 
 
 def _inject(
     speech_model: SpeechModel, config: Config, total_steps: int, begin: bool = False
-) -> PeftModel:
-    """The model of `speech_model` inside a peft model. begin: with the weights at `peft.path`."""
+) -> tuple[PeftModel, list[experts.Matrix]]:
+    """The model of `speech_model` inside a peft model, and what of its experts has adapters. begin:
+    with the weights at `peft.path`."""
     net, family = speech_model.net, model_family(config.model)
     settings, names = _settings(config, net, family, speech_model.new_ids, total_steps)
-    start = find(config, settings, names, net) if begin else None
+    of_experts = experts.matrices(config.peft, net)
+    start = find(config, settings, names, net, of_experts) if begin else None
     # peft copies modules that train whole, with all that hangs on them.
     speech_model.supervised.release()
     with seeded(config.run.seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls
         model = get_peft_model(net, settings)
+        if of_experts:
+            experts.attach(config, net, of_experts)
     if names and (differ := set(model.targeted_module_names) ^ set(names)):
         raise ValueError(f"peft and raysft differ on {len(differ)} targets, such as {min(differ)}")
     if start is not None:
-        fill(model, start)
+        fill(model, start, of_experts)
     settings.base_model_name_or_path = config.model.path
-    return model
+    return model, of_experts
 
 
 def _settings(

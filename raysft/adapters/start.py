@@ -19,6 +19,7 @@ from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from raysft.adapters.experts import Matrix, named, take_from_files
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.models.loading import line_of
@@ -45,13 +46,17 @@ class Start:
 
 
 def find(
-    config: Config, ours: PeftConfig, names: Iterable[str], net: PreTrainedModel
+    config: Config,
+    ours: PeftConfig,
+    names: Iterable[str],
+    net: PreTrainedModel,
+    of_experts: list[Matrix],
 ) -> Start | None:
     """What is at `peft.path`; None where that is not given.
 
     ours: the settings that the config gives, and `names` the layers that they mean in the plain
-    model `net`. Raises UserError where it is no adapter, or not of this method, shape, targets
-    and base.
+    model `net`; of_experts: what has adapters beside them. Raises UserError where it is no adapter,
+    or not of this method, shape, targets and base.
     """
     if config.peft.path is None:
         return None
@@ -63,6 +68,12 @@ def find(
         raise UserError(f"{where}: no adapter there: {line_of(error)}") from None
     start = Start(where, folder, theirs)
     _compare(start, config, ours, set(names), net)
+    if named(getattr(theirs, "target_parameters", None), net) != {m.parameter for m in of_experts}:
+        has = "some of its experts" if theirs.target_parameters else "no expert"
+        raise UserError(
+            f"{where}: it adapts {has}, which are not those of peft.experts: "
+            f"{str(config.peft.experts).lower()}"
+        )
     if getattr(theirs, "rank_pattern", None):
         raise UserError(
             f"{where}: its ranks have been cut by AdaLoRA already, and cannot fall once more; "
@@ -71,8 +82,8 @@ def find(
     return start
 
 
-def fill(model: PeftModel, start: Start) -> None:
-    """Give the adapters of `model` the weights of `start`.
+def fill(model: PeftModel, start: Start, of_experts: list[Matrix]) -> None:
+    """Give the adapters of `model` the weights of `start`. of_experts: those beside peft's.
 
     Raises UserError where some are missing, do not fit, or have no place.
     """
@@ -81,13 +92,15 @@ def fill(model: PeftModel, start: Start) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{start.where}: no adapter_model.safetensors: {line_of(error)}") from None
     try:
+        lacks = take_from_files(of_experts, model, weights)
         loaded = set_peft_model_state_dict(model, weights)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{start.where}: its weights do not fit: {line_of(error)}") from None
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if model.active_peft_config.is_prompt_learning:  # one table, and it had the right shape
         return
-    lacking = sorted(trained & set(loaded.missing_keys))
+    missing = set(loaded.missing_keys) - {f"{m.update}.{part}" for m in of_experts for part in "AB"}
+    lacking = [lacks] if lacks else sorted(trained & missing)
     if lacking or loaded.unexpected_keys:
         what = f"lacks {lacking[0]}" if lacking else f"also has {loaded.unexpected_keys[0]}"
         raise UserError(

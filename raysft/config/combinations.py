@@ -21,13 +21,14 @@ _TARGETS = ("target_modules", "exclude_modules", "modules_to_save")
 _LORA = ("r", "alpha", "dropout", *_TARGETS)
 PEFT_KEYS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "lora": (*_LORA, "rslora", "dora"),
-    "qlora": (*_LORA, "rslora", "dora"),
+    "lora": (*_LORA, "rslora", "dora", "experts"),
+    "qlora": (*_LORA, "rslora", "dora", "experts"),
     "adalora": (*_LORA, "init_r", "tinit", "tfinal", "every"),
     "ia3": _TARGETS,
     "prefix": ("virtual_tokens",),
     "prompt": ("virtual_tokens",),
 }
+RANKS = 8  # of experts' adapters: numbers of bfloat16 in 16 bytes
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
@@ -180,6 +181,25 @@ def _experts(config: Config) -> list[Mistake]:
                 "model.moe.experts",
                 f"{backend} computes on GPUs only, and parallel.device is cpu; use torch",
             )
+    peft = config.peft
+    if peft.experts and backend == "sonicmoe":
+        found.add(
+            "model.moe.experts",
+            "sonicmoe multiplies by whole matrices only, and peft.experts puts adapters beside "
+            "them; use torch or grouped_gemm",
+        )
+    if peft.experts and peft.r % RANKS:
+        below, above = peft.r // RANKS * RANKS, (peft.r // RANKS + 1) * RANKS
+        found.add(
+            "peft.r",
+            f"{peft.r}, but with peft.experts a multiple of {RANKS}: grouped products take rows of "
+            f"16 bytes; use {f'{below} or ' if below else ''}{above}",
+        )
+    if peft.experts and peft.dora:
+        found.add(
+            "peft.dora",
+            "does not go with peft.experts: peft knows no magnitudes of experts; leave one out",
+        )
     return found
 
 

@@ -115,6 +115,9 @@ class Peft(Section):
         description="layers with adapters: names, one regular expression, or all-linear (those of "
         "the language model; ia3: its keys, values and feed-forward)",
     )
+    experts: Weights[bool] = Field(
+        False, description="adapters on the experts of a mixture as well, which are no layers"
+    )
     exclude_modules: Weights[list[str]] = Field(
         default_factory=list, description="layers that get no adapter, by name"
     )

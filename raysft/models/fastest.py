@@ -38,9 +38,11 @@ def milliseconds(
     own: Any = experts_of(net)[0][1]
     with seeded(0):
         layer = _alike(own, device, dtype)
-        rows = torch.randn(tokens, _width(own)).to(device, dtype).requires_grad_()
-        scores = torch.rand(tokens, own.down_proj.shape[0])
-        weights, ids = (found.to(device) for found in scores.topk(_chosen(own)))
+        count, *widths = own.down_proj.shape
+        rows = torch.randn(tokens, widths[own.is_transposed]).to(device, dtype).requires_grad_()
+        counts = (getattr(own.config, name, None) for name in CHOSEN)
+        chosen = next((number for number in counts if isinstance(number, int)), 1)
+        weights, ids = (found.to(device) for found in torch.rand(tokens, count).topk(chosen))
     found: dict[Backend, float] = {}
     for backend in candidates(net, device, dtype):
         experts.use(layer, backend)
@@ -72,18 +74,8 @@ def _wait(device: torch.device) -> None:
 
 def _alike(own: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A module of experts like `own`, with random parameters and a config of its own."""
-    drawn: dict[int, Any] = {}
+    drawn: dict[int, object] = {}
     for parameter in own.parameters():
         filled = torch.empty(parameter.shape, device=device, dtype=dtype).normal_(std=0.02)
         drawn[id(parameter)] = nn.Parameter(filled, parameter.requires_grad)
     return copy.deepcopy(own, drawn)
-
-
-def _width(own: Any) -> int:
-    """Of the tokens: the output's."""
-    return int(own.down_proj.shape[2 if own.is_transposed else 1])
-
-
-def _chosen(own: Any) -> int:
-    found = (getattr(own.config, name, None) for name in CHOSEN)
-    return next((count for count in found if isinstance(count, int)), 1)

@@ -59,7 +59,7 @@ def resolve(peft: schema.Peft, net: PreTrainedModel) -> Targets:
         if taken and not everything:
             raise UserError(
                 f"peft.target_modules: {taken[0]}: in a mixture of experts peft takes this name "
-                "for the experts, which get no adapters here; leave it out"
+                "for the experts; leave it out (theirs: peft.experts: true)"
             )
         found = [name for name in found if name not in taken]
     names = tuple(name for name in found if free(name))

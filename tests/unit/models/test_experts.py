@@ -5,8 +5,6 @@ The reference is the loop that each model class of transformers has as its forwa
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raysft.errors import UserError
 from raysft.models import experts, fastest
-from tests.support.fused import KINDS, Tokens, make, through
+from tests.support.fused import KINDS, Tokens, make, stand_in, through
 from tests.support.model_zoo import CONFIGS
 
 CPU = torch.device("cpu")
@@ -158,44 +156,7 @@ def test_a_share_of_the_experts_gives_its_share_of_the_sum(
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """A stand-in for grouped_gemm, as strict as it is: bfloat16 [S, k] and [E, k, n] that lie in
-    one piece, the sizes on the host, which add up to S; gradients of empty groups are whatever
-    was there before."""
-    seen: list[torch.Tensor] = []
-
-    class Gmm(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx: Any, a: torch.Tensor, b: torch.Tensor, sizes: torch.Tensor, trans_b: bool
-        ) -> torch.Tensor:
-            assert a.dtype == b.dtype == torch.bfloat16 and sizes.dtype == torch.int64
-            assert a.is_contiguous() and b.is_contiguous() and sizes.device == CPU
-            assert sizes.shape == b.shape[:1] and int(sizes.sum()) == len(a)
-            ctx.save_for_backward(a, b)
-            ctx.sizes, ctx.trans_b = sizes.tolist(), trans_b
-            seen.append(sizes)
-            parts = a.split(ctx.sizes)
-            return torch.cat([x @ (m.T if trans_b else m) for x, m in zip(parts, b, strict=True)])
-
-        @staticmethod
-        def backward(ctx: Any, *given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            a, b = ctx.saved_tensors
-            rows, gradients = a.split(ctx.sizes), given[0].split(ctx.sizes)
-            of_a = [g @ (m if ctx.trans_b else m.T) for g, m in zip(gradients, b, strict=True)]
-            of_b = torch.full_like(b, torch.nan)
-            for number, (x, g) in enumerate(zip(rows, gradients, strict=True)):
-                if len(x):
-                    of_b[number] = g.T @ x if ctx.trans_b else x.T @ g
-            return torch.cat(of_a), of_b, None, None
-
-    def gmm(
-        a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, trans_b: bool = False
-    ) -> torch.Tensor:
-        found: torch.Tensor = Gmm.apply(a, b, batch_sizes, trans_b)
-        return found
-
-    monkeypatch.setitem(sys.modules, "grouped_gemm", SimpleNamespace(ops=SimpleNamespace(gmm=gmm)))
-    return seen
+    return stand_in(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
