@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from raysft.library import evaluate as evaluate
     from raysft.library import export as export
     from raysft.library import load_config as load_config
+    from raysft.library import modality_routing as modality_routing
     from raysft.library import train as train
     from raysft.library import transcribe as transcribe
 
 __version__ = "0.1.0"
 
-_OFFERED = ("dry_run", "export", "load_config")
+_OFFERED = ("dry_run", "export", "load_config", "modality_routing")
 _PACKAGES = (
     "evaluate",
     "train",

@@ -21,10 +21,20 @@ from raysft.json_types import JsonObject
 from raysft.run.folder import reopen
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from raysft.driver.launch import Outcome
     from raysft.transcribe.run import Transcripts
 
-__all__ = ["dry_run", "evaluate", "export", "load_config", "train", "transcribe"]
+__all__ = [
+    "dry_run",
+    "evaluate",
+    "export",
+    "load_config",
+    "modality_routing",
+    "train",
+    "transcribe",
+]
 
 Progress = Callable[[JsonObject], None]
 """Called with each report of driver and workers: `raysft.cli.ProgressLine()` prints them."""
@@ -153,3 +163,18 @@ def transcribe(
     remarks.quiet()
     answering = load(str(model), checkpoint)
     return Transcripts(answering, wanted, batch_seconds or BATCH_SECONDS, max_new_tokens)
+
+
+def modality_routing(net: nn.Module, folder: str | Path | None = None) -> None:
+    """Send the tokens of a model to the experts of their kind, as it was trained with
+    model.moe.modality, in every forward pass from here on, generation too. To be called after
+    `from_pretrained`: without it the model's own router sends them to any.
+
+    net: of transformers, or of peft around one. Kinds are told from input_ids alone. folder: of an
+    exported adapter; or where the model was loaded from, if it cannot be told from it. With
+    gradient checkpointing each forward pass has to be followed by its backward pass. Raises
+    UserError where the model was trained without.
+    """
+    from raysft.models.routing import restore
+
+    restore(net, None if folder is None else str(folder))

@@ -163,6 +163,7 @@ def build_job(
         identity=plans.identity(folder),
         adapters=adapters,
         cost=cost,
+        routing=speech_model.routing,
         start={
             "attention": attention_used(speech_model.model, world.device, half),
             "proof": speech_model.verdict.describe(),

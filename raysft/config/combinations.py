@@ -11,6 +11,7 @@ from pathlib import Path
 from raysft.config.deepspeed import check as check_deepspeed
 from raysft.config.deepspeed import wrong_stage
 from raysft.config.families import AUTO, named, owner
+from raysft.config.modality import read_groups
 from raysft.config.schema import Config, Optim, Peft, Section
 from raysft.config.strategies import StrategyTraits, names, traits_of
 from raysft.errors import Mistake
@@ -45,6 +46,7 @@ def contradictions(config: Config) -> list[Mistake]:
         *_strategy(config),
         *check_deepspeed(config),
         *_peft(config),
+        *_experts(config),
         *_optim(config),
         *_experts(config),
     ]
@@ -249,6 +251,30 @@ def _family_refusal(config: Config) -> list[Mistake]:
         row = owner(kind) or row
     why = None if row is None else row.refusal(config.peft.method)
     return [] if why is None else [Mistake.of("peft.method", why)]
+
+
+def _experts(config: Config) -> list[Mistake]:
+    moe, method = config.model.moe, config.peft.method
+    found = _Found()
+    if moe is None:
+        return found
+    if moe.balance_over != "batch" and not moe.balance:
+        found.add("model.moe.balance_over", "does nothing without model.moe.balance; set that too")
+    if moe.modality is None:
+        return found
+    found += read_groups(moe.modality)[1]
+    if method == "prompt":
+        found.add(
+            "peft.method",
+            "prompt puts positions in front that are of no kind of model.moe.modality; use lora",
+        )
+    if moe.modality.several and method != "none" and not config.peft.modules_to_save:
+        found.add(
+            "model.moe.modality.from",
+            f"one_router, but with peft.method: {method} routers do not train, so they would stay "
+            "copies of one; name them in peft.modules_to_save (gate), or train all weights",
+        )
+    return found
 
 
 def _optim(config: Config) -> list[Mistake]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
@@ -23,6 +24,7 @@ _KEYS = ("ids", "experts", "top_k")
 _WORDS = ("audio", "rest")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
+_Start = Weights[Literal["one_router"] | None]
 Span = tuple[int, int]
 """First and last of a range."""
 
@@ -48,7 +50,7 @@ class Modality(Section):
         "has it",
     )
     # `from` is no name in Python; in the config it says from what the routers of the kinds start.
-    __annotations__["from"] = Weights[Literal["one_router"] | None]
+    __annotations__["from"] = _Start
     vars()["from"] = Field(
         None,
         description="one_router: each kind has a router of its own, which starts as a copy of the "
@@ -126,7 +128,8 @@ def _spans(key: str, given: Json, more: str) -> Iterable[Span]:
         match = _RANGE.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise _Wrong(
-                key, f"expected a range such as 0-31, a number, a list of them{more}, found {part!r}"
+                key,
+                f"expected a range such as 0-31, a number, a list of them{more}, found {part!r}",
             )
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
@@ -145,7 +148,7 @@ def _together(groups: Sequence[Group]) -> list[Mistake]:
             found.append(Mistake.of(f"{own[1].key}.ids", why))
     spans = [(span, g) for g in groups if not isinstance(g.ids, str) for span in g.ids]
     spans.sort(key=lambda each: each[0])
-    for (one, of), (other, whose) in zip(spans, spans[1:]):
+    for (one, of), (other, whose) in pairwise(spans):
         if other[0] <= one[1]:
             shared = (other[0], min(one[1], other[1]))
             where = "twice" if of is whose else f"in {of.name} too: a token is of one kind"

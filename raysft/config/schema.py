@@ -415,6 +415,11 @@ class Log(Section):
 
     every: Free[PositiveInt] = Field(10, description="steps between lines of metrics.jsonl")
     tensorboard: Free[bool] = Field(True, description="write TensorBoard files into the run folder")
+    dead_experts: Free[PositiveInt | None] = Field(
+        500,
+        description="of a mixture: steps without a token after which an expert is warned of; null: "
+        "never",
+    )
 
 
 class Config(Section):

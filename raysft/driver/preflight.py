@@ -270,7 +270,7 @@ def read_train(
 def _prove(config: Config, encoder: Encoder) -> None:
     """Prove what is exact for the model, and tell the encoder: how many positions an example may
     take, and what workers need not prove again. Raises UserError where batches are not exact."""
-    from raysft.models import balance, proof  # torch: only where it is needed
+    from raysft.models import balance, modality, proof  # torch: only where it is needed
     from raysft.models.loading import skeleton
 
     net = skeleton(config.model)
@@ -282,6 +282,9 @@ def _prove(config: Config, encoder: Encoder) -> None:
     if learned is not None and config.peft.method in ("prefix", "prompt"):
         learned -= config.peft.virtual_tokens
     encoder.limit(learned)
+    plan = modality.plan_of(config.model, net, encoder)
+    if plan is not None:
+        encoder.group(plan.table(modality.size_of(net, encoder)))
 
 
 def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, say: Say) -> Index:

@@ -25,7 +25,8 @@ class Term(NamedTuple):
         None: this sum is part of another term's `trained`.
     counted: the name among `Turn.counts` of what it is divided by, over all workers; None: it is
         of the weights and not of the data, and counts once a step.
-    weight: in the loss. reported: whether `loss` and metrics hold it.
+    weight: in the loss. reported: whether `loss` and metrics hold it; aside: metrics do, `loss`
+        does not: it is not of what a model says.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Term(NamedTuple):
     counted: str | None = "supervised"
     weight: float = 1.0
     reported: bool = True
+    aside: bool = False
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Sums:
         """Of the reported among `terms`, nothing yet."""
         own = [term for term in terms if term.reported]
         values = torch.zeros(len(own), 2, 1 + tasks, dtype=torch.float64, device=device)
-        return cls(tuple(t.name for t in own), tuple(t.weight for t in own), values)
+        weights = tuple(0.0 if t.aside else t.weight for t in own)
+        return cls(tuple(t.name for t in own), weights, values)
 
     def add(self, terms: Sequence[Term], tasks: Sequence[str]) -> None:
         """Add the terms of a micro-batch; tasks: of the columns."""

@@ -9,9 +9,10 @@ from transformers import BitsAndBytesConfig
 from raysft.config import schema
 from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
-from raysft.models import balance, experts, loading, proof, rope
+from raysft.models import balance, experts, loading, modality, proof, rope, several_gates
 from raysft.models.attention import attach
 from raysft.models.base import SpeechModel
+from raysft.models.router_losses import Weights
 from raysft.models.supervised import PREFIX, Supervised
 
 __all__ = ["PREFIX", "Build", "SpeechModel", "Supervised", "build"]
@@ -68,5 +69,20 @@ def build(
     if model.moe is not None:
         experts.check(speech_model.net)
     speech_model.take(verdict)
+    _route(speech_model, model, encoder)
     speech_model.freeze_unreached()
     return speech_model
+
+
+def _route(speech_model: SpeechModel, model: schema.Model, encoder: Encoder) -> None:
+    """Tokens to the experts of their kind, and routers with losses, as `model.moe` says."""
+    plan = modality.plan_of(model, speech_model.net, encoder)
+    moe = model.moe
+    weights = None
+    if moe is not None and (moe.balance or moe.z_loss):
+        weights = Weights(moe.balance, moe.z_loss, moe.balance_over)
+    begun = modality.kept_plan(speech_model.net.config) is not None
+    speech_model.route(plan, weights)
+    if plan is not None and plan.several and begun:
+        assert model.path is not None  # a config of random weights keeps no plan
+        several_gates.load(speech_model.net, model.path, model.hub)

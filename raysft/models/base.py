@@ -10,6 +10,7 @@ What a batch holds (int64 but for the masks; R rows of L positions, M supervised
     documents int32 [n + 1]            packed: cumulative document lengths (R = 1)
     attention_mask [R, L]              padded: 1 where there is a token
     keep, targets, tasks [M]           flat position that predicts, token to predict, task number
+    kinds int8 [R, L]                  of a mixture of experts: kind of token, -1 where none counts
     input_features [C, mels, F], feature_attention_mask [C, F]   audio_lm: one row a clip
     input_features [R, mels, F], decoder_input_ids [R, L]   seq2seq: a clip a row, no input_ids
 """
@@ -33,8 +34,11 @@ from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.losses.chunked import TokenLoss
 from raysft.losses.term import Term
-from raysft.models import generation, reach, targets
+from raysft.models import generation, reach, routing, targets
 from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad, tokens_of
+from raysft.models.modality import Plan
+from raysft.models.router_losses import Weights
+from raysft.models.routing import Routing
 from raysft.models.supervised import PREFIX, Supervised
 
 
@@ -46,6 +50,7 @@ class SpeechModel(ABC):
     its own in front of a row (prompt tuning), so padding must not come between. verdict: what is
     exact for this kind of model. unreached: parameters frozen because no batch reaches them.
     virtual: positions that train in front of a prompt. unended: answers cut at their limit so far.
+    routing: the experts of a mixture and what they did, where its routers are known.
     """
 
     new_ids: Seq[int] = ()
@@ -54,6 +59,7 @@ class SpeechModel(ABC):
     unreached: Seq[str] = ()
     virtual = 0
     unended = 0
+    routing: Routing | None = None
     answer_of: Callable[[str], str] = staticmethod(str)
 
     def __init__(
@@ -93,7 +99,12 @@ class SpeechModel(ABC):
         self.supervised.windows = self.verdict.windows
 
     def _supervised(self, model: nn.Module) -> Supervised:
-        return Supervised(model, self.tasks, self.task_weights, self.more_losses)
+        settings = (self.tasks, self.task_weights, self.more_losses, self.routing)
+        return Supervised(model, *settings)
+
+    def route(self, plan: Plan | None, weights: Weights | None) -> None:
+        """Send tokens to experts by `plan`; watch what they do. weights: of the routers' losses."""
+        self.routing = self.supervised.routing = routing.attach(self.net, plan, weights)
 
     def take(self, verdict: Verdict) -> None:
         """Lay batches out, and answer them, as the proof says is exact."""
@@ -152,6 +163,7 @@ class SpeechModel(ABC):
         An empty one gives `dummy()`: a batch of no supervised token. side: where padding goes.
         """
         documents = self.documents(mb) if len(mb.lengths) else []
+        real = {id(document) for document in documents}
         offsets: Seq[int] | np.ndarray
         if not self.touches_everything(documents):
             documents.append(self.dummy_document())
@@ -172,6 +184,13 @@ class SpeechModel(ABC):
         batch["keep"] = ints(np.concatenate(keep))
         batch["targets"] = ints(np.concatenate(targets))
         batch["tasks"] = ints(np.concatenate([np.zeros(0), *tasks]))
+        if self.routing is not None:
+            counted = [
+                (document, int(offset))
+                for document, offset in zip(documents, offsets, strict=True)
+                if id(document) in real
+            ]
+            batch["kinds"] = self.routing.laid_out(counted, tokens_of(batch).shape)
         return batch | self.features(documents)
 
     def dummy(self) -> Batch:
@@ -190,14 +209,16 @@ class SpeechModel(ABC):
         names whatever it holds, an empty one too.
 
         supervised: targets; the first token of a sequence is never one. squares: of the sequences'
-        lengths, pairs of positions that attention may see.
+        lengths, pairs of positions that attention may see. Of a mixture whose routers have losses,
+        what those are divided by.
         """
         mask = mb.labels != IGNORED
         starts = np.cumsum(mb.lengths) - mb.lengths
-        return {
+        found = {
             "supervised": float(mask.sum() - mask[starts].sum()),
             "squares": float(np.square(mb.lengths, dtype=np.float64).sum()),
         }
+        return found if self.routing is None else found | self.routing.counts(mb)
 
     def loss(self, batch: Batch) -> list[Term]:
         """Terms by the bare module; under a strategy call its wrapped module instead."""

@@ -6,12 +6,13 @@ model's config (`CONFIG`), so that a folder that was exported says how its token
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from raysft.config import schema
@@ -59,14 +60,15 @@ class Plan:
 
     def to_json(self) -> JsonObject:
         """For a model's config.json."""
-        groups = {
-            kind.name: {
+        groups = [  # a list: configs are written with their keys in alphabetical order
+            {
+                "name": kind.name,
                 "ids": [list(span) for span in kind.ids],
                 "experts": [list(span) for span in spans_of(kind.experts)],
                 "top_k": kind.top_k,
             }
             for kind in self.kinds
-        }
+        ]
         start = "one_router" if self.several else None
         rest = {"softmax": self.softmax, "renormalize": self.renormalize, "from": start}
         return {"groups": groups, **rest}
@@ -76,12 +78,12 @@ class Plan:
         """The inverse of `to_json`."""
         kinds = [
             Kind(
-                name,
+                group["name"],
                 tuple((first, last) for first, last in group["ids"]),
                 tuple(i for first, last in group["experts"] for i in range(first, last + 1)),
                 group["top_k"],
             )
-            for name, group in found["groups"].items()
+            for group in found["groups"]
         ]
         several = found["from"] is not None
         return cls(tuple(kinds), found["softmax"], found["renormalize"], several)
@@ -93,6 +95,14 @@ def kept_plan(config: PreTrainedConfig) -> Plan | None:
     return None if found is None else Plan.from_json(found)
 
 
+def read_plan(folder: str) -> Plan | None:
+    """The plan in the folder of an exported adapter, whose base knows of none."""
+    path = Path(folder) / f"{CONFIG}.json"
+    if not path.is_file():
+        return None
+    return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
 def plan_of(model: schema.Model, net: PreTrainedModel, encoder: Encoder) -> Plan | None:
     """What `model` asks for of `net`, or what its checkpoint was trained with; None: neither.
 
@@ -101,8 +111,6 @@ def plan_of(model: schema.Model, net: PreTrainedModel, encoder: Encoder) -> Plan
     """
     kept, moe = kept_plan(net.config), model.moe
     asked = moe.modality if moe is not None else None
-    if moe is not None and not routers(net) and moe != type(moe)():
-        raise UserError(f"model.moe: {net.config.model_type} has no experts; leave it out")
     weighed = moe is not None and (moe.balance or moe.z_loss)
     if asked is None and kept is None and not weighed:
         return None
@@ -120,7 +128,7 @@ def plan_of(model: schema.Model, net: PreTrainedModel, encoder: Encoder) -> Plan
     groups, wrong = read_groups(asked)
     if wrong:  # refused with the config; not where a program makes one
         raise UserError(wrong[0].text)
-    size = max(len(encoder.tokenizer), net.get_input_embeddings().num_embeddings)
+    size = size_of(net, encoder)
     kinds = tuple(_kind(group, groups, net, size, every, top_k) for group in groups)
     plan = Plan(kinds, asked.softmax, asked.renormalize, asked.several)
     _check_experts(plan, net, every, scoring)
@@ -128,6 +136,11 @@ def plan_of(model: schema.Model, net: PreTrainedModel, encoder: Encoder) -> Plan
         _check_kept(plan, kept, size)
     _cover(plan, net, encoder)
     return plan
+
+
+def size_of(net: PreTrainedModel, encoder: Encoder) -> int:
+    """Token ids there are, once the model has a row for each token of the tokenizer."""
+    return max(len(encoder.tokenizer), net.get_input_embeddings().num_embeddings)
 
 
 def _standard(net: PreTrainedModel) -> tuple[Scoring, int, int]:
@@ -205,8 +218,8 @@ def _check_experts(plan: Plan, net: PreTrainedModel, every: int, scoring: Scorin
     unused = set(range(every)).difference(*(kind.experts for kind in plan.kinds))
     if unused:
         raise UserError(
-            f"{GROUPS}: experts {said(spans_of(sorted(unused)))} are in no group, so no token would "
-            "reach them; put each of them into one"
+            f"{GROUPS}: experts {said(spans_of(sorted(unused)))} are in no group, so no token "
+            "would reach them; put each of them into one"
         )
     if plan.softmax == "all" and scoring.scores == "sigmoid":
         raise UserError(
@@ -252,8 +265,7 @@ def _check_kept(plan: Plan, kept: Plan, size: int) -> None:
 def _cover(plan: Plan, net: PreTrainedModel, encoder: Encoder) -> None:
     """Refuse a plan without a kind for tokens that every example has."""
     tokenizer = encoder.tokenizer
-    size = max(len(tokenizer), net.get_input_embeddings().num_embeddings)
-    table = plan.table(size)
+    table = plan.table(size_of(net, encoder))
     needed = {"the end of an answer": [encoder.end_id], "a unit": list(encoder.new_ids)}
     audio = _audio_token(net.config)
     needed["audio"] = [] if audio is None else [audio]
@@ -270,7 +282,11 @@ def _cover(plan: Plan, net: PreTrainedModel, encoder: Encoder) -> None:
             )
 
 
-def gates(router: nn.Module) -> nn.ParameterDict | None:
-    """Weights of a router's further kinds, by name; None: it has one weight for all."""
-    found = getattr(router, "by_kind", None)
-    return found if isinstance(found, nn.ParameterDict) else None
+def remember(net: PreTrainedModel, plan: Plan) -> None:
+    """Keep `plan` in the config that `net` is saved with, and its tokens without a kind out of what
+    it generates: they would have no experts to go to."""
+    setattr(net.config, CONFIG, plan.to_json())
+    lacking = np.flatnonzero(plan.table(net.get_input_embeddings().num_embeddings) < 0).tolist()
+    if lacking and net.can_generate():
+        own = net.generation_config.suppress_tokens or []
+        net.generation_config.suppress_tokens = sorted({*own, *lacking})

@@ -82,7 +82,9 @@ def terms_of(routing: Routing) -> list[Term]:
     counts = routing.counted()
     found = []
 
-    def add(name: str, each: torch.Tensor, count: torch.Tensor, counted: str, weight: float) -> None:
+    def add(
+        name: str, each: torch.Tensor, count: torch.Tensor, counted: str, weight: float
+    ) -> None:
         term = Term(name, each.detach(), count, {}, each, counted, weight, aside=True)
         found.append(term)
 

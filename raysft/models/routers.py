@@ -85,10 +85,14 @@ def settings_of(router: nn.Module, experts: Sequence[int], top_k: int) -> dict[s
                 f"its router chooses among {groups} groups of {size} experts first: a kind needs "
                 f"whole groups, such as 0-{size - 1}"
             )
-        most = min(len(own), router.topk_group)  # type: ignore[type-var]
+        taken = router.topk_group
+        assert isinstance(taken, int)
+        most = min(len(own), taken)
         found |= {name: len(own), "topk_group": most}
         if most * size < top_k:
-            raise ValueError(f"its router takes {most} groups of {size} experts, fewer than {top_k}")
+            raise ValueError(
+                f"its router takes {most} groups of {size} experts, fewer than {top_k}"
+            )
     return found
 
 
@@ -104,6 +108,12 @@ def restricted(
     values = settings if weight is None else settings | {"weight": weight[rows]}
     # Of the class: an instance's own forward is what calls this.
     return type(router).forward(Restricted(router, rows, **values), hidden)
+
+
+def _columns(router: nn.Module) -> int:
+    weight = router.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[1]
 
 
 def scoring_of(router: nn.Module) -> Scoring | None:
@@ -138,7 +148,7 @@ def try_out(router: nn.Module, experts: Sequence[int], settings: dict[str, Any])
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         for name, tensor in tensors:
             values[name] = torch.zeros(len(experts), *tensor.shape[1:])
-        hidden_dim = router.weight.shape[1]  # type: ignore[union-attr, index, misc]
+        hidden_dim = _columns(router)
         values["weight"] = torch.randn(len(experts), hidden_dim, generator=generator)
         values["weight"] /= hidden_dim**0.5
         hidden = torch.randn(8, hidden_dim, generator=generator)

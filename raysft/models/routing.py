@@ -14,16 +14,22 @@ Cost: the rows of a router's weight are multiplied once, as ever; the choice is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from raysft.models.modality import Plan, gates
+from raysft.data.example import MicroBatch
+from raysft.errors import UserError
+from raysft.models import several_gates
+from raysft.models.layout import Document
+from raysft.models.modality import CONFIG, Plan, kept_plan, read_plan, remember
 from raysft.models.router_losses import Weights, losses_of
 from raysft.models.routers import Routed, Scoring, restricted, routers, scoring_of, settings_of
 
@@ -44,7 +50,9 @@ class Seen:
     def zeros(cls, layers: int, kinds: int, experts: int) -> Seen:
         """Nothing yet."""
         shape = (layers, kinds)
-        return cls(*(torch.zeros(s, dtype=torch.float64) for s in ((*shape, experts), shape, shape)))
+        return cls(
+            *(torch.zeros(s, dtype=torch.float64) for s in ((*shape, experts), shape, shape))
+        )
 
     def to(self, device: torch.device) -> Seen:
         """On another device."""
@@ -66,9 +74,14 @@ class Routing:
         first = next(iter(found.values()))
         self.experts: int = first.num_experts  # type: ignore[assignment]
         self.seen = Seen.zeros(len(found), len(self.kinds), self.experts)
-        self.losses: list[torch.Tensor] = []  # of this pass, a row of terms a router
-        self.sequences: torch.Tensor | None = None
-        self.table: torch.Tensor | None = None
+        every = [range(self.experts)] if plan is None else [kind.experts for kind in plan.kinds]
+        self.sizes = [len(experts) for experts in every]
+        self.losses: list[torch.Tensor] = []  # of this pass: sums of each router
+        self.sequences: torch.Tensor | None = None  # int [T]: the number of a token's sequence
+        self.rows = 0  # how many sequences there are
+        size = net.get_input_embeddings().num_embeddings
+        self._numbers = np.zeros(0, np.int8) if plan is None else plan.table(size)
+        self._table = torch.from_numpy(self._numbers)
         self._tokens: torch.Tensor | None = None  # int8 [T]: kind, -1: padding
         self._open = self.training = False
 
@@ -76,20 +89,48 @@ class Routing:
         """Copies of a router (peft makes some) have the tokens of the model they are in."""
         return self
 
+    # -- batches ---------------------------------------------------------------------------------
+
+    def kinds_of(self, ids: np.ndarray) -> np.ndarray:
+        """Numbers of the kinds of token ids, int8; -1: of none."""
+        return np.zeros(ids.shape, np.int8) if self.plan is None else self._numbers[ids]
+
+    def laid_out(
+        self, documents: Sequence[tuple[Document, int]], shape: Sequence[int]
+    ) -> torch.Tensor:
+        """Kinds int8 [R, L] of documents, each with the flat position where it begins."""
+        flat = np.full(math.prod(shape), -1, np.int8)
+        for document, offset in documents:
+            flat[offset : offset + len(document.input_ids)] = self.kinds_of(document.input_ids)
+        return torch.from_numpy(flat.reshape(tuple(shape)))
+
+    def counts(self, mb: MicroBatch) -> dict[str, float]:
+        """What the losses of the routers are divided by, of a micro-batch."""
+        if self.weights is None:
+            return {}
+        kinds = self.kinds_of(mb.input_ids)
+        found = {f"kind/{kind}": float((kinds == i).sum()) for i, kind in enumerate(self.kinds)}
+        return found | {"sequences": float(len(mb.lengths))}
+
     # -- a forward pass --------------------------------------------------------------------------
 
     def begin(
-        self, kinds: torch.Tensor, training: bool = False, sequences: torch.Tensor | None = None
+        self, kinds: torch.Tensor, training: bool = False, ends: torch.Tensor | None = None
     ) -> None:
-        """A forward pass begins. kinds: int8, of every position, -1 where nothing is counted.
+        """A forward pass begins. kinds: int8 [R, L], -1 where nothing is counted.
 
-        training: count, and take losses. sequences: int [T], the number of each one's sequence.
+        training: count, and take losses. ends: of the documents of a packed row, from 0 on; else a
+        row is a sequence.
         """
         self._tokens = kinds.flatten()
         self._open, self.training, self.losses = True, training, []
-        self.sequences = sequences
         if training and self.seen.chosen.device != kinds.device:
             self.seen = self.seen.to(kinds.device)
+        if training and self.weights is not None and self.weights.over == "sequence":
+            lengths = [kinds.shape[1]] * len(kinds) if ends is None else ends.diff().tolist()
+            self.rows = len(lengths)
+            each = torch.arange(self.rows).repeat_interleave(torch.tensor(lengths))
+            self.sequences = each.to(kinds.device)
 
     def end(self) -> None:
         """The forward pass is over: what comes now is recomputed."""
@@ -100,30 +141,53 @@ class Routing:
         """Whether a forward pass is under way."""
         return self._open
 
-    def tokens(self, count: int) -> torch.Tensor:
+    def tokens(self, count: int, device: torch.device) -> torch.Tensor:
         """Kinds of the tokens that a router is given, int64 [count]; -1: padding."""
         found = self._tokens
-        if found is None or len(found) != count:
-            there = "none" if found is None else len(found)
-            if self.plan is None:  # kinds change nothing; positions in front count as others do
-                return torch.zeros(count, dtype=torch.int64)
-            raise ValueError(
-                f"modality routing: {count} positions, but kinds of {there}: give the model "
-                "input_ids, all of them"
-            )
-        return found.long()
+        if found is not None and len(found) == count:
+            return found.to(device).long()
+        if self.plan is None:  # positions in front (prompt tuning) count as all others do
+            return torch.zeros(count, dtype=torch.int64, device=device)
+        raise ValueError(
+            f"modality routing: {count} positions, but kinds of "
+            f"{0 if found is None else len(found)}: give the model input_ids, of every position"
+        )
 
-    def watch(self, number: int, scoring: Scoring, found: Routed, kinds: torch.Tensor) -> None:
-        """Count what router `number` did with tokens of `kinds`, and take its losses."""
-        if not self.training:
-            return
+    def counted(self) -> torch.Tensor:
+        """Tokens of each kind in this pass, float32 [kinds]."""
+        assert self._tokens is not None
+        return self._of_kind(self._tokens).sum(0)
+
+    def sequences_counted(self) -> torch.Tensor:
+        """How many sequences of this pass have a token that counts, float32 []."""
+        assert self._tokens is not None and self.sequences is not None
+        real = (self._tokens >= 0).float()
+        found = torch.zeros(self.rows, device=real.device).scatter_add_(0, self.sequences, real)
+        return (found > 0).sum().float()
+
+    def _of_kind(self, kinds: torch.Tensor) -> torch.Tensor:
+        numbers = torch.arange(len(self.kinds), device=kinds.device)
+        return (kinds.unsqueeze(1) == numbers).float()
+
+    def watch(
+        self,
+        number: int,
+        scoring: Scoring,
+        found: Routed,
+        kinds: torch.Tensor,
+        mass: torch.Tensor | None,
+    ) -> None:
+        """Count what router `number` did with tokens of `kinds`, and take its losses.
+
+        mass [T, 1]: what the shares of a kind's experts are of those of all; None: all there is.
+        """
         logits, _, ids = found
-        kinds = kinds.to(logits.device)
-        of_kind = (kinds.unsqueeze(1) == torch.arange(len(self.kinds), device=logits.device)).float()
+        of_kind = self._of_kind(kinds)
         chosen = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, ids, 1.0)
         shares = shares_of(logits, scoring)
         if self.weights is not None:
-            terms = losses_of(self, logits.float(), shares, chosen, of_kind)
+            scores = shares if mass is None else shares * mass
+            terms = losses_of(self, logits.float(), scores, chosen, of_kind)
             if self._open:
                 self.losses.append(terms)
         if self._open:
@@ -133,21 +197,18 @@ class Routing:
                 self.seen.tokens[number] += of_kind.sum(0)
                 self.seen.entropy[number] += of_kind.T @ entropy
 
-    # -- other forward passes than those in training ------------------------------------------------
+    # -- other forward passes than those in training ---------------------------------------------
 
-    def before(
-        self, net: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def before(self, net: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What is called without `begin` (generation, an exported model): kinds by input_ids."""
         if self._open:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise ValueError("modality routing: kinds of tokens are told from input_ids; give them")
-        assert self.table is not None
-        if self.table.device != ids.device:
-            self.table = self.table.to(ids.device)
-        kinds = self.table[ids.clamp(max=len(self.table) - 1)]
+        if self._table.device != ids.device:
+            self._table = self._table.to(ids.device)
+        kinds = self._table[ids]
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
             kinds = kinds.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
@@ -177,49 +238,49 @@ class Router:
         number there is), weights and ids [T, k]. Slots beyond a kind's own k have weight 0 and
         ids of experts that the token goes to anyway."""
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        kinds = self.routing.tokens(len(hidden)).to(hidden.device)
+        watched = self.routing.training and self.router.training
+        if not watched and not self.parts:
+            return type(self.router).forward(self.router, hidden)
+        kinds, mass = self.routing.tokens(len(hidden), hidden.device), None
         if self.parts:
-            found = self._by_kind(hidden, kinds.clamp(min=0).unsqueeze(1))
+            found, mass = self._by_kind(hidden, kinds.clamp(min=0).unsqueeze(1))
         else:
             found = type(self.router).forward(self.router, hidden)
-        self.routing.watch(self.number, self.scoring, found, kinds)
+        if watched:
+            self.routing.watch(self.number, self.scoring, found, kinds, mass)
         return found
 
-    def _by_kind(self, hidden: torch.Tensor, kinds: torch.Tensor) -> Routed:
-        own = gates(self.router)
+    def _by_kind(
+        self, hidden: torch.Tensor, kinds: torch.Tensor
+    ) -> tuple[Routed, torch.Tensor | None]:
+        own = several_gates.of(self.router)
         parts = []
         for number, (kind, rows, settings) in enumerate(self.parts):
             weight = own[kind.name] if own is not None and number else None
             parts.append(restricted(self.router, rows, settings, hidden, weight))
-        plan = self.routing.plan
-        assert plan is not None
+        plan, k = self.routing.plan, self.router.top_k
+        assert plan is not None and isinstance(k, int)
         total = None
         if plan.softmax == "all":
             every = torch.cat([logits.float() for logits, _, _ in parts], 1)
             total = every.logsumexp(1, keepdim=True)
-        most = max(kind.top_k for kind in plan.kinds)
-        k: int = self.router.top_k  # type: ignore[assignment]
-        result: Routed | None = None
+        result: list[torch.Tensor] = []
         for number, ((kind, rows, _), (logits, weights, ids)) in enumerate(zip(self.parts, parts)):
             weights = self._weights(logits, weights, ids, total, plan.renormalize)
-            wide = torch.full(
-                (len(hidden), self.routing.experts), torch.finfo(logits.dtype).min
-            ).to(logits)
-            columns = _at(rows, self.routing.experts, ids.device)
-            wide = wide.index_copy(1, columns, logits)
-            ids = columns[ids]
+            columns = _at(rows, logits.device)
+            lowest = torch.finfo(logits.dtype).min
+            wide = logits.new_full((len(hidden), self.routing.experts), lowest)
+            found = [wide.index_copy(1, columns, logits), weights, columns[ids]]
+            if total is not None:
+                found.append((logits.float().logsumexp(1, keepdim=True) - total).exp())
             if kind.top_k < k:
                 more = torch.arange(k - kind.top_k, device=ids.device) % kind.top_k
-                ids = torch.cat([ids, ids[:, more]], 1)
-                weights = F.pad(weights, (0, k - kind.top_k))
-            found = (wide, weights, ids)
-            if result is None:
-                result = found
-            else:
-                here = kinds == number
-                result = tuple(torch.where(here, a, b) for a, b in zip(found, result))  # type: ignore
-        assert result is not None and most <= k
-        return result
+                found[1] = F.pad(weights, (0, k - kind.top_k))
+                found[2] = torch.cat([found[2], found[2][:, more]], 1)
+            here = kinds == number
+            result = [torch.where(here, a, b) for a, b in zip(found, result or found)]
+        logits, weights, ids, *mass = result
+        return (logits, weights, ids), next(iter(mass), None)
 
     def _weights(
         self,
@@ -261,7 +322,7 @@ def _rows(experts: Sequence[int]) -> slice | torch.Tensor:
     return torch.tensor(experts)
 
 
-def _at(rows: slice | torch.Tensor, every: int, device: torch.device) -> torch.Tensor:
+def _at(rows: slice | torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(rows, slice):
         return torch.arange(rows.start, rows.stop, device=device)
     return rows.to(device)
@@ -282,12 +343,32 @@ def attach(
     for number, (router, scoring) in enumerate(zip(found.values(), scorings, strict=True)):
         assert scoring is not None
         if plan is not None and plan.several:
-            more = {kind.name: router.weight.detach().clone() for kind in plan.kinds[1:]}  # type: ignore
-            router.by_kind = nn.ParameterDict({n: nn.Parameter(w) for n, w in more.items()})
+            several_gates.add(router, [kind.name for kind in plan.kinds[1:]])
         router.forward = Router(router, number, routing, scoring)
     if plan is not None:
-        size = net.get_input_embeddings().num_embeddings
-        routing.table = torch.from_numpy(plan.table(size))
+        remember(net, plan)
         net.register_forward_pre_hook(routing.before, with_kwargs=True)
         net.register_forward_hook(routing.after, always_call=True)
     return routing
+
+
+def restore(net: nn.Module, folder: str | None = None) -> None:
+    """Route the tokens of a model that was loaded as it was trained; see
+    `raysft.modality_routing`."""
+    parts = [part for part in net.modules() if isinstance(part, PreTrainedModel)]
+    plan = next((kept for part in parts if (kept := kept_plan(part.config)) is not None), None)
+    if plan is None and folder is not None:
+        plan = read_plan(folder)
+    if plan is None:
+        raise UserError(
+            f"modality_routing: {type(net).__name__} was trained without model.moe.modality: "
+            f"neither its config.json has {CONFIG}, nor has a folder that was named {CONFIG}.json"
+        )
+    own = next((p for p in parts if kept_plan(p.config) is not None), parts[0] if parts else None)
+    if own is None or not routers(own):
+        raise UserError(f"modality_routing: {type(net).__name__} has no experts")
+    if any(isinstance(r.__dict__.get("forward"), Router) for r in routers(own).values()):
+        return
+    attach(own, plan)
+    if plan.several:
+        several_gates.load(own, folder or own.config._name_or_path, {})

@@ -25,9 +25,10 @@ from raysft.losses.chunked import (
     weighted_sum,
 )
 from raysft.losses.term import CROSS_ENTROPY, Term
-from raysft.models import balance
+from raysft.models import balance, router_losses
 from raysft.models.attention import document_mask
 from raysft.models.layout import Batch, tokens_of
+from raysft.models.routing import Routing
 
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
@@ -39,7 +40,8 @@ class Supervised(nn.Module):
     tasks: names by task number; `SpeechModel` appends as it meets new ones. weights: of tasks in
     the loss that is trained, 1 where none is given. more: losses of tokens beside the
     cross-entropy: name, function, weight. penalty: gives the term that training adds to the loss
-    once a step. windows: see `attention.document_mask`.
+    once a step. windows: see `attention.document_mask`. routing: of a mixture whose routers are
+    known.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class Supervised(nn.Module):
         tasks: list[str],
         weights: Mapping[str, float] | None = None,
         more: Seq[tuple[str, TokenLoss, float]] = (),
+        routing: Routing | None = None,
     ) -> None:
         super().__init__()
+        self.routing = routing
         self.lm = net
         self.tasks = tasks
         self.weights = {} if weights is None else weights
@@ -91,10 +95,12 @@ class Supervised(nn.Module):
 
         Its sum is that of float32 cross-entropies over supervised tokens, in training each times
         its task's weight; by task it never is. Then the other losses of tokens; the balance loss of
-        a mixture's routers, of which a micro-batch has its share of supervised tokens; and the
-        penalty on the weights, in training.
+        a mixture's routers, of which a micro-batch has its share of supervised tokens; in training
+        the penalty on the weights, and what `router_losses` are asked for.
         """
-        inputs = {k: v for k, v in batch.items() if k not in ("keep", "targets", "tasks")}
+        inputs = {k: v for k, v in batch.items() if k not in ("keep", "targets", "tasks", "kinds")}
+        if self.routing is not None:
+            self.routing.begin(batch["kinds"], self.training, batch.get("documents"))
         if "documents" in inputs:
             ends = inputs.pop("documents")
             inputs["attention_mask"] = document_mask(ends, inputs["input_ids"].device, self.windows)
@@ -126,6 +132,8 @@ class Supervised(nn.Module):
             found = self.penalty()
             once = torch.ones_like(count)
             terms.append(Term("penalty", found.detach(), once, {}, found, None, reported=False))
+        if self.routing is not None and self.training:
+            terms += router_losses.terms_of(self.routing)
         return terms
 
     def _losses(
@@ -152,6 +160,8 @@ class Supervised(nn.Module):
         try:
             found = self.lm(**inputs, use_cache=False)
         finally:
+            if self.routing is not None:
+                self.routing.end()
             self._keep = None
             if own is not None:
                 head.forward = own

@@ -22,6 +22,7 @@ from raysft.config.schedule import rate as rate_at
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.models.routing import Routing
 from raysft.parallel import Strategy, World
 from raysft.parallel.strategy import Stepped
 from raysft.run import place
@@ -31,6 +32,7 @@ from raysft.run.ownership import Lease, Permit
 from raysft.run.signals import LEAVE
 from raysft.train.checkpoint import Saver, load, load_weights, newest_sound
 from raysft.train.flops import Cost
+from raysft.train.loads import Loads
 from raysft.train.metrics import cut_back_run, last_recorded, last_sign_of_life
 from raysft.train.record import Clock, Record, Totals
 from raysft.train.step import StepBatch, forward_backward
@@ -101,6 +103,7 @@ class Job:
         where the run has none. extras: files that every checkpoint carries. start: facts for the
         first event of this start. hung: told why, before a worker that makes no progress ends its
         process; None: never ends it. adapters: what `peft.method` trains, None for all weights.
+    routing: of a mixture whose routers are known.
     cost: FLOPs of what is counted, for the metrics; None: not known. submitted: when this start was
         asked for (time.time()), where it is the first of a submission: until then the run was idle.
     identity: what tells this run from others: where the ledger's chains begin, and what each of its
@@ -124,6 +127,7 @@ class Job:
     weights: Saved | None = None
     adapters: AdapterState | None = None
     cost: Cost | None = None
+    routing: Routing | None = None
     extras: dict[str, bytes] = field(default_factory=dict)
     start: JsonObject = field(default_factory=dict)
     submitted: float | None = None
@@ -144,9 +148,17 @@ def train(job: Job) -> int:
     """Run from the newest sound checkpoint (or from the start) to the last step, or to the step
     at which it was told to leave; returns that step."""
     config, world, strategy = job.config, job.world, job.strategy
-    totals, clock = Totals(job.tasks), Clock()
+    loads = None if job.routing is None else Loads(job.routing, config.log.dead_experts)
+    totals, clock = Totals(job.tasks, loads=loads), Clock()
     record = Record(
-        config, job.folder, world, job.examples, job.total_steps, job.progress, job.cost
+        config,
+        job.folder,
+        world,
+        job.examples,
+        job.total_steps,
+        job.progress,
+        job.cost,
+        mixture=loads is not None,
     )
     try:
         record.take_over(job.lease)
@@ -271,7 +283,7 @@ class Keeper:
         with self.clock.aside():
             meta = {
                 "cursor": cursor,
-                "totals": self.totals.state(),
+                "totals": self.totals.state(self.job.world),
                 "clock": self.clock.state(),
                 "world_size": self.job.world.size,
                 "total_steps": self.job.total_steps,
@@ -382,7 +394,7 @@ def _restore(
         length = another_length(
             job.config, step, meta.get("total_steps"), job.total_steps, meta.get("asked")
         )
-        totals.load(meta["totals"])
+        totals.load(meta["totals"], job.world)
         clock.load(meta["clock"])
     elif job.weights is not None:
         load_weights(job.weights, job.strategy)

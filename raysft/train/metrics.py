@@ -24,7 +24,7 @@ def cut_back_run(folder: Path, step: int) -> list[str]:
     Returns what was lost with damaged lines, in words. Costs reading what was recorded since the
     start before this one.
     """
-    names = ("metrics.jsonl", "eval.jsonl", "quarantine.jsonl")
+    names = ("metrics.jsonl", "experts.jsonl", "eval.jsonl", "quarantine.jsonl")
     lost = [cut_back(folder / name, step) for name in names]
     cut_back(folder / "events.jsonl", sys.maxsize)  # keeps every line, in a file of this start's
     for files in ledger_files(folder).values():

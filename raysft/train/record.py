@@ -28,6 +28,8 @@ from raysft.run.lines import Lines, read_lines
 from raysft.run.ownership import Lease, Ownership, Process
 from raysft.train.checkpoint import Save
 from raysft.train.flops import Cost, peak_flops
+from raysft.train.loads import FILE as EXPERTS
+from raysft.train.loads import Loads
 from raysft.train.memory import peak_memory
 from raysft.train.metrics import quarantine_key, quarantine_line
 from raysft.train.step import StepBatch
@@ -40,6 +42,7 @@ class Totals:
     tasks: list[str]
     sums: Sums | None = None  # of steps since then
     counts: dict[str, float] = field(default_factory=dict)
+    loads: Loads | None = None  # of a mixture's experts
     skipped: int = 0  # steps in a row, up to now
     all_skipped: int = 0  # since the run began
 
@@ -68,17 +71,18 @@ class Totals:
         assert self.sums is not None  # a step was added
         return self.sums.means(self.tasks)
 
-    def state(self) -> JsonObject:
-        """For the checkpoint: lists of exact float64."""
+    def state(self, world: World) -> JsonObject:
+        """For the checkpoint: lists of exact float64. A collective."""
         sums = self.sums
         terms = [] if sums is None else list(zip(sums.names, sums.weights, sums.values.tolist()))
         return {
             "terms": terms,
             "counts": self.counts,
             "skipped": [self.skipped, self.all_skipped],
+            **({"experts": self.loads.state(world)} if self.loads is not None else {}),
         }
 
-    def load(self, state: JsonObject) -> None:
+    def load(self, state: JsonObject, world: World) -> None:
         """The inverse of `state`. Runs of before had one term, and called it `sums`."""
         terms = state["terms"] if "terms" in state else [(CROSS_ENTROPY, 1.0, state["sums"])]
         self.sums = None
@@ -90,6 +94,8 @@ class Totals:
             self.sums = Sums(names, weights, found)
         self.counts = dict(state["counts"])
         self.skipped, self.all_skipped = state["skipped"]
+        if self.loads is not None and "experts" in state:
+            self.loads.load(state["experts"], world)
 
 
 class Clock:
@@ -152,6 +158,8 @@ _GROUP_OF = {key: group for group, keys in _GROUPS.items() for key in keys}
 
 def _tag(key: str) -> str:
     """TensorBoard's name for a key of metrics.jsonl: train/loss/asr, speed/tokens_per_s."""
+    if key.startswith("experts/"):
+        return key
     return f"{_GROUP_OF.get(key, 'train')}/{key}"
 
 
@@ -167,8 +175,10 @@ class Record:
         total_steps: int,
         progress: Callable[[JsonObject], None] | None,
         cost: Cost | None = None,
+        mixture: bool = False,
     ) -> None:
-        """examples: what data.max_quarantined is a share of. cost: of what is counted."""
+        """examples: what data.max_quarantined is a share of. cost: of what is counted. mixture:
+        whether there are loads of experts to tell of."""
         self.config = config
         self.folder = folder
         self.world = world
@@ -176,6 +186,7 @@ class Record:
         self.total_steps = total_steps
         self.progress = progress
         self.cost = cost
+        self.mixture = mixture
         self._peak = peak_flops(world.device, config.train.precision)
         self.known: dict[tuple[str, ...], str] = {}  # quarantined: source, path and id -> kind
         self.evaluations = Evaluations()
@@ -239,6 +250,9 @@ class Record:
             self._eval = Lines(self.folder / "eval.jsonl")
             self._events = Lines(self.folder / "events.jsonl")
             self.files += [self._metrics, self._quarantine, self._eval, self._events]
+            if self.mixture:
+                self._experts = Lines(self.folder / EXPERTS)
+                self.files.append(self._experts)
             for line in read_lines(self.folder / "events.jsonl", {"event": str}):
                 self._count(line)
             if self.config.log.tensorboard:
@@ -374,6 +388,9 @@ class Record:
         memory = [0.0] * workers
         memory[self.world.rank] = peak_memory(self.world.device) or 0.0
         wait, *memory = self.world.sum([lap["waited"] / seconds / workers, *memory]).tolist()
+        told = None
+        if totals.loads is not None:
+            told = totals.loads.take(self.world, batch.step, int(lap["steps"]))
         line = {
             "step": batch.step,
             "epoch": batch.epoch,
@@ -396,14 +413,19 @@ class Record:
             "world_size": workers,
             "skipped": totals.all_skipped,
             **self._lost,
+            **(told.figures if told is not None else {}),
         }
         totals.reset()
         if self.world.is_main:
             self.require()
             self._metrics.write(line)
+            if told is not None:
+                self._experts.write(told.line)
             self._scalars({_tag(key): value for key, value in line.items()}, batch.step)
         if self.progress is not None:
             self.progress({**line, "steps": lap["steps"], "total_steps": self.total_steps})
+        if told is not None and told.dead is not None:
+            self.event("warning", step=batch.step, reason=told.dead)
 
     def _utilisation(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
         """TFLOP/s of a worker, and their share of its device's peak where that is known."""

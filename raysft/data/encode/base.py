@@ -9,6 +9,7 @@ Costs 0.04 ms an example to measure, 0.06 ms to encode text and units, 0.5 ms a 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
@@ -76,6 +77,7 @@ class Encoder(ABC):
     new_ids: tokens that the tokenizer of the model lacked.
     units: which unit tokens are used and which are new, in words; "" where there are none.
     says_language: whether the answer of an asr example begins with its lang.
+    kinds: of a mixture whose experts are for kinds of tokens: of each token id, -1 where of none.
     """
 
     sample_rate: int | None
@@ -87,6 +89,7 @@ class Encoder(ABC):
     new_ids: tuple[int, ...] = ()
     units: str = ""
     says_language: bool = True
+    kinds: np.ndarray | None = None
 
     @property
     def tokenizer(self):
@@ -124,6 +127,9 @@ class Encoder(ABC):
             self._length(segment, lengths, learnt)
             for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
         )
+        for segment in rendered.segments:
+            if isinstance(segment, np.ndarray):
+                self._check_kinds(segment)
         if self.positions is not None and found > self.positions:
             raise BadExample(
                 f"takes {found} positions, and the model has learned {self.positions}: shorten it, "
@@ -137,6 +143,20 @@ class Encoder(ABC):
         if positions != self.positions:
             self.positions = positions
             self.fingerprint = f"{self.fingerprint}, {positions} positions"
+
+    def group(self, kinds: np.ndarray) -> None:
+        """Examples with a token of no kind cannot be used. kinds: as the attribute."""
+        self.kinds = kinds
+        digest = hashlib.sha256(kinds.tobytes()).hexdigest()[:16]
+        self.fingerprint = f"{self.fingerprint}, kinds {digest}"
+
+    def _check_kinds(self, ids: np.ndarray) -> None:
+        if self.kinds is None or not len(lacking := ids[self.kinds[ids] < 0]):
+            return
+        token = self.tokenizer.convert_ids_to_tokens(int(lacking[0]))
+        raise BadExample(
+            f"token {token} (id {lacking[0]}) is in no group of model.moe.modality", "no kind"
+        )
 
     def encode(
         self,
@@ -197,12 +217,15 @@ class Encoder(ABC):
         answer: bool,
     ) -> Encoded:
         if isinstance(segment, np.ndarray):
+            self._check_kinds(segment)
             return Encoded(segment)
         clip = next(clips, None) if isinstance(segment, Audio) else None
         if clip is not None:
             self._check_length(len(clip))
         self.part_length(segment, 0 if clip is None else len(clip), answer)  # for its refusals
-        return self.part_encoded(segment, clip, rng)
+        found = self.part_encoded(segment, clip, rng)
+        self._check_kinds(found.ids)
+        return found
 
     def _check_length(self, samples: int) -> None:
         if self.sample_rate and samples < SHORTEST_S * self.sample_rate:
