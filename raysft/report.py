@@ -1,7 +1,7 @@
 """python -m raysft.report RUN [--out FILE.png]: a picture of a run, from the files it wrote.
 
 Loss, evaluation and throughput over steps; by default RUN/report.png. Dotted lines: where the run
-went on after a restart or a resize.
+went on after a restart or a resize. Of a mixture beside it experts.png: what its experts do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
+from raysft.heat_map import EXPERTS, heat_map
 from raysft.json_types import JsonObject
 from raysft.run.folder import load_plugins
 from raysft.run.lines import read_lines
@@ -64,6 +65,9 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     target = target or folder / "report.png"
     figure.savefig(target, dpi=110)
     plt.close(figure)
+    experts = read_lines(folder / "experts.jsonl", {"step": int})
+    if experts:
+        heat_map(experts, target.with_name(EXPERTS), folder.name)
     return target
 
 
@@ -123,7 +127,10 @@ def main(argv: Sequence[str], command: str = COMMAND) -> None:
     arguments = parse(argv, usage, positional=1, flags=["out="], keys=False)
     target = Path(str(arguments.flags["out"])) if "out" in arguments.flags else None
     try:
-        print(f"picture: {draw(Path(arguments.positional[0]), target)}")
+        picture = draw(Path(arguments.positional[0]), target)
+        print(f"picture: {picture}")
+        if (experts := picture.with_name(EXPERTS)).exists():
+            print(f"experts: {experts}")
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
 
