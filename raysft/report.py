@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
-from raysft.heat_map import EXPERTS, heat_map
 from raysft.json_types import JsonObject
 from raysft.run.folder import load_plugins
 from raysft.run.lines import read_lines
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COMMAND = "python -m raysft.report"
+EXPERTS = "experts.png"
+MOST = 3.0  # times its share: brighter an expert does not get
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +70,7 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     plt.close(figure)
     experts = read_lines(folder / "experts.jsonl", {"step": int})
     if experts:
-        heat_map(experts, target.with_name(EXPERTS), folder.name)
+        _experts(experts, target.with_name(EXPERTS), folder.name)
     return target
 
 
@@ -119,6 +122,41 @@ def _speed(axis: Axes, metrics: list[JsonObject]) -> None:
 
 def _names(lines: list[JsonObject]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line))
+
+
+def _experts(lines: Sequence[JsonObject], target: Path, title: str) -> None:
+    """Draw the second half of the lines of experts.jsonl, what the run does rather than how it
+    began: a panel a kind of token, a row a layer, a column an expert; 1 is an equal share among the
+    experts that tokens of the kind have gone to."""
+    import matplotlib.pyplot as plt
+
+    lines = lines[len(lines) // 2 :]
+    tables = {
+        kind: sum(np.array(line["tokens"][kind], float) for line in lines)
+        for kind in lines[-1]["tokens"]
+    }
+    layers, experts = next(iter(tables.values())).shape
+    width, height = max(5.0, 0.12 * experts), max(2.5, 0.2 * layers)
+    figure, axes = plt.subplots(
+        len(tables),
+        1,
+        figsize=(width, height * len(tables) + 0.8),
+        constrained_layout=True,
+        squeeze=False,
+    )
+    figure.suptitle(f"{title}: tokens by expert, 1 = an equal share")
+    for axis, (kind, table) in zip(axes[:, 0], tables.items(), strict=True):
+        used = max(1, int((table.sum(0) > 0).sum()))
+        shares = used * table / np.maximum(table.sum(1, keepdims=True), 1)
+        image = axis.imshow(shares, aspect="auto", vmin=0, vmax=MOST, interpolation="nearest")
+        dead = np.argwhere((table == 0) & (table.sum(0) > 0))
+        axis.plot(dead[:, 1], dead[:, 0], "rx", markersize=4)
+        axis.set_title("" if kind == "all" else kind)
+        axis.set_ylabel("layer")
+        figure.colorbar(image, ax=axis)
+    axes[-1, 0].set_xlabel("expert (red: none of the tokens)")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
 
 
 def main(argv: Sequence[str], command: str = COMMAND) -> None:

@@ -34,6 +34,7 @@ from raysft.models import experts, fastest
 from raysft.models.attention import used as attention_used
 from raysft.models.base import SpeechModel
 from raysft.models.experts import why_not
+from raysft.models.modality import CONFIG
 from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, determinism, make_strategy
 from raysft.parallel.blocks import blocks
@@ -260,6 +261,9 @@ def _extras(speech_model: SpeechModel, folder: Path) -> dict[str, bytes]:
     found = {}
     if (folder / "config.yaml").is_file():
         found["config.yaml"] = (folder / "config.yaml").read_bytes()
+    if speech_model.routing is not None and speech_model.routing.plan is not None:
+        plan = speech_model.routing.plan.to_json()  # for an adapter: its base knows of none
+        found[f"processor/{CONFIG}.json"] = json.dumps(plan).encode()
     with tempfile.TemporaryDirectory() as scratch:
         speech_model.save_processor(Path(scratch))
         for path in sorted(Path(scratch).rglob("*")):

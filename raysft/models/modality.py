@@ -140,7 +140,7 @@ def plan_of(model: schema.Model, net: PreTrainedModel, encoder: Encoder) -> Plan
 
 def size_of(net: PreTrainedModel, encoder: Encoder) -> int:
     """Token ids there are, once the model has a row for each token of the tokenizer."""
-    return max(len(encoder.tokenizer), net.get_input_embeddings().num_embeddings)
+    return max(len(encoder.tokenizer), vocabulary(net))
 
 
 def _standard(net: PreTrainedModel) -> tuple[Scoring, int, int]:
@@ -282,11 +282,17 @@ def _cover(plan: Plan, net: PreTrainedModel, encoder: Encoder) -> None:
             )
 
 
+def vocabulary(net: PreTrainedModel) -> int:
+    """How many token ids a net has a row for."""
+    size: int = net.config.get_text_config().vocab_size  # peft may stand before its embeddings
+    return size
+
+
 def remember(net: PreTrainedModel, plan: Plan) -> None:
     """Keep `plan` in the config that `net` is saved with, and its tokens without a kind out of what
     it generates: they would have no experts to go to."""
     setattr(net.config, CONFIG, plan.to_json())
-    lacking = np.flatnonzero(plan.table(net.get_input_embeddings().num_embeddings) < 0).tolist()
+    lacking = np.flatnonzero(plan.table(vocabulary(net)) < 0).tolist()
     if lacking and net.can_generate():
         own = net.generation_config.suppress_tokens or []
         net.generation_config.suppress_tokens = sorted({*own, *lacking})

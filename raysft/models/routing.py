@@ -29,7 +29,7 @@ from raysft.data.example import MicroBatch
 from raysft.errors import UserError
 from raysft.models import several_gates
 from raysft.models.layout import Document
-from raysft.models.modality import CONFIG, Plan, kept_plan, read_plan, remember
+from raysft.models.modality import CONFIG, Plan, kept_plan, read_plan, remember, vocabulary
 from raysft.models.router_losses import Weights, losses_of
 from raysft.models.routers import Routed, Scoring, restricted, routers, scoring_of, settings_of
 
@@ -79,7 +79,7 @@ class Routing:
         self.losses: list[torch.Tensor] = []  # of this pass: sums of each router
         self.sequences: torch.Tensor | None = None  # int [T]: the number of a token's sequence
         self.rows = 0  # how many sequences there are
-        size = net.get_input_embeddings().num_embeddings
+        size = vocabulary(net)
         self._numbers = np.zeros(0, np.int8) if plan is None else plan.table(size)
         self._table = torch.from_numpy(self._numbers)
         self._tokens: torch.Tensor | None = None  # int8 [T]: kind, -1: padding

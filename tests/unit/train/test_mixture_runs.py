@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import raysft
 from raysft.config import Config
@@ -333,3 +334,34 @@ def test_keys_that_contradict_a_checkpoint_are_refused(tmp_path: Path) -> None:
         assert again.routing is not None and again.routing.plan is not None
         assert [kind.name for kind in again.routing.plan.kinds] == ["text", "audio"]
         assert routers(again.strategy.module)
+
+
+def test_an_adapter_says_how_the_tokens_of_its_base_are_routed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {k: v for k, v in MODEL["config"].items() if k != "model_type"}
+    base = AutoConfig.for_model("qwen3_moe", **settings, vocab_size=279, eos_token_id=257)
+    AutoModelForCausalLM.from_config(base).save_pretrained(tmp_path / "base")
+    own = {key: value for key, value in model().items() if key != "config"}
+    config = config_of(
+        tmp_path,
+        model={**own, "path": str(tmp_path / "base")},
+        peft={"method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+        train={"max_steps": 2},
+    )
+    job = worlds.start(worlds.resolved(config), World.current())
+    train(job)
+    export_run(job.folder, tmp_path / "adapter")
+    export_run(job.folder, tmp_path / "merged", merge=True)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with pytest.raises(UserError, match="was trained without"):
+        raysft.modality_routing(adapted)
+    raysft.modality_routing(adapted, tmp_path / "adapter")
+    raysft.modality_routing(merged)
+    ids = torch.tensor([[72, 105, *range(UNIT, UNIT + 6), 33]])
+    with torch.no_grad():
+        found = adapted(input_ids=ids).logits
+        torch.testing.assert_close(found, merged(input_ids=ids).logits, rtol=0, atol=1e-5)
+        whole = job.strategy.module.eval().lm(input_ids=ids).logits
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
