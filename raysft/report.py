@@ -132,7 +132,7 @@ def _experts(lines: Sequence[JsonObject], target: Path, title: str) -> None:
 
     lines = lines[len(lines) // 2 :]
     tables = {
-        kind: sum(np.array(line["tokens"][kind], float) for line in lines)
+        kind: np.sum([line["tokens"][kind] for line in lines], 0, dtype=float)
         for kind in lines[-1]["tokens"]
     }
     layers, experts = next(iter(tables.values())).shape

@@ -48,7 +48,7 @@ def contradictions(config: Config) -> list[Mistake]:
         *_peft(config),
         *_experts(config),
         *_optim(config),
-        *_experts(config),
+        *_kinds(config),
     ]
 
 
@@ -253,7 +253,7 @@ def _family_refusal(config: Config) -> list[Mistake]:
     return [] if why is None else [Mistake.of("peft.method", why)]
 
 
-def _experts(config: Config) -> list[Mistake]:
+def _kinds(config: Config) -> list[Mistake]:
     moe, method = config.model.moe, config.peft.method
     found = _Found()
     if moe is None:

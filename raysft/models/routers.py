@@ -11,10 +11,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
+
+from raysft.json_types import JsonObject
 
 GROUPS = ("num_group", "n_group")  # of experts that are chosen before experts are
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -53,10 +55,10 @@ class Restricted:
     values: attributes that have other values.
     """
 
-    def __init__(self, router: nn.Module, rows: slice | torch.Tensor, **values: Any) -> None:
+    def __init__(self, router: nn.Module, rows: slice | torch.Tensor, **values: object) -> None:
         self.__dict__.update(_router=router, _rows=rows, _values=values)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         values = self.__dict__["_values"]
         if name in values:
             return values[name]
@@ -67,11 +69,11 @@ class Restricted:
         return found
 
 
-def settings_of(router: nn.Module, experts: Sequence[int], top_k: int) -> dict[str, Any]:
+def settings_of(router: nn.Module, experts: Sequence[int], top_k: int) -> JsonObject:
     """The attributes of a router of these experts only. Raises ValueError, with the reason, where
     it cannot have them."""
     every: int = router.num_experts  # type: ignore[assignment]
-    found: dict[str, Any] = {"num_experts": len(experts), "top_k": top_k}
+    found: JsonObject = {"num_experts": len(experts), "top_k": top_k}
     if getattr(router, "topk_method", None) == "greedy":
         return found
     for name in GROUPS:
@@ -99,7 +101,7 @@ def settings_of(router: nn.Module, experts: Sequence[int], top_k: int) -> dict[s
 def restricted(
     router: nn.Module,
     rows: slice | torch.Tensor,
-    settings: dict[str, Any],
+    settings: JsonObject,
     hidden: torch.Tensor,
     weight: torch.Tensor | None = None,
 ) -> Routed:
@@ -138,7 +140,7 @@ def scoring_of(router: nn.Module) -> Scoring | None:
 
 
 @torch.no_grad()
-def try_out(router: nn.Module, experts: Sequence[int], settings: dict[str, Any]) -> Routed:
+def try_out(router: nn.Module, experts: Sequence[int], settings: JsonObject) -> Routed:
     """What a router like this one, with random weights, says of eight tokens; of these experts.
 
     Asks neither for its weights, which may not be there yet, nor for its device."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 from raysft.data.example import MicroBatch
 from raysft.errors import UserError
 from raysft.models import several_gates
-from raysft.models.layout import Document
+from raysft.models.layout import Batch, Document
 from raysft.models.modality import CONFIG, Plan, kept_plan, read_plan, remember, vocabulary
 from raysft.models.router_losses import Weights, losses_of
 from raysft.models.routers import Routed, Scoring, restricted, routers, scoring_of, settings_of
@@ -199,7 +198,7 @@ class Routing:
 
     # -- other forward passes than those in training ---------------------------------------------
 
-    def before(self, net: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, net: PreTrainedModel, args: tuple[torch.Tensor, ...], kwargs: Batch) -> None:
         """What is called without `begin` (generation, an exported model): kinds by input_ids."""
         if self._open:
             return
