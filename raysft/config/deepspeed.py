@@ -360,7 +360,7 @@ def read(path: str) -> JsonObject:
     where = f"parallel.deepspeed {path}"
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not text; a NUL in its name
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{where}: cannot be read: {reason}; name a DeepSpeed JSON") from None
 

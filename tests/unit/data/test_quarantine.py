@@ -67,6 +67,7 @@ WITHOUT_A_PATH = {
     ],
     "bad text": ["its text contains <|AUDIO|>, a token that steers the model"],
     "unknown unit": ["unit 100, but there are 100 units"],
+    "no kind": ["token \u00e9 (id 195) is in no group of model.moe.modality"],
     "unknown language": [
         "its language 'xx' is unknown to the tokenizer, which has en, de",
         "its language is 'de', and the model knows English only",

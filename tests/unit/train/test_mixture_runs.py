@@ -29,6 +29,7 @@ from raysft.run.lines import read_lines
 from raysft.train.loads import Loads
 from raysft.train.loop import train
 from tests.support import worlds
+from tests.support.documents import blocks
 from tests.support.mixtures import MIXTURES
 from tests.unit.models.test_routing import PLAN, mixture
 
@@ -91,7 +92,9 @@ def config_of(folder: Path, name: str = "run", **changes: Any) -> Config:
 
 
 @pytest.mark.parametrize("mode", ["packed", "padded"])
-def test_no_token_reaches_experts_of_another_kind_in_a_whole_run(tmp_path: Path, mode: str) -> None:
+def test_no_token_reaches_experts_of_another_kind_in_a_whole_run(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = {"path": str(corpus(tmp_path / "data"))}
     config = config_of(
         tmp_path,
@@ -142,10 +145,13 @@ def test_no_token_reaches_experts_of_another_kind_in_a_whole_run(tmp_path: Path,
     draw(job.folder)
     assert (job.folder / "experts.png").read_bytes()[1:4] == b"PNG"
 
-    export_run(job.folder, tmp_path / "out")
-    assert CONFIG in json.loads((tmp_path / "out" / "config.json").read_text())
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    raysft.modality_routing(again)
+    export_run(job.folder, tmp_path / "exported")
+    assert CONFIG in json.loads((tmp_path / "exported" / "config.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/moe.md", "python")
+    names: dict[str, Any] = {}
+    exec(code.text, names)
+    again = names["net"].eval()
     ids = torch.tensor([[72, 105, *range(UNIT, UNIT + 6), 33]])
     with torch.no_grad():
         torch.testing.assert_close(
