@@ -12,10 +12,11 @@
 
 A file is a JSON list, {"data": [...]}, one object, or an object a line. A clip is a path (a
 relative one begins at the folder of the file), a `data:` URI or base64; of clips beside the text
-there is one for each tag `<audio>`, in order. All turns of the assistant are learnt, or the last
-(`data.supervise`), but for a message that says so itself (`loss`, `weight` or `train`: true, false,
-1, 0). The task is the entry's, or the record's `task`, else chat. `tools` and a message's
-`tool_calls` go to the chat template; other fields are metadata, or refused: see fields.py.
+there is one for each tag `<audio>`, in order; units are written `[Hu7]`. All turns of the assistant
+are learnt, or the last (`data.supervise`), but for a message that says so itself (`loss`, `weight`
+or `train`: true, false, 1, 0). The task is the entry's, or the record's `task`, else chat. `tools`
+and a message's `tool_calls` go to the chat template; other fields are metadata, or refused: see
+fields.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import binascii
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from raysft import paths
@@ -33,6 +34,7 @@ from raysft.data.example import ASSISTANT, Audio, Example, Part, Turn
 from raysft.data.sources.base import id_field, kind, load_record
 from raysft.data.sources.fields import refuse_placeholders, refuse_unread, stated_seconds
 from raysft.data.sources.json_files import JsonFiles, first_records
+from raysft.data.sources.most_json import split_units
 from raysft.errors import BadExample, UserError
 from raysft.json_types import Json, JsonObject
 
@@ -95,10 +97,15 @@ class Messages(JsonFiles):
             task=task or _task(record),
             input=(),
             output=(),
-            text=(learnt[-1].text or None) if learnt else None,
+            text=_text(learnt[-1]) if learnt else None,
             turns=tuple(turns),
             tools=_tools(record.get("tools"), "tools"),
         )
+
+
+def _text(turn: Turn) -> str | None:
+    """What an answer is held against; None where a part of the turn is no text."""
+    return turn.text or None if all(isinstance(part, str) for part in turn.content) else None
 
 
 def _is_conversation(record: JsonObject) -> bool:
@@ -315,14 +322,19 @@ def _tagged(text: str, where: str, clips: _Clips) -> Iterator[Part]:
     """Text cut at its tags, with their clips between."""
     first, *rest = text.split(TAG)
     refuse_placeholders("".join((first, *rest)), where)
-    if first:
-        yield first
+    yield from _with_units(first, where)
     for piece in rest:
         clip = clips.following()
         if clip is not None:
             yield clip
-        if piece:
-            yield piece
+        yield from _with_units(piece, where)
+
+
+def _with_units(text: str, where: str) -> Iterable[Part]:
+    """Text cut at its units, written `[Hu7]` as in the format most_json."""
+    if "[Hu" in text:
+        return split_units(text, where)
+    return (text,) if text else ()
 
 
 def _tools(value: Json, where: str) -> str:

@@ -5,8 +5,8 @@ and its features. Positions are planned from the number of samples; what the pro
 held against it.
 
 Costs what the processor does for a clip of 2 s: 2 to 3 ms (qwen3_asr, granite_speech,
-phi4_multimodal, gemma4), 18 ms where it pads to 30 s (audioflamingo3, glmasr); 0.6 ms for our
-log-mel in place of such 18 ms (qwen2_5_omni).
+phi4_multimodal, gemma4); where it would take 18 ms to pad to 30 s, our log-mel takes 0.6 ms
+(qwen2_5_omni), or 2 ms with the padding (audioflamingo3, musicflamingo, glmasr, voxtral).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -90,7 +91,8 @@ class ProcessorEncoder(Encoder):
             kept=kept,
         )
         tokenizer.chat_template = self.template.source
-        self._log_mel = _log_mel(self._hearing.extractor) if row.silenced else None
+        plain = row.silenced or row.layout == "rows"
+        self._log_mel = _log_mel(self._hearing.extractor) if plain else None
         self.most = row.most(self._processor) if row.most else None
         self._lengths: dict[int, int] = {}
         self._around: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -136,6 +138,8 @@ class ProcessorEncoder(Encoder):
         Raises BadExample where the processor makes more or fewer positions of it than planned.
         """
         assert clip is not None  # units were refused
+        if self._log_mel is not None and self.row.layout == "rows":
+            return self._rows_by_log_mel(self._log_mel, part, clip)
         if self._log_mel is not None:
             return self._by_log_mel(self._log_mel, part, clip)
         made, (text,) = self.processor._process_audio([clip], **self._arguments)
@@ -162,6 +166,27 @@ class ProcessorEncoder(Encoder):
         frames = front_end(clip)[: front_end.frames(len(clip))]
         ids = np.concatenate([before, audio, after])
         return Encoded(ids, len(clip) / self.sample_rate, {FEATURES: frames})
+
+    def _rows_by_log_mel(self, front_end: LogMel, part: Audio | Units, clip: np.ndarray) -> Encoded:
+        """The same of a clip that becomes rows of a chunk each, the last padded with silence."""
+        tokens = self.part_length(part, len(clip), False) - self._more()
+        before, after = next(iter(self._around.values()))
+        ids = np.concatenate([before, np.full(tokens, self.audio_token_id, np.int32), after])
+        size, long = self._hearing.extractor.n_samples, self._hearing.extractor.nb_max_frames
+        pieces = [clip] if self.row.joined else np.split(clip, range(size, len(clip), size))
+        rows, frames = [], []
+        for piece in pieces:
+            count = -(-len(piece) // size)
+            whole = replace(front_end, chunk=count * size)
+            heard = np.pad(piece, (0, max(0, whole.n_fft - len(piece))))
+            shown = whole.pad(whole(heard), count * long)
+            rows.append(shown.reshape(count, long, -1).transpose(0, 2, 1))
+            frames += [whole.frames(len(piece))] if self.row.mask else [long] * count
+        arrays = {
+            FEATURES: np.ascontiguousarray(np.concatenate(rows)),
+            FRAMES: np.array(frames, np.int32),
+        }
+        return Encoded(ids, len(clip) / self.sample_rate, arrays)
 
     def silence(self, samples: int) -> Encoded:
         """What a silent clip of so many samples becomes."""

@@ -121,6 +121,8 @@ class AudioType:
         longest of the batch: it is called for clips shorter than one by length.
     whole: a checkpoint of this type holds the model below this name, and other models beside it;
         whole_net is the class of transformers that has them all.
+    joined: of rows, the features are those of the whole clip, padded to whole chunks, and then
+        cut; else those of each chunk for itself.
     silenced: its processor pads a clip with silence to the extractor's chunk, of which the model
         reads the clip's own frames: our log-mel computes those alone.
     bracketed: the plain template writes the processor's begin and end of audio around a clip.
@@ -147,6 +149,7 @@ class AudioType:
     window: str | None = None
     whole: str | None = None
     whole_net: str = ""
+    joined: bool = False
     silenced: bool = False
     bracketed: bool = False
     markup: str | None = None
@@ -363,6 +366,7 @@ TYPES: dict[str, AudioType] = {
         processor="raysft.families.audio_lm.voxtral:VoxtralProcessor",
         tokens=_voxtral,
         layout="rows",
+        joined=True,
         mask=None,
         markup="[BEGIN_AUDIO][AUDIO]",
         template="raysft.families.audio_lm.voxtral:VoxtralTemplate",

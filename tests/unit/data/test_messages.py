@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from raysft.config.schema import Source
-from raysft.data.example import Audio, Example, Turn
+from raysft.config.schema import Data, Model, Source
+from raysft.data.encode import make_encoder
+from raysft.data.example import Audio, Example, Turn, Units
 from raysft.data.sources import messages, resolve, scan
-from raysft.errors import BadExample
+from raysft.errors import BadExample, UserError
+from tests.support.models import AUDIO, CAUSAL
 
 TOLD = [
     {"role": "system", "content": "Be brief."},
@@ -226,3 +228,37 @@ def test_the_format_is_known_by_its_content_and_faults_name_their_line(
         "talk.json item 2: has 2 <audio> tags and 1 clips in 'audios': write one tag where each "
         "clip is heard"
     )
+
+
+def test_units_in_a_text_are_units() -> None:
+    asked = {"role": "user", "content": "Say it: [Hu3][Hu12] [Hu0]<audio>[Hu1]now"}
+    told = [asked, {"role": "assistant", "content": "[Hu7][Hu2]"}]
+    found = parsed({"messages": told, "audios": ["a.wav"]})
+    clip = Audio("/data/a.wav")
+    assert found.turns[0].content == ("Say it: ", Units((3, 12, 0)), clip, Units((1,)), "now")
+    assert found.turns[1].content == (Units((7, 2)),)
+    assert found.text is None
+    with pytest.raises(BadExample, match=r"'message 1' holds a malformed unit near '\[Hu7'"):
+        parsed({"messages": [{"role": "user", "content": "a [Hu7"}, told[1]]})
+
+
+def test_units_of_conversations_are_their_tokens_and_are_learnt(tmp_path: Path) -> None:
+    told = [
+        {"role": "user", "content": "Again: [Hu3][Hu1]"},
+        {"role": "assistant", "content": "[Hu2]"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "well [Hu0] yes"},
+    ]
+    encoder = make_encoder(
+        Model(tokenizer="bytes", speech_units=4, config=CAUSAL["config"]), Data(), "x"
+    )
+    example = parsed({"messages": told})
+    item = encoder.encode(example, [])
+    units = [t for t in item.input_ids.tolist() if t >= 259]
+    assert [unit - 259 for unit in units] == [3, 1, 2, 0]
+    learnt = item.input_ids[item.labels != -100]
+    assert [t - 259 for t in learnt.tolist() if t >= 259] == [2, 0]
+    assert encoder.measure(example, []) == len(item.input_ids)
+    assert "well " in encoder.tokenizer.decode(learnt)
+    with pytest.raises(UserError, match="audio_lm reads audio, no speech units"):
+        make_encoder(Model(**AUDIO), Data(), "x").encode(example, [])

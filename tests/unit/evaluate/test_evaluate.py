@@ -22,7 +22,7 @@ from raysft.data.index.build import build_index
 from raysft.data.read.reader import Reader, Work
 from raysft.data.text import byte_tokenizer
 from raysft.evaluate.answers import MOST_NEW_TOKENS, limit_for, transcript
-from raysft.evaluate.run import Corpus, answer_lengths, evaluate, prompts_of
+from raysft.evaluate.run import Corpus, answer_lengths, evaluate, last_answer, prompts_of
 from raysft.losses import Term
 from raysft.models.layout import Document
 from raysft.parallel import World
@@ -177,6 +177,14 @@ def test_a_conversation_is_asked_for_its_last_turn_alone(tmp_path: Path) -> None
     shown = encoder.tokenizer.decode(prompt.input_ids.tolist())
     assert "first" in shown and shown.endswith("two?\n")
     assert answer_lengths(batch) == [len("second one")]  # in bytes
+
+
+def test_the_last_of_many_answers_is_behind_the_last_break() -> None:
+    labels = np.array([-100, 5, 6, -100, -100, 7, -100, 8, 9, 3, -100, -100])
+    assert last_answer(labels).tolist() == [8, 9, 3, -100, -100]
+    assert last_answer(labels[:6]).tolist() == [7]
+    assert last_answer(labels[:3]).tolist() == [5, 6]
+    assert last_answer(labels[:1]).tolist() == []
 
 
 # -- length --------------------------------------------------------------------------------------

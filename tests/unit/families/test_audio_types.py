@@ -270,10 +270,15 @@ def test_the_page_has_every_type_and_what_is_refused() -> None:
     assert tried == set(TYPES)
 
 
-def test_our_log_mel_has_the_frames_that_the_processor_keeps(folder: Folder) -> None:
-    encoder = encoder_of(folder("qwen2_5_omni_thinker"))
+@pytest.mark.parametrize(
+    "kind",
+    ["qwen2_5_omni_thinker", "audioflamingo3", "musicflamingo", "glmasr", "voxtral"],
+)
+def test_our_log_mel_has_the_frames_that_the_processor_keeps(kind: str, folder: Folder) -> None:
+    encoder = encoder_of(folder(kind))
     assert encoder._log_mel is not None
-    for samples in (401, 9000, 15999, 31999, 32000):
+    longer = (32001, 32150, 41000, 64000, 70000) if TYPES[kind].layout == "rows" else ()
+    for samples in (1301, 9000, 15999, 31999, 32000, *longer):
         wave = zoo.clip(samples, samples)
         ours = encoder.part_encoded(Audio("x"), wave, None)
         encoder._log_mel, fast = None, encoder._log_mel
@@ -281,6 +286,9 @@ def test_our_log_mel_has_the_frames_that_the_processor_keeps(folder: Folder) -> 
         encoder._log_mel = fast
         assert ours.ids.tolist() == plain.ids.tolist()
         np.testing.assert_allclose(ours.arrays["features"], plain.arrays["features"], atol=1e-4)
+        assert ours.arrays.keys() == plain.arrays.keys()
+        for counted in ours.arrays.keys() - {"features"}:
+            assert ours.arrays[counted].tolist() == plain.arrays[counted].tolist()
 
 
 def test_a_processor_that_does_not_hear_is_refused(folder: Folder, tmp_path: Path) -> None:
