@@ -10,7 +10,7 @@ What a batch holds (int64 but for the masks; R rows of L positions, M supervised
     documents int32 [n + 1]            packed: cumulative document lengths (R = 1)
     attention_mask [R, L]              padded: 1 where there is a token
     keep, targets, tasks [M]           flat position that predicts, token to predict, task number
-    kinds int8 [R, L]                  of a mixture of experts: kind of token, -1 where none counts
+    kinds int8 [R, L]                  of a mixture of experts: kind of token, < 0: not counted
     input_features [C, mels, F], feature_attention_mask [C, F]   audio_lm: one row a clip
     input_features [R, mels, F], decoder_input_ids [R, L]   seq2seq: a clip a row, no input_ids
 """
@@ -186,11 +186,11 @@ class SpeechModel(ABC):
         batch["tasks"] = ints(np.concatenate([np.zeros(0), *tasks]))
         if self.routing is not None:
             counted = [
-                (document, int(offset))
+                (int(offset), len(document.input_ids))
                 for document, offset in zip(documents, offsets, strict=True)
                 if id(document) in real
             ]
-            batch["kinds"] = self.routing.laid_out(counted, tokens_of(batch).shape)
+            batch["kinds"] = self.routing.laid_out(tokens_of(batch).numpy(), counted)
         return batch | self.features(documents)
 
     def dummy(self) -> Batch:

@@ -106,8 +106,10 @@ def skeleton(model: schema.Model) -> PreTrainedModel:
     if model.path is None:
         config = make_config(model.config or {})
     else:
+        # A class for a part of a checkpoint knows where in it its config is.
+        configs = AutoConfig if hasattr(auto, "from_config") else auto.config_class
         try:
-            config = AutoConfig.from_pretrained(model.path, **model.hub)
+            config = configs.from_pretrained(model.path, **model.hub)
         except (OSError, ValueError) as error:
             raise UserError(f"model.path {model.path}: {line_of(error)}") from error
     try:

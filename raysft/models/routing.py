@@ -14,7 +14,6 @@ Cost: the rows of a router's weight are multiplied once, as ever; the choice is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel
 from raysft.data.example import MicroBatch
 from raysft.errors import UserError
 from raysft.models import several_gates
-from raysft.models.layout import Batch, Document
+from raysft.models.layout import Batch
 from raysft.models.modality import CONFIG, Plan, kept_plan, read_plan, remember, vocabulary
 from raysft.models.router_losses import Weights, losses_of
 from raysft.models.routers import Routed, Scoring, restricted, routers, scoring_of, settings_of
@@ -81,7 +80,7 @@ class Routing:
         size = vocabulary(net)
         self._numbers = np.zeros(0, np.int8) if plan is None else plan.table(size)
         self._table = torch.from_numpy(self._numbers)
-        self._tokens: torch.Tensor | None = None  # int8 [T]: kind, -1: padding
+        self._tokens: torch.Tensor | None = None  # int8 [T]: kinds, see `begin`
         self._open = self.training = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Routing:
@@ -94,14 +93,20 @@ class Routing:
         """Numbers of the kinds of token ids, int8; -1: of none."""
         return np.zeros(ids.shape, np.int8) if self.plan is None else self._numbers[ids]
 
-    def laid_out(
-        self, documents: Sequence[tuple[Document, int]], shape: Sequence[int]
-    ) -> torch.Tensor:
-        """Kinds int8 [R, L] of documents, each with the flat position where it begins."""
-        flat = np.full(math.prod(shape), -1, np.int8)
-        for document, offset in documents:
-            flat[offset : offset + len(document.input_ids)] = self.kinds_of(document.input_ids)
-        return torch.from_numpy(flat.reshape(tuple(shape)))
+    def laid_out(self, ids: np.ndarray, counted: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Kinds int8 of rows of ids [R, L]; -1 - kind where nothing is counted.
+
+        counted: first flat position and length of each document that counts. Raises ValueError for
+        a token of none in one of these.
+        """
+        kinds = self.kinds_of(ids).flatten()
+        flat = -1 - kinds.clip(0)  # padding goes where it would go, and is not looked at
+        for offset, length in counted:
+            flat[offset : offset + length] = own = kinds[offset : offset + length]
+            if (own < 0).any():
+                wrong = ids.flatten()[offset : offset + length][own < 0][0]
+                raise ValueError(f"token {wrong} is in no group of model.moe.modality")
+        return torch.from_numpy(flat.reshape(ids.shape))
 
     def counts(self, mb: MicroBatch) -> dict[str, float]:
         """What the losses of the routers are divided by, of a micro-batch."""
@@ -116,7 +121,7 @@ class Routing:
     def begin(
         self, kinds: torch.Tensor, training: bool = False, ends: torch.Tensor | None = None
     ) -> None:
-        """A forward pass begins. kinds: int8 [R, L], -1 where nothing is counted.
+        """A forward pass begins. kinds: int8 [R, L], -1 - kind where nothing is counted.
 
         training: count, and take losses. ends: of the documents of a packed row, from 0 on; else a
         row is a sequence.
@@ -141,7 +146,7 @@ class Routing:
         return self._open
 
     def tokens(self, count: int, device: torch.device) -> torch.Tensor:
-        """Kinds of the tokens that a router is given, int64 [count]; -1: padding."""
+        """Kinds of the tokens that a router is given, int64 [count]; -1 - kind: not counted."""
         found = self._tokens
         if found is not None and len(found) == count:
             return found.to(device).long()
@@ -242,7 +247,9 @@ class Router:
             return type(self.router).forward(self.router, hidden)
         kinds, mass = self.routing.tokens(len(hidden), hidden.device), None
         if self.parts:
-            found, mass = self._by_kind(hidden, kinds.clamp(min=0).unsqueeze(1))
+            found, mass = self._by_kind(
+                hidden, torch.where(kinds < 0, -1 - kinds, kinds).unsqueeze(1)
+            )
         else:
             found = type(self.router).forward(self.router, hidden)
         if watched:
@@ -370,4 +377,5 @@ def restore(net: nn.Module, folder: str | None = None) -> None:
         return
     attach(own, plan)
     if plan.several:
-        several_gates.load(own, folder or own.config._name_or_path, {})
+        places = [folder, *(part.config._name_or_path for part in [own, *parts])]
+        several_gates.load(own, next(place for place in places if place), {})

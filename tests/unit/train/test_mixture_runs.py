@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen3OmniMoeForConditionalGeneration,
+)
 
 import raysft
 from raysft.config import Config
@@ -28,6 +34,7 @@ from raysft.report import draw
 from raysft.run.lines import read_lines
 from raysft.train.loads import Loads
 from raysft.train.loop import train
+from tests.support import audio_zoo as zoo
 from tests.support import worlds
 from tests.support.documents import blocks
 from tests.support.mixtures import MIXTURES
@@ -91,6 +98,33 @@ def config_of(folder: Path, name: str = "run", **changes: Any) -> Config:
     return validate(tree, "test")
 
 
+def watched(
+    net: Any, is_audio: Callable[[torch.Tensor], torch.Tensor], first: int
+) -> dict[str, list[int]]:
+    """Look at every token that goes to experts of `net` from here on: an audio token to those from
+    `first` on, another one to those before. Returns tokens of text and audio, of every layer."""
+    given: list[torch.Tensor] = []
+    seen = {"training": [0, 0], "evaluation": [0, 0], "generation": [0, 0]}
+
+    def embedded(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        given[:] = [args[0]]
+
+    def sent(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        experts, audio = args[1], is_audio(given[0]).flatten()
+        assert ((experts >= first).all(1) == audio).all()
+        assert ((experts < first).all(1) == ~audio).all()
+        when = "training" if module.training else "evaluation"
+        when = "generation" if given[0].shape[1] == 1 else when
+        seen[when][0] += int((~audio).sum())
+        seen[when][1] += int(audio.sum())
+
+    net.get_input_embeddings().register_forward_pre_hook(embedded)
+    for name, module in net.named_modules():
+        if name.endswith("mlp.experts"):
+            module.register_forward_pre_hook(sent)
+    return seen
+
+
 @pytest.mark.parametrize("mode", ["packed", "padded"])
 def test_no_token_reaches_experts_of_another_kind_in_a_whole_run(
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
@@ -105,23 +139,7 @@ def test_no_token_reaches_experts_of_another_kind_in_a_whole_run(
     )
     job = worlds.start(worlds.resolved(config), World.current())
     net = job.strategy.module.lm
-    given: list[torch.Tensor] = []
-    seen = {"training": [0, 0], "evaluation": [0, 0], "generation": [0, 0]}
-
-    def embedded(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        given[:] = [args[0]]
-
-    def sent(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        experts, audio = args[1], (given[0] >= UNIT).flatten()
-        assert ((experts >= 4).all(1) == audio).all() and ((experts < 4).all(1) == ~audio).all()
-        when = "training" if module.training else "evaluation"
-        when = "generation" if given[0].shape[1] == 1 else when
-        seen[when][0] += int((~audio).sum())
-        seen[when][1] += int(audio.sum())
-
-    net.get_input_embeddings().register_forward_pre_hook(embedded)
-    for layer in net.model.layers:
-        layer.mlp.experts.register_forward_pre_hook(sent)
+    seen = watched(net, lambda ids: ids >= UNIT, 4)
     train(job)
     for when, counts in seen.items():
         assert all(counts) or (when == "generation" and any(counts)), seen
@@ -157,6 +175,54 @@ def test_no_token_reaches_experts_of_another_kind_in_a_whole_run(
         torch.testing.assert_close(
             again(input_ids=ids).logits, net.eval()(input_ids=ids).logits, rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("start", [None, "one_router"], ids=["one router", "a router each"])
+def test_positions_of_clips_are_a_kind(tmp_path: Path, start: str | None) -> None:
+    base = zoo.save_whole("qwen3_omni_moe", tmp_path / "base")
+    lines = []
+    for number in range(6):
+        soundfile.write(tmp_path / f"{number}.wav", zoo.clip(4000 + 900 * number, number), 16000)
+        line = {"task_type": "asr", "wav_path": str(tmp_path / f"{number}.wav"), "text": "one two"}
+        lines.append(json.dumps(line) + "\n")
+    (tmp_path / "clips.jsonl").write_text("".join(lines))
+    data = [{"path": str(tmp_path / "clips.jsonl")}]
+    groups: dict[str, Any] = {"text": {"ids": "rest"}, "audio": {"ids": "audio"}}
+    if start is None:
+        groups["text"]["experts"], groups["audio"]["experts"] = "0-1", "2-3"
+    config = config_of(
+        tmp_path,
+        model={"path": str(base), "moe": {"modality": {"groups": groups, "from": start}}},
+        data={"train": data, "eval": data, "tokens_per_batch": 150},
+        evaluate={"max_new_tokens": 3},
+        train={"max_steps": 3, "gradient_checkpointing": True},
+    )
+    job = worlds.start(worlds.resolved(config), World.current())
+    net = job.strategy.module.lm
+    audio_id = net.config.audio_token_id
+    seen = None if start else watched(net, lambda ids: ids == audio_id, 2)
+    before = {
+        name: weight.clone() for name, weight in net.named_parameters() if ".mlp.gate." in name
+    }
+    train(job)
+    if seen is not None:
+        assert all(all(seen[when]) for when in ("training", "evaluation"))
+        assert seen["generation"][0] and not seen["generation"][1]
+    after = dict(net.named_parameters())
+    assert not any(
+        torch.equal(after[name], weight) for name, weight in before.items() if ".mlp." in name
+    )
+    if start:
+        gate = next(name for name in before if ".by_kind." not in name).removesuffix(".weight")
+        assert not torch.equal(after[f"{gate}.weight"], after[f"{gate}.by_kind.audio"])
+    export_run(job.folder, tmp_path / "out")
+    kind = Qwen3OmniMoeForConditionalGeneration
+    whole = kind.from_pretrained(tmp_path / "out").eval()
+    raysft.modality_routing(whole)
+    ids = torch.tensor([[5, audio_id, audio_id, 7, 9]])
+    with torch.no_grad():  # the embeddings of two positions of a clip, as they would be without it
+        found = whole.thinker(input_ids=ids).logits
+        torch.testing.assert_close(found, net.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
 def test_workers_and_a_kill_change_nothing_of_what_is_told(tmp_path: Path) -> None:
