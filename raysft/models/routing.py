@@ -377,5 +377,6 @@ def restore(net: nn.Module, folder: str | None = None) -> None:
         return
     attach(own, plan)
     if plan.several:
-        places = [folder, *(part.config._name_or_path for part in [own, *parts])]
+        # The outermost knows where it was loaded from; a part's config, from where it once was.
+        places = [folder, *(part.config._name_or_path for part in parts)]
         several_gates.load(own, next(place for place in places if place), {})
