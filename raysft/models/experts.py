@@ -65,7 +65,7 @@ class LowRank(nn.Module):
     def forward(self, rows: torch.Tensor, product: Callable[..., torch.Tensor]) -> torch.Tensor:
         """The update's share of the output, for rows [S, in] sorted by expert."""
         rows = F.dropout(rows, self.dropout, self.training)
-        return product(product(rows, self.A.mT), self.B.mT) * self.scale
+        return product(product(rows, self.A.mT) * self.scale, self.B.mT)
 
     def delta(self, expert: int) -> torch.Tensor:
         """What is added to the matrix [out, in] of one expert."""
@@ -156,7 +156,7 @@ def _forward(
         if self.has_bias:
             out = out + getattr(self, f"{name}_bias").to(dtype)[own_ids]
         if name in updates:
-            out = out + updates[name](rows, times)
+            out.add_(updates[name](rows, times))  # no product keeps its output
         return out if others is None else out.masked_fill(others, 0.0)
 
     updates = getattr(self, "lora", {})
