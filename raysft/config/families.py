@@ -18,6 +18,7 @@ from raysft.errors import UserError
 
 AUTO = "auto"  # model.family: by the model's type
 CAUSAL_LM = "AutoModelForCausalLM"
+_UNTRIED = "a large mixture of experts that has not been tried on clips here"
 _STREAM = "it hears step by step beside its text, not in place of tokens"
 REMEDIES = ("lora", "adalora", "ia3")  # peft.method to name instead of one that cannot be had
 
@@ -191,7 +192,11 @@ register(
             "kyutai_speech_to_text": _STREAM,
             "vibevoice_asr": "its dialogues say in text how many seconds a clip has, and its "
             "encoder draws noise for each clip",
-            "nemo_speechlm": "it has not been tried on clips here",
+            "nemo_speechlm": "its encoder adds to each frame who speaks, decided by a threshold, "
+            "and its Mamba layers carry a state from one document to the next",
+            "muse_spark": _UNTRIED,
+            "dots3_note": _UNTRIED,
+            "inkling_mm_model": _UNTRIED,
             "nemotron_h_omni": "its Mamba layers carry a state from one document to the next",
         },
         hears=True,

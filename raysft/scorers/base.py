@@ -90,6 +90,41 @@ class Scorer:
     signature: Callable[[Settings, str], str] | None = None
 
 
+TRANSLATED = ("translation", "st", "s2tt", "captioning")  # tasks of many right answers
+
+
+class Metric(Protocol):
+    """What is asked of a metric of sacrebleu."""
+
+    def corpus_score(self, hypotheses: list[str], references: list[list[str]]) -> object: ...
+
+    def get_signature(self) -> object: ...
+
+
+def signature_of(metric: Metric) -> str:
+    """How sacrebleu made its figures."""
+    metric.corpus_score(["a"], [["a"]])  # how many references there are is told by a score only
+    return str(metric.get_signature())
+
+
+def share_of_right(
+    name: str, figure: str, tasks: tuple[str, ...], same: Callable[[str, str, Settings], bool]
+) -> Scorer:
+    """The share of answers that are their references. same: (answer, reference, settings)."""
+
+    def count(answers: Sequence[Answer], settings: Settings) -> Sums:
+        right = sum(same(one.hypothesis, one.reference, settings) for one in answers)
+        return {"right": right, "answers": len(answers)}
+
+    return Scorer(
+        name,
+        (Figure(figure, "percent", better="max"),),
+        count,
+        lambda sums: {figure: sums["right"] / sums["answers"]},
+        tasks=tasks,
+    )
+
+
 def added(parts: Iterable[Sums]) -> Sums:
     """The sums of all parts, each name's values added in their order."""
     total: Sums = {}

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from raysft.errors import UserError
-from raysft.scorers.base import Answer, Figure, Scorer, Settings, Sums
+from raysft.scorers.base import TRANSLATED, Answer, Figure, Scorer, Settings, Sums, signature_of
 
 if TYPE_CHECKING:
     from sacrebleu.metrics import BLEU
@@ -65,9 +65,7 @@ def _result(sums: Sums) -> dict[str, float]:
 
 
 def _signature(settings: Settings, source: str) -> str:
-    used = metric(tokenizer_of(settings, source))
-    used.corpus_score(["a"], [["a"]])  # how many references there are is told by a score only
-    return str(used.get_signature())
+    return signature_of(metric(tokenizer_of(settings, source)))
 
 
 SCORER = Scorer(
@@ -75,6 +73,6 @@ SCORER = Scorer(
     (Figure("bleu", better="max"),),
     _count,
     _result,
-    tasks=("translation", "st", "s2tt", "captioning"),
+    tasks=TRANSLATED,
     signature=_signature,
 )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from raysft.scorers.base import Answer, Figure, Scorer, Settings, Sums
+from raysft.scorers.base import TRANSLATED, Answer, Figure, Scorer, Settings, Sums, signature_of
 
 if TYPE_CHECKING:
     from sacrebleu.metrics import CHRF
@@ -38,17 +38,11 @@ def _result(sums: Sums) -> dict[str, float]:
     return {"chrf": _metric()._compute_f_score([sums[kind] for kind in _KINDS])}
 
 
-def _signature(settings: Settings, source: str) -> str:
-    used = _metric()
-    used.corpus_score(["a"], [["a"]])  # how many references there are is told by a score only
-    return str(used.get_signature())
-
-
 SCORER = Scorer(
     "chrf",
     (Figure("chrf", better="max"),),
     _count,
     _result,
-    tasks=("translation", "st", "s2tt", "captioning"),
-    signature=_signature,
+    tasks=TRANSLATED,
+    signature=lambda settings, source: signature_of(_metric()),
 )

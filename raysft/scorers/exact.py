@@ -3,20 +3,11 @@ words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from raysft.scorers.base import share_of_right
 
-from raysft.scorers.base import Answer, Figure, Scorer, Settings, Sums
-
-
-def _count(answers: Sequence[Answer], settings: Settings) -> Sums:
-    right = sum(answer.hypothesis.split() == answer.reference.split() for answer in answers)
-    return {"right": right, "answers": len(answers)}
-
-
-SCORER = Scorer(
+SCORER = share_of_right(
     "exact",
-    (Figure("exact_match", "percent", better="max"),),
-    _count,
-    lambda sums: {"exact_match": sums["right"] / sums["answers"]},
-    tasks=("qa", "question_answering"),
+    "exact_match",
+    ("qa", "question_answering"),
+    lambda answer, reference, settings: answer.split() == reference.split(),
 )
