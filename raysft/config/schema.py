@@ -258,6 +258,11 @@ class Parallel(Section):
     replicate: Free[PositiveInt] = Field(
         1, description="fsdp: copies of the model; each is sharded over workers / replicate (HSDP)"
     )
+    ep_size: Free[PositiveInt | None] = Field(
+        None,
+        description="ep: workers that hold all experts of a mixture between them; divides the "
+        "workers and the experts; default: as many of a node's as do",
+    )
     offload: Free[Literal["none", "optimizer", "parameters"]] = Field(
         "none",
         description="what lies in host memory between uses; optimizer: its state (zero1 to zero3); "

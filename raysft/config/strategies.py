@@ -108,7 +108,13 @@ _ROWS = (
     _zero(1, ("moments",), ("optimizer",)),
     _zero(2, ("gradients", "moments"), ("optimizer",)),
     _zero(3, _ALL, ("optimizer", "parameters"), synced=True),
-    StrategyTraits("ep", ("experts",), refuses=(_no_qlora("ep"),)),
+    StrategyTraits(
+        "ep",
+        (*_ALL, "experts"),
+        synced=True,
+        refuses=(_no_qlora("ep"),),
+        implementation="raysft.parallel.ep:Ep",
+    ),
 )
 STRATEGIES: dict[str, StrategyTraits] = {row.name: row for row in _ROWS}
 

@@ -49,9 +49,16 @@ class Fsdp(Native):
         self._whole = _adapters(module) if config.peft.method == "adalora" else []
         if self._whole:
             settings["ignored_params"] = set(self._whole)
+        self.shard_experts(config, module, world, settings)
         for block in blocks(module):
             fully_shard(block, **settings)
         super().__init__(config, cast(nn.Module, fully_shard(module, **settings)), world)
+
+    def shard_experts(
+        self, config: Config, module: nn.Module, world: World, settings: JsonObject
+    ) -> None:
+        """Shard what is not sharded over all workers, before the blocks are. settings: of
+        `fully_shard`."""
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

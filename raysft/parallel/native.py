@@ -59,7 +59,7 @@ class Native:
         """See `Strategy.step`. The norm is the same on every worker, and so is what it decides."""
         self.reduce()
         gradients = [p.grad for p in self._trainable if p.grad is not None]
-        norm = _norm(gradients) / self._scale.value
+        norm = self.norm(gradients) / self._scale.value
         finite = math.isfinite(norm)
         if finite:
             factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
@@ -78,12 +78,16 @@ class Native:
         """See `Strategy.drop`."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def norm(self, gradients: list[torch.Tensor]) -> float:
+        """Of the whole gradient. gradients: what this worker has of it; a collective."""
+        return math.sqrt(squares(gradients))
+
     def reduce(self) -> None:
         """Average what the wrapper has not averaged in the last turn."""
 
     def state(self) -> State:
         """See `Strategy.state`; sharded tensors stay sharded."""
-        return {"model": self._weights(), "optim": self._moments()["state"]}
+        return self._state()
 
     def facts(self) -> JsonObject:
         """The loss scale."""
@@ -91,7 +95,7 @@ class Native:
 
     def load(self, read: Callable[[State], None], weights_only: bool = False) -> None:
         """See `Strategy.load`."""
-        state = {"model": self._weights()} if weights_only else self.state()
+        state = {"model": self._weights()} if weights_only else self._state()
         read(state)
         options = StateDictOptions(strict=not self._adapters_only)
         set_model_state_dict(self.module, state["model"], options=options)
@@ -102,6 +106,9 @@ class Native:
     def load_facts(self, facts: JsonObject) -> None:
         """See `Strategy.load_facts`."""
         self._scale.load(facts["loss_scale"])
+
+    def _state(self) -> State:
+        return {"model": self._weights(), "optim": self._moments()["state"]}
 
     def _moments(self) -> State:
         unmoved = not self.optimizer.state
@@ -125,16 +132,17 @@ class Native:
         return {name: found[name] for name in names}
 
 
-def _norm(gradients: list[torch.Tensor]) -> float:
-    """Over all shards of all gradients; plain ones are whole on every worker."""
-    squares = 0.0
+def squares(gradients: list[torch.Tensor]) -> float:
+    """The sum of squares over all shards of gradients; plain ones are whole on every worker, and
+    sharded ones are on one mesh."""
+    found = 0.0
     for sharded in (True, False):
         of_kind = [g for g in gradients if isinstance(g, DTensor) is sharded]
         if of_kind:
             norm = nn.utils.get_total_norm(of_kind)
             total = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            squares += total.double().item() ** 2
-    return math.sqrt(squares)
+            found += total.double().item() ** 2
+    return found
 
 
 def plain(name: str) -> str:

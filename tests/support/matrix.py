@@ -77,6 +77,8 @@ def write_gradient(job: Job) -> None:
             from deepspeed.utils import safe_get_full_grad
 
             gradient = safe_get_full_grad(parameter)
+        if job.config.parallel.strategy == "ep":
+            gradient = job.strategy.of_all(name, gradient)
         whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
         found[name.removeprefix("module.")] = whole.detach().cpu().contiguous()
     job.stream.close()

@@ -1,0 +1,116 @@
+"""ep: expert parallelism. Workers share the experts of a mixture, and exchange tokens for them.
+
+All else is sharded by FSDP2 over all workers, as in `fsdp`. Of an expert a worker has all or
+nothing while it computes, so that a step moves tokens instead of weights: each (token, expert) goes
+to the worker that has the expert, and its output comes back. Each expert's gradient is then that of
+all tokens that its group sent; summed over the groups and divided by the number of workers it is
+the mean over workers, as every other gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from raysft.config.schema import Config
+from raysft.errors import UserError
+from raysft.json_types import JsonObject
+from raysft.models.experts import experts_of
+from raysft.parallel.experts import ExpertGroups
+from raysft.parallel.fsdp import Fsdp
+from raysft.parallel.native import squares
+from raysft.parallel.strategy import State
+from raysft.parallel.world import World
+
+
+class Ep(Fsdp):
+    """FSDP2 for what all tokens pass; experts in groups of `parallel.ep_size` workers."""
+
+    _groups: ExpertGroups
+    _experts: frozenset[str]  # names of what is theirs, in the wrapped module
+
+    def shard_experts(
+        self, config: Config, module: nn.Module, world: World, settings: JsonObject
+    ) -> None:
+        """Give each worker its experts, sharded among the workers that have the same ones."""
+        found = experts_of(module)
+        size = ep_size(
+            config.parallel.ep_size, world.size, sorted({e.num_experts for _, e in found})
+        )
+        self._groups = ExpertGroups(size, world)
+        names = set()
+        for name, experts in found:
+            names |= {f"{name}.{own}" for own, _ in experts.named_parameters()}
+            self._groups.share(experts)
+            if world.device.type != "cpu":
+                experts.to(world.device)
+            sharded: FSDPModule = fully_shard(
+                experts, **{**settings, "mesh": self._groups.mesh["copies"]}
+            )
+            sharded.set_gradient_divide_factor(float(world.size))
+            if self._groups.copies > 1:
+                # As a sum, divided here: gloo has no sum that divides, and NCCL's in bf16 is wrong.
+                sharded.set_force_sum_reduction_for_comms(True)
+        self._experts = frozenset(names)
+
+    def norm(self, gradients: list[torch.Tensor]) -> float:
+        """See `Native.norm`: that of the experts is summed over their group."""
+        theirs = {id(p.grad) for name, p in self.module.named_parameters() if name in self._experts}
+        ours = [g for g in gradients if id(g) in theirs]
+        found = torch.tensor(squares(ours), dtype=torch.float64, device=self.world.device)
+        total = float(self._groups.sum(found))
+        return math.sqrt(total + squares([g for g in gradients if id(g) not in theirs]))
+
+    def state(self) -> State:
+        """See `Strategy.state`; what all experts have is one tensor, cut along the experts."""
+        return self._of_all_in(super().state())
+
+    def load(self, read: Callable[[State], None], weights_only: bool = False) -> None:
+        """See `Strategy.load`."""
+        super().load(lambda state: read(self._of_all_in(state)), weights_only)
+
+    def of_all(self, name: str, part: object) -> object:
+        """What belongs to a parameter, of all experts where it is theirs: in the same memory.
+
+        part: a tensor of the parameter's shape, or a dictionary of such and of others.
+        """
+        if isinstance(part, dict):
+            return {key: self.of_all(name, value) for key, value in part.items()}
+        theirs = name in self._experts and isinstance(part, DTensor)
+        return self._groups.whole(part) if theirs else part
+
+    def _of_all_in(self, state: State) -> State:
+        return {
+            section: {name: self.of_all(name, part) for name, part in parts.items()}
+            for section, parts in state.items()
+        }
+
+
+def ep_size(asked: int | None, workers: int, experts: list[int]) -> int:
+    """How many workers hold all experts between them. experts: of each layer, without repetition.
+
+    asked: `parallel.ep_size`; None: the most of a node's workers that divide all of these. Raises
+    UserError where it does not divide, naming what would.
+    """
+    every = math.gcd(workers, *experts)
+    fits = [size for size in range(1, every + 1) if every % size == 0]
+    if asked is None:
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", workers))
+        return max(size for size in fits if node % size == 0)
+    if asked not in fits:
+        raise UserError(
+            f"parallel.ep_size: {asked} workers cannot hold {_listed(experts)} experts between "
+            f"them, of {workers} workers in all: it has to divide both; "
+            f"{_listed(fits)} would"
+        )
+    return asked
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" or " if numbers[1:] else "") + str(numbers[-1])
