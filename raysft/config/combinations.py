@@ -13,7 +13,7 @@ from raysft.config.deepspeed import wrong_stage
 from raysft.config.families import AUTO, named, owner
 from raysft.config.modality import read_groups
 from raysft.config.schema import Config, Optim, Peft, Section
-from raysft.config.strategies import StrategyTraits, names, traits_of
+from raysft.config.strategies import names, traits_of
 from raysft.errors import Mistake
 from raysft.json_types import JsonObject
 
@@ -118,12 +118,27 @@ def _strategy(config: Config) -> list[Mistake]:
     found = _Found()
     parallel, strategy = config.parallel, config.parallel.strategy
     traits = traits_of(strategy)
-    if "experts" in traits.shards and (why := _no_experts(traits, config.model.config)):
+    settings = config.model.config
+    if "experts" in traits.shards and settings and not any(key in settings for key in EXPERTS):
         found.add(
             "parallel.strategy",
             f"{strategy} shares the experts of a mixture among workers, but "
-            f"{why}; use fsdp or zero3",
+            f"{settings.get('model_type')} has none (of {', '.join(EXPERTS)}, none is set); "
+            "use fsdp or zero3",
         )
+    if (size := parallel.ep_size) is not None:
+        if "experts" not in traits.shards:
+            able = names(lambda other: "experts" in other.shards)
+            found.add(
+                "parallel.ep_size",
+                f"only {' or '.join(able)} shares experts, not parallel.strategy: {strategy}",
+            )
+        elif parallel.elastic or parallel.max_workers % size:
+            found.add(
+                "parallel.ep_size",
+                f"{size} workers with all experts between them need a fixed number of workers that "
+                f"is a multiple of it, not parallel.workers: {parallel.workers}",
+            )
     if parallel.replicate > 1:
         if not traits.replicates:
             able = names(lambda other: other.replicates)
@@ -160,13 +175,6 @@ def _strategy(config: Config) -> list[Mistake]:
         if attrgetter(refusal.key)(config) == refusal.value:
             found.add(refusal.key, refusal.why)
     return found
-
-
-def _no_experts(traits: StrategyTraits, settings: JsonObject | None) -> str | None:
-    """Why a model's experts cannot be shared. settings: of model.config."""
-    if settings is not None and not any(key in settings for key in EXPERTS):
-        return f"{settings.get('model_type')} has none (of {', '.join(EXPERTS)}, none is set)"
-    return None if traits.available else "it is not available yet"
 
 
 def _experts(config: Config) -> list[Mistake]:

@@ -34,7 +34,7 @@ class StrategyTraits:
     `parallel.offload` it goes with. synced: its forward pass is a collective: each worker has to
     enter it as often as the others. replicates: goes with `parallel.replicate`. stage: of
     DeepSpeed's ZeRO; None: it is not DeepSpeed's. implementation: "module:Class" of its class,
-    made of (config, module, world); None: only its name is there yet.
+    made of (config, module, world); `register` may be told it beside the row.
     """
 
     name: str
@@ -45,11 +45,6 @@ class StrategyTraits:
     stage: int | None = None
     refuses: tuple[Refusal, ...] = ()
     implementation: str | None = None
-
-    @property
-    def available(self) -> bool:
-        """Whether there is a class of it."""
-        return self.implementation is not None
 
 
 def _zero(
@@ -112,7 +107,19 @@ _ROWS = (
         "ep",
         (*_ALL, "experts"),
         synced=True,
-        refuses=(_no_qlora("ep"),),
+        refuses=(
+            _no_qlora("ep"),
+            Refusal(
+                "optim.optimizer",
+                "adamw8bit",
+                "adamw8bit keeps no plain tensors, which ep shares; use fsdp, or adamw",
+            ),
+            Refusal(
+                "train.compile",
+                True,
+                "the exchange of tokens is not compiled; use fsdp, or leave compile out",
+            ),
+        ),
         implementation="raysft.parallel.ep:Ep",
     ),
 )

@@ -20,6 +20,7 @@ import numpy as np
 
 from raysft import hub, paths, patience
 from raysft.config import Config, places
+from raysft.config.strategies import traits_of
 from raysft.data import sources
 from raysft.data.clips import speech_tokens
 from raysft.data.clips.audio import Limits, load
@@ -154,7 +155,12 @@ def _check_evaluation_data(config: Config) -> None:
 
 
 def _check_names(config: Config, encoder: Encoder | None = None, total_steps: int = 0) -> None:
-    """Look names of layers and parameters up in the model, without its weights."""
+    """Look names of layers and parameters up in the model, without its weights, and its experts."""
+    if "experts" in traits_of(config.parallel.strategy).shards:
+        from raysft.models.loading import skeleton
+        from raysft.parallel import ep  # torch: only where it is needed
+
+        ep.check(config.parallel, skeleton(config.model))
     if config.model.moe is not None:
         from raysft.models import experts
         from raysft.models.loading import skeleton

@@ -12,17 +12,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from raysft.config.schema import Config
+from raysft.config.schema import Config, Parallel
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.models.experts import experts_of
-from raysft.parallel.experts import ExpertGroups
+from raysft.parallel.experts import ExpertGroups, number_of
 from raysft.parallel.fsdp import Fsdp
 from raysft.parallel.native import squares
 from raysft.parallel.strategy import State
@@ -39,17 +40,12 @@ class Ep(Fsdp):
         self, config: Config, module: nn.Module, world: World, settings: JsonObject
     ) -> None:
         """Give each worker its experts, sharded among the workers that have the same ones."""
-        found = experts_of(module)
-        size = ep_size(
-            config.parallel.ep_size, world.size, sorted({e.num_experts for _, e in found})
-        )
+        size = ep_size(config.parallel.ep_size, world.size, _numbers(module))
         self._groups = ExpertGroups(size, world)
         names = set()
-        for name, experts in found:
-            names |= {f"{name}.{own}" for own, _ in experts.named_parameters()}
+        for name, experts in experts_of(module):
             self._groups.share(experts)
-            if world.device.type != "cpu":
-                experts.to(world.device)
+            names |= {f"{name}.{own}" for own, _ in experts.named_parameters()}
             sharded: FSDPModule = fully_shard(
                 experts, **{**settings, "mesh": self._groups.mesh["copies"]}
             )
@@ -61,7 +57,8 @@ class Ep(Fsdp):
 
     def norm(self, gradients: list[torch.Tensor]) -> float:
         """See `Native.norm`: that of the experts is summed over their group."""
-        theirs = {id(p.grad) for name, p in self.module.named_parameters() if name in self._experts}
+        named = cast(nn.Module, self.module).named_parameters()
+        theirs = {id(p.grad) for name, p in named if name in self._experts}
         ours = [g for g in gradients if id(g) in theirs]
         found = torch.tensor(squares(ours), dtype=torch.float64, device=self.world.device)
         total = float(self._groups.sum(found))
@@ -82,14 +79,32 @@ class Ep(Fsdp):
         """
         if isinstance(part, dict):
             return {key: self.of_all(name, value) for key, value in part.items()}
-        theirs = name in self._experts and isinstance(part, DTensor)
-        return self._groups.whole(part) if theirs else part
+        if name in self._experts and isinstance(part, DTensor):
+            return self._groups.whole(part)
+        return part
 
     def _of_all_in(self, state: State) -> State:
         return {
             section: {name: self.of_all(name, part) for name, part in parts.items()}
             for section, parts in state.items()
         }
+
+
+def check(parallel: Parallel, net: nn.Module) -> None:
+    """Raises UserError where the experts of `net` cannot be shared as `parallel` says."""
+    ep_size(parallel.ep_size, parallel.max_workers, _numbers(net))
+
+
+def _numbers(net: nn.Module) -> list[int]:
+    """How many experts the layers of `net` have, without repetition."""
+    found = sorted({number_of(experts) for _, experts in experts_of(net)})
+    if not found:
+        raise UserError(
+            f"parallel.strategy: ep shares the experts of a mixture among workers, but "
+            f"{type(net).__name__} has none (of those that transformers keeps as one matrix a "
+            "layer); use fsdp or zero3"
+        )
+    return found
 
 
 def ep_size(asked: int | None, workers: int, experts: list[int]) -> int:

@@ -21,6 +21,9 @@ from raysft.errors import UserError
 from raysft.parallel.world import World
 
 
+NUMBER = "num_experts"  # of a module of fused experts, in every model of transformers
+
+
 class ExpertGroups:
     """Who holds which experts. A collective: every worker makes one."""
 
@@ -44,12 +47,13 @@ class ExpertGroups:
 
     def share(self, experts: nn.Module) -> None:
         """Keep this worker's experts of a module of fused experts, and let tokens come to them."""
-        own = experts.num_experts // self.size
+        number = number_of(experts)
+        own = number // self.size
         first = self.mesh.get_local_rank("experts") * own
-        for holder, name, parameter in _of_experts(experts, experts.num_experts):
+        for holder, name, parameter in _of_experts(experts, number):
             kept = parameter.detach()[first : first + own].clone()
             setattr(holder, name, nn.Parameter(kept, parameter.requires_grad))
-        experts.num_experts = own
+        setattr(experts, NUMBER, own)
         exchange = AllToAllEP(experts, self.mesh["experts"], self.mesh["batch"])
 
         def forward(
@@ -58,7 +62,7 @@ class ExpertGroups:
             out: torch.Tensor = exchange(hidden_states, top_k_index, top_k_weights)
             return out.to(hidden_states.dtype)
 
-        experts.forward = forward
+        experts.forward = forward  # of this module, before that of its class
 
     def whole(self, part: DTensor) -> DTensor:
         """A tensor of all experts, of what FSDP has sharded of this worker's. Shares its memory."""
@@ -76,6 +80,11 @@ class ExpertGroups:
         """Sum over the workers that hold all experts between them, in place."""
         dist.all_reduce(value, group=self.mesh.get_group("experts"))
         return value
+
+
+def number_of(experts: nn.Module) -> int:
+    """How many experts a module of fused experts has."""
+    return int(getattr(experts, NUMBER))
 
 
 def _of_experts(experts: nn.Module, number: int) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -32,7 +32,7 @@ def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
 
 
 def load_class(traits: StrategyTraits) -> Callable[[Config, nn.Module, World], Strategy]:
-    """The class of a strategy. Raises UserError where it has none yet."""
+    """The class of a strategy. Raises UserError where it has none."""
     if traits.implementation is None:
-        raise UserError(f"parallel.strategy: {traits.name} is not available yet")
+        raise UserError(f"parallel.strategy: {traits.name} was registered without a class")
     return pkgutil.resolve_name(traits.implementation)

@@ -6,6 +6,7 @@ Four gloo processes and six lanes, so that in a step's second turn two of them h
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from raysft.audit import audit
-from raysft.config import to_yaml
+from raysft.config import Config, to_yaml
+from raysft.data.encode import make_encoder
+from raysft.export import export
+from raysft.models import build
 from raysft.run.catalogue import Catalogue
 from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
@@ -56,9 +60,8 @@ def mixture(kind: str = "qwen3_moe", **more: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, name: str, **changes: Any) -> Path:
-    """A config of six lanes; `parallel__workers` is the size of the group that runs it."""
+    """A config of six lanes. changes: section__key=value, or whole as model= and parallel=."""
     changes = {
-        "model": None,
         "data__lanes": 6,
         "train__max_steps": STEPS,
         "optim__clip": 0.1,
@@ -66,9 +69,9 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
         "checkpoint__every": 4,
         **changes,
     }
-    model = changes.pop("model") or mixture()
-    for key, value in model.items():
-        changes[f"model__{key}"] = value
+    for section, default in (("model", mixture()), ("parallel", {})):
+        for key, value in (changes.pop(section, None) or default).items():
+            changes[f"{section}__{key}"] = value
     path = folder / f"{name}.yaml"
     path.write_text(to_yaml(tiny(folder, name, **changes)))
     return path
@@ -82,11 +85,10 @@ def column(folder: Path, name: str, key: str) -> list[float]:
     return [line[key] for line in read_lines(folder / "runs" / name / "metrics.jsonl")]
 
 
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Of its last checkpoint."""
+def weights(folder: Path, name: str, first: bool = False) -> dict[str, torch.Tensor]:
+    """Of the last checkpoint of a run, or of the first that is kept."""
     run = folder / "runs" / name
-    saved, _ = Catalogue.of(read_config(run).checkpoint, run).newest()
-    assert saved is not None
+    saved = Catalogue.of(read_config(run).checkpoint, run).committed()[0 if first else -1]
     return read_weights(saved)
 
 
@@ -98,10 +100,11 @@ def test_workers_that_share_experts_train_as_one(tmp_path: Path) -> None:
         "evaluate__max_new_tokens": 8,
     }
     one = write(tmp_path, "one", **evaluation)
-    ep = {"parallel__strategy": "ep"}
-    of_four = write(tmp_path, "of_four", **ep, **evaluation)
-    again = write(tmp_path, "again_of_four", **ep, **evaluation)
-    of_two = write(tmp_path, "of_two", **ep, parallel__ep_size=2, train__gradient_checkpointing=True)
+    ep = {"strategy": "ep"}
+    of_four = write(tmp_path, "of_four", parallel=ep, **evaluation)
+    again = write(tmp_path, "again_of_four", parallel=ep, **evaluation)
+    pairs = {**ep, "ep_size": 2}
+    of_two = write(tmp_path, "of_two", parallel=pairs, train__gradient_checkpointing=True)
     train(1, one)
     train(4, of_four, again, of_two, left_at=7)
     for name in ("of_four", "of_two"):
@@ -124,3 +127,107 @@ def measured(folder: Path, name: str) -> dict[str, float]:
     """What the last evaluation of a run says, but for times."""
     line = read_lines(folder / "runs" / name / "eval.jsonl")[-1]
     return {k: v for k, v in line.items() if isinstance(v, float) and "seconds" not in k}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_mixture_trains_alike_whoever_has_the_experts(kind: str, tmp_path: Path) -> None:
+    """20 steps: losses to 1e-5, norms to 1e-4."""
+    model = mixture(kind)
+    one = write(tmp_path, "one", model=model, train__max_steps=20)
+    shared = [
+        write(tmp_path, name, model=model, train__max_steps=20, parallel=parallel)
+        for name, parallel in (
+            ("fsdp", {"strategy": "fsdp"}),
+            ("of_four", {"strategy": "ep", "ep_size": 4}),
+            ("of_two", {"strategy": "ep", "ep_size": 2}),
+        )
+    ]
+    train(1, one)
+    train(4, *shared)
+    for path in shared:
+        for key, rel in (("loss", 1e-5), ("grad_norm", 1e-4)):
+            expected = pytest.approx(column(tmp_path, "one", key), rel=rel)
+            assert column(tmp_path, path.stem, key) == expected, (path.stem, key)
+
+
+@pytest.mark.slow
+def test_gradients_of_experts_are_those_of_the_whole_global_batch(tmp_path: Path) -> None:
+    one = write(tmp_path, "one")
+    shared = [
+        write(tmp_path, f"of_{n}", parallel={"strategy": "ep", "ep_size": n}) for n in (1, 2, 4)
+    ]
+    train(1, one, left_at=-1)
+    train(4, *shared, left_at=-1)
+    expected = load_file(tmp_path / "runs" / "one" / "gradient.safetensors")
+    assert any("experts" in name for name in expected)
+    for path in shared:
+        found = load_file(tmp_path / "runs" / path.stem / "gradient.safetensors")
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            largest = float(gradient.abs().max())
+            difference = float((found[name] - gradient).abs().max())
+            assert difference <= 1e-6 * max(largest, 1e-2), f"{path.stem}: {name}: {difference:.1e}"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_to_any_group_and_any_strategy(tmp_path: Path) -> None:
+    """Left by experts of four at step 7; taken up by others, from step 4."""
+    train(1, write(tmp_path, "one"))
+    left = write(tmp_path, "left_run", parallel={"strategy": "ep"})
+    train(4, left, left_at=7)
+    others: dict[str, tuple[int, dict[str, Any]]] = {
+        "again": (4, {"strategy": "ep"}),
+        "pairs": (4, {"strategy": "ep", "ep_size": 2}),
+        "two": (2, {"strategy": "ep"}),
+        "fsdp": (4, {"strategy": "fsdp"}),
+        "zero3": (4, {"strategy": "zero3"}),
+        "alone": (1, {"strategy": "ddp"}),
+    }
+    begun = tmp_path / "runs"
+    for name, (size, parallel) in others.items():
+        shutil.copytree(begun, tmp_path / name)
+        storage = str(tmp_path / name)
+        config = write(tmp_path, "left_run", parallel=parallel, run__storage_path=storage)
+        train(size, config)
+        run = tmp_path / name / "left_run"
+        lines = read_lines(run / "metrics.jsonl")
+        assert [line["loss"] for line in lines] == pytest.approx(
+            column(tmp_path, "one", "loss"), rel=1e-5
+        ), name
+        assert audit(run).clean, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ep", "zero3", "fsdp"])
+def test_tokens_that_all_choose_one_expert_train_without_a_hang(
+    strategy: str, tmp_path: Path
+) -> None:
+    """Three of four workers hold experts that no token is sent to."""
+    base = tmp_path / "base"
+    config = Config.model_validate({"model": mixture(num_experts_per_tok=1)})
+    encoder = make_encoder(config.model, config.data, tmp_path)
+    made = build(config.model, config.data, encoder, 1)
+    for name, parameter in made.net.named_parameters():
+        if name.endswith("gate.weight"):
+            parameter.data.zero_()  # all alike: the first is taken
+    export(made, base)
+    model = {"path": str(base), "speech_units": 20}
+    settings = {
+        "model": model,
+        "train__freeze": ["*.gate.weight"],
+        "checkpoint__every": 1,
+        "checkpoint__keep": 9,
+        "train__max_steps": 4,
+    }
+    train(1, write(tmp_path, "one", **settings))
+    train(4, write(tmp_path, "shared", **settings, parallel={"strategy": strategy}))
+    assert column(tmp_path, "shared", "loss") == pytest.approx(
+        column(tmp_path, "one", "loss"), rel=1e-5
+    )
+    before, after = weights(tmp_path, "shared", first=True), weights(tmp_path, "shared")
+    experts = [name for name in after if ".experts." in name]
+    assert experts
+    for name in experts:
+        moved = (after[name] != before[name]).flatten(1).any(1)
+        assert moved.tolist() == [True] + [False] * 7, name

@@ -37,7 +37,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         },
         "parallel.strategy: ep shares the experts of a mixture among workers, but qwen3 has none",
     ),
-    ({"parallel__strategy": "ep"}, "but it is not available yet; use fsdp or zero3"),
+    (
+        {"parallel__ep_size": 2},
+        "parallel.ep_size: only ep shares experts, not parallel.strategy: ddp",
+    ),
+    (
+        {"parallel__strategy": "ep", "parallel__ep_size": 2, "parallel__workers": 3},
+        "parallel.ep_size: 2 workers with all experts between them need a fixed number of workers "
+        "that is a multiple of it, not parallel.workers: 3",
+    ),
+    (
+        {"parallel__strategy": "ep", "parallel__ep_size": 2, "parallel__workers": [2, 4]},
+        "parallel.ep_size: 2 workers with all experts between them need a fixed number of workers "
+        "that is a multiple of it, not parallel.workers: [2, 4]",
+    ),
     ({"parallel__replicate": 2}, "parallel.replicate: only fsdp has copies of shards, not ddp"),
     (
         {"parallel__strategy": "fsdp", "parallel__replicate": 2, "parallel__workers": 3},

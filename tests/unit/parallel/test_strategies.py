@@ -32,7 +32,7 @@ from tests.support.matrix import shards
 from tests.support.zero_lab import lane, make_config, net, sharded, take_step
 
 ONE = World(0, 1, torch.device("cpu"))
-AVAILABLE = [traits for traits in STRATEGIES.values() if traits.available]
+DENSE = [traits for traits in STRATEGIES.values() if "experts" not in traits.shards]
 TREE: dict[str, Any] = {"data": {"train": [__file__]}, "model": {"path": "a/base"}}
 
 
@@ -49,17 +49,16 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- rows and classes ----------------------------------------------------------------------------
 
 
-def test_every_name_of_the_config_has_a_row_and_every_available_row_a_class() -> None:
+def test_every_name_of_the_config_has_a_row_and_every_row_a_class() -> None:
     assert list(STRATEGIES) == ["ddp", "fsdp", "zero1", "zero2", "zero3", "ep"]
     for name in STRATEGIES:
         assert Parallel.model_validate({"strategy": name}).strategy == name
     with pytest.raises(ValueError, match="'zero3' or 'ep'"):
         Parallel.model_validate({"strategy": "zero4"})
     assert [traits.name for traits in STRATEGIES.values()] == list(STRATEGIES)
-    assert [traits.name for traits in AVAILABLE] == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
     asked = [name for name, value in vars(Strategy).items() if callable(value) and name[0] != "_"]
     assert "step" in asked
-    for traits in AVAILABLE:
+    for traits in STRATEGIES.values():
         assert all(callable(getattr(load_class(traits), name)) for name in asked)
 
 
@@ -85,7 +84,7 @@ def test_a_row_names_what_can_be_offloaded_and_replicated(name: str) -> None:
     for offload in typing.get_args(strategies.Offload):
         assert refused(offload=offload) is (offload not in traits.offloads)
     assert refused(replicate=2) is (not traits.replicates)
-    assert refused(strategy=name) is (not traits.available)
+    assert refused(ep_size=2) is ("experts" not in traits.shards)
 
 
 def _said(rank: int, folder: Path, small_too: str) -> None:
@@ -95,7 +94,7 @@ def _said(rank: int, folder: Path, small_too: str) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     world, found = World.current(), {}
-    for traits in AVAILABLE:
+    for traits in DENSE:
         module = net()
         total = sum(parameter.numel() for parameter in module.parameters())
         # As it is, zero3 keeps what is as small as this.
@@ -133,8 +132,8 @@ def test_two_workers_share_what_the_row_says(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers] == [0, 0]
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert list(found) == [traits.name for traits in AVAILABLE]
-        for traits in AVAILABLE:
+        assert list(found) == [traits.name for traits in DENSE]
+        for traits in DENSE:
             said = found[traits.name]
             assert said["shards"] == [part for part in traits.shards if part != "gradients"]
             assert (said["synced"], said["stage"]) == (traits.synced, traits.stage)
@@ -179,7 +178,6 @@ def test_a_name_is_taken_once() -> None:
         ("fsdpp", "unknown strategy 'fsdpp'; did you mean fsdp?"),
         ("zero4", "unknown strategy 'zero4'; did you mean zero3?"),
         ("tensor", "unknown strategy 'tensor' (there are ddp, fsdp, zero1, zero2, zero3, ep)"),
-        ("ep", "ep is not available yet"),
     ],
 )
 def test_a_strategy_that_there_is_not_is_no_ddp(name: str, said: str) -> None:
