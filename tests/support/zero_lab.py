@@ -55,6 +55,36 @@ class Net(nn.Module):
         return (loss * batch["weights"]).sum()
 
 
+class Mixture(nn.Module):
+    """Experts that are modules of their own; a whole batch goes to one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(7, 7) for _ in range(4))
+
+    def forward(self, hidden: torch.Tensor, chosen: int) -> torch.Tensor:
+        found: torch.Tensor = self.experts[chosen](hidden)
+        return found
+
+
+class Sparse(nn.Module):
+    """Lanes of different lengths choose different experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 7)
+        self.norm = nn.LayerNorm(7)
+        self.mixture = Mixture()
+        self.head = nn.Linear(7, 11, bias=False)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy summed over the targets."""
+        hidden = self.norm(self.embed(batch["ids"]))
+        logits = self.head(hidden + self.mixture(hidden, len(batch["ids"]) % 4)).float()
+        loss = F.cross_entropy(logits, batch["targets"], reduction="none")
+        return (loss * batch["weights"]).sum()
+
+
 def net(freeze: bool = False) -> Net:
     torch.manual_seed(0)
     module = Net()
@@ -218,6 +248,15 @@ def resumed(world: World, folder: Path, strategy: str, **changes: Any) -> dict[s
     return {"lines": lines, "after": whole_state(made, world)}
 
 
+def idle_experts(world: World, folder: Path, strategy: str) -> dict[str, Any]:
+    """Each worker calls other experts than its neighbour."""
+    torch.manual_seed(0)
+    more = {"parallel__deepspeed": sharded(folder)} if strategy == "zero3" else {}
+    made = make_strategy(make_config(strategy, **more), Sparse(), world)
+    lines = [take_step(made, world, step) for step in range(1, 4)]
+    return {"lines": lines, "after": whole_state(made, world)}
+
+
 # Workers -> the steps that they do, one world after the other.
 SIZES = {2: range(1, 5), 1: range(5, 8), 3: range(8, STEPS + 1)}
 
@@ -317,6 +356,7 @@ SCENARIOS: dict[str, Callable[[World, Path], dict[str, Any]]] = {
     "handed over": lambda w, f: handed_over(w, f, "ddp", "zero1", "zero3", "zero2", "fsdp"),
     "handed back": lambda w, f: handed_over(w, f, "fsdp", "zero2", "zero1", "ddp", "zero3"),
     "weights only": weights_only,
+    **{f"idle experts {s}": lambda w, f, s=s: idle_experts(w, f, s) for s in ("zero1", "zero3")},
     **{f"new rows {s}": lambda w, f, s=s: new_rows(w, f, s) for s in ("ddp", "zero3")},
     **{f"resized {s}": lambda w, f, s=s: resized(w, f, s) for s in STAGES},
 }

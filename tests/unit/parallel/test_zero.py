@@ -138,6 +138,14 @@ def test_a_head_with_new_rows_keeps_workers_of_zero3_in_step(lab: Lab) -> None:
     assert_same_steps(lines, lab("new rows ddp")["lines"])
 
 
+def test_experts_that_are_modules_each_keep_workers_of_zero3_in_step(lab: Lab) -> None:
+    """Each expert would be gathered where it is called, and by nobody else."""
+    found, expected = lab("idle experts zero3"), lab("idle experts zero1")
+    assert_same_steps(found["lines"], expected["lines"])
+    for name, tensor in expected["after"].items():
+        torch.testing.assert_close(found["after"][name], tensor, rtol=1e-4, atol=1e-6)
+
+
 @each_stage("bf16", "fp16")
 def test_half_precision_is_near_that_of_ddp(stage: str, kind: str, lab: Lab) -> None:
     """fp16 begins with the same steps that overflow."""
