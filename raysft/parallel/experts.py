@@ -20,7 +20,6 @@ from transformers.distributed.expert_parallel import AllToAllEP
 from raysft.errors import UserError
 from raysft.parallel.world import World
 
-
 NUMBER = "num_experts"  # of a module of fused experts, in every model of transformers
 
 
