@@ -10,9 +10,9 @@ The config is one entry, or a list of entries, with the names of the flags:
 
 Of `NAME.json` (a list of items, {"data": [...]}, one item, or an item a line) comes a list,
 `NAME_tts.json`. An item `a` becomes `tts_a`, with metadata task: tts, original_task: asr and
-dataset. The same input gives the same bytes. Files that this has written, and items that are no ASR (their input holds no units,
-or their output does), are left out and counted. What cannot be read is named by file and item, and
-nothing is written for any file then.
+dataset. The same input gives the same bytes. Files that this has written, and items that are no ASR
+(their input holds no units, or their output does), are left out and counted. What cannot be read is
+named by file and item, and nothing is written for any file then.
 """
 
 from __future__ import annotations

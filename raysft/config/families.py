@@ -208,6 +208,7 @@ register(
             "data.language": _UNTOLD,
             "data.speech_tokens": "audio_lm reads audio as it is: leave data.speech_tokens out, "
             "or set model.family: causal_lm",
+            "model.unit_markers": "stand around units, which audio_lm does not read: leave it out",
             "model.speech_units": "audio_lm reads audio as it is, no units: leave it out, or set "
             "model.family: causal_lm",
         },
@@ -239,6 +240,7 @@ register(
             "data.features": "seq2seq reads its model's own features: leave it out",
             "data.speech_tokens": "seq2seq reads audio as it is: leave data.speech_tokens out",
             "data.unit_noise": "seq2seq reads audio as it is, no units: leave it out",
+            "model.unit_markers": "stand around units, which seq2seq does not read: leave them out",
             "model.speech_units": "seq2seq reads audio as it is, no units: leave it out",
         },
         refused_methods={

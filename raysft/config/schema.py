@@ -223,6 +223,11 @@ class Model(Section):
         description="name of a unit token, its number for {}; a checkpoint that has such tokens "
         "([Hu{}], <audio_{}>) keeps its rows for them",
     )
+    unit_markers: Weights[tuple[str, str] | None] = Field(
+        None,
+        description="tokens before and after every run of units (causal_lm), such as "
+        "[<|begin_of_audio|>, <|end_of_audio|>]; added if new",
+    )
     trust_remote_code: Weights[bool] = Field(
         False, description="run Python code that ships with the model"
     )
@@ -238,6 +243,13 @@ class Model(Section):
             raise ValueError("a token's name with {} once, for its number, such as [Hu{}]")
         if len(value) < 4:
             raise ValueError("a name around {}, such as [Hu{}]: numbers alone are in every text")
+        return value
+
+    @field_validator("unit_markers")
+    @classmethod
+    def _two(cls, value: tuple[str, str] | None) -> tuple[str, str] | None:
+        if value is not None and (not all(map(str.strip, value)) or value[0] == value[1]):
+            raise ValueError("two tokens that differ, the one before units and the one after")
         return value
 
     @property

@@ -96,6 +96,19 @@ def add_units(tokenizer: PreTrainedTokenizerFast, units: int, form: str = UNIT) 
     return tokenizer.convert_tokens_to_ids([name for name in names if name not in known])
 
 
+def add_markers(
+    tokenizer: PreTrainedTokenizerFast, markers: tuple[str, str]
+) -> tuple[list[int], list[int]]:
+    """Add what stands before and after units, as control tokens: no text may hold them, and answers
+    are decoded without. Returns their ids, and those of them that are new."""
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in markers])
+    ids = [tokenizer.convert_tokens_to_ids(name) for name in markers]
+    return ids, [i for i, name in zip(ids, markers, strict=True) if name not in known]
+
+
 def unit_ids(tokenizer: PreTrainedTokenizerFast, form: str = UNIT) -> np.ndarray:
     """int64 [N]: the token id of each unit, N being the number of units the tokenizer has."""
     pattern = unit_pattern(form)

@@ -28,6 +28,7 @@ from raysft.config.moe import Backend
 from raysft.errors import UserError
 from raysft.models import grouped
 from raysft.models.grouped import Groups, Product
+from raysft.parallel.blocks import experts_of
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # In whose one call weights, and nothing low-rank, go through.
@@ -70,17 +71,6 @@ class LowRank(nn.Module):
     def delta(self, expert: int) -> torch.Tensor:
         """What is added to the matrix [out, in] of one expert."""
         return self.scale * self.B[expert] @ self.A[expert]
-
-
-def experts_of(net: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Name and module of each layer's experts in `net`, in its order: modules whose matrices are
-    parameters [E, ...] of three dimensions, the experts in the first. [] of a dense model, and of
-    one whose experts are modules each."""
-    return [
-        (name, module)
-        for name, module in net.named_modules()
-        if hasattr(module, "_is_expert_parallel") and hasattr(module, "num_experts")
-    ]
 
 
 def check(net: nn.Module) -> None:

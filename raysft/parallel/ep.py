@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from raysft.config.schema import Config, Parallel
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
-from raysft.models.experts import experts_of
+from raysft.parallel.blocks import experts_of
 from raysft.parallel.experts import ExpertGroups, number_of
 from raysft.parallel.fsdp import Fsdp
 from raysft.parallel.native import squares

@@ -28,6 +28,7 @@ from raysft.config.deepspeed import unused
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.parallel.blocks import mixtures_of
 from raysft.parallel.deepspeed_json import make_settings
 from raysft.parallel.optim import make_optimizer, set_rate
 from raysft.parallel.scale import LossScale
@@ -55,7 +56,9 @@ class Zero:
         saved = entries(module, config.peft.method != "none", world.size)
         self._adamw = make_optimizer(module, config.optim)
         deepspeed = _deepspeed(world.device)
-        for mixture in _mixtures(module):
+        # zero3 gathers what a module computes with where it is called, which all workers have to:
+        # for a mixture all of its experts at once, whichever are called.
+        for mixture in mixtures_of(module):
             deepspeed.utils.set_z3_leaf_module(mixture, True)
         _refuse_precision(config, deepspeed.get_accelerator())
         with redirect_stdout(io.StringIO()):  # zero1 in bf16 prints its memory
@@ -135,20 +138,6 @@ class Zero:
     def load_facts(self, facts: JsonObject) -> None:
         """See `Strategy.load_facts`."""
         self._scale.load(facts["loss_scale"])
-
-
-def _mixtures(module: nn.Module) -> list[nn.Module]:
-    """Modules whose experts are modules each. zero3 gathers what a module computes with when it is
-    called, and all workers have to; an expert is called where a token has chosen it. So it is told
-    to gather all of a mixture's at once. (Fused experts are one module already.)"""
-    return [
-        part
-        for part in module.modules()
-        if any(
-            isinstance(child, (nn.ModuleList, nn.ModuleDict)) and name.endswith("experts")
-            for name, child in part.named_children()
-        )
-    ]
 
 
 def _deepspeed(device: torch.device) -> ModuleType:

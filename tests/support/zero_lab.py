@@ -17,6 +17,7 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.losses import chunked as losses
+from raysft.models import reach
 from raysft.parallel import Strategy, World, make_strategy, zero_state
 from raysft.parallel.ddp import Ddp
 from raysft.run.lines import read_lines
@@ -25,6 +26,7 @@ from tests.support import worlds
 
 LANES, STEPS, CLIP = 3, 10, 0.05
 STAGES = ("zero1", "zero2", "zero3")
+IDLE = ("ddp", "fsdp", *STAGES)
 Batch = dict[str, torch.Tensor]
 Reference = tuple[list[list[float]], dict[str, torch.Tensor]]
 
@@ -85,6 +87,11 @@ class Sparse(nn.Module):
         return (loss * batch["weights"]).sum()
 
 
+def sparse() -> Sparse:
+    torch.manual_seed(0)
+    return Sparse()
+
+
 def net(freeze: bool = False) -> Net:
     torch.manual_seed(0)
     module = Net()
@@ -139,9 +146,10 @@ def take_step(strategy: Strategy, world: World, step: int, factor: float = 1.0) 
     return world.sum_tensor(total).item() / tokens, found.norm, found.skipped
 
 
-def plain(freeze: bool = False) -> Reference:
-    """[[loss, norm], ...] and weights after STEPS steps of plain torch in one process."""
-    module = net(freeze)
+def plain(freeze: bool = False, module: nn.Module | None = None, steps: int = STEPS) -> Reference:
+    """[[loss, norm], ...] and weights after some steps of plain torch in one process. module:
+    another than `net`."""
+    module = module or net(freeze)
     groups = [
         {"params": [p for n, p in module.named_parameters() if keep(n, p)], **settings}
         for keep, settings in (
@@ -153,7 +161,7 @@ def plain(freeze: bool = False) -> Reference:
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=False)
     peaks = [group["lr"] for group in adamw.param_groups]
     lines = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         batches = [lane(step, number) for number in range(LANES)]
         tokens = sum(len(batch["ids"]) for batch in batches)
         loss = sum(module(batch) for batch in batches) / tokens
@@ -250,11 +258,11 @@ def resumed(world: World, folder: Path, strategy: str, **changes: Any) -> dict[s
 
 def idle_experts(world: World, folder: Path, strategy: str) -> dict[str, Any]:
     """Each worker calls other experts than its neighbour."""
-    torch.manual_seed(0)
     more = {"parallel__deepspeed": sharded(folder)} if strategy == "zero3" else {}
-    made = make_strategy(make_config(strategy, **more), Sparse(), world)
-    lines = [take_step(made, world, step) for step in range(1, 4)]
-    return {"lines": lines, "after": whole_state(made, world)}
+    module = sparse()
+    reach.touch(module)
+    made = make_strategy(make_config(strategy, **more), module, world)
+    return {"lines": [take_step(made, world, step) for step in range(1, 4)]}
 
 
 # Workers -> the steps that they do, one world after the other.
@@ -356,7 +364,7 @@ SCENARIOS: dict[str, Callable[[World, Path], dict[str, Any]]] = {
     "handed over": lambda w, f: handed_over(w, f, "ddp", "zero1", "zero3", "zero2", "fsdp"),
     "handed back": lambda w, f: handed_over(w, f, "fsdp", "zero2", "zero1", "ddp", "zero3"),
     "weights only": weights_only,
-    **{f"idle experts {s}": lambda w, f, s=s: idle_experts(w, f, s) for s in ("zero1", "zero3")},
+    **{f"idle experts {s}": lambda w, f, s=s: idle_experts(w, f, s) for s in IDLE},
     **{f"new rows {s}": lambda w, f, s=s: new_rows(w, f, s) for s in ("ddp", "zero3")},
     **{f"resized {s}": lambda w, f, s=s: resized(w, f, s) for s in STAGES},
 }

@@ -22,6 +22,7 @@ from raysft.data.clips.speech_tokens import SpeechTokenizer, load
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.text import Template, add_units, load_tokenizer, unit_ids, unit_pattern
+from raysft.data.tokenizer import add_markers
 from raysft.errors import BadExample, UserError
 
 if TYPE_CHECKING:
@@ -58,12 +59,17 @@ class CausalLMEncoder(Encoder):
             added = speech_tokens.clusters
         tokenizer = load_tokenizer(model, 0)
         new = add_units(tokenizer, added, model.unit_token)
-        self.new_ids = _new_units(model, tokenizer, new)
+        around: list[int] = []
+        if model.unit_markers is not None:
+            around, more = add_markers(tokenizer, model.unit_markers)
+            new += more
+        self._around = np.array(around, np.int32)
         self._unit_ids = unit_ids(tokenizer, model.unit_token)
+        self.new_ids = _new_ids(model, tokenizer, [*self._unit_ids.tolist(), *around], new)
         # Units of the base vocabulary are read as one token only where they are added tokens too.
         add_units(tokenizer, len(self._unit_ids), model.unit_token)
         units = tokenizer.convert_ids_to_tokens(self._unit_ids.tolist())
-        self.units = _said(units, len(self.new_ids))
+        self.units = _said(units, len(set(self.new_ids) - set(around)))
         hole = units[0] if units else None
         form = unit_pattern(model.unit_token) if units else None
         self.template = Template(tokenizer, data, hole=hole, units=form, kept=kept)
@@ -73,13 +79,16 @@ class CausalLMEncoder(Encoder):
         self._noise = data.unit_noise
         parts = [VERSION, "causal_lm", self.template.fingerprint, self._unit_ids.tolist()]
         parts.append(None if speech_tokens is None else speech_tokens.fingerprint())
+        if around:
+            parts.append(around)
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
-        """A position a unit. BadExample: a unit without a token, a clip without a unit."""
+        """A position a unit, and one a marker. BadExample: a unit without a token, a clip without
+        a unit."""
         if isinstance(part, Units):
             self._check(part.ids)
-            return len(part.ids)
+            return len(part.ids) + len(self._around)
         if self.speech_tokens is None:
             hearing = next(row for row in families() if row.hears)
             raise UserError(
@@ -93,7 +102,7 @@ class CausalLMEncoder(Encoder):
             raise BadExample(
                 f"its clip of {seconds:.3f} s is shorter than one speech unit", "too short"
             )
-        return units
+        return units + len(self._around)
 
     def part_encoded(
         self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
@@ -109,7 +118,10 @@ class CausalLMEncoder(Encoder):
         if rng is not None and self._noise:
             replaced = rng.random(len(units)) < self._noise
             units = np.where(replaced, rng.integers(len(self._unit_ids), size=len(units)), units)
-        return Encoded(self._unit_ids[units].astype(np.int32), seconds)
+        ids = self._unit_ids[units].astype(np.int32)
+        if len(self._around):
+            ids = np.concatenate([self._around[:1], ids, self._around[1:]])
+        return Encoded(ids, seconds)
 
     def _check(self, units: tuple[int, ...]) -> None:
         highest = max(units, default=0)
@@ -122,20 +134,19 @@ class CausalLMEncoder(Encoder):
             )
 
 
-def _new_units(
-    model: Model, tokenizer: PreTrainedTokenizerFast, added: list[int]
+def _new_ids(
+    model: Model, tokenizer: PreTrainedTokenizerFast, used: list[int], added: list[int]
 ) -> tuple[int, ...]:
-    """Units that the tokenizer beside the model's weights lacks: those `added` here, or in
-    model.tokenizer before."""
+    """Units and markers that the tokenizer beside the model's weights lacks: those `added` here, or
+    those of all that are `used` that were in model.tokenizer before."""
     if model.path is None or model.tokenizer in (None, model.path):
         return tuple(added)
     try:
         own = load_tokenizer(model.model_copy(update={"tokenizer": None}), 0).get_vocab()
     except UserError:  # weights that came without a tokenizer: nothing in them is known as a unit
         own = {}
-    ids = unit_ids(tokenizer, model.unit_token).tolist()
-    names = tokenizer.convert_ids_to_tokens(ids)
-    return tuple(i for i, name in zip(ids, names, strict=True) if name not in own)
+    names = tokenizer.convert_ids_to_tokens(used)
+    return tuple(i for i, name in zip(used, names, strict=True) if name not in own)
 
 
 def _said(units: list[str], new: int) -> str:

@@ -396,6 +396,23 @@ def test_units_under_their_own_names_keep_the_tokens_there_are(form, tmp_path):
         encoder.measure(asr("one", output=(f"two {last}",)), [])
 
 
+def test_markers_stand_around_every_run_of_units():
+    marked = UNIT_MODEL.model_copy(update={"unit_markers": ("<|boa|>", "<|eoa|>")})
+    encoder = make_encoder(marked, Data(), ".")
+    plain = make_encoder(UNIT_MODEL, Data(), ".")
+    heard = check(encoder, asr(Units((0, 5)), "or", Units((9,)), instruction="Go."), [])
+    said = encoder.tokenizer.decode(heard.input_ids)
+    assert said.count("<|boa|><|unit0|><|unit5|><|eoa|>") == 1
+    assert said.count("<|boa|><|unit9|><|eoa|>") == 1
+    spoken = check(encoder, asr("one", output=(Units((3, 4)),)), [])
+    assert learnt(encoder, spoken) == "<|boa|><|unit3|><|unit4|><|eoa|><|eos|>"
+    markers = encoder.tokenizer.convert_tokens_to_ids(["<|boa|>", "<|eoa|>"])
+    assert list(encoder.new_ids) == [*plain.new_ids, *markers]
+    assert encoder.units == plain.units and encoder.fingerprint != plain.fingerprint
+    with pytest.raises(BadExample, match="steers the model"):
+        encoder.measure(asr("one", output=("two <|eoa|>",)), [])
+
+
 def test_only_units_that_a_checkpoint_lacks_are_new(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"[Hu{unit}]" for unit in range(6)])
