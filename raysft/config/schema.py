@@ -223,7 +223,7 @@ class Model(Section):
         description="name of a unit token, its number for {}; a checkpoint that has such tokens "
         "([Hu{}], <audio_{}>) keeps its rows for them",
     )
-    unit_markers: Weights[tuple[str, str] | None] = Field(
+    unit_markers: Weights[list[str] | None] = Field(
         None,
         description="tokens before and after every run of units (causal_lm), such as "
         "[<|begin_of_audio|>, <|end_of_audio|>]; added if new",
@@ -247,8 +247,8 @@ class Model(Section):
 
     @field_validator("unit_markers")
     @classmethod
-    def _two(cls, value: tuple[str, str] | None) -> tuple[str, str] | None:
-        if value is not None and (not all(map(str.strip, value)) or value[0] == value[1]):
+    def _two(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (len(set(value)) != 2 or not all(map(str.strip, value))):
             raise ValueError("two tokens that differ, the one before units and the one after")
         return value
 

@@ -10,6 +10,7 @@ masked by length and labels are set by position, so no end token is taken for pa
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,7 +98,7 @@ def add_units(tokenizer: PreTrainedTokenizerFast, units: int, form: str = UNIT) 
 
 
 def add_markers(
-    tokenizer: PreTrainedTokenizerFast, markers: tuple[str, str]
+    tokenizer: PreTrainedTokenizerFast, markers: Sequence[str]
 ) -> tuple[list[int], list[int]]:
     """Add what stands before and after units, as control tokens: no text may hold them, and answers
     are decoded without. Returns their ids, and those of them that are new."""

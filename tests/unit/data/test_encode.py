@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from raysft.config.load import validate
 from raysft.config.schema import Data, Model, SpeechTokens
 from raysft.data.clips import speech_tokens
 from raysft.data.encode import make_encoder, model_family
@@ -397,7 +398,7 @@ def test_units_under_their_own_names_keep_the_tokens_there_are(form, tmp_path):
 
 
 def test_markers_stand_around_every_run_of_units():
-    marked = UNIT_MODEL.model_copy(update={"unit_markers": ("<|boa|>", "<|eoa|>")})
+    marked = UNIT_MODEL.model_copy(update={"unit_markers": ["<|boa|>", "<|eoa|>"]})
     encoder = make_encoder(marked, Data(), ".")
     plain = make_encoder(UNIT_MODEL, Data(), ".")
     heard = check(encoder, asr(Units((0, 5)), "or", Units((9,)), instruction="Go."), [])
@@ -411,6 +412,13 @@ def test_markers_stand_around_every_run_of_units():
     assert encoder.units == plain.units and encoder.fingerprint != plain.fingerprint
     with pytest.raises(BadExample, match="steers the model"):
         encoder.measure(asr("one", output=("two <|eoa|>",)), [])
+
+
+@pytest.mark.parametrize("given", [["<|a|>"], ["<|a|>", "<|a|>"], ["<|a|>", " "], ["a", "b", "c"]])
+def test_markers_are_two(given):
+    tree = {"data": {"train": [__file__]}, "model": {"path": "base", "unit_markers": given}}
+    with pytest.raises(UserError, match=r"model\.unit_markers: .*two tokens that differ"):
+        validate(tree, "config")
 
 
 def test_only_units_that_a_checkpoint_lacks_are_new(tmp_path):
@@ -445,7 +453,6 @@ def test_units_of_the_base_vocabulary_are_used_as_they_are(units, tmp_path):
 
 @pytest.mark.parametrize("form", ["[Hu]", "{}", "[{}{}]", "[Hu{:03}]", "{0}abc"])
 def test_a_name_of_units_without_its_number_is_refused(form):
-    from raysft.config.load import validate
 
     tree = {
         "data": {"train": ["x.jsonl"]},
