@@ -1,6 +1,7 @@
 """A mixture under `ep`: what one worker makes of it, whoever has the experts.
 
-Four gloo processes and six lanes, so that in a step's second turn two of them have none.
+Four gloo processes and six lanes, so that in a step's second turn two of them have none (two
+processes in `make test`).
 """
 
 from __future__ import annotations
@@ -92,35 +93,41 @@ def weights(folder: Path, name: str, first: bool = False) -> dict[str, torch.Ten
     return read_weights(saved)
 
 
-def test_workers_that_share_experts_train_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_workers_that_share_experts_train_as_one(workers: int, tmp_path: Path) -> None:
+    """Losses, evaluation with answers, weights; resumed to the last bit. With four also in pairs,
+    and with gradient checkpointing."""
     evaluation = {
         "data__eval": [{"path": str(worlds.units(tmp_path))}],
         "evaluate__every": STEPS,
         "evaluate__max_examples": 10,
         "evaluate__max_new_tokens": 8,
+        "data__lanes": workers + workers // 2,  # some have none in a step's second turn
     }
     one = write(tmp_path, "one", **evaluation)
     ep = {"strategy": "ep"}
-    of_four = write(tmp_path, "of_four", parallel=ep, **evaluation)
-    again = write(tmp_path, "again_of_four", parallel=ep, **evaluation)
-    pairs = {**ep, "ep_size": 2}
-    of_two = write(tmp_path, "of_two", parallel=pairs, train__gradient_checkpointing=True)
+    names = ["shared", "again_shared"]
+    shared = [write(tmp_path, name, parallel=ep, **evaluation) for name in names]
+    if workers == 4:
+        pairs = {**ep, "ep_size": 2}
+        more = {**evaluation, "train__gradient_checkpointing": True}
+        shared.append(write(tmp_path, "pairs", parallel=pairs, **more))
     train(1, one)
-    train(4, of_four, again, of_two, left_at=7)
-    for name in ("of_four", "of_two"):
+    train(workers, *shared, left_at=7)
+    for path in shared:
         for key, rel in (("loss", 1e-5), ("grad_norm", 1e-4)):
             expected = pytest.approx(column(tmp_path, "one", key), rel=rel)
-            assert column(tmp_path, name, key) == expected, (name, key)
+            assert column(tmp_path, path.stem, key) == expected, (path.stem, key)
+        moved = json.loads((tmp_path / "runs" / path.stem / "moved.json").read_text())
+        assert all(each["moved"] for each in moved.values())
     for key in ("loss", "grad_norm"):
-        assert column(tmp_path, "again_of_four", key) == column(tmp_path, "of_four", key)
-    assert audit(tmp_path / "runs" / "again_of_four").clean
-    assert measured(tmp_path, "of_four") == pytest.approx(measured(tmp_path, "one"), rel=1e-4)
-    expected, found = weights(tmp_path, "one"), weights(tmp_path, "of_four")
+        assert column(tmp_path, "again_shared", key) == column(tmp_path, "shared", key)
+    assert audit(tmp_path / "runs" / "again_shared").clean
+    assert measured(tmp_path, "shared") == pytest.approx(measured(tmp_path, "one"), rel=1e-4)
+    expected, found = weights(tmp_path, "one"), weights(tmp_path, "shared")
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
-    moved = json.loads((tmp_path / "runs" / "of_two" / "moved.json").read_text())
-    assert all(each["moved"] for each in moved.values())
 
 
 def measured(folder: Path, name: str) -> dict[str, float]:
