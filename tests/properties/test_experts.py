@@ -60,6 +60,11 @@ def mixture(kind: str = "qwen3_moe", **more: Any) -> dict[str, Any]:
     return {"tokenizer": "bytes", "speech_units": 20, "config": settings}
 
 
+def exported(base: Path) -> dict[str, Any]:
+    """The model section of an exported `mixture`."""
+    return {"path": str(base), "config": None, "tokenizer": None, "speech_units": 20}
+
+
 def write(folder: Path, name: str, **changes: Any) -> Path:
     """A config of six lanes. changes: section__key=value, or whole as model= and parallel=."""
     changes = {
@@ -159,6 +164,41 @@ def test_every_mixture_trains_alike_whoever_has_the_experts(kind: str, tmp_path:
 
 
 @pytest.mark.slow
+def test_adapters_of_experts_lie_with_their_experts(tmp_path: Path) -> None:
+    """20 steps, base frozen: the losses of one worker, and each adapter moves that got a token."""
+    base = tmp_path / "base"
+    config = Config.model_validate({"model": mixture()})
+    export(
+        build(config.model, config.data, make_encoder(config.model, config.data, tmp_path), 1), base
+    )
+    settings = {
+        "model": exported(base),
+        "peft__method": "lora",
+        "peft__r": 8,
+        "peft__experts": True,
+        "train__max_steps": 20,
+    }
+    ep = {"strategy": "ep"}
+    train(1, write(tmp_path, "one", **settings))
+    shared = [
+        write(tmp_path, "fsdp", **settings, parallel={"strategy": "fsdp"}),
+        write(tmp_path, "of_four", **settings, parallel=ep),
+        write(tmp_path, "again_of_four", **settings, parallel=ep),
+        write(tmp_path, "of_two", **settings, parallel={**ep, "ep_size": 2}),
+    ]
+    train(4, *shared, left_at=7)
+    for path in shared:
+        for key, rel in (("loss", 1e-5), ("grad_norm", 1e-4)):
+            expected = pytest.approx(column(tmp_path, "one", key), rel=rel)
+            assert column(tmp_path, path.stem, key) == expected, (path.stem, key)
+        moved = json.loads((tmp_path / "runs" / path.stem / "moved.json").read_text())
+        assert all(each["moved"] == each["trains"] for each in moved.values())
+    assert column(tmp_path, "again_of_four", "loss") == column(tmp_path, "of_four", "loss")
+    assert audit(tmp_path / "runs" / "again_of_four").clean
+    assert any(".experts.lora" in name for name in weights(tmp_path, "of_two"))
+
+
+@pytest.mark.slow
 def test_gradients_of_experts_are_those_of_the_whole_global_batch(tmp_path: Path) -> None:
     one = write(tmp_path, "one")
     shared = [
@@ -219,9 +259,8 @@ def test_tokens_that_all_choose_one_expert_train_without_a_hang(
         if name.endswith("gate.weight"):
             parameter.data.zero_()  # all alike: the first is taken
     export(made, base)
-    model = {"path": str(base), "speech_units": 20}
     settings = {
-        "model": model,
+        "model": exported(base),
         "train__freeze": ["*.gate.weight"],
         "checkpoint__every": 1,
         "checkpoint__keep": 9,
