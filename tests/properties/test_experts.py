@@ -199,6 +199,35 @@ def test_adapters_of_experts_lie_with_their_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True])
+def test_kinds_of_tokens_keep_to_their_experts_wherever_these_lie(
+    several: bool, tmp_path: Path
+) -> None:
+    """One router or one a kind, with their losses: the figures of one worker, and its loads."""
+    groups: dict[str, Any] = {
+        "text": {"ids": "rest", "experts": "0-3"},
+        "audio": {"ids": "259-278", "experts": "4-7"},
+    }
+    modality = {"groups": groups, **({"from": "one_router"} if several else {"softmax": "all"})}
+    moe = {"modality": modality, "balance": 0.01, "z_loss": 0.001}
+    settings = {"model": {**mixture(), "moe": moe}}
+    train(1, write(tmp_path, "one", **settings))
+    shared = [
+        write(tmp_path, "fsdp", **settings, parallel={"strategy": "fsdp"}),
+        write(tmp_path, "zero3", **settings, parallel={"strategy": "zero3"}),
+        write(tmp_path, "shared", **settings, parallel={"strategy": "ep"}),
+        write(tmp_path, "again_shared", **settings, parallel={"strategy": "ep"}),
+    ]
+    train(2, *shared, left_at=7)
+    keys = ("loss", "grad_norm", "term/balance/audio", "term/z/text", "experts/load_max/audio")
+    for path in shared:
+        for key in keys:
+            expected = pytest.approx(column(tmp_path, "one", key), rel=1e-4)
+            assert column(tmp_path, path.stem, key) == expected, (path.stem, key)
+    assert column(tmp_path, "again_shared", "loss") == column(tmp_path, "shared", "loss")
+
+
+@pytest.mark.slow
 def test_gradients_of_experts_are_those_of_the_whole_global_batch(tmp_path: Path) -> None:
     one = write(tmp_path, "one")
     shared = [
