@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import Replicate, Shard
 
 from tests.support import worlds
 
@@ -79,6 +80,8 @@ def write_gradient(job: Job) -> None:
             gradient = safe_get_full_grad(parameter)
         if job.config.parallel.strategy == "ep":
             gradient = job.strategy.of_all(name, gradient)
+            if len(gradient.placements) == 2:  # torch gathers along one dimension at a time alone
+                gradient = gradient.redistribute(placements=[Shard(0), Replicate()])
         whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
         found[name.removeprefix("module.")] = whole.detach().cpu().contiguous()
     job.stream.close()
