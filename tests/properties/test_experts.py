@@ -286,7 +286,7 @@ def test_tokens_that_all_choose_one_expert_train_without_a_hang(
     made = build(config.model, config.data, encoder, 1)
     for name, parameter in made.net.named_parameters():
         if name.endswith("gate.weight"):
-            parameter.data.zero_()  # all alike: the first is taken
+            parameter.data.zero_()  # all alike: the same one is taken
     export(made, base)
     settings = {
         "model": exported(base),
@@ -305,4 +305,4 @@ def test_tokens_that_all_choose_one_expert_train_without_a_hang(
     assert experts
     for name in experts:
         moved = (after[name] != before[name]).flatten(1).any(1)
-        assert moved.tolist() == [True] + [False] * 7, name
+        assert int(moved.sum()) == 1, name
