@@ -108,7 +108,7 @@ def strategies() -> str:
         more = [f"`parallel.offload: {offload}`" for offload in traits.offloads]
         more += ["`parallel.replicate`"] * traits.replicates
         more += ["`parallel.deepspeed`"] * (traits.stage is not None)
-        rows.append((f"`{name}`", shares, ", ".join(more) if traits.available else "not yet there"))
+        rows.append((f"`{name}`", shares, ", ".join(more)))
     return table(("`parallel.strategy`", "shares among workers", "goes with"), rows)
 
 
@@ -164,7 +164,7 @@ class Feature(NamedTuple):
 def features() -> list[Feature]:
     """Strategies and adapters, and what they could meet."""
     choices: dict[str, Iterable[Any]] = {
-        "parallel.strategy": [name for name, traits in STRATEGIES.items() if traits.available],
+        "parallel.strategy": list(STRATEGIES),
         "peft.method": [name for name in PEFT_KEYS if name != "none"],
         "model.family": [family.name for family in families.families()],
         "data.mode": ["packed", "padded"],

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 from raysft.config import schema
 from raysft.data.encode import Encoder, model_family
 from raysft.errors import UserError
-from raysft.models import balance, experts, loading, modality, proof, reach, rope, several_gates
+from raysft.models import balance, experts, loading, modality, proof, rope, several_gates
 from raysft.models.attention import attach
 from raysft.models.base import SpeechModel
 from raysft.models.router_losses import Weights
@@ -64,7 +64,6 @@ def build(
     proof.check(verdict, data.mode)
     rope.attach(speech_model.net)
     balance.attach(speech_model.net)
-    reach.touch(speech_model.net)
     if data.mode == "packed":
         attach(speech_model.net, verdict.windows)
     if model.moe is not None:

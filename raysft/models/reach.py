@@ -3,9 +3,6 @@
 They have no gradient, which other workers would wait for, and no optimizer state, which a resume
 would look for. So they are frozen at the start, by name. Found in the graph of one forward pass of
 two tokens (and a silent clip); no backward pass is run.
-
-Experts that are modules each are reached by some batches only, and on some workers only: `touch`
-gives all of them a gradient in each (DeepSpeed's zero1 and zero2 add up wrong ones without).
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import torch
 from torch import nn
 
 from raysft.models.layout import Batch
-from raysft.parallel.blocks import mixtures_of
 
 # Experts that are modules of their own: those that no token was sent to are reached by others.
 EXPERT = re.compile(r"\bexperts\.\d+\.")
@@ -43,24 +39,6 @@ def unreached(model: nn.Module, inputs: Batch) -> list[str]:
         for name, p in named.items()
         if id(p) not in reached and EXPERT.sub("experts.*.", name) not in groups
     ]
-
-
-def touch(net: nn.Module) -> None:
-    """Let each pass through a mixture reach all of its experts that train, with a weight of zero.
-    Fused experts are reached together."""
-    for mixture in mixtures_of(net):
-        mixture.register_forward_hook(_touched)
-
-
-def _touched(mixture: nn.Module, args: object, output: object) -> object:
-    trained = [p for p in mixture.parameters() if p.requires_grad]
-    if not trained or not torch.is_grad_enabled():
-        return output
-    nothing = torch.stack([p.flatten()[0].float() * 0.0 for p in trained]).sum()
-    if isinstance(output, tuple):
-        return (output[0] + nothing.to(output[0].dtype), *output[1:])
-    assert isinstance(output, torch.Tensor)
-    return output + nothing.to(output.dtype)
 
 
 def summary(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -35,3 +36,27 @@ def mixtures_of(net: nn.Module) -> list[nn.Module]:
             for name, child in part.named_children()
         )
     ]
+
+
+def reach_experts(net: nn.Module) -> None:
+    """Let each pass through a mixture of `mixtures_of` reach all of its experts that train, those
+    that no token has chosen with a gradient of zero.
+
+    Workers' tokens choose other experts, and gradients are added up in the order in which they are
+    there: the same on every worker, because here all of a mixture's are complete only when its
+    backward pass is through (what is first in the forward pass is last in that). DeepSpeed's zero1
+    and zero2 add up gradients of different parameters without, and ddp and fsdp raise or wait.
+    """
+    for mixture in mixtures_of(net):
+        mixture.register_forward_pre_hook(_reached)
+
+
+def _reached(mixture: nn.Module, args: tuple[object, ...]) -> tuple[object, ...] | None:
+    trained = [p for p in mixture.parameters() if p.requires_grad]
+    if not trained or not torch.is_grad_enabled():
+        return None
+    hidden, *rest = args
+    if not isinstance(hidden, torch.Tensor):
+        raise ValueError(f"{type(mixture).__name__}: its first argument is no tensor")
+    nothing = torch.stack([p.flatten()[0].float() * 0.0 for p in trained]).sum()
+    return (hidden + nothing.to(hidden.dtype), *rest)

@@ -11,6 +11,7 @@ from torch import nn
 from raysft.config.schema import Config
 from raysft.config.strategies import StrategyTraits, traits_of
 from raysft.errors import UserError
+from raysft.parallel.blocks import reach_experts
 from raysft.parallel.strategy import Strategy
 from raysft.parallel.world import World
 
@@ -28,6 +29,8 @@ def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
             f"train.precision: bf16, but {torch.cuda.get_device_name(device)} has none; "
             "use fp16 or fp32"
         )
+    if traits.stage != 3:  # which gathers and reduces all experts of a mixture at once
+        reach_experts(module)
     return load_class(traits)(config, module, world)
 
 

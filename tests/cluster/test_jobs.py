@@ -300,6 +300,7 @@ def speech_config(
     return path
 
 
+@pytest.mark.slow
 def test_a_causal_lm_learns_asr_and_tts_through_speech_tokens_with_a_budget_found_by_itself(
     speech_config: Path, tmp_path: Path
 ) -> None:

@@ -149,6 +149,8 @@ def save_whole(kind: str, folder: Path) -> Path:
     config = AutoConfig.for_model(kind, thinker_config=thinker, **copy.deepcopy(WHOLE[kind]))
     torch.manual_seed(0)
     whole = getattr(transformers, TYPES[kind].whole_net)(config)
+    for parameter in whole.talker.parameters():  # transformers leaves its experts as memory was
+        torch.nn.init.normal_(parameter, std=0.02)
     for name in ("config.json", "model.safetensors"):
         (folder / name).unlink()
     whole.save_pretrained(folder)

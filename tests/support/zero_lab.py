@@ -17,7 +17,6 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.losses import chunked as losses
-from raysft.models import reach
 from raysft.parallel import Strategy, World, make_strategy, zero_state
 from raysft.parallel.ddp import Ddp
 from raysft.run.lines import read_lines
@@ -259,9 +258,7 @@ def resumed(world: World, folder: Path, strategy: str, **changes: Any) -> dict[s
 def idle_experts(world: World, folder: Path, strategy: str) -> dict[str, Any]:
     """Each worker calls other experts than its neighbour."""
     more = {"parallel__deepspeed": sharded(folder)} if strategy == "zero3" else {}
-    module = sparse()
-    reach.touch(module)
-    made = make_strategy(make_config(strategy, **more), module, world)
+    made = make_strategy(make_config(strategy, **more), sparse(), world)
     return {"lines": [take_step(made, world, step) for step in range(1, 4)]}
 
 

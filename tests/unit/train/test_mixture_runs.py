@@ -125,7 +125,7 @@ def watched(
     return seen
 
 
-@pytest.mark.parametrize("mode", ["packed", "padded"])
+@pytest.mark.parametrize("mode", ["packed", pytest.param("padded", marks=pytest.mark.slow)])
 def test_no_token_reaches_experts_of_another_kind_in_a_whole_run(
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +177,11 @@ def test_no_token_reaches_experts_of_another_kind_in_a_whole_run(
         )
 
 
-@pytest.mark.parametrize("start", [None, "one_router"], ids=["one router", "a router each"])
+@pytest.mark.parametrize(
+    "start",
+    [pytest.param(None, marks=pytest.mark.slow), "one_router"],
+    ids=["one router", "a router each"],
+)
 def test_positions_of_clips_are_a_kind(tmp_path: Path, start: str | None) -> None:
     base = zoo.save_whole("qwen3_omni_moe", tmp_path / "base")
     lines = []
@@ -225,6 +229,7 @@ def test_positions_of_clips_are_a_kind(tmp_path: Path, start: str | None) -> Non
         torch.testing.assert_close(found, net.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_workers_and_a_kill_change_nothing_of_what_is_told(tmp_path: Path) -> None:
     paths, configs = [], []
     for name in ("one", "two"):
