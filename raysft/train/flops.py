@@ -18,6 +18,9 @@ packed or not. Layers with a sliding window are left out of it, so it is rather 
 
 The encoder of Qwen2-Audio or Whisper takes every clip at one length, P positions: its 2N, 4N or 6N
 for each of them and 12 L H D P^2 (4 L H D P^2 if frozen) for a clip, whatever its own length.
+That of another model that hears costs for each frame of its features 2N, 4N or 6N at the positions
+where `EncoderCost` says that a matrix runs, and 12 L H D (4 L H D if frozen) for each pair that
+attends. Rows of a fixed length count whole; padding to the longest clip does not.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from raysft.families.audio_lm.types import TYPES, EncoderCost
 from raysft.models import copies, reach
 from raysft.models.experts import CHOSEN
 
@@ -60,20 +64,25 @@ _UNUSED = ("original_module", "trainable_tokens")
 @dataclass(frozen=True)
 class Cost:
     """FLOPs of training on one token, one supervised token, one pair of positions (of all length^2
-    of a document), and one clip."""
+    of a document), one clip, one frame of audio features, and one of `EncoderCost.attended`."""
 
     token: float
     supervised: float
     pair: float
     clip: float = 0.0
+    frame: float = 0.0
+    attended: float = 0.0
 
     def total(self, counts: Mapping[str, float]) -> float:
-        """FLOPs of steps with these counts: tokens, supervised, squares, clips."""
+        """FLOPs of steps with these counts: tokens, supervised, squares, and of what is heard
+        clips, or frames and attended."""
         return (
             self.token * counts.get("tokens", 0.0)
             + self.supervised * counts.get("supervised", 0.0)
             + self.pair * counts.get("squares", 0.0)
             + self.clip * counts.get("clips", 0.0)
+            + self.frame * counts.get("frames", 0.0)
+            + self.attended * counts.get("attended", 0.0)
         )
 
 
@@ -83,7 +92,7 @@ def cost_of(model: nn.Module, unreached: Collection[str] = ()) -> Cost | None:
     unreached: parameters that no token passes through, by the names of the model alone or of
     peft's. Called before a strategy shards its parameters. None where the formulas do not hold:
     layers that carry a state or that convolve, experts whose number a token is not known, an
-    architecture without the usual names, an audio encoder of another kind than Qwen2-Audio's.
+    architecture without the usual names, an audio encoder whose cost is not known.
     """
     net = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     if net.config.is_encoder_decoder:
@@ -92,22 +101,33 @@ def cost_of(model: nn.Module, unreached: Collection[str] = ()) -> Cost | None:
         text = net.config.get_text_config()
     except ValueError:  # several
         return None
-    if not _usual(net, text) or _hears_otherwise(net):
+    hearing = _hearing(net)
+    if not _usual(net, text) or (hearing is None and _hears_otherwise(net)):
         return None
     head = net.get_output_embeddings()
     tower = next((m for name, m in net.named_modules() if name.endswith("audio_tower")), None)
     own = {id(part) for part in head.modules()}
     heard = {id(part) for part in tower.modules()} if tower is not None else set()
-    token = supervised = 0.0
+    rates = {} if hearing is None else _rates(net, hearing)
+    if hearing is not None:  # what sees is not reached
+        read = {id(part) for part in net.get_decoder().modules()}
+        heard = {id(part) for part in net.modules()} - read
+    token = supervised = frame = 0.0
     chosen = _chosen(text)
     for part, size, trains in _matrices(model, chosen, unreached):
         if id(part) in own:
             supervised += size * (6 if trains else 4)
+        elif id(part) in rates:
+            rate, before = rates[id(part)]
+            frame += rate * size * (2 + 2 * trains + 2 * before)
         elif id(part) not in heard:
             token += size * (6 if trains else 4)
     layers = getattr(text, "layer_types", None)
     full = text.num_hidden_layers if layers is None else layers.count("full_attention")
     pair = 6.0 * full * text.num_attention_heads * _head_size(text)
+    if hearing is not None:
+        passed = any(p.requires_grad for p in net.get_submodule(hearing.tower).parameters())
+        return Cost(token, supervised, pair, 0.0, frame, 12.0 if passed else 4.0)
     clip = _clip(tower, net.config.audio_config) if tower is not None else 0.0
     return Cost(token, supervised, pair, clip)
 
@@ -155,6 +175,28 @@ def _counted_alike(net: PreTrainedModel) -> bool:
     counts = {"tokens": length, "supervised": length, "squares": 2 * length**2}
     assert cost is not None  # as above: what is not reached makes it smaller only
     return abs((cost.total(counts) + beyond) / counter.get_total_flops() - 1) < 0.15
+
+
+def _hearing(net: PreTrainedModel) -> EncoderCost | None:
+    row = TYPES.get(net.config.model_type)
+    return None if row is None else row.cost
+
+
+def _rates(net: PreTrainedModel, hearing: EncoderCost) -> dict[int, tuple[float, bool]]:
+    """Of each module that audio passes through: positions a frame, and whether its input has a
+    gradient, for it or something before it trains (not for what reads the features)."""
+    parts = hearing.parts(net.config)
+    found: dict[int, int] = {}
+    trained = [False] * len(parts)
+    for name, part in net.named_modules():
+        number = next(
+            (i for i, (path, _) in enumerate(parts) if f"{name}.".startswith(f"{path}.")), None
+        )
+        if number is not None:
+            found[id(part)] = number
+            trained[number] |= any(p.requires_grad for p in part.parameters(recurse=False))
+    before = [i > 0 and any(trained[: i + 1]) for i in range(len(parts))]
+    return {key: (parts[i][1], before[i]) for key, i in found.items()}
 
 
 def _hears_otherwise(net: PreTrainedModel) -> bool:

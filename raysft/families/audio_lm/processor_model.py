@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from raysft.config import schema
 from raysft.data.encode import net_class
+from raysft.data.example import MicroBatch
 from raysft.errors import UserError
 from raysft.families.audio_lm import one_length
 from raysft.families.audio_lm.processor_encode import FEATURES, FRAMES, ProcessorEncoder
@@ -68,6 +69,20 @@ class ProcessorLM(SpeechModel):
     def full_document(self, length: int) -> Document:
         """A silent clip that fills about `length` positions and an end token."""
         return self.silent_document(self.encoder.samples_of(length))
+
+    def counts(self, mb: MicroBatch) -> dict[str, float]:
+        """As `SpeechModel.counts`, and where the encoder's cost is known: frames that it reads, and
+        what they attend to (`EncoderCost.attended`)."""
+        found = super().counts(mb)
+        if self.row.cost is None:
+            return found
+        frames, clips = np.zeros(0, np.int64), mb.arrays.get(FEATURES)
+        if clips is not None and self.row.layout == "rows":
+            frames = np.full(len(clips.values), clips.values.shape[self.row.time])
+        elif clips is not None:
+            frames = clips.lengths.astype(np.int64)
+        attended = self.row.cost.attended(self.net.config, frames)
+        return found | {"frames": float(frames.sum()), "attended": float(attended.sum())}
 
     def touches_everything(self, documents: list[Document]) -> bool:
         """Whether the encoder runs."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from raysft.data.example import Audio, Units
 from raysft.errors import UserError
@@ -80,6 +80,14 @@ class Config(Protocol):
     window_size: int
     downsample_rate: int
     time_reduction: int
+    hidden_size: int
+    d_model: int
+    num_hidden_layers: int
+    encoder_layers: int
+    num_mel_bins: int
+    n_window: int
+    n_window_infer: int
+    audio_merge_size: int
     audio_config: Config
 
 
@@ -97,8 +105,25 @@ def refuse_part(part: Audio | Units, answer: bool) -> None:
         )
 
 
+Count = TypeVar("Count", int, "np.ndarray")
 Lengths = Callable[[Processor, int], int]
 """(processor, samples) -> how many."""
+
+
+@dataclass(frozen=True)
+class EncoderCost:
+    """What `train.flops` needs to count an encoder's FLOPs.
+
+    parts: (config) -> (path of a module, positions at which each of its matrices runs for a frame)
+        in the order in which features pass; of paths within each other the first one holds.
+    attended: (config, frames of each clip, or of each row) -> pairs of positions that attend to
+        each other, times the width of attention, summed over layers.
+    tower: path of the module that attends.
+    """
+
+    parts: Callable[[Config], list[tuple[str, float]]]
+    attended: Callable[[Config, np.ndarray], np.ndarray]
+    tower: str = "model.audio_tower"
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,7 @@ class AudioType:
     says_language: whether the answer of an asr example begins with its lang.
     package: what transformers needs beside itself to build the model: its name, and the extra of
         raysft that has it.
+    cost: what its encoder computes; None: no formula is right, its runs have no `tflops`.
     """
 
     processor: str
@@ -157,13 +183,14 @@ class AudioType:
     interleaved: bool = False
     says_language: bool = True
     package: tuple[str, str] | None = None
+    cost: EncoderCost | None = None
 
 
 def _ceil(samples: int, hop: int) -> int:
     return -(-samples // hop)
 
 
-def _halved(frames: int) -> int:
+def _halved(frames: Count) -> Count:
     """After a convolution of stride 2."""
     return (frames - 1) // 2 + 1
 
@@ -178,7 +205,7 @@ def _merged(processor: Processor, samples: int) -> int:
     return (_halved(_ceil(samples, processor.feature_extractor.hop_length)) - 4) // 4 + 1
 
 
-def windowed(frames: int, window: int) -> int:
+def windowed(frames: Count, window: int) -> Count:
     """Three convolutions of stride 2 over each window of frames (qwen3_asr: 13 of 100)."""
     rest = frames % window
     return _halved(_halved(_halved(rest))) + frames // window * 13
@@ -274,6 +301,54 @@ def _one_chunk(processor: Processor) -> int:
     return int(processor.feature_extractor.n_samples)
 
 
+_TOWER, _PROJECTOR = "model.audio_tower", "model.multi_modal_projector"
+
+
+def _whisper_cost(merged: Callable[[Config], int]) -> EncoderCost:
+    """Whisper's encoder over whole rows: a convolution at the rate of the frames, then half of it.
+    merged: positions that the projector takes as one."""
+
+    def parts(config: Config) -> list[tuple[str, float]]:
+        return [(f"{_TOWER}.conv1", 1), (_TOWER, 1 / 2), (_PROJECTOR, 1 / 2 / merged(config))]
+
+    def attended(config: Config, frames: np.ndarray) -> np.ndarray:
+        audio = config.audio_config
+        return audio.num_hidden_layers * audio.hidden_size * (frames / 2) ** 2
+
+    return EncoderCost(parts, attended)
+
+
+def _qwen25_parts(config: Config) -> list[tuple[str, float]]:
+    return [(f"{_TOWER}.conv1", 1), (f"{_TOWER}.proj", 1 / 4), (_TOWER, 1 / 2)]
+
+
+def _qwen25_attended(config: Config, frames: np.ndarray) -> np.ndarray:
+    """Within chunks of `2 * n_window` frames, half as many positions."""
+    audio = config.audio_config
+    chunk = 2 * audio.n_window
+    pairs = frames // chunk * audio.n_window**2 + _halved(frames % chunk) ** 2
+    return audio.encoder_layers * audio.d_model * pairs
+
+
+def _qwen3_parts(config: Config) -> list[tuple[str, float]]:
+    """Three convolutions of stride 2 over time and mels, windows of 100 frames; 13 positions."""
+    parts, mels, times = [], config.audio_config.num_mel_bins, 100
+    for number in (1, 2, 3):
+        mels, times = _halved(mels), _halved(times)
+        parts.append((f"{_TOWER}.conv2d{number}", mels * times / 100))
+    return [*parts, (_TOWER, times / 100), (_PROJECTOR, times / 100)]
+
+
+def _qwen3_attended(config: Config, frames: np.ndarray) -> np.ndarray:
+    """Within windows of `n_window_infer` frames."""
+    audio = config.audio_config
+    window = 2 * audio.n_window
+    most = audio.n_window_infer // window * windowed(window, window)
+    positions = windowed(frames, window)
+    pairs = positions // most * most**2 + (positions % most) ** 2
+    return audio.encoder_layers * audio.d_model * pairs
+
+
 _QWEN25 = AudioType(
     processor="transformers:Qwen2_5OmniProcessor",
     tokens=_pooled,
@@ -281,6 +356,7 @@ _QWEN25 = AudioType(
     most=_one_chunk,
     silenced=True,
     bracketed=True,
+    cost=EncoderCost(_qwen25_parts, _qwen25_attended),
 )
 _QWEN3 = AudioType(
     processor="transformers:Qwen3OmniMoeProcessor",
@@ -288,12 +364,14 @@ _QWEN3 = AudioType(
     mask="feature_attention_mask",
     window="model.audio_tower",
     bracketed=True,
+    cost=EncoderCost(_qwen3_parts, _qwen3_attended),
 )
 _FLAMINGO = AudioType(
     processor="transformers:AudioFlamingo3Processor",
     tokens=_pooled,
     layout="rows",
     most=_chunk_limit,
+    cost=_whisper_cost(lambda config: 2),
 )
 
 TYPES: dict[str, AudioType] = {
@@ -302,6 +380,7 @@ TYPES: dict[str, AudioType] = {
         tokens=_qwen3_asr,
         multiple=100,
         bracketed=True,
+        cost=EncoderCost(_qwen3_parts, _qwen3_attended),
     ),
     "qwen2_5_omni": replace(
         _QWEN25, whole="thinker", whole_net="Qwen2_5OmniForConditionalGeneration"
@@ -313,7 +392,12 @@ TYPES: dict[str, AudioType] = {
     "qwen3_omni_moe_thinker": _QWEN3,
     "audioflamingo3": _FLAMINGO,
     "musicflamingo": replace(_FLAMINGO, processor="transformers:MusicFlamingoProcessor"),
-    "glmasr": replace(_FLAMINGO, processor="transformers:GlmAsrProcessor", tokens=_merged),
+    "glmasr": replace(
+        _FLAMINGO,
+        processor="transformers:GlmAsrProcessor",
+        tokens=_merged,
+        cost=_whisper_cost(lambda config: 4),
+    ),
     "granite_speech": AudioType(
         processor="transformers:GraniteSpeechProcessor",
         tokens=_granite,
@@ -348,6 +432,7 @@ TYPES: dict[str, AudioType] = {
         layout="rows",
         bracketed=True,
         interleaved=True,
+        cost=_whisper_cost(lambda config: config.audio_merge_size),
     ),
     "gemma3n": AudioType(
         processor="transformers:Gemma3nProcessor",
@@ -371,6 +456,7 @@ TYPES: dict[str, AudioType] = {
         markup="[BEGIN_AUDIO][AUDIO]",
         template="raysft.families.audio_lm.voxtral:VoxtralTemplate",
         says_language=False,
+        cost=_whisper_cost(lambda config: 4),
     ),
 }
 TYPES["granite_speech_plus"] = TYPES["granite_speech"]
