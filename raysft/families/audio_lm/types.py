@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from raysft.data.example import Audio, Units
@@ -304,18 +305,21 @@ def _one_chunk(processor: Processor) -> int:
 _TOWER, _PROJECTOR = "model.audio_tower", "model.multi_modal_projector"
 
 
-def _whisper_cost(merged: Callable[[Config], int]) -> EncoderCost:
-    """Whisper's encoder over whole rows: a convolution at the rate of the frames, then half of it.
-    merged: positions that the projector takes as one."""
+def _whisper_parts(merged: int | None, config: Config) -> list[tuple[str, float]]:
+    """A convolution at the rate of the frames, then half of it. merged: positions that the
+    projector takes as one; None: as many as the config says."""
+    merged = merged or config.audio_merge_size
+    return [(f"{_TOWER}.conv1", 1), (_TOWER, 1 / 2), (_PROJECTOR, 1 / 2 / merged)]
 
-    def parts(config: Config) -> list[tuple[str, float]]:
-        return [(f"{_TOWER}.conv1", 1), (_TOWER, 1 / 2), (_PROJECTOR, 1 / 2 / merged(config))]
 
-    def attended(config: Config, frames: np.ndarray) -> np.ndarray:
-        audio = config.audio_config
-        return audio.num_hidden_layers * audio.hidden_size * (frames / 2) ** 2
+def _whisper_attended(config: Config, frames: np.ndarray) -> np.ndarray:
+    audio = config.audio_config
+    return audio.num_hidden_layers * audio.hidden_size * (frames / 2) ** 2
 
-    return EncoderCost(parts, attended)
+
+def _whisper_cost(merged: int | None) -> EncoderCost:
+    """Whisper's encoder over whole rows."""
+    return EncoderCost(partial(_whisper_parts, merged), _whisper_attended)
 
 
 def _qwen25_parts(config: Config) -> list[tuple[str, float]]:
@@ -371,7 +375,7 @@ _FLAMINGO = AudioType(
     tokens=_pooled,
     layout="rows",
     most=_chunk_limit,
-    cost=_whisper_cost(lambda config: 2),
+    cost=_whisper_cost(2),
 )
 
 TYPES: dict[str, AudioType] = {
@@ -396,7 +400,7 @@ TYPES: dict[str, AudioType] = {
         _FLAMINGO,
         processor="transformers:GlmAsrProcessor",
         tokens=_merged,
-        cost=_whisper_cost(lambda config: 4),
+        cost=_whisper_cost(4),
     ),
     "granite_speech": AudioType(
         processor="transformers:GraniteSpeechProcessor",
@@ -432,7 +436,7 @@ TYPES: dict[str, AudioType] = {
         layout="rows",
         bracketed=True,
         interleaved=True,
-        cost=_whisper_cost(lambda config: config.audio_merge_size),
+        cost=_whisper_cost(None),
     ),
     "gemma3n": AudioType(
         processor="transformers:Gemma3nProcessor",
@@ -456,7 +460,7 @@ TYPES: dict[str, AudioType] = {
         markup="[BEGIN_AUDIO][AUDIO]",
         template="raysft.families.audio_lm.voxtral:VoxtralTemplate",
         says_language=False,
-        cost=_whisper_cost(lambda config: 4),
+        cost=_whisper_cost(4),
     ),
 }
 TYPES["granite_speech_plus"] = TYPES["granite_speech"]
