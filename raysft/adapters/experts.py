@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from raysft.config.schema import Config, Peft
 from raysft.errors import UserError
 from raysft.models import experts
-from raysft.models.experts import LowRank, experts_of
+from raysft.models.experts import LowRank
 from raysft.models.targets import modules_named
+from raysft.parallel.blocks import experts_of
 
 INSIDE = "base_model.model."  # names of the plain model, in peft's
 

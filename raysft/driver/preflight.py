@@ -97,6 +97,7 @@ def check(config: Config, writes: bool = True) -> Config:
     if config.peft.path is not None:
         hub.check(config.peft.path, "peft.path")
     model_family(config.model)
+    _check_experts(config)
     _check_names(config)
     sources.resolve_all(config.data.train, "train")
     _check_evaluation_data(config)
@@ -154,20 +155,26 @@ def _check_evaluation_data(config: Config) -> None:
             bleu.metric(name)  # for its refusal
 
 
-def _check_names(config: Config, encoder: Encoder | None = None, total_steps: int = 0) -> None:
-    """Look names of layers and parameters up in the model, without its weights, and its experts."""
-    if "experts" in traits_of(config.parallel.strategy).shards:
-        from raysft.models.loading import skeleton
-        from raysft.parallel import ep  # torch: only where it is needed
+def _check_experts(config: Config) -> None:
+    """Whether there are experts that `model.moe` and the strategy can be about, without weights."""
+    shared = "experts" in traits_of(config.parallel.strategy).shards
+    if not shared and config.model.moe is None:
+        return
+    from raysft.models import experts  # torch: only where it is needed
+    from raysft.models.loading import skeleton
+    from raysft.parallel import ep
 
-        ep.check(config.parallel, skeleton(config.model))
+    net = skeleton(config.model)
+    if shared:
+        ep.check(config.parallel, net)
     if config.model.moe is not None:
-        from raysft.models import experts
-        from raysft.models.loading import skeleton
-
-        experts.check(skeleton(config.model))
+        experts.check(net)
         if config.model.moe.experts == "grouped_gemm":
             experts.require_installed()
+
+
+def _check_names(config: Config, encoder: Encoder | None = None, total_steps: int = 0) -> None:
+    """Look names of layers and parameters up in the model, without its weights."""
     if config.peft.method != "none":
         from raysft.adapters import attach as peft  # torch: only where it is needed
 

@@ -1,7 +1,7 @@
 """The experts of a mixture: transformers keeps the matrices of all experts of a layer as one.
 
-Stands between the built model and whatever multiplies by experts: `experts_of` finds them in a
-model of any architecture, `use` says by what they compute (`model.moe.experts`). Each (token,
+Stands between the built model and whatever multiplies by experts: `use` says by what those that
+`blocks.experts_of` finds compute (`model.moe.experts`). Each (token,
 expert) is a row; rows are sorted by expert, go through grouped products (`grouped`), and are added
 up again by token. Low-rank updates (`LowRank`, of `peft.experts`) are grouped products too: the
 update of a matrix is never made.

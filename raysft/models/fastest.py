@@ -17,8 +17,9 @@ from torch import nn
 
 from raysft.config.moe import Backend
 from raysft.models import experts
-from raysft.models.experts import BACKENDS, CHOSEN, WHOLE, experts_of, why_not
+from raysft.models.experts import BACKENDS, CHOSEN, WHOLE, why_not
 from raysft.models.loading import seeded
+from raysft.parallel.blocks import experts_of
 
 AGAIN = 3  # timed passes, after one that warms up
 ENOUGH_S = 1.0  # a pass that takes longer is not done again

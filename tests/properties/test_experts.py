@@ -25,38 +25,20 @@ from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
 from raysft.train.checkpoint import read_weights
 from tests.support import worlds
-from tests.support.models import CAUSAL
+from tests.support.mixtures import MIXTURES
 from tests.support.worlds import tiny
 
 STEPS = 10
-_TEXT = CAUSAL["config"]
-_LATENT = {"kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
-MIXTURES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16},
-    "qwen2_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-        "norm_topk_prob": False,
-    },
-    "mixtral": {"num_local_experts": 4},
-    "olmoe": {"num_experts": 8},
-    "deepseek_v2": {
-        "n_routed_experts": 8,
-        "n_shared_experts": 2,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "v_head_dim": 16,
-        "head_dim": 8,
-        "num_key_value_heads": 2,
-        **_LATENT,
-    },
-}
 
 
 def mixture(kind: str = "qwen3_moe", **more: Any) -> dict[str, Any]:
-    """A model section of a small mixture, two experts a token."""
-    settings = {**_TEXT, "num_experts_per_tok": 2, **MIXTURES[kind], "model_type": kind, **more}
+    """A model section of a small mixture, whose vocabulary is the tokenizer's."""
+    own = {
+        key: value
+        for key, value in MIXTURES[kind].items()
+        if key != "vocab_size" and not key.endswith("token_id")
+    }
+    settings = {**own, **more, "model_type": kind}
     return {"tokenizer": "bytes", "speech_units": 20, "config": settings}
 
 

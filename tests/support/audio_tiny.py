@@ -68,6 +68,13 @@ def _whisper(**more: Any) -> tuple[str, dict[str, Any]]:
     return "WhisperFeatureExtractor", {"feature_size": 16, "chunk_length": 2, **more}
 
 
+_GEMMA4: dict[str, Any] = {
+    **TEXT,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _QWEN3_AUDIO = {**WHISPER, "downsample_hidden_size": 8, "output_dim": 32, "n_window": 50}
 
 TINY: dict[str, Tiny] = {
@@ -284,11 +291,7 @@ TINY: dict[str, Tiny] = {
                 "output_proj_dims": 32,
             },
             "text_config": {
-                **TEXT,
-                "head_dim": 8,
-                "global_head_dim": 8,
-                "sliding_window": 16,
-                "layer_types": ["sliding_attention", "full_attention"],
+                **_GEMMA4,
                 "hidden_size_per_layer_input": 8,
                 "vocab_size_per_layer_input": 300,
                 "pad_token_id": 0,
@@ -317,11 +320,7 @@ TINY: dict[str, Tiny] = {
                 "output_proj_dims": 8,
             },
             "text_config": {
-                **TEXT,
-                "head_dim": 8,
-                "global_head_dim": 8,
-                "sliding_window": 16,
-                "layer_types": ["sliding_attention", "full_attention"],
+                **_GEMMA4,
                 "pad_token_id": 0,
             },
         },

@@ -23,7 +23,7 @@ from raysft.driver import preflight
 from raysft.errors import UserError
 from raysft.export import export, export_run
 from raysft.models import build
-from raysft.models.experts import experts_of
+from raysft.parallel.blocks import experts_of
 from raysft.train.loop import train
 from tests.support import worlds
 from tests.support.adapters import LANES, STEPS, Bench, Trained, copy_of, same_logits

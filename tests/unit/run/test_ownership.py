@@ -26,6 +26,7 @@ LEASE_S = 3 * ownership.BEAT_S  # more than two beats of a busy machine
 def hold(folder: Path, number: int, seconds: float) -> None:
     """Own the run while `owned_NUMBER` is there; leave what was said, and when it was owned."""
     said: list[str] = []
+    (folder.parent / f"begun_{number}").touch()
     try:
         with Ownership.take(folder, said.append, LEASE_S) as owner:
             note(folder.parent / f"owned_{number}", [owner.lease.number, *said])
@@ -242,6 +243,8 @@ def test_who_is_refused_by_one_that_was_just_beginning_is_told_who_it_is(run: Pa
     (run / FOLDER).mkdir(parents=True)
     (run / FOLDER / "1.json").touch()
     second = fork(hold, run, 2, 60.0)
+    while not (run.parent / "begun_2").exists():  # the process may take longer than a lease
+        time.sleep(0.02)
     time.sleep(0.5)
     facts = {"process": asdict(Process.this()), "since": time.time(), "token": "0" * 32}
     (run / FOLDER / "1.json").write_text(json.dumps(facts))

@@ -11,8 +11,8 @@ from raysft.config import Config
 from raysft.driver import preflight
 from raysft.errors import UserError
 from raysft.models import fastest
-from raysft.models.experts import experts_of
 from raysft.parallel import World
+from raysft.parallel.blocks import experts_of
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
 from tests.support.models import CAUSAL

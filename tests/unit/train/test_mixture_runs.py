@@ -38,6 +38,7 @@ from tests.support import audio_zoo as zoo
 from tests.support import worlds
 from tests.support.documents import blocks
 from tests.support.mixtures import MIXTURES
+from tests.support.models import CAUSAL
 from tests.unit.models.test_routing import PLAN, mixture
 
 torch.set_num_threads(1)
@@ -51,13 +52,8 @@ MODEL: dict[str, Any] = {
     "tokenizer": "bytes",
     "speech_units": 20,
     "config": {
+        **CAUSAL["config"],
         "model_type": "qwen3_moe",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "intermediate_size": 64,
         "moe_intermediate_size": 16,
         "num_experts": 8,
         "num_experts_per_tok": 2,
