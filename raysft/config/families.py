@@ -155,7 +155,10 @@ register(
         encode="raysft.families.causal_lm.encode",
         model="raysft.families.causal_lm.model",
         every_causal_lm=True,
-        refused_keys={"data.language": _UNTOLD},
+        refused_keys={
+            "data.language": _UNTOLD,
+            "data.audio_per_batch": "causal_lm has no audio encoder: leave it out",
+        },
     )
 )
 register(
@@ -240,6 +243,8 @@ register(
             "data.features": "seq2seq reads its model's own features: leave it out",
             "data.speech_tokens": "seq2seq reads audio as it is: leave data.speech_tokens out",
             "data.unit_noise": "seq2seq reads audio as it is, no units: leave it out",
+            "data.audio_per_batch": "what seq2seq's encoder computes of a clip counts in "
+            "data.tokens_per_batch: leave it out",
             "model.unit_markers": "stand around units, which seq2seq does not read: leave them out",
             "model.speech_units": "seq2seq reads audio as it is, no units: leave it out",
         },

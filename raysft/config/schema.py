@@ -104,6 +104,12 @@ class Data(Section):
         description="budget of a micro-batch in model positions (audio positions included); auto: "
         "the largest that leaves 10% of the device's memory free, found before training",
     )
+    audio_per_batch: Fixed[PositiveFloat | None] = Field(
+        None,
+        description="audio_lm: seconds of audio that the encoder computes for a micro-batch at "
+        "most, beside tokens_per_batch; a clip counts with what it is padded to (Qwen2-Audio: 30 s "
+        "each); default: no limit",
+    )
     mode: Fixed[Literal["packed", "padded"]] = Field(
         "packed", description="packed: sequences share a row; padded: a row each, sorted by length"
     )

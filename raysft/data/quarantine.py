@@ -33,7 +33,8 @@ _WORDS = {
     "too short": r"too short|\d+ samples at \d+ Hz: shorter|its clip of .* s is (?:too )?short",
     "too long": r"too long|its clip is .* s, the model reads at most",
     "no such part": r"from \S+ to \S+ s is no part|has [\d.]+ s, of which|has no channel",
-    "over budget": r"takes \d+ positions, more than data\.tokens_per_batch",
+    "over budget": r"takes \d+ positions, more than data\.tokens_per_batch"
+    r"|has \S+ s for the encoder, more than",
     "beyond learned positions": r"takes \d+ positions, and the model has learned",
     "longer than indexed": r"takes \d+ positions, (?:but )?\d+|longer than indexed",
     "shorter than indexed": r"shorter than indexed",

@@ -43,10 +43,11 @@ def find(config: Config, folder: Path, encoder: Encoder, train: Index) -> int:
     from raysft.train.probe import Lengths
 
     begun = time.monotonic()
+    heard = None if config.data.audio_per_batch is None else train.heard
     answer = ray.remote(_Answer).options(num_cpus=0).remote()
     settings = {
         "encoder": ray.put(encoder),
-        "lengths": asdict(Lengths.of(train.tokens, config.data.lanes)),
+        "lengths": asdict(Lengths.of(train.tokens, config.data.lanes, heard)),
         "answer": answer,
     }
     trainer = make_trainer(

@@ -395,7 +395,10 @@ def _oversize(plan: Plan, index: Index, config: Config) -> list[Quarantined]:
 
 
 def _over_budget(index: Index, row: int, config: Config) -> str:
-    budget = config.data.tokens_per_batch
+    budget, audio = config.data.budget, config.data.audio_per_batch
+    if index.tokens[row] <= budget and audio is not None:
+        heard = float(index.heard[row])
+        return f"has {heard:g} s for the encoder, more than data.audio_per_batch={audio:g}"
     return f"takes {index.tokens[row]} positions, more than data.tokens_per_batch={budget}"
 
 

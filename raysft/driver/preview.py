@@ -45,7 +45,7 @@ def dry_run(config: Config, say: Say = silent, show: int = 0, colours: bool = Fa
             *assumed,
             f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable"
             + (f": {quarantined(map(kind_of, prepared.rejected))}" if prepared.rejected else ""),
-            f"audio           {_duration(index)}",
+            f"audio           {_duration(index.seconds)}{_computed(index)}",
             *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
             f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
@@ -93,15 +93,23 @@ def summary(prepared: Prepared, folder: Path) -> list[str]:
 def _amount(index: Index) -> str:
     """Examples, and how long they are where there is audio."""
     said = _examples(len(index))
-    return f"{said}, {_duration(index)} of audio" if np.any(index.seconds) else said
+    return f"{said}, {_duration(index.seconds)} of audio" if np.any(index.seconds) else said
 
 
 def _examples(count: int) -> str:
     return f"{count:,} example" + ("" if count == 1 else "s")
 
 
-def _duration(index: Index) -> str:
-    seconds = float(np.sum(index.seconds, dtype=np.float64))
+def _computed(index: Index) -> str:
+    """What the encoder computes, where that is more than there is."""
+    heard, seconds = (float(np.sum(c, dtype=np.float64)) for c in (index.heard, index.seconds))
+    if heard < 1.005 * seconds:
+        return ""
+    return f"; with what clips are padded to, the encoder computes {_duration(index.heard)}"
+
+
+def _duration(lengths: np.ndarray) -> str:
+    seconds = float(np.sum(lengths, dtype=np.float64))
     if seconds < 360:
         return f"{seconds:,.0f} seconds"
     return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

@@ -3,7 +3,8 @@
 Runs before a run's plan is made, in workers of their own: what it did to weights, optimizer and
 random numbers ends with them. A trial of a budget takes whole steps, with every token supervised,
 on the batches that hold most: full of the longest example, of the middle one and of the shortest
-(for audio the most clips: each costs the encoder the same, whatever its length). Its peak is that
+(for audio the most clips, within data.audio_per_batch: each may cost the encoder the same, whatever
+its length). Its peak is that
 of the worst batch on the worst worker, so all workers decide alike. Where memory is host memory, a
 copy of the state is held meanwhile, as by a checkpoint that is being written.
 
@@ -19,8 +20,8 @@ import ctypes
 import gc
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +52,30 @@ Factory = Callable[[], tuple[SpeechModel, Strategy]]
 @dataclass(frozen=True)
 class Lengths:
     """Of the examples in an index, in model positions. most: all of them, shared by the lanes: a
-    larger budget would leave lanes empty."""
+    larger budget would leave lanes empty. heard: of the examples of each of these lengths, the
+    least seconds that the encoder computes for one; empty where data.audio_per_batch is unset."""
 
     shortest: int
     middle: int
     longest: int
     most: int
+    heard: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokens: np.ndarray, lanes: int) -> Lengths:
-        """tokens: int [N], the index's column."""
+    def of(cls, tokens: np.ndarray, lanes: int, heard: np.ndarray | None = None) -> Lengths:
+        """tokens: int [N], heard: float [N], the index's columns."""
         low, middle, high = np.quantile(tokens, [0, 0.5, 1], method="nearest").tolist()
-        return cls(low, middle, high, -(-int(np.sum(tokens, dtype=np.int64)) // lanes))
+        least = {}
+        if heard is not None:
+            least = {n: float(heard[tokens == n].min()) for n in {low, middle, high}}
+        return cls(low, middle, high, -(-int(np.sum(tokens, dtype=np.int64)) // lanes), least)
+
+    def count(self, length: int, budget: int, audio: float | None) -> int:
+        """Examples of this length in a micro-batch. audio: seconds that it may have."""
+        found = budget // length
+        if audio is not None and self.heard.get(length):
+            found = min(found, int(audio / self.heard[length]))
+        return max(1, found)
 
 
 def find_budget(
@@ -179,11 +192,12 @@ class _Trials:
     def peak(self, budget: int) -> float:
         """Bytes at the peak of steps with micro-batches of this budget; infinite: ran out."""
         found = 0.0
+        audio = self.config.data.audio_per_batch
         kinds = {self.lengths.longest, self.lengths.middle, self.lengths.shortest}
         for length in sorted(kinds, reverse=True):
             restart_peak(self.world.device)
             try:
-                self._step(self._batch(max(1, budget // length), length))
+                self._step(self._batch(self.lengths.count(length, budget, audio), length))
                 found = max(found, peak_bytes(self.world.device))
             except torch.OutOfMemoryError:
                 found = float("inf")

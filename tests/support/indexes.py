@@ -36,6 +36,9 @@ class Encoder:
         units = [len(p.ids) for p in example.input if hasattr(p, "ids")]
         return sum(n // 160 for n in samples) + sum(units) + len(example.text or "")
 
+    def workload(self, example, samples):
+        return sum(samples) / RATE
+
 
 def clip(path, seconds=0.5, rate=RATE, channels=1, **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)

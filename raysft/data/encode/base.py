@@ -120,6 +120,17 @@ class Encoder(ABC):
         forms = example.forms if example.variants else [example]
         return max(self._measured(form, example.of_form(form, samples)) for form in forms)
 
+    def computed(self, samples: int) -> float:
+        """Seconds that the model's encoder computes for a clip of so many samples: with what it is
+        padded to, whatever lies beside it."""
+        return samples / self.sample_rate if self.sample_rate else 0.0
+
+    def workload(self, example: Example, samples: Items[int]) -> float:
+        """Seconds that the model's encoder computes for the example, at the most; samples: as in
+        `measure`."""
+        forms = example.forms if example.variants else [example]
+        return max(sum(map(self.computed, example.of_form(form, samples))) for form in forms)
+
     def _measured(self, example: Example, samples: Iterable[int]) -> int:
         rendered = self.template.render(example)
         lengths = iter(samples)

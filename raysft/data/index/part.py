@@ -51,7 +51,7 @@ VERSION = 1
 """Of an index: raise it when its columns or what they mean change. Runs that go on read the index
 they were planned with, and cannot read one of another version."""
 
-MEASURED = 7
+MEASURED = 8
 """Of what is cached below an index's folder: raise it when lengths may come out otherwise than
 before, or other items count as examples. Everything is then measured anew; where it comes out as
 before, a run goes on."""
@@ -66,11 +66,13 @@ ROW = np.dtype(
         ("line", "<i8"),
         ("crc", "<u4"),
         ("name", "<u8"),
+        ("heard", "<f4"),
     ]
 )
 """An example: its positions in the model, its seconds of audio, its task, and where its record
-lies (byte offset, bytes, line; crc32 of the bytes, by which a later change is noticed), and its
-id's hash (`names.hashed`; 0: it has none of its own)."""
+lies (byte offset, bytes, line; crc32 of the bytes, by which a later change is noticed), its id's
+hash (`names.hashed`; 0: it has none of its own), and the seconds of audio that the model's encoder
+computes for it (`Encoder.workload`)."""
 
 _RACY_NS = 2_000_000_000
 
@@ -254,7 +256,8 @@ def measure(job: Job, encoder: Encoder) -> Part:
             for audio_of, clip in zip(example.audio(), clips):
                 path = clip.path
                 check_duration(audio_of.stated, clip.seconds)
-            tokens = encoder.measure(example, [clip.samples for clip in clips])
+            samples = [clip.samples for clip in clips]
+            tokens, heard = encoder.measure(example, samples), encoder.workload(example, samples)
         except BadExample as error:
             reason = f"{place}: {error}"
             rejected.append(_rejected(item, example.id, path, reason, bool(clips), error.kind))
@@ -265,7 +268,7 @@ def measure(job: Job, encoder: Encoder) -> Part:
         seconds = sum(clip.seconds for clip in clips)
         own = names.hashed(example.id) if _names_itself(form, item, example, job) else 0
         place_of = (item.offset, item.size, item.line, zlib.crc32(item.raw), own)
-        rows.append((tokens, seconds, tasks.index(example.task), *place_of))
+        rows.append((tokens, seconds, tasks.index(example.task), *place_of, heard))
         for audio_of, clip in zip(example.audio(), clips):
             if audio_of.bytes is None:  # else the record's checksum tells
                 states.add(item.line, clip.path, clip.size, clip.mtime_ns)

@@ -2,10 +2,11 @@
 
 Made by build.py, read by the plan (its columns) and the stream (`Index.examples`). A folder:
 
-    <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc,again}.npy
+    <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc,again,
+                                   heard}.npy
                         rejected.jsonl   meta.json
 
-Costs 41 bytes an example on disk, no memory but the pages in use; `examples` takes 20 to 30 us an
+Costs 45 bytes an example on disk, no memory but the pages in use; `examples` takes 20 to 30 us an
 example of Ming-UniAudio, 0.2 ms one of 500 units in MoST JSON (parsing them).
 """
 
@@ -51,7 +52,10 @@ _COLUMNS = {
     "line": "<i8",
     "crc": "<u4",
     "again": "|u1",
+    "heard": "<f4",
 }
+_ADDED = {"again": "names", "heard": "heard"}
+"""Columns that indexes of earlier versions lack, and what `meta.json` has where they are there."""
 OPEN_FILES = 64  # files kept open
 
 
@@ -114,12 +118,13 @@ class Index:
         columns = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r")
             for name in _COLUMNS
-            if name != "again" or meta.get("names")
+            if name not in _ADDED or meta.get(_ADDED[name])
         }
         self.tokens: np.ndarray = columns["tokens"]
         self.seconds: np.ndarray = columns["seconds"]
         self.task: np.ndarray = columns["task"]
         self.source: np.ndarray = columns["source"]
+        self._heard = columns.get("heard")
         self._columns = columns
         self._naming = self.naming
         self._labels: tuple[list[str], frozenset[str]] | None = None
@@ -154,6 +159,17 @@ class Index:
             )
         self._naming, self._labels = naming, None
         return self
+
+    @property
+    def heard(self) -> np.ndarray:
+        """float32 [N], seconds of audio that the model's encoder computes for each example. Raises
+        UserError where the index was written by an earlier version, which did not measure them."""
+        if self._heard is None:
+            raise UserError(
+                f"data.audio_per_batch: {self.folder} was written by an earlier version of raysft "
+                "and does not know what an encoder computes; start the job again to rebuild it"
+            )
+        return self._heard
 
     @property
     def place(self) -> tuple[str, int, Naming | None]:
@@ -308,6 +324,7 @@ def join(
         "hash": content.hexdigest(),
         "examples": sum(len(part.rows) for part in found),
         "names": 1,
+        "heard": 1,
         "tasks": tasks,
         "sources": [
             {"name": s.name, "weight": s.weight, "format": s.format, "task": s.task}

@@ -46,18 +46,41 @@ def noise(n: int, *key: int | str) -> np.ndarray:
     )
 
 
+class Sizes:
+    """What examples take of two budgets, as one column: made where it is read, [rows] of int64.
+
+    An example of t positions and s seconds of audio takes max(t, s x budget / audio) positions:
+    what holds at most `budget` of them holds no more of either. All is counted in `FINE`-ths, so
+    that rounding down lets no more than 0.02 positions an example through.
+    """
+
+    FINE = 64
+
+    def __init__(self, tokens: np.ndarray, heard: np.ndarray, budget: int, audio: float) -> None:
+        """tokens: int [N]. heard: float [N], seconds. budget: positions; audio: seconds."""
+        self._tokens, self._heard = np.asarray(tokens), np.asarray(heard)
+        self._rate = self.FINE * budget / audio
+        self.budget = self.FINE * budget
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        audio = self._heard[rows].astype(np.float64) * self._rate
+        tokens = self._tokens[rows].astype(np.int64) * self.FINE
+        return np.maximum(tokens, (audio + 1e-3).astype(np.int64))
+
+
 class Blocks:
     """Blocks of the examples that fit `budget`, and their orders.
 
-    tokens: int [N], positions of each example. starts: int64 [blocks + 1], rows of the index.
+    tokens: int [N], what each example takes of the budget: positions, or `Sizes`. budget: of a
+    micro-batch, counted alike. starts: int64 [blocks + 1], rows of the index.
     counts: int32 [groups, blocks], examples that fit. examples: int64 [groups], the same in all.
     oversize: int64, rows of the index that do not fit. present: int64 [tasks], examples of each
-    task, fitting or not. shortest: positions.
+    task, fitting or not. shortest: the least that one takes.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | Sizes,
         task: np.ndarray,
         group_of_task: Sequence[int],
         source: np.ndarray,
@@ -69,15 +92,15 @@ class Blocks:
         shuffled: bool,
     ) -> None:
         """tokens, task, source: int [N], may be memory-mapped; task and source are numbers into
-        `group_of_task` and `weights`. starts: from `single` or `together`. budget: positions."""
+        `group_of_task` and `weights`. starts: from `single` or `together`."""
         # Plain views: indexing an np.memmap object itself is several times slower.
-        self.tokens = np.asarray(tokens)
+        self.tokens = tokens if isinstance(tokens, Sizes) else np.asarray(tokens)
         self.starts = starts
         self._task = np.asarray(task)
         self._group_of_task = np.asarray(group_of_task, np.int64)
         self._groups = int(self._group_of_task.max()) + 1
         self._weights = weights
-        self._budget = budget
+        self.budget = budget
         self._seed, self._shuffled = seed, shuffled
         self._source = np.asarray(source)[starts[:-1]]
         self._scan()
@@ -99,7 +122,7 @@ class Blocks:
                 raise ValueError(f"row {row} of the index takes {shortest} positions")
             self.shortest = min(self.shortest, shortest)
             self.present += np.bincount(task, minlength=len(self.present))
-            oversize.append(np.flatnonzero(tokens > self._budget) + starts[0])
+            oversize.append(np.flatnonzero(tokens > self.budget) + starts[0])
             for group in range(groups):
                 mine = self._fits(tokens, task, group)
                 at = starts[:-1] - starts[0]
@@ -159,7 +182,7 @@ class Blocks:
         return order
 
     def _fits(self, tokens: np.ndarray, task: np.ndarray, group: int) -> np.ndarray:
-        fits = tokens <= self._budget
+        fits = tokens <= self.budget
         return fits & (self._group_of_task[task] == group) if self._groups > 1 else fits
 
     def _strides(self) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ import numpy as np
 
 from raysft.config.schema import Data
 from raysft.data.plan import plan_v1
-from raysft.data.plan.blocks import Blocks, permutation, single, together
+from raysft.data.plan.blocks import Blocks, Sizes, permutation, single, together
 from raysft.data.plan.windows import InOrder, Shuffled, Windows
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -127,7 +127,8 @@ class Plan:
 
     settings: what the plan depends on beside the index, as json can write it.
     source: int [N], the column it was given.
-    oversize: int64, rows of the index longer than `data.tokens_per_batch`: never planned.
+    oversize: int64, rows of the index longer than `data.tokens_per_batch`, or with more audio than
+        `data.audio_per_batch`: never planned.
     """
 
     def __init__(
@@ -141,22 +142,28 @@ class Plan:
         data: Data,
         seed: int,
         algorithm: int = ALGORITHM,
+        heard: np.ndarray | None = None,
     ) -> None:
         """tokens: int [N], positions of each example, at least 1. task, source: int [N], numbers
         into `tasks` and `weights`; the columns may be memory-mapped. Reads them once. algorithm:
-        of planning; a run that goes on keeps the one it began with.
+        of planning; a run that goes on keeps the one it began with. heard: float32 [N], seconds
+        that an encoder computes for each, which `data.audio_per_batch` needs.
         Raises UserError where this data cannot be planned as the config says."""
         if len(tokens) == 0:
             raise UserError("data.train has no usable example: nothing to train on")
         self._data, self._seed, self._tasks = data, seed, list(tasks)
         self._task, self.source = np.asarray(task), np.asarray(source)
+        self._tokens = np.asarray(tokens)
+        sizes: np.ndarray | Sizes = tokens
+        if data.audio_per_batch is not None:
+            assert heard is not None
+            sizes = Sizes(tokens, heard, data.budget, data.audio_per_batch)
+            index_hash += hashlib.sha256(np.ascontiguousarray(heard).data).hexdigest()
         self._groups = sorted(data.mix)
         number = {name: i for i, name in enumerate(self._groups)}
         # A task outside the mix is refused below, once it is known to occur.
         groups = [number.get(name, 0) for name in tasks]
-        self._windows = _windows(
-            (tokens, task, groups, self.source, weights), data, seed, algorithm
-        )
+        self._windows = _windows((sizes, task, groups, self.source, weights), data, seed, algorithm)
         self._blocks = self._windows.blocks
         self._check()
         self._shares = _Shares([data.mix[name] for name in self._groups] or [1.0], data.lanes)
@@ -171,7 +178,8 @@ class Plan:
         """The plan of a whole index."""
         weights = [source.weight for source in index.sources]
         columns = index.tokens, index.task, index.tasks, index.source
-        return cls(*columns, weights, index.hash, data, seed, algorithm)
+        heard = None if data.audio_per_batch is None else index.heard
+        return cls(*columns, weights, index.hash, data, seed, algorithm, heard)
 
     def start(self, epoch: int = 0, step: int = 0) -> Cursor:
         """The cursor before the first step of `epoch`, when `step` steps have been done before it:
@@ -209,8 +217,9 @@ class Plan:
             raise UserError(
                 f"this checkpoint was made with another plan ({cursor.plan_hash[:12]}, now "
                 f"{self.hash[:12]}): the training data, run.seed or one of data.lanes, "
-                "data.tokens_per_batch, data.mode, data.order, data.mix, data.window and the "
-                "sources' weights have changed; undo the change or start a run of another name"
+                "data.tokens_per_batch, data.audio_per_batch, data.mode, data.order, data.mix, "
+                "data.window and the sources' weights have changed; undo the change or start a run "
+                "of another name"
             )
         streams = [_Stream(self, group, at) for group, at in enumerate(cursor.streams)]
         return self._steps(streams, cursor.epoch, cursor.step)
@@ -236,7 +245,7 @@ class Plan:
         for planned in steps:
             total.steps += 1
             lanes = [rows for rows in planned.lanes if len(rows)]
-            lengths = self._blocks.tokens[np.concatenate(lanes)].astype(np.int64)
+            lengths = self._tokens[np.concatenate(lanes)].astype(np.int64)
             sizes = np.array([len(rows) for rows in lanes])
             total.micro_batches += len(lanes)
             total.examples += len(lengths)
@@ -257,6 +266,9 @@ class Plan:
     def _check(self) -> None:
         """Refuse data that this config cannot plan."""
         budget, present = self._data.tokens_per_batch, self._blocks.present
+        audio = self._data.audio_per_batch
+        over = f"data.tokens_per_batch={budget}"
+        over += "" if audio is None else f" (or data.audio_per_batch={audio:g})"
         tasks = sorted(name for name, n in zip(self._tasks, present, strict=True) if n)
         if self._groups and self._groups != tasks:
             raise UserError(
@@ -265,13 +277,13 @@ class Plan:
             )
         if not self._blocks.examples.any():
             raise UserError(
-                f"data.tokens_per_batch={budget} is smaller than every example (the shortest "
-                f"takes {self._blocks.shortest} positions): raise data.tokens_per_batch"
+                f"{over} is smaller than every example (the shortest takes "
+                f"{int(self._tokens.min())} positions): raise it"
             )
         for name, examples in zip(self._groups, self._blocks.examples, strict=False):
             if not examples:
                 raise UserError(
-                    f"data.tokens_per_batch={budget} is smaller than every example of task "
+                    f"{over} is smaller than every example of task "
                     f"{name}: raise it, or remove {name} from data.train and data.mix"
                 )
 
@@ -389,7 +401,7 @@ _SHUFFLED: dict[int, Callable[[Blocks, Data, int], Windows]] = {
 }
 """By algorithm; order sequential is the same in all."""
 
-_Columns = tuple[np.ndarray, np.ndarray, Sequence[int], np.ndarray, Sequence[float]]
+_Columns = tuple[np.ndarray | Sizes, np.ndarray, Sequence[int], np.ndarray, Sequence[float]]
 ALGORITHMS = tuple(_SHUFFLED)
 
 
@@ -400,13 +412,15 @@ def _windows(columns: _Columns, data: Data, seed: int, algorithm: int) -> Window
         starts = single(source, weights)
     else:
         starts = together(source, data.window, weights)
-    budget = data.budget
+    sizes = columns[0]
+    budget = sizes.budget if isinstance(sizes, Sizes) else data.budget
     blocks = Blocks(*columns, starts, budget=budget, seed=seed, shuffled=shuffled)
     return _SHUFFLED[algorithm](blocks, data, seed) if shuffled else InOrder(blocks, data)
 
 
 def _settings(data: Data, weights: Sequence[float], seed: int, algorithm: int) -> JsonObject:
     """What the plan depends on beside the index."""
+    audio = {} if data.audio_per_batch is None else {"audio_per_batch": data.audio_per_batch}
     return {
         "algorithm": algorithm,
         "weights": [float(weight) for weight in weights],
@@ -417,6 +431,7 @@ def _settings(data: Data, weights: Sequence[float], seed: int, algorithm: int) -
         "order": data.order,
         "mix": dict(data.mix),
         "window": data.window,
+        **audio,
     }
 
 

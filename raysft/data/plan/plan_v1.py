@@ -48,7 +48,7 @@ class _Cycle(BlockRuns):
         self.totals = np.concatenate([[0], sums])[self.bounds]
 
     def micro_batches(self, window: int) -> list[np.ndarray]:
-        tokens, budget = self._blocks.tokens, self._data.budget
+        tokens, budget = self._blocks.tokens, self._blocks.budget
         rows, moved = self._shuffled(window)
         if self._data.mode == "padded":
             parts = pack.padded(tokens[rows], budget)
@@ -67,7 +67,7 @@ class _Cycle(BlockRuns):
         rows = rows[permutation(len(rows), self._seed, "window", *self._key, window)]
         if self._data.mode == "padded" or window == self.windows - 1:
             return rows, np.zeros(len(rows), bool)
-        excess = int(self.totals[window + 1]) % max(1, int(self._data.budget * FILL))
+        excess = int(self.totals[window + 1]) % max(1, int(self._blocks.budget * FILL))
         return rows, pack.choose(self._blocks.tokens[rows], excess)
 
 

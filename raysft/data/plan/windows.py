@@ -98,7 +98,7 @@ class _InOrderCycle(BlockRuns):
     def micro_batches(self, window: int) -> list[np.ndarray]:
         rows, data = self.rows(window), self._data
         lengths = self._blocks.tokens[rows]
-        parts = pack.in_order(lengths, data.budget, data.mode == "padded")
+        parts = pack.in_order(lengths, self._blocks.budget, data.mode == "padded")
         return [rows[part] for part in parts]
 
 
@@ -146,7 +146,7 @@ class _ShuffledCycle:
     def micro_batches(self, window: int) -> list[np.ndarray]:
         number = int(np.searchsorted(self._firsts, window, side="right")) - 1
         pool, at = self._pool(number), window - int(self._firsts[number])
-        tokens, budget = self._blocks.tokens, self._data.budget
+        tokens, budget = self._blocks.tokens, self._blocks.budget
         rows, moved = self._own(pool, at)
         fill = pack.padded
         if self._data.mode == "packed":
@@ -169,7 +169,7 @@ class _ShuffledCycle:
         rows = pool.rows[pool.bounds[at] : pool.bounds[at + 1]]
         if self._data.mode == "padded" or at == len(pool.bounds) - 2:
             return rows, np.zeros(len(rows), bool)
-        excess = int(pool.totals[at + 1]) % max(1, int(self._data.budget * FILL))
+        excess = int(pool.totals[at + 1]) % max(1, int(self._blocks.budget * FILL))
         return rows, pack.choose(self._blocks.tokens[rows], excess)
 
     def _pool(self, number: int) -> _Pool:

@@ -1,4 +1,4 @@
-"""An encoder that is given clips of one length at a time, unpadded.
+"""An encoder that is given clips of one length at a time, unpadded; or of about one length.
 
 Some encoders have no mask, or one that does not reach everything: what they make of a clip depends
 on how long the row is that it lies in. Here each clip is encoded as if it were alone; clips of one
@@ -9,28 +9,54 @@ it that were ever read would show in the loss. The encoder runs as often as ther
 differs from worker to worker. Where its parameters are sharded, each call brings them together, a
 collective: then all workers make as many calls as the one with most lengths, with a clip of theirs
 again, whose output counts for nothing.
+
+Where an encoder's mask makes it exact, padding costs all the same: one clip of 30 s among a hundred
+of 1 s makes rows of 30 s of all. Such an encoder is given clips of which none is shorter than half
+the longest (`attach_alike`), so that it computes less than twice what there is to hear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from raysft.families.audio_lm.types import windowed
 
+Positions = Callable[[Any, np.ndarray], np.ndarray]
 Output = Any  # a tensor or a ModelOutput, which is what its class gives
 
 
 class _Windowed(Protocol):
     n_window: int
+
+
+class Hears(Protocol):
+    """A model of transformers that makes embeddings of clips."""
+
+    config: PreTrainedConfig
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor, **more: Any
+    ) -> BaseModelOutputWithPooling: ...
+
+
+@dataclass
+class _Heard(BaseModelOutputWithPooling):
+    """Embeddings of all clips, [positions, width], and of which of them there is something: all."""
+
+    attention_mask: torch.Tensor | None = None
 
 
 def attach(tower: nn.Module, windows: bool = False) -> None:
@@ -45,6 +71,53 @@ def attach(tower: nn.Module, windows: bool = False) -> None:
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
             part.train = MethodType(_stay, part)  # type: ignore[method-assign]
+
+
+def attach_alike(model: Hears, positions: Positions, multiple: int, time: int) -> None:
+    """Make `model.get_audio_features` take clips of about one length at a time.
+
+    positions: (config, frames of each clip) -> positions that it makes of each. multiple: its rows
+    are as long as a multiple of it. time: axis of the frames among its features.
+    """
+
+    def get_audio_features(
+        self: Hears, input_features: torch.Tensor, input_features_mask: torch.Tensor, **more: Any
+    ) -> _Heard:
+        lengths = input_features_mask.sum(-1).tolist()
+        groups = alike(lengths)
+
+        def call(number: int) -> torch.Tensor:
+            rows = groups[number]
+            longest = -(-max(lengths[row] for row in rows) // multiple) * multiple
+            features = input_features[rows].narrow(time, 0, longest)
+            found = type(self).get_audio_features(
+                self, features, input_features_mask[rows, :longest], **more
+            )
+            valid = found.get("attention_mask")
+            made = found.pooler_output
+            return made if valid is None else made[valid]
+
+        found, nothing = _calls(self, call, len(groups), input_features.device)
+        parts: dict[int, torch.Tensor] = {}
+        for rows, one in zip(groups, found, strict=True):
+            sizes = positions(self.config, np.array([lengths[row] for row in rows])).tolist()
+            parts |= zip(rows, one.split(sizes), strict=True)
+        joined = torch.cat([parts[row] for row in range(len(lengths))]) + nothing
+        whole = torch.ones(len(joined), dtype=torch.bool, device=joined.device)
+        return _Heard(pooler_output=joined, attention_mask=whole)
+
+    vars(model)["get_audio_features"] = MethodType(get_audio_features, model)
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Clips by length, the longest first: of a group none is shorter than half its longest. Of each
+    clip its place among `lengths`."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not groups or 2 * lengths[row] < lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def _stay(part: nn.Module, mode: bool = True) -> nn.Module:

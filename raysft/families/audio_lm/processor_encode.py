@@ -130,6 +130,13 @@ class ProcessorEncoder(Encoder):
             return self._written_length(tokens)
         return tokens + self._more()
 
+    def computed(self, samples: int) -> float:
+        """Of rows all that they hold."""
+        if self.row.layout == "frames":
+            return super().computed(samples)
+        size = self._hearing.extractor.n_samples
+        return -(-samples // size) * size / self.sample_rate
+
     def part_encoded(
         self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
     ) -> Encoded:

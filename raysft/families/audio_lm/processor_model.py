@@ -219,4 +219,6 @@ def make_model(
         one_length.attach(net.get_submodule(row.tower))
     if row.window is not None:
         one_length.attach(net.get_submodule(row.window), windows=True)
+    if row.alike is not None:
+        one_length.attach_alike(net.model, row.alike, row.multiple, row.time)
     return ProcessorLM(net, data.mode, encoder, model)

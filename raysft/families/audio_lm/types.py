@@ -145,6 +145,8 @@ class AudioType:
         called for clips of one length at a time. None: its mask makes it exact.
     window: path of an encoder that reads windows of `2 * n_window` frames and pads each to the
         longest of the batch: it is called for clips shorter than one by length.
+    alike: (config, frames of each clip) -> positions that the model makes of each. It pads all
+        clips of a batch to the longest: it is called for clips of about one length at a time.
     whole: a checkpoint of this type holds the model below this name, and other models beside it;
         whole_net is the class of transformers that has them all.
     joined: of rows, the features are those of the whole clip, padded to whole chunks, and then
@@ -174,6 +176,7 @@ class AudioType:
     most: Callable[[Processor], int] | None = None
     tower: str | None = None
     window: str | None = None
+    alike: Callable[[Config, np.ndarray], np.ndarray] | None = None
     whole: str | None = None
     whole_net: str = ""
     joined: bool = False
@@ -218,6 +221,10 @@ def _qwen3_asr(processor: Processor, samples: int) -> int:
     return windowed(frames, 2 * processor.audio_kwargs["n_window"])
 
 
+def _qwen3_asr_positions(config: Config, frames: np.ndarray) -> np.ndarray:
+    return windowed(frames, 2 * config.audio_config.n_window)
+
+
 def _qwen3_omni(processor: Processor, samples: int) -> int:
     return windowed(samples // processor.feature_extractor.hop_length, 2 * processor.n_window)
 
@@ -249,6 +256,14 @@ def _gemma4(processor: Processor, samples: int) -> int:
     extractor = processor.feature_extractor
     frames = _ceil(samples - extractor.frame_length // 2, extractor.hop_length)
     return _ceil(_ceil(max(0, frames), 2), 2)
+
+
+def _gemma4_positions(config: Config, frames: np.ndarray) -> np.ndarray:
+    return (frames + 3) // 4
+
+
+def _as_many(config: Config, frames: np.ndarray) -> np.ndarray:
+    return frames
 
 
 def _gemma4_unified(processor: Processor, samples: int) -> int:
@@ -383,6 +398,7 @@ TYPES: dict[str, AudioType] = {
         processor="transformers:Qwen3ASRProcessor",
         tokens=_qwen3_asr,
         multiple=100,
+        alike=_qwen3_asr_positions,
         bracketed=True,
         cost=EncoderCost(_qwen3_parts, _qwen3_attended),
     ),
@@ -423,6 +439,7 @@ TYPES: dict[str, AudioType] = {
         processor="transformers:Gemma4Processor",
         tokens=_gemma4,
         time=1,
+        alike=_gemma4_positions,
         most=_half_a_minute,
     ),
     "gemma4_unified": AudioType(
@@ -450,6 +467,7 @@ TYPES: dict[str, AudioType] = {
         processor="transformers:FunAsrNanoProcessor",
         tokens=_fun_asr,
         time=1,
+        alike=_as_many,
     ),
     "voxtral": AudioType(
         processor="raysft.families.audio_lm.voxtral:VoxtralProcessor",

@@ -50,7 +50,10 @@ WITHOUT_A_PATH = {
     ],
     "too long": ["its clip is 31.00 s, the model reads at most 30.00 s"],
     "beyond learned positions": ["takes 90 positions, and the model has learned 64: shorten it"],
-    "over budget": ["takes 9000 positions, more than data.tokens_per_batch=4096"],
+    "over budget": [
+        "takes 9000 positions, more than data.tokens_per_batch=4096",
+        "has 60 s for the encoder, more than data.audio_per_batch=45",
+    ],
     "longer than indexed": [
         "takes 90 positions, but 70 by the lengths its clips' headers give",
         "takes 90 positions, 70 were planned from its header; it no longer fits its micro-batch",
