@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
+from raysft.config import Config
+from raysft.config.families import named
 from raysft.config.schema import Data, Model
 from raysft.data.encode import Encoder, make_encoder
 from raysft.data.example import Audio, Example, MicroBatch
+from raysft.data.index.table import Index
+from raysft.data.plan.plan import Plan
+from raysft.driver.preview import dry_run
+from raysft.errors import UserError
 from raysft.families.audio_lm.one_length import alike
 from raysft.families.audio_lm.types import TYPES
 from raysft.models import build
+from raysft.parallel import World
+from raysft.run.lines import read_lines
+from raysft.train.loop import train
 from tests.support import audio_zoo as zoo
+from tests.support.worlds import resolved, start
 
 HOP_S = 0.01
 ALIKE = sorted(kind for kind, row in TYPES.items() if row.alike and kind in zoo.TINY)
@@ -90,3 +103,75 @@ def test_one_long_clip_does_not_lengthen_the_others(kind: str, tmp_path: Path) -
     assert len(computed) == 2
     longest = int(batch.arrays["features"].lengths.max())
     assert len(lengths) * longest > 3 * (2 * heard + spare) / 2  # what it was for
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def config(folder: Path, name: str, **data: Any) -> Config:
+    """Of 24 clips of half a second for a model that pads each to a second."""
+    manifest = folder / "train.jsonl"
+    if not manifest.exists():
+        zoo.save("glmasr", folder / "base")
+        lines = []
+        for number in range(24):
+            soundfile.write(folder / f"{number}.wav", zoo.clip(8000, number), 16000)
+            line = {"task_type": "asr", "wav_path": f"{number}.wav", "text": f"text {number}"}
+            lines.append(line | {"id": f"c{number}"})
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tree: dict[str, Any] = {
+        "run": {"name": name, "storage_path": str(folder / "runs")},
+        "data": {"train": [{"path": str(manifest)}], "lanes": 2, "tokens_per_batch": 1000, **data},
+        "model": {"path": str(folder / "base"), "family": "audio_lm"},
+        "optim": {"lr": 1e-3},
+        "train": {"epochs": 1},
+        "log": {"tensorboard": False, "every": 1},
+    }
+    return Config.model_validate(tree)
+
+
+def test_a_run_keeps_to_what_its_encoder_may_compute(tmp_path: Path) -> None:
+    second = encoder_of(zoo.save("glmasr", tmp_path / "base")).computed(8000)
+    free = resolved(config(tmp_path, "free"))
+    said = dry_run(free)
+    computed = f"{24 * second:,.0f} seconds"
+    assert f"12 seconds; with what clips are padded to, the encoder computes {computed}" in said
+    assert "1 an epoch" in said
+    limited = config(tmp_path, "limited", audio_per_batch=4 * second)
+    train(start(limited, World.current()))
+    lines = [
+        line
+        for path in (tmp_path / "runs" / "limited" / "ledger").glob("*.jsonl")
+        for line in read_lines(path)
+    ]
+    assert sorted(name for line in lines for name in line["ids"]) == sorted(
+        f"c{number}" for number in range(24)
+    )
+    assert {len(line["ids"]) for line in lines} == {4}
+    with pytest.raises(UserError, match=r"data\.audio_per_batch"):
+        start(config(tmp_path, "limited", audio_per_batch=8 * second), World.current())
+
+
+def test_clips_beyond_the_limit_are_named(tmp_path: Path) -> None:
+    few = config(tmp_path, "few", audio_per_batch=0.2)
+    with pytest.raises(UserError, match=r"(?s)audio_per_batch=0.2"):
+        start(few, World.current())
+
+
+def test_an_index_of_before_is_refused_where_the_limit_needs_more(tmp_path: Path) -> None:
+    limited = config(tmp_path, "limited", audio_per_batch=4)
+    start(limited, World.current())
+    folder = next(path.parent for path in (tmp_path / "runs").rglob("heard.npy"))
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["heard"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "heard.npy").unlink()
+    old = Index.load(folder)
+    assert len(old) == 24
+    with pytest.raises(UserError, match=r"data.audio_per_batch: .*start the job again to rebuild"):
+        Plan.of(old, limited.data, 0)
+
+
+@pytest.mark.parametrize("family", ["causal_lm", "seq2seq"])
+def test_families_whose_tokens_have_it_all_refuse_the_key(family: str) -> None:
+    assert "leave it out" in named(family).refused_keys["data.audio_per_batch"]

@@ -86,6 +86,15 @@ def test_lengths_of_an_index() -> None:
     assert Lengths.of(tokens, lanes=2) == Lengths(5, 8, 300, 165)
 
 
+def test_a_batch_of_short_clips_has_no_more_audio_than_it_may() -> None:
+    tokens, heard = np.array([5, 9, 300, 7, 5], np.int32), np.array([30, 30, 60, 0, 0.5])
+    lengths = Lengths.of(tokens, 2, heard)
+    assert lengths.heard == {5: 0.5, 7: 0, 300: 60}
+    assert [lengths.count(n, 3000, 120) for n in (5, 7, 300)] == [240, 428, 2]
+    assert [lengths.count(n, 3000, None) for n in (5, 7, 300)] == [600, 428, 10]
+    assert lengths.count(300, 3000, 10) == 1
+
+
 # -- real steps ----------------------------------------------------------------------------------
 
 
