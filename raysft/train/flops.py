@@ -34,7 +34,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from raysft.families.audio_lm.types import TYPES, EncoderCost
+from raysft.families.audio_lm.costs import EncoderCost
+from raysft.families.audio_lm.types import TYPES
 from raysft.models import copies, reach
 from raysft.models.experts import CHOSEN
 

@@ -32,7 +32,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from raysft.families.audio_lm.types import windowed
+from raysft.families.audio_lm.costs import windowed
 
 Positions = Callable[[Any, np.ndarray], np.ndarray]
 Output = Any  # a tensor or a ModelOutput, which is what its class gives

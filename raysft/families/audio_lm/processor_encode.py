@@ -29,7 +29,8 @@ from raysft.data.example import Audio, Units
 from raysft.data.text import Template, load_tokenizer
 from raysft.errors import BadExample, UserError
 from raysft.families.audio_lm.processors import Hearing
-from raysft.families.audio_lm.types import AudioType, Extractor, Processor, refuse_part
+from raysft.families.audio_lm.protocols import Extractor, Processor
+from raysft.families.audio_lm.types import AudioType, refuse_part
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from raysft.config.schema import Model
 from raysft.errors import UserError, first_line
-from raysft.families.audio_lm.types import Extractor, Processor
+from raysft.families.audio_lm.protocols import Extractor, Processor
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:

@@ -10,86 +10,18 @@ Pure data but for a few functions; imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from raysft.data.example import Audio, Units
 from raysft.errors import UserError
-from raysft.json_types import JsonObject
+from raysft.families.audio_lm import costs
+from raysft.families.audio_lm.costs import halved, windowed
+from raysft.families.audio_lm.protocols import Config, Processor
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-class Extractor(Protocol):
-    """What is asked of a feature extractor of transformers, where it has it."""
-
-    sampling_rate: int
-    feature_size: int
-    n_fft: int
-    dither: float
-    hop_length: int
-    chunk_length: int
-    n_samples: int
-    nb_max_frames: int
-    min_length: int
-    win_length: int
-    frame_length: int
-    num_frames_lfr: int
-    stride_lfr: int
-    frame_shift: int
-    audio_compression_rate: int
-    audio_downsample_rate: int
-    audio_feat_stride: int
-    audio_samples_per_token: int
-
-    def __call__(self, audio: list[np.ndarray], **kwargs: object) -> object: ...
-
-    def to_dict(self) -> JsonObject: ...
-
-    def _get_num_audio_features(self, audio_lengths: list[int]) -> list[int]: ...
-
-
-class Processor(Protocol):
-    """What is asked of a processor of transformers, where it has it."""
-
-    audio_token: str
-    audio_bos_token: str
-    audio_eos_token: str
-    audio_kwargs: JsonObject
-    feature_extractor: Extractor
-    audio_processor: Extractor
-    max_audio_len: int
-    audio_seq_length: int
-    audio_merge_size: int
-    n_window: int
-
-    def _process_audio(
-        self, audio: list[np.ndarray], **kwargs: object
-    ) -> tuple[Mapping[str, np.ndarray], list[str]]: ...
-
-    def replace_audio_token(self, audio_inputs: JsonObject, audio_idx: int) -> str: ...
-
-    def _merge_kwargs(self, tokenizer_init_kwargs: JsonObject) -> dict[str, JsonObject]: ...
-
-
-class Config(Protocol):
-    """What is asked of the config of a model, where it has it."""
-
-    window_size: int
-    downsample_rate: int
-    time_reduction: int
-    hidden_size: int
-    d_model: int
-    num_hidden_layers: int
-    encoder_layers: int
-    num_mel_bins: int
-    n_window: int
-    n_window_infer: int
-    audio_merge_size: int
-    audio_config: Config
 
 
 def refuse_part(part: Audio | Units, answer: bool) -> None:
@@ -106,25 +38,8 @@ def refuse_part(part: Audio | Units, answer: bool) -> None:
         )
 
 
-Count = TypeVar("Count", int, "np.ndarray")
 Lengths = Callable[[Processor, int], int]
 """(processor, samples) -> how many."""
-
-
-@dataclass(frozen=True)
-class EncoderCost:
-    """What `train.flops` needs to count an encoder's FLOPs.
-
-    parts: (config) -> (path of a module, positions at which each of its matrices runs for a frame)
-        in the order in which features pass; of paths within each other the first one holds.
-    attended: (config, frames of each clip, or of each row) -> pairs of positions that attend to
-        each other, times the width of attention, summed over layers.
-    tower: path of the module that attends.
-    """
-
-    parts: Callable[[Config], list[tuple[str, float]]]
-    attended: Callable[[Config, np.ndarray], np.ndarray]
-    tower: str = "model.audio_tower"
 
 
 @dataclass(frozen=True)
@@ -187,32 +102,21 @@ class AudioType:
     interleaved: bool = False
     says_language: bool = True
     package: tuple[str, str] | None = None
-    cost: EncoderCost | None = None
+    cost: costs.EncoderCost | None = None
 
 
 def _ceil(samples: int, hop: int) -> int:
     return -(-samples // hop)
 
 
-def _halved(frames: Count) -> Count:
-    """After a convolution of stride 2."""
-    return (frames - 1) // 2 + 1
-
-
 def _pooled(processor: Processor, samples: int) -> int:
     """Whisper's frames, a convolution and a pooling of stride 2 each (audioflamingo3)."""
-    return (_halved(_ceil(samples, processor.feature_extractor.hop_length)) - 2) // 2 + 1
+    return (halved(_ceil(samples, processor.feature_extractor.hop_length)) - 2) // 2 + 1
 
 
 def _merged(processor: Processor, samples: int) -> int:
     """Whisper's frames, a convolution of stride 2, four positions merged into one (glmasr)."""
-    return (_halved(_ceil(samples, processor.feature_extractor.hop_length)) - 4) // 4 + 1
-
-
-def windowed(frames: Count, window: int) -> Count:
-    """Three convolutions of stride 2 over each window of frames (qwen3_asr: 13 of 100)."""
-    rest = frames % window
-    return _halved(_halved(_halved(rest))) + frames // window * 13
+    return (halved(_ceil(samples, processor.feature_extractor.hop_length)) - 4) // 4 + 1
 
 
 def _qwen3_asr(processor: Processor, samples: int) -> int:
@@ -275,9 +179,9 @@ def _moss(processor: Processor, samples: int) -> int:
     """Whisper's frames of each chunk, a convolution of stride 2, some positions merged into one."""
     extractor, merged = processor.feature_extractor, processor.audio_merge_size
     chunks, rest = divmod(samples, extractor.n_samples)
-    whole = _ceil(_halved(extractor.nb_max_frames), merged)
+    whole = _ceil(halved(extractor.nb_max_frames), merged)
     return chunks * whole + (
-        _ceil(_halved(_ceil(rest, extractor.hop_length)), merged) if rest else 0
+        _ceil(halved(_ceil(rest, extractor.hop_length)), merged) if rest else 0
     )
 
 
@@ -317,57 +221,6 @@ def _one_chunk(processor: Processor) -> int:
     return int(processor.feature_extractor.n_samples)
 
 
-_TOWER, _PROJECTOR = "model.audio_tower", "model.multi_modal_projector"
-
-
-def _whisper_parts(merged: int | None, config: Config) -> list[tuple[str, float]]:
-    """A convolution at the rate of the frames, then half of it. merged: positions that the
-    projector takes as one; None: as many as the config says."""
-    merged = merged or config.audio_merge_size
-    return [(f"{_TOWER}.conv1", 1), (_TOWER, 1 / 2), (_PROJECTOR, 1 / 2 / merged)]
-
-
-def _whisper_attended(config: Config, frames: np.ndarray) -> np.ndarray:
-    audio = config.audio_config
-    return audio.num_hidden_layers * audio.hidden_size * (frames / 2) ** 2
-
-
-def _whisper_cost(merged: int | None) -> EncoderCost:
-    """Whisper's encoder over whole rows."""
-    return EncoderCost(partial(_whisper_parts, merged), _whisper_attended)
-
-
-def _qwen25_parts(config: Config) -> list[tuple[str, float]]:
-    return [(f"{_TOWER}.conv1", 1), (f"{_TOWER}.proj", 1 / 4), (_TOWER, 1 / 2)]
-
-
-def _qwen25_attended(config: Config, frames: np.ndarray) -> np.ndarray:
-    """Within chunks of `2 * n_window` frames, half as many positions."""
-    audio = config.audio_config
-    chunk = 2 * audio.n_window
-    pairs = frames // chunk * audio.n_window**2 + _halved(frames % chunk) ** 2
-    return audio.encoder_layers * audio.d_model * pairs
-
-
-def _qwen3_parts(config: Config) -> list[tuple[str, float]]:
-    """Three convolutions of stride 2 over time and mels, windows of 100 frames; 13 positions."""
-    parts, mels, times = [], config.audio_config.num_mel_bins, 100
-    for number in (1, 2, 3):
-        mels, times = _halved(mels), _halved(times)
-        parts.append((f"{_TOWER}.conv2d{number}", mels * times / 100))
-    return [*parts, (_TOWER, times / 100), (_PROJECTOR, times / 100)]
-
-
-def _qwen3_attended(config: Config, frames: np.ndarray) -> np.ndarray:
-    """Within windows of `n_window_infer` frames."""
-    audio = config.audio_config
-    window = 2 * audio.n_window
-    most = audio.n_window_infer // window * windowed(window, window)
-    positions = windowed(frames, window)
-    pairs = positions // most * most**2 + (positions % most) ** 2
-    return audio.encoder_layers * audio.d_model * pairs
-
-
 _QWEN25 = AudioType(
     processor="transformers:Qwen2_5OmniProcessor",
     tokens=_pooled,
@@ -375,7 +228,7 @@ _QWEN25 = AudioType(
     most=_one_chunk,
     silenced=True,
     bracketed=True,
-    cost=EncoderCost(_qwen25_parts, _qwen25_attended),
+    cost=costs.QWEN25,
 )
 _QWEN3 = AudioType(
     processor="transformers:Qwen3OmniMoeProcessor",
@@ -383,14 +236,14 @@ _QWEN3 = AudioType(
     mask="feature_attention_mask",
     window="model.audio_tower",
     bracketed=True,
-    cost=EncoderCost(_qwen3_parts, _qwen3_attended),
+    cost=costs.QWEN3,
 )
 _FLAMINGO = AudioType(
     processor="transformers:AudioFlamingo3Processor",
     tokens=_pooled,
     layout="rows",
     most=_chunk_limit,
-    cost=_whisper_cost(2),
+    cost=costs.whisper(2),
 )
 
 TYPES: dict[str, AudioType] = {
@@ -400,7 +253,7 @@ TYPES: dict[str, AudioType] = {
         multiple=100,
         alike=_qwen3_asr_positions,
         bracketed=True,
-        cost=EncoderCost(_qwen3_parts, _qwen3_attended),
+        cost=costs.QWEN3,
     ),
     "qwen2_5_omni": replace(
         _QWEN25, whole="thinker", whole_net="Qwen2_5OmniForConditionalGeneration"
@@ -416,7 +269,7 @@ TYPES: dict[str, AudioType] = {
         _FLAMINGO,
         processor="transformers:GlmAsrProcessor",
         tokens=_merged,
-        cost=_whisper_cost(4),
+        cost=costs.whisper(4),
     ),
     "granite_speech": AudioType(
         processor="transformers:GraniteSpeechProcessor",
@@ -424,6 +277,7 @@ TYPES: dict[str, AudioType] = {
         time=1,
         counted=_granite_windows,
         tower="model.encoder",
+        cost=costs.GRANITE,
     ),
     "phi4_multimodal": AudioType(
         processor="transformers:Phi4MultimodalProcessor",
@@ -453,7 +307,7 @@ TYPES: dict[str, AudioType] = {
         layout="rows",
         bracketed=True,
         interleaved=True,
-        cost=_whisper_cost(None),
+        cost=costs.whisper(None),
     ),
     "gemma3n": AudioType(
         processor="transformers:Gemma3nProcessor",
@@ -468,6 +322,7 @@ TYPES: dict[str, AudioType] = {
         tokens=_fun_asr,
         time=1,
         alike=_as_many,
+        cost=costs.FUN_ASR,
     ),
     "voxtral": AudioType(
         processor="raysft.families.audio_lm.voxtral:VoxtralProcessor",
@@ -478,7 +333,7 @@ TYPES: dict[str, AudioType] = {
         markup="[BEGIN_AUDIO][AUDIO]",
         template="raysft.families.audio_lm.voxtral:VoxtralTemplate",
         says_language=False,
-        cost=_whisper_cost(4),
+        cost=costs.whisper(4),
     ),
 }
 TYPES["granite_speech_plus"] = TYPES["granite_speech"]
