@@ -9,38 +9,61 @@ positions and a mask that are not given. That an encoder reads each clip alone i
 from __future__ import annotations
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput
 
 from raysft.data.encode.verdict import Verdict
+from raysft.losses.chunked import Heard, heard_width
 from raysft.models import copies
 
 LENGTHS = (9, 4, 6)
 STATES = 7  # of an encoder
 PROMPT, ANSWER = 4, 5
 LIMIT = 1e-3  # of the largest logit: as in `proof`
+TABLES = ("max_target_positions", "max_position_embeddings")
 
 
 def prove(net: PreTrainedModel) -> Verdict:
     """The verdict on encoder-decoders like `net`, whose weights do not matter."""
     kind = net.config.model_type
     packed = "all tokens of a row attend to one clip"
-    learned = getattr(net.config, "max_target_positions", None)
+    table = _table(net.config)
     try:
         small = copies.small_copy(net)
     except ValueError as error:
+        learned = None if table is None else getattr(net.config.get_text_config(), table)
         return Verdict(kind, packed=packed, answers="length", learned=learned, copied=str(error))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         size = small.config.vocab_size - 40  # special tokens are the last ones
         rows = torch.randint(size, (len(LENGTHS), max(LENGTHS)))
-        states = torch.randn(len(LENGTHS), STATES, small.config.hidden_size)
+        states = torch.randn(len(LENGTHS), STATES, heard_width(small))
         causal, padded = _rows(small, rows, states)
         answers = _answers(small, rows[:, :PROMPT], states)
+        learned = _learned(net, small, table)
     return Verdict(
         kind, causal, padded, packed, answers="length" if answers else "one", learned=learned
     )
+
+
+def _table(config: PreTrainedConfig) -> str | None:
+    """The name of the decoder's number of positions in its config."""
+    text = config.get_text_config()
+    return next((key for key in TABLES if isinstance(getattr(text, key, None), int)), None)
+
+
+def _learned(net: PreTrainedModel, small: PreTrainedModel, table: str | None) -> int | None:
+    """How many positions the decoder of `net` has, where its copy fails beyond its own."""
+    if table is None:
+        return None
+    most = getattr(small.config.get_text_config(), table)
+    row, states = torch.zeros(1, most + 1, dtype=torch.long), torch.randn(1, 1, heard_width(small))
+    _logits(small, row[:, :-1], states)
+    try:
+        _logits(small, row, states)
+    except (IndexError, RuntimeError):
+        return getattr(net.config.get_text_config(), table)
+    return None
 
 
 def _rows(
@@ -71,9 +94,7 @@ def _answers(small: PreTrainedModel, prompts: torch.Tensor, states: torch.Tensor
 
 
 def _logits(small: PreTrainedModel, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    return small(
-        encoder_outputs=BaseModelOutput(states), decoder_input_ids=rows, use_cache=False
-    ).logits
+    return small(encoder_outputs=Heard(states), decoder_input_ids=rows, use_cache=False).logits
 
 
 def _generated(small: PreTrainedModel, prompts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -88,7 +109,7 @@ def _generated(small: PreTrainedModel, prompts: torch.Tensor, states: torch.Tens
         return_dict_in_generate=True,
     )
     found = GenerationMixin.generate(
-        small, encoder_outputs=BaseModelOutput(states), decoder_input_ids=prompts
+        small, encoder_outputs=Heard(states), decoder_input_ids=prompts
     )
     assert not isinstance(found, torch.Tensor) and found.logits is not None  # asked for above
     return torch.stack(found.logits, 1)

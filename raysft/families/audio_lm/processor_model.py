@@ -21,9 +21,9 @@ from raysft.config import schema
 from raysft.data.encode import net_class
 from raysft.data.example import MicroBatch
 from raysft.errors import UserError
-from raysft.families.audio_lm import one_length
+from raysft.families.audio_lm.costs import windowed
 from raysft.families.audio_lm.processor_encode import FEATURES, FRAMES, ProcessorEncoder
-from raysft.models import generation, loading
+from raysft.models import generation, loading, one_length
 from raysft.models.base import IGNORED, Batch, Document, SpeechModel
 from raysft.models.supervised import PREFIX
 
@@ -218,7 +218,7 @@ def make_model(
     if row.tower is not None:
         one_length.attach(net.get_submodule(row.tower))
     if row.window is not None:
-        one_length.attach(net.get_submodule(row.window), windows=True)
+        one_length.attach(net.get_submodule(row.window), windowed)
     if row.alike is not None:
         one_length.attach_alike(net.model, row.alike, row.multiple, row.time)
     return ProcessorLM(net, data.mode, encoder, model)

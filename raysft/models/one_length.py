@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any, Protocol
 
@@ -31,8 +32,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
-
-from raysft.families.audio_lm.costs import windowed
 
 Positions = Callable[[Any, np.ndarray], np.ndarray]
 Output = Any  # a tensor or a ModelOutput, which is what its class gives
@@ -59,13 +58,14 @@ class _Heard(BaseModelOutputWithPooling):
     attention_mask: torch.Tensor | None = None
 
 
-def attach(tower: nn.Module, windows: bool = False) -> None:
+def attach(tower: nn.Module, windowed: Callable[[int, int], int] | None = None) -> None:
     """Make `tower` take clips of one length at a time. Its normalisation over batches stays at what
     it has learned, in training too.
 
-    windows: it is given all clips as one row, and only those shorter than a window need it.
+    windowed: (frames, a window's) -> positions of a clip, where the encoder is given all clips as
+        one row, and only those shorter than a window need it.
     """
-    forward = _by_window if windows else _by_length
+    forward = _by_length if windowed is None else partial(_by_window, windowed)
     tower.forward = MethodType(forward, tower)
     for part in tower.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -124,10 +124,18 @@ def _stay(part: nn.Module, mode: bool = True) -> nn.Module:
     return part
 
 
-def _by_length(tower: nn.Module, features: torch.Tensor, *args: object, **kwargs: object) -> Output:
-    """The encoder's forward. features: [clips, frames, mels], NaN behind each clip's end."""
+def _by_length(
+    tower: nn.Module, features: torch.Tensor | None = None, *args: object, **kwargs: object
+) -> Output:
+    """The encoder's forward. features: [clips, frames, mels] or [clips, samples], NaN behind each
+    clip's end."""
     own = type(tower).forward
-    lengths = (~features.isnan().any(-1)).sum(1).tolist()
+    if features is None:  # transformers' generation names it
+        named_so = kwargs.pop(str(tower.main_input_name))
+        assert isinstance(named_so, torch.Tensor)
+        features = named_so
+    ended = features.isnan() if features.ndim == 2 else features.isnan().any(-1)
+    lengths = (~ended).sum(1).tolist()
     groups = [
         (length, [row for row, other in enumerate(lengths) if other == length])
         for length in sorted(set(lengths))
@@ -154,7 +162,11 @@ def _by_length(tower: nn.Module, features: torch.Tensor, *args: object, **kwargs
 
 
 def _by_window(
-    tower: _Windowed, features: torch.Tensor, feature_lens: torch.Tensor, **kwargs: object
+    windowed: Callable[[int, int], int],
+    tower: _Windowed,
+    features: torch.Tensor,
+    feature_lens: torch.Tensor,
+    **kwargs: object,
 ) -> Output:
     """The encoder's forward. features: [mels, frames of all clips]; feature_lens: [clips]."""
     own = type(tower).forward  # type: ignore[attr-defined]
@@ -212,8 +224,8 @@ def _cut(value: object, rows: list[int], shape: torch.Size, length: int) -> obje
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """[clips, positions, ...] of all, padded with zeros; a mask, which says what is padding, with
-    ones."""
+    """[clips, positions, ...] of all, padded with zeros; a mask of bools, which says what is
+    padding, with ones."""
     longest = max(part.shape[1] for part in parts)
     fill = float(parts[0].dtype == torch.bool)
     return torch.cat(
