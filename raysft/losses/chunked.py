@@ -15,6 +15,7 @@ CHUNK_BYTES.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,19 @@ TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Bytes of a chunk's float32 logits. On a GPU smaller products would leave it idle: 1,000 rows.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 600 * 2**20}
+
+
+@dataclass
+class Heard(BaseModelOutput):
+    """What an encoder gives a decoder: last_hidden_state [R, positions, H], and what of it is no
+    padding (None: all), which some models ask for."""
+
+    attention_mask: torch.Tensor | None = None
+
+
+def heard_width(net: PreTrainedModel) -> int:
+    """H of what the encoder of `net` gives."""
+    return net.get_encoder().config.hidden_size
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -49,8 +63,8 @@ def head_is_last(net: PreTrainedModel, head: nn.Module) -> tuple[int, bool]:
     tokens = torch.tensor([[i for i in range(5) if i != audio][:4]], device=device)
     inputs: dict[str, object] = {"input_ids": tokens}
     if net.config.is_encoder_decoder:
-        heard = torch.zeros(1, 1, net.config.hidden_size, device=device)
-        inputs = {"encoder_outputs": BaseModelOutput(heard), "decoder_input_ids": tokens}
+        heard = Heard(torch.zeros(1, 1, heard_width(net), device=device))
+        inputs = {"encoder_outputs": heard, "decoder_input_ids": tokens}
     seen: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda _module, _args, out: seen.append(out))
     training = net.training

@@ -142,7 +142,7 @@ def formula_holds(net: PreTrainedModel) -> bool:
     Where a model computes other than its matrices say (layers that run several times, attention of
     another kind) a number would be wrong. Kept for the process; costs 0.1 s.
     """
-    if net.config.is_encoder_decoder:  # Whisper's, which tests hold against torch
+    if net.config.is_encoder_decoder:  # Whisper's alone, which tests hold against torch
         return True
     key = f"{type(net)} {json.dumps(net.config.to_dict(), sort_keys=True, default=str)}"
     if key not in _HOLDS:
@@ -286,9 +286,9 @@ def _of_seq2seq(model: nn.Module, net: PreTrainedModel, unreached: Collection[st
     Tokens are counted with a clip's positions among them, so a clip costs that much less.
     """
     config = net.config
-    positions = getattr(config, "max_source_positions", None)
-    if not isinstance(positions, int):
+    if config.model_type != "whisper":  # others read a clip at its own length
         return None
+    positions = config.max_source_positions
     encoder = net.get_encoder()
     own = {id(part) for part in net.get_output_embeddings().modules()}
     heard = {id(part) for part in encoder.modules()}
