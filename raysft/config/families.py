@@ -144,7 +144,6 @@ def by_type() -> str:
 
 
 _UNTOLD = "only seq2seq is told which language is spoken: leave it out"
-_BATCH_NORM = "its encoder normalises over the clips of a batch, which would depend on each other"
 _NO_DIALOGUE = (
     "seq2seq writes no dialogue: tokens of language and task stand before the text; leave it out"
 )
@@ -227,13 +226,15 @@ register(
         name="seq2seq",
         encode="raysft.families.seq2seq.encode",
         model="raysft.families.seq2seq.model",
-        types={"whisper": "transformers:WhisperForConditionalGeneration"},
+        types={
+            "whisper": "transformers:WhisperForConditionalGeneration",
+            "moonshine": "transformers:MoonshineForConditionalGeneration",
+            "cohere_asr": "transformers:CohereAsrForConditionalGeneration",
+            "canary": "transformers:CanaryForConditionalGeneration",
+        },
         hears=True,
         alone=True,
         refused_types={
-            "moonshine": "its encoder normalises a clip over its whole row, padding too",
-            "canary": _BATCH_NORM,
-            "cohere_asr": _BATCH_NORM,
             "speech_to_text": "transformers has only a slow tokenizer for it",
         },
         refused_keys={

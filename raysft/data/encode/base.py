@@ -141,12 +141,17 @@ class Encoder(ABC):
         for segment in rendered.segments:
             if isinstance(segment, np.ndarray):
                 self._check_kinds(segment)
-        if self.positions is not None and found > self.positions:
+        limited = self._limited(rendered, found)
+        if self.positions is not None and limited > self.positions:
             raise BadExample(
-                f"takes {found} positions, and the model has learned {self.positions}: shorten it, "
-                "or use a model with more",
+                f"takes {limited} positions, and the model has learned {self.positions}: shorten "
+                "it, or use a model with more",
                 "beyond learned positions",
             )
+        return found
+
+    def _limited(self, rendered: Rendered, found: int) -> int:
+        """Of the positions `found` those that the model may have no more of than `positions`."""
         return found
 
     def limit(self, positions: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Encoder of speech models with an encoder and a decoder: Whisper.
+"""Encoders of speech models with an encoder and a decoder: that of Whisper, and who has which.
 
 Stands in the data tasks. A clip becomes its frames, and as many positions in front of the decoder's
 tokens as the encoder computes for it: always those of the whole chunk (1,500 for 30 s), whatever
@@ -20,28 +20,34 @@ import numpy as np
 from raysft.config.schema import Data, Model
 from raysft.data.clips.features import FrontEnd, LogMel, ModelExtractor
 from raysft.data.encode.base import VERSION, Encoded, Encoder
-from raysft.data.encode.families import model_family
 from raysft.data.example import Audio, Units
 from raysft.data.text import load_tokenizer
 from raysft.errors import BadExample, UserError, first_line
-from raysft.families.seq2seq.prompt import START, Prompt
+from raysft.families.seq2seq.clip_encode import FEATURES, ClipEncoder
+from raysft.families.seq2seq.settings import generation_settings, model_config
+from raysft.families.seq2seq.types import TYPES, Config
+from raysft.families.seq2seq.whisper_prompt import START, WhisperPrompt
 from raysft.json_types import JsonObject
 
 if TYPE_CHECKING:
-    from transformers import WhisperConfig, WhisperFeatureExtractor
+    from transformers import WhisperFeatureExtractor
 
-FEATURES = "features"  # the name of a clip's frames among the arrays of an example
 FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
 ENGLISH_ONLY = 51864  # tokens of a Whisper that has no languages: see `_multilingual`
 _SETTINGS = ("feature_size", "sampling_rate", "hop_length", "chunk_length", "n_fft")
 
 
-def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -> Seq2SeqEncoder:
+def make_encoder(
+    model: Model, data: Data, run_folder: Path, kept: str | None
+) -> WhisperEncoder | ClipEncoder:
     """See `raysft.data.encode.Encode`. Of the run's folder nothing is needed."""
-    return Seq2SeqEncoder(model, data, kept)
+    config = model_config(model)
+    if config.model_type in TYPES:
+        return ClipEncoder(model, data, config, kept)
+    return WhisperEncoder(model, data, kept)
 
 
-class Seq2SeqEncoder(Encoder):
+class WhisperEncoder(Encoder):
     """One clip in, its text out.
 
     heard: positions that the encoder computes for a clip. feature_settings: arguments of the
@@ -49,13 +55,13 @@ class Seq2SeqEncoder(Encoder):
     """
 
     sample_rate: int
-    template: Prompt
+    template: WhisperPrompt
     says_language = False
 
     def __init__(self, model: Model, data: Data, kept: str | None = None) -> None:
         """kept: the prompt of a run that has begun. Raises UserError for models, tokenizers and
         feature settings that cannot be used."""
-        config = _model_config(model)
+        config = model_config(model)
         self.heard: int = config.max_source_positions
         self.max_frames = FRAMES_PER_POSITION * self.heard
         extractor = _extractor(model, config)
@@ -64,8 +70,8 @@ class Seq2SeqEncoder(Encoder):
         self.sample_rate = self.front_end.sample_rate
         tokenizer = load_tokenizer(model, 0)
         self._pad_id: int = tokenizer.pad_token_id
-        generation = _generation(model)
-        self.template = Prompt(
+        generation = generation_settings(model)
+        self.template = WhisperPrompt(
             tokenizer,
             _multilingual(model, config, generation, tokenizer.get_vocab()),
             data.language,
@@ -107,38 +113,8 @@ class Seq2SeqEncoder(Encoder):
         return Encoded(ids, len(clip) / self.sample_rate, {FEATURES: self.front_end(clip)})
 
 
-def _model_config(model: Model) -> WhisperConfig:
-    """The transformers config of a model of this family."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        if model.path is not None:
-            config = AutoConfig.from_pretrained(model.path, **model.hub)
-        else:
-            settings = dict(model.config or {})
-            config = AutoConfig.for_model(settings.pop("model_type", ""), **settings)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        where = "model.config" if model.path is None else f"model.path: {model.path}"
-        raise UserError(f"{where}: {first_line(error)}") from None
-    model_family(model).check_type(config.model_type)
-    return config
-
-
-def _generation(model: Model) -> JsonObject:
-    """What the model's generation config holds; {} where it has none."""
-    from transformers import GenerationConfig
-
-    if model.path is None:
-        return {}
-    try:
-        return GenerationConfig.from_pretrained(model.path, **model.hub).to_dict()
-    except OSError:  # a checkpoint need not have one
-        return {}
-
-
 def _multilingual(
-    model: Model, config: WhisperConfig, generation: JsonObject, vocabulary: dict[str, int]
+    model: Model, config: Config, generation: JsonObject, vocabulary: dict[str, int]
 ) -> bool:
     """Whether the model is told language and task.
 
@@ -153,7 +129,7 @@ def _multilingual(
     return "<|transcribe|>" in vocabulary
 
 
-def _extractor(model: Model, config: WhisperConfig) -> WhisperFeatureExtractor:
+def _extractor(model: Model, config: Config) -> WhisperFeatureExtractor:
     """transformers' feature extractor of the model."""
     from transformers import AutoFeatureExtractor, WhisperFeatureExtractor
 

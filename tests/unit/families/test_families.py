@@ -38,7 +38,7 @@ HEARING = (
         "musicgen",
         "kyutai_speech_to_text",
     ),
-    *("moonshine", "mine_asr"),
+    *("moonshine_streaming", "mine_asr"),
 )
 
 

@@ -1,4 +1,4 @@
-"""A run of a Whisper from its data to its export, and what goes with it."""
+"""A run of a model of seq2seq from its data to its export, and what goes with it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoProcessor, WhisperForConditionalGeneration
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    WhisperForConditionalGeneration,
+)
 
 from raysft.config import Config
+from raysft.data.encode import make_encoder
 from raysft.driver import preview
 from raysft.export import export_run, prompts
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train.loop import Job, train
+from tests.support import seq2seq as zoo
 from tests.support import whisper
 from tests.support.worlds import resolved, start
 
@@ -94,6 +100,37 @@ def test_answers_of_an_evaluation_are_those_of_the_export(run: Path, tmp_path: P
             max_new_tokens=6,
         )
         assert line["hypothesis"] == processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        assert line["reference"] == f"text {number}"
+
+
+@pytest.mark.parametrize("kind", sorted(zoo.TINY))
+def test_a_clip_read_at_its_own_length_is_trained_on_evaluated_and_exported(
+    kind: str, tmp_path: Path
+) -> None:
+    told = zoo.TINY[kind].told
+    data = {"language": "fr" if told else None}
+    asked = config(tmp_path, "own", model=zoo.model(kind, tmp_path), data=data)
+    job = trained(asked)
+    prompt = make_encoder(asked.model, asked.data, job.folder).template
+    found = losses(job)
+    assert found[-1] < found[0] and torch.isfinite(torch.tensor(found)).all()
+    (figures,) = read_lines(job.folder / "eval.jsonl")
+    assert figures["sources"]["dev"]["examples"] == (9 if told else 12)
+    assert figures["wer/dev"] > 0 and figures["loss/asr"] > 0
+    export_run(job.folder, tmp_path / "out")
+    plain = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    for line in read_lines(job.folder / "predictions" / "step_3.jsonl"):
+        number = int(line["id"][1:])
+        clip, _ = soundfile.read(tmp_path / f"{number}.wav", dtype="float32")
+        extracted = processor.feature_extractor(clip, sampling_rate=RATE, return_tensors="pt")
+        heard = {n: v for n, v in extracted.items() if n in ("input_features", "attention_mask")}
+        if not told:
+            heard = {"input_values": extracted["input_values"]}
+        start = prompt.prefix("asr", LANGUAGES[number % 4])
+        tokens = plain.generate(**heard, decoder_input_ids=torch.tensor([start]), max_new_tokens=6)
+        said = processor.tokenizer.decode(tokens[0, len(start) :], skip_special_tokens=True)
+        assert line["hypothesis"] == said
         assert line["reference"] == f"text {number}"
 
 
