@@ -20,9 +20,9 @@ from raysft.data.index.table import Index
 from raysft.data.plan.plan import Plan
 from raysft.driver.preview import dry_run
 from raysft.errors import UserError
-from raysft.families.audio_lm.one_length import alike
 from raysft.families.audio_lm.types import TYPES
 from raysft.models import build
+from raysft.models.one_length import alike
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
