@@ -85,4 +85,4 @@ def _route(speech_model: SpeechModel, model: schema.Model, encoder: Encoder) -> 
     speech_model.route(plan, weights)
     if plan is not None and plan.several and begun:
         assert model.path is not None  # a config of random weights keeps no plan
-        several_gates.load(speech_model.net, model.path, model.hub)
+        several_gates.load(speech_model.net, [model.path], model.hub)

@@ -375,8 +375,19 @@ def restore(net: nn.Module, folder: str | None = None) -> None:
         raise UserError(f"modality_routing: {type(net).__name__} has no experts")
     if any(isinstance(r.__dict__.get("forward"), Router) for r in routers(own).values()):
         return
+    copies = plan.several and several_gates.copied(own)
+    if copies and folder is None:
+        raise UserError(
+            "modality_routing: the adapter has routers of its own, in its folder; give that too: "
+            "raysft.modality_routing(net, folder)"
+        )
     attach(own, plan)
     if plan.several:
         # The outermost knows where it was loaded from; a part's config, from where it once was.
-        places = [folder, *(part.config._name_or_path for part in parts)]
-        several_gates.load(own, next(place for place in places if place), {})
+        places = [folder, *(part.config._name_or_path for part in parts if not copies)]
+        if not any(places):
+            raise UserError(
+                "modality_routing: the model does not say where it was loaded from, where its "
+                "routers lie; give the folder: raysft.modality_routing(net, folder)"
+            )
+        several_gates.load(own, [place for place in places if place], {})

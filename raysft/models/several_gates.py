@@ -2,7 +2,8 @@
 
 The first kind has the model's own weight; the others have theirs beside it, as
 `...gate.by_kind.KIND`, which start as copies of it and train as it does. transformers has no place
-for them: loading a folder leaves them out, with a line, until `load` reads them from it.
+for them: loading a folder leaves them out, with a line, until `load` reads them from it. Where
+`modules_to_save` names the router, peft trains a copy of it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from raysft.models.routers import routers
 
 NAME = "by_kind"
 _PLACE = re.compile(rf"\.(\d+)\..*\.{NAME}\.(\w+)$")
-_FILES = ("model.safetensors.index.json", "model.safetensors")
+_FILES = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
+_COPY, _COPIED = ".modules_to_save.", ".original_module"  # of a module that peft trains whole
 
 
 def add(router: nn.Module, kinds: Sequence[str]) -> None:
@@ -38,25 +40,37 @@ def of(router: nn.Module) -> nn.ParameterDict | None:
     return found if isinstance(found, nn.ParameterDict) else None
 
 
-@torch.no_grad()
-def load(net: nn.Module, path: str, hub: JsonObject) -> None:
-    """Fill the weights beside the routers' own from the checkpoint at `path`.
+def copied(net: nn.Module) -> bool:
+    """Whether peft has put copies in place of the routers of `net`."""
+    return any(_COPY in name for name in routers(net))
 
-    By layer and kind: a checkpoint may call the router itself otherwise. Raises UserError where
-    some are not there.
+
+@torch.no_grad()
+def load(net: nn.Module, places: Sequence[str], hub: JsonObject) -> None:
+    """Fill the weights beside the routers' own from the first of `places` that has them: a
+    checkpoint, or the folder of an adapter.
+
+    By layer and kind: a checkpoint may call the router itself otherwise. A router that peft has
+    copied stays as it is. Raises UserError where some are in none of them.
     """
     wanted = {
         _key(f"{name}.{NAME}.{kind}"): weight
         for name, router in routers(net).items()
+        if _COPIED not in name
         for kind, weight in (of(router) or {}).items()
     }
-    there = {_key(name): (file, name) for file, name in _names(path, hub) if _PLACE.search(name)}
-    lacking = wanted.keys() - there.keys()
-    if lacking:
+    lacking: set[tuple[int, str]] = set()
+    for path in places:
+        names = [(file, name) for file, name in _names(path, hub) if _PLACE.search(name)]
+        there = {_key(name): (file, name) for file, name in names}
+        lacking = wanted.keys() - there.keys()
+        if not lacking:
+            break
+    else:
         layer, kind = min(lacking)
         raise UserError(
-            f"{path}: the router of {kind} in layer {layer} is not there, as its config.json says "
-            "it is (raysft_moe_modality)"
+            f"{places[0]}: the router of {kind} in layer {layer} is not there, as its config.json "
+            "says it is (raysft_moe_modality)"
         )
     for key, weight in wanted.items():
         file, name = there[key]

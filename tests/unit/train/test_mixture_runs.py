@@ -409,20 +409,36 @@ def test_keys_that_contradict_a_checkpoint_are_refused(tmp_path: Path) -> None:
         assert routers(again.strategy.module)
 
 
-def test_an_adapter_says_how_the_tokens_of_its_base_are_routed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", [False, True], ids=["one router", "a router each"])
+def test_an_adapter_says_how_the_tokens_of_its_base_are_routed(
+    several: bool, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     settings = {k: v for k, v in MODEL["config"].items() if k != "model_type"}
     base = AutoConfig.for_model("qwen3_moe", **settings, vocab_size=279, eos_token_id=257)
     AutoModelForCausalLM.from_config(base).save_pretrained(tmp_path / "base")
     own = {key: value for key, value in model().items() if key != "config"}
+    peft: dict[str, Any] = {"method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+    if several:  # routers that are copies train only whole
+        own["moe"]["modality"]["from"] = "one_router"
+        peft["modules_to_save"] = ["gate"]
     config = config_of(
         tmp_path,
         model={**own, "path": str(tmp_path / "base")},
-        peft={"method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+        peft=peft,
         train={"max_steps": 2},
+        checkpoint={"every": 1, "keep": 2},
     )
     job = worlds.start(worlds.resolved(config), World.current())
+    gates = {n: p.clone() for n, p in job.strategy.module.named_parameters() if ".gate." in n}
     train(job)
+    after = dict(job.strategy.module.named_parameters())
+    moved = {name for name, gate in gates.items() if not torch.equal(gate, after[name])}
+    assert moved == {name for name in gates if ".modules_to_save." in name}
+    assert len(moved) == (4 if several else 0)  # two kinds, two layers
+    if several:
+        gate = min(moved).partition(".by_kind.")[0]
+        assert not torch.equal(after[f"{gate}.weight"], after[f"{gate}.by_kind.audio"])
     export_run(job.folder, tmp_path / "adapter")
     export_run(job.folder, tmp_path / "merged", merge=True)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -430,6 +446,10 @@ def test_an_adapter_says_how_the_tokens_of_its_base_are_routed(tmp_path: Path) -
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with pytest.raises(UserError, match="was trained without"):
         raysft.modality_routing(adapted)
+    if several:  # the base's own routers are none of the adapter's
+        kept = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        with pytest.raises(UserError, match=r"in its folder; .*modality_routing\(net, folder\)"):
+            raysft.modality_routing(PeftModel.from_pretrained(kept, tmp_path / "adapter"))
     raysft.modality_routing(adapted, tmp_path / "adapter")
     raysft.modality_routing(merged)
     ids = torch.tensor([[72, 105, *range(UNIT, UNIT + 6), 33]])
