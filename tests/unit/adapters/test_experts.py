@@ -26,7 +26,15 @@ from raysft.models import build
 from raysft.parallel.blocks import experts_of
 from raysft.train.loop import train
 from tests.support import worlds
-from tests.support.adapters import LANES, STEPS, Bench, Trained, copy_of, same_logits
+from tests.support.adapters import (
+    LANES,
+    STEPS,
+    Bench,
+    Trained,
+    copy_of,
+    plain_base,
+    same_logits,
+)
 from tests.support.fused import Tokens, make, stand_in, through
 from tests.support.model_zoo import CONFIGS
 from tests.support.models import CAUSAL
@@ -272,6 +280,37 @@ def test_a_run_begins_with_an_adapter_of_experts(case: Case, bench: Bench, tmp_p
         bench.start(
             bench.config(f"third_{name}", "lora", "causal_lm", **{**begun, "peft__experts": False})
         )
+
+
+def test_experts_of_a_quantised_base_get_adapters(bench: Bench, tmp_path: Path) -> None:
+    """They stay as they are, in train.precision; what else is linear is in 4 bits."""
+    import bitsandbytes
+
+    model = {**CAUSAL, "speech_units": 20}
+    model["config"] = {**CONFIGS["qwen3_moe"], "hidden_size": 64, "head_dim": 32}
+    whole = Config.model_validate({"model": model})
+    encoder = make_encoder(whole.model, whole.data, bench.folder)
+    export(build(whole.model, whole.data, encoder, 1), bench.folder / "wide")
+    settings = {**ADAPTED, "base": "wide", "peft__target_modules": ["q_proj", "v_proj"]}
+    run = bench.run(bench.config("four_bits", "qlora", "causal_lm", **settings))
+    net = run.job.strategy.module
+    assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in net.modules()) == 8
+    after = dict(net.named_parameters())
+    moved = {name for name, values in run.before.items() if not torch.equal(values, after[name])}
+    assert moved == run.trained and sum(".experts.lora." in name for name in moved) == 8
+    assert run.losses[-1] < run.losses[0]
+
+    plain = PeftModel.from_pretrained(
+        plain_base(bench, "qlora", "causal_lm", "wide"), run.last / "adapter"
+    )
+    same_logits(run.adapter.model, plain, run)
+    export_run(run.job.folder, tmp_path / "out", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(bench.base("wide")).state_dict()
+    for name in merged:
+        assert torch.equal(merged[name], base[name]) != (
+            "experts" in name or "q_proj" in name or "v_proj" in name
+        ), name
 
 
 # -- workers -------------------------------------------------------------------------------------
