@@ -28,13 +28,13 @@ _LATENT: dict[str, Any] = {  # DeepSeek's attention, and a first layer that is d
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
-_THINKER = {name: value for name, value in _SIZES.items() if not name.endswith("token_id")}
+_EXPERTS_ALONE = {name: size for name, size in _SIZES.items() if name != "moe_intermediate_size"}
 
 MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_SIZES, **_LATENT, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
     "deepseek_v3": {**_SIZES, **_LATENT, "n_group": 4, "topk_group": 2},
     "qwen2_moe": {**_SIZES, "num_experts": EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**_SIZES, "num_experts": EXPERTS, "head_dim": 16},
-    "mixtral": {**_SIZES, "num_local_experts": EXPERTS},
-    "olmoe": {**_SIZES, "num_experts": EXPERTS},
+    "mixtral": {**_EXPERTS_ALONE, "num_local_experts": EXPERTS},
+    "olmoe": {**_EXPERTS_ALONE, "num_experts": EXPERTS},
 }
