@@ -4,19 +4,24 @@
              experts, grouped products (torch's, and the packages that are installed); adapters on
              frozen experts: split, as peft.experts has them, and materialised, as peft has them
     step     a whole training step (forward, backward, AdamW) of a model of two such layers
+    dispatch what `parallel.strategy: ep` adds: tokens to the worker that has their expert and back,
+             twice (forward, backward), beside the products that the experts do meanwhile; two
+             workers over gloo, on CPUs only
 
 Shapes: 8 experts, 2 a token (Mixtral 8x7B); 64, 6 (DeepSeek-V2-Lite); 128, 8 (Qwen3-30B-A3B); on a
 GPU of their true width in bfloat16, on CPUs of an eighth of it (of 8 experts a sixteenth) in
 float32 with one thread. Tokens go to all experts alike, or skewed: to the n-th expert with a chance
 of 1/n. Ways are timed in turn, after a round that warms up; a figure is the median of the rounds.
-Full run: about 8 minutes on a core, 3 GB of memory.
+Full run: about 10 minutes on two cores, 3 GB of memory.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +30,8 @@ from typing import Any
 
 import results_io
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
@@ -37,8 +44,10 @@ from raysft.config import Config
 from raysft.config.training import Peft
 from raysft.models.experts import WHOLE, use
 from raysft.models.fastest import candidates
+from raysft.parallel.experts import ExpertGroups
+from raysft.parallel.world import World
 
-RANK, ALPHA, VOCABULARY, LAYERS = 16, 32, 1024, 2
+RANK, ALPHA, VOCABULARY, LAYERS, WORKERS = 16, 32, 1024, 2, 2
 LOOP, SPLIT, MATERIALISED = "loop", "split", "materialised"
 Run = Callable[[], float]
 
@@ -205,13 +214,97 @@ def in_turn(runs: dict[tuple[str, str], Run], rounds: int) -> dict[tuple[str, st
     return {key: statistics.median(seconds) for key, seconds in taken.items()}
 
 
+class Through(nn.Module):
+    """Experts that give back what they are sent: what is left is the exchange."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.num_experts = experts
+        self.sent: tuple[torch.Tensor, ...] = ()
+
+    def forward(self, *sent: torch.Tensor) -> torch.Tensor:
+        self.sent = sent
+        return sent[0]
+
+
+def dispatch(shape: Shape, size: Size) -> list[dict[str, Any]]:
+    """Of each number of tokens a worker: milliseconds of the exchange, of the experts' products on
+    what arrives, and of both, as `ep` does them; of the slower worker. mb: what a worker sends away
+    in each of the four exchanges of a layer."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "found.json"
+        given = (shape, size, f"file://{scratch}/store", out)
+        processes.spawn(_dispatched, given, WORKERS)
+        found: list[dict[str, Any]] = json.loads(out.read_text())
+    for line in found:
+        print(" ".join(f"{value!s:>8}" for value in line.values()), flush=True)
+    return found
+
+
+def _dispatched(rank: int, shape: Shape, size: Size, store: str, out: Path) -> None:
+    """One worker of `dispatch`; the first writes what was found."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORKERS)
+    groups = ExpertGroups(WORKERS, World.current())
+    net = model_of(shape)
+    use(net, "torch")
+    layer, through = layer_of(net), Through(shape.experts)
+    own = layer.forward  # of the experts that it has, which are fewer from here on
+    for experts in (layer, through):
+        groups.share(experts)
+    found = []
+    for tokens in size.tokens:
+        for skewed in (False, True):
+            ids, weights = routed(shape, tokens, skewed)
+            rows = torch.randn(tokens, shape.width, requires_grad=True)
+            through(rows, ids, weights)
+            arrived, *rest = through.sent
+            arrived = arrived.detach().requires_grad_()
+            runs = {
+                ("ep", "exchange"): together(layer, through, rows, ids, weights),
+                ("ep", "experts"): together(layer, own, arrived, *rest),
+                ("ep", "both"): together(layer, layer, rows, ids, weights),
+            }
+            away = int((ids // (shape.experts // WORKERS) != rank).sum())
+            taken = [*in_turn(runs, size.rounds).values(), float(away)]
+            slowest = torch.tensor(taken, dtype=torch.float64)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            *seconds, rows_away = slowest.tolist()
+            line: dict[str, Any] = {"shape": shape.name, "tokens": tokens}
+            line["routing"] = "skewed" if skewed else "balanced"
+            line |= {f"{k[1]}_ms": round(s * 1e3, 2) for k, s in zip(runs, seconds, strict=True)}
+            line["mb"] = round(rows_away * shape.width * rows.element_size() / 1e6, 2)
+            line["exchange_over_experts"] = round(seconds[0] / seconds[1], 3)
+            found.append(line)
+    if not rank:
+        out.write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def together(layer: nn.Module, forward: Callable[..., torch.Tensor], *given: torch.Tensor) -> Run:
+    """`forward` and its backward pass, begun by all workers at once."""
+
+    def run() -> float:
+        layer.zero_grad()
+        dist.barrier()
+        before = now()
+        out = forward(*given)
+        out.backward(out.detach())
+        return now() - before
+
+    return run
+
+
 @dataclass
 class Measured:
-    """The lines of `block` and of `step`, and how many processes wanted the machine's cores."""
+    """The lines of `block`, of `step` and of `dispatch`, and how many processes wanted the
+    machine's cores."""
 
     shape: Shape
     blocks: list[dict[str, Any]]
     steps: list[dict[str, Any]]
+    exchanges: list[dict[str, Any]]
     load: float
 
 
@@ -230,7 +323,9 @@ def measured(shape: Shape, size: Size) -> Measured:
     steps = lines({"shape": shape.name, "tokens": size.step_tokens}, in_turn(runs, size.rounds))
     del models, runs
     gc.collect()
-    return Measured(shape, blocks, steps, round(os.getloadavg()[0], 1))
+    load = round(os.getloadavg()[0], 1)
+    exchanges = [] if device().type == "cuda" else dispatch(shape, size)
+    return Measured(shape, blocks, steps, exchanges, load)
 
 
 def lines(
@@ -252,9 +347,12 @@ def lines(
     return out
 
 
-def figure(blocks: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Figure:
-    """How many times faster than the loop, and than whole updates, by tokens; steps beside."""
-    drawn, axes = pyplot.subplots(1, 3, figsize=(15, 4.2))
+def figure(
+    blocks: list[dict[str, Any]], steps: list[dict[str, Any]], exchanges: list[dict[str, Any]]
+) -> Figure:
+    """How many times faster than the loop, and than whole updates, by tokens; steps and the
+    exchange beside."""
+    drawn, axes = pyplot.subplots(1, 4 if exchanges else 3, figsize=(19 if exchanges else 15, 4.2))
     kinds = (("full", "torch", f"times faster than the {LOOP}: full"),)
     kinds += (("lora", SPLIT, f"times faster than {MATERIALISED}: adapters"),)
     for axis, (trains, way, title) in zip(axes[:2], kinds, strict=True):
@@ -274,6 +372,17 @@ def figure(blocks: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Figure:
     axes[2].bar(range(len(steps)), [line["ms"] for line in steps])
     axes[2].set_xticks(range(len(steps)), names, rotation=90, fontsize=6)
     axes[2].set(title="a training step of two layers", ylabel="ms", yscale="log")
+    for shape in dict.fromkeys(line["shape"] for line in exchanges):
+        for routing, style in (("balanced", "-"), ("skewed", "--")):
+            mine = [
+                (line["tokens"], line["exchange_over_experts"])
+                for line in exchanges
+                if (line["shape"], line["routing"]) == (shape, routing)
+            ]
+            axes[3].plot(*zip(*mine, strict=True), style, marker="o")
+    if exchanges:
+        title = "ep: exchange over the experts' products"
+        axes[3].set(title=title, xlabel="tokens a worker", xscale="log", ylim=(0, None))
     return drawn
 
 
@@ -295,6 +404,7 @@ def written(found: list[Measured], *, quick: bool, out: Path) -> Path:
     """The JSON and PNG of what was measured, by shape."""
     blocks = [line for each in found for line in each.blocks]
     steps = [line for each in found for line in each.steps]
+    exchanges = [line for each in found for line in each.exchanges]
     payload = {
         "device": torch.cuda.get_device_name() if device().type == "cuda" else "cpu, one thread",
         "dtype": str(dtype()),
@@ -304,8 +414,10 @@ def written(found: list[Measured], *, quick: bool, out: Path) -> Path:
         "shapes": [vars(each.shape) for each in found],
         "block": blocks,
         "step": steps,
+        "dispatch": exchanges,
     }
-    return results_io.write("moe", payload, figure(blocks, steps), quick=quick, out=out)
+    drawn = figure(blocks, steps, exchanges)
+    return results_io.write("moe", payload, drawn, quick=quick, out=out)
 
 
 if __name__ == "__main__":
