@@ -173,6 +173,7 @@ class Routing:
         numbers = torch.arange(len(self.kinds), device=kinds.device)
         return (kinds.unsqueeze(1) == numbers).float()
 
+    @torch.compiler.disable  # which would leave out what a recomputed pass has no use for
     def watch(
         self,
         number: int,
