@@ -107,8 +107,8 @@ class Data(Section):
     audio_per_batch: Fixed[PositiveFloat | None] = Field(
         None,
         description="audio_lm: seconds of audio that the encoder computes for a micro-batch at "
-        "most, beside tokens_per_batch; a clip counts with what it is padded to (Qwen2-Audio: 30 s "
-        "each); default: no limit",
+        "most, beside tokens_per_batch; a clip counts with what it is padded to (Voxtral: each "
+        "started 30 s); default: no limit",
     )
     mode: Fixed[Literal["packed", "padded"]] = Field(
         "packed", description="packed: sequences share a row; padded: a row each, sorted by length"

@@ -97,7 +97,7 @@ def attach_alike(model: Hears, positions: Positions, multiple: int, time: int) -
             made = found.pooler_output
             return made if valid is None else made[valid]
 
-        found, nothing = _calls(self, call, len(groups), input_features.device)
+        found, nothing = calls(self, call, len(groups), input_features.device)
         parts: dict[int, torch.Tensor] = {}
         for rows, one in zip(groups, found, strict=True):
             sizes = positions(self.config, np.array([lengths[row] for row in rows])).tolist()
@@ -147,13 +147,13 @@ def _by_length(
         named = {key: _cut(value, rows, features.shape, length) for key, value in kwargs.items()}
         return own(tower, features[rows, :length], *rest, **named)
 
-    found, nothing = _calls(tower, call, len(groups), features.device)
+    found, nothing = calls(tower, call, len(groups), features.device)
     order = [row for _, rows in groups for row in rows]
     back = torch.tensor(order, device=features.device).argsort()
     if isinstance(found[0], torch.Tensor):
-        return _joined(found)[back] + nothing
+        return together(found)[back] + nothing
     joined = {
-        name: _joined([one[name] for one in found])[back]
+        name: together([one[name] for one in found])[back]
         for name, value in found[0].items()
         if isinstance(value, torch.Tensor)
     }
@@ -183,7 +183,7 @@ def _by_window(
         chosen = torch.cat([clips[row] for row in rows], 1)
         return own(tower, chosen, feature_lens=feature_lens[rows], **kwargs)
 
-    found, nothing = _calls(tower, call, len(groups), features.device)
+    found, nothing = calls(tower, call, len(groups), features.device)
     parts: dict[int, torch.Tensor] = {}
     for rows, one in zip(groups, found, strict=True):
         sizes = [windowed(lengths[row], window) for row in rows]
@@ -192,7 +192,7 @@ def _by_window(
     return type(found[0])(last_hidden_state=joined, pooler_output=joined)
 
 
-def _calls(
+def calls(
     tower: object, call: Callable[[int], Output], count: int, device: torch.device
 ) -> tuple[list[Output], torch.Tensor]:
     """What `call` gives for each of `count` groups, and a zero on which all further calls hang."""
@@ -223,7 +223,7 @@ def _cut(value: object, rows: list[int], shape: torch.Size, length: int) -> obje
     return value
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+def together(parts: list[torch.Tensor]) -> torch.Tensor:
     """[clips, positions, ...] of all, padded with zeros; a mask of bools, which says what is
     padding, with ones."""
     longest = max(part.shape[1] for part in parts)

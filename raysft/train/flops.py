@@ -16,9 +16,9 @@ Attention: 12 L H D for each pair of positions (L layers, H heads of D dimension
 forward 4, backward 8), and half of that where it is causal: 6 L H D sum(length^2) over documents,
 packed or not. Layers with a sliding window are left out of it, so it is rather too low there.
 
-The encoder of Qwen2-Audio or Whisper takes every clip at one length, P positions: its 2N, 4N or 6N
-for each of them and 12 L H D P^2 (4 L H D P^2 if frozen) for a clip, whatever its own length.
-That of another model that hears costs for each frame of its features 2N, 4N or 6N at the positions
+The encoder of Whisper takes every clip at one length, P positions: its 2N, 4N or 6N for each of
+them and 12 L H D P^2 (4 L H D P^2 if frozen) for a clip, whatever its own length. That of a model
+of audio_lm costs for each frame of its features 2N, 4N or 6N at the positions
 where `EncoderCost` says that a matrix runs, and 12 L H D (4 L H D if frozen) for each pair that
 attends. Rows of a fixed length count whole; padding to the longest clip does not.
 """
@@ -34,6 +34,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from raysft.families.audio_lm import costs
 from raysft.families.audio_lm.costs import EncoderCost
 from raysft.families.audio_lm.types import TYPES
 from raysft.models import copies, reach
@@ -56,8 +57,8 @@ PEAKS = {
     "RTX 4090": 165.2,
     "L4": 121.0,
 }
+QWEN2_AUDIO = "qwen2_audio"
 DECIDING = ("num_hidden_layers", "num_attention_heads")
-FIXED_LENGTH = "Qwen2AudioForConditionalGeneration"
 # Parts of peft's wrappers that no token passes through.
 _UNUSED = ("original_module", "trainable_tokens")
 
@@ -106,9 +107,8 @@ def cost_of(model: nn.Module, unreached: Collection[str] = ()) -> Cost | None:
     if not _usual(net, text) or (hearing is None and _hears_otherwise(net)):
         return None
     head = net.get_output_embeddings()
-    tower = next((m for name, m in net.named_modules() if name.endswith("audio_tower")), None)
     own = {id(part) for part in head.modules()}
-    heard = {id(part) for part in tower.modules()} if tower is not None else set()
+    heard: set[int] = set()
     rates = {} if hearing is None else _rates(net, hearing)
     if hearing is not None:  # what sees is not reached
         read = {id(part) for part in net.get_decoder().modules()}
@@ -126,11 +126,10 @@ def cost_of(model: nn.Module, unreached: Collection[str] = ()) -> Cost | None:
     layers = getattr(text, "layer_types", None)
     full = text.num_hidden_layers if layers is None else layers.count("full_attention")
     pair = 6.0 * full * text.num_attention_heads * _head_size(text)
-    if hearing is not None:
-        passed = any(p.requires_grad for p in net.get_submodule(hearing.tower).parameters())
-        return Cost(token, supervised, pair, 0.0, frame, 12.0 if passed else 4.0)
-    clip = _clip(tower, net.config.audio_config) if tower is not None else 0.0
-    return Cost(token, supervised, pair, clip)
+    if hearing is None:
+        return Cost(token, supervised, pair)
+    passed = any(p.requires_grad for p in net.get_submodule(hearing.tower).parameters())
+    return Cost(token, supervised, pair, 0.0, frame, 12.0 if passed else 4.0)
 
 
 _HOLDS: dict[str, bool] = {}
@@ -179,6 +178,8 @@ def _counted_alike(net: PreTrainedModel) -> bool:
 
 
 def _hearing(net: PreTrainedModel) -> EncoderCost | None:
+    if net.config.model_type == QWEN2_AUDIO:
+        return costs.QWEN2
     row = TYPES.get(net.config.model_type)
     return None if row is None else row.cost
 
@@ -201,10 +202,8 @@ def _rates(net: PreTrainedModel, hearing: EncoderCost) -> dict[int, tuple[float,
 
 
 def _hears_otherwise(net: PreTrainedModel) -> bool:
-    """Whether its audio encoder is another than that of Qwen2-Audio, whose clips are of one
-    length."""
-    audio = getattr(net.config, "audio_token_id", None) is not None
-    return audio and all(kind.__name__ != FIXED_LENGTH for kind in type(net).__mro__)
+    """Whether it has an audio encoder whose cost is not known."""
+    return getattr(net.config, "audio_token_id", None) is not None
 
 
 def _chosen(text: PreTrainedConfig) -> int | None:

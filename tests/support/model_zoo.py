@@ -152,8 +152,11 @@ def clip_inputs(adapter: SpeechModel, clip: np.ndarray) -> dict[str, torch.Tenso
 
 
 def plain_loss(adapter: SpeechModel, item: Sequence) -> torch.Tensor:
-    """The reference: transformers alone on one sequence, by its own sdpa and its own loss."""
+    """The reference: transformers alone on one sequence, by its own sdpa, its own encoder and its
+    own loss."""
     net = adapter.model
+    tower = getattr(adapter.net.model, "audio_tower", None)
+    ours = None if tower is None else vars(tower).pop("forward")
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor(item.input_ids[None].astype(np.int64)),
         "labels": torch.tensor(item.labels[None].astype(np.int64)),
@@ -166,6 +169,8 @@ def plain_loss(adapter: SpeechModel, item: Sequence) -> torch.Tensor:
     text._attn_implementation = "sdpa"
     loss = net(**inputs, use_cache=False).loss
     text._attn_implementation = used
+    if tower is not None:
+        vars(tower)["forward"] = ours
     return loss * int((item.labels[1:] != -100).sum())
 
 

@@ -62,6 +62,17 @@ def whisper(merged: int | None) -> EncoderCost:
     return EncoderCost(partial(_whisper_parts, merged), _whisper_attended)
 
 
+def _qwen2_parts(config: Config) -> list[tuple[str, float]]:
+    """A convolution at the rate of the frames, then half of it; pairs of positions averaged."""
+    return [(f"{_TOWER}.conv1", 1), (_TOWER, 1 / 2), (_PROJECTOR, 1 / 4)]
+
+
+def _qwen2_attended(config: Config, frames: np.ndarray) -> np.ndarray:
+    """All positions of a clip."""
+    audio = config.audio_config
+    return audio.encoder_layers * audio.d_model * halved(frames) ** 2
+
+
 def _qwen25_parts(config: Config) -> list[tuple[str, float]]:
     return [(f"{_TOWER}.conv1", 1), (f"{_TOWER}.proj", 1 / 4), (_TOWER, 1 / 2)]
 
@@ -119,6 +130,7 @@ def _fun_asr_attended(config: Config, frames: np.ndarray) -> np.ndarray:
     return sum(part.num_hidden_layers * part.hidden_size for part in layers) * frames**2
 
 
+QWEN2 = EncoderCost(_qwen2_parts, _qwen2_attended)
 QWEN25 = EncoderCost(_qwen25_parts, _qwen25_attended)
 QWEN3 = EncoderCost(_qwen3_parts, _qwen3_attended)
 GRANITE = EncoderCost(_granite_parts, _granite_attended, "model.encoder")

@@ -107,10 +107,6 @@ class AudioLMEncoder(Encoder):
             )
         return tokens
 
-    def computed(self, samples: int) -> float:
-        """All that the model reads of a clip: it is padded to that."""
-        return self.max_frames * 10 / self.front_end.frames(10 * self.sample_rate)
-
     def part_encoded(
         self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
     ) -> Encoded:

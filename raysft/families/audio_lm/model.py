@@ -1,8 +1,7 @@
 """audio_lm: audio and text in, text out. Qwen2-Audio of transformers, taken as it is.
 
-Stands between config and step. Every clip is padded to the encoder's fixed length, so its cost is
-that of `2 * max_source_positions` frames whatever its own length; the text side pays for the
-tokens there are. See `base` for what a batch holds.
+Stands between config and step. transformers pads every clip to `2 * max_source_positions` frames;
+here the encoder pays for those that a clip has (`cut`). See `base` for what a batch holds.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from raysft.data.clips.features import Fbank, FrontEnd
 from raysft.data.encode import net_class
 from raysft.data.example import MicroBatch
 from raysft.errors import UserError
-from raysft.families.audio_lm import processor_model
+from raysft.families.audio_lm import cut, processor_model
+from raysft.families.audio_lm.costs import QWEN2
 from raysft.families.audio_lm.encode import FEATURES, AudioLMEncoder, audio_tokens
 from raysft.families.audio_lm.processor_encode import ProcessorEncoder
 from raysft.models import loading
@@ -90,9 +90,16 @@ class AudioLM(SpeechModel):
         return documents
 
     def counts(self, mb: MicroBatch) -> dict[str, float]:
-        """As `SpeechModel.counts`, and clips: how many the encoder reads."""
-        clips = mb.arrays.get(FEATURES)
-        return super().counts(mb) | {"clips": 0.0 if clips is None else float(len(clips.lengths))}
+        """As `SpeechModel.counts`, and frames that the encoder reads, and what they attend to
+        (`EncoderCost.attended`)."""
+        clips, frames = mb.arrays.get(FEATURES), np.zeros(0, np.int64)
+        if clips is not None:
+            frames = clips.lengths.astype(np.int64) - self.front_end.tail
+        attended = QWEN2.attended(self.net.config, frames)
+        return super().counts(mb) | {
+            "frames": float(frames.sum()),
+            "attended": float(attended.sum()),
+        }
 
     def touches_everything(self, documents: list[Document]) -> bool:
         """Whether the encoder runs, by transformers' present path (two adjacent audio tokens)."""
@@ -103,13 +110,14 @@ class AudioLM(SpeechModel):
         return len(clip) - self.front_end.tail
 
     def features(self, documents: list[Document]) -> Batch:
-        """Clips padded to the one length the encoder takes, and where they are real."""
+        """Clips padded to the longest of them, and where they are real."""
         clips = [clip for document in documents for clip in clips_of(document)]
         # Not zeros: the encoder's convolutions look across a clip's end, at what the model's own
         # processor has there: frames that still hear the clip, then silence.
-        padded = np.stack([self.front_end.pad(clip, self.frames_limit).T for clip in clips])
         lengths = np.array([[self.frames(clip)] for clip in clips])
-        mask = np.arange(self.frames_limit) < lengths
+        most = cut.frames_of(int(lengths.max()), self.frames_limit)
+        padded = np.stack([self.front_end.pad(clip, most).T for clip in clips])
+        mask = np.arange(most) < lengths
         return {
             "input_features": torch.from_numpy(padded),
             "feature_attention_mask": torch.from_numpy(mask.astype(np.int64)),
@@ -170,6 +178,7 @@ def make_model(
             f"model: its audio token is {net.config.audio_token_id}, the tokenizer's is "
             f"{audio_token}; give the tokenizer that belongs to the model"
         )
+    cut.attach(net.model.audio_tower)
     preprocessor = _preprocessor(model, encoder)
     stops = [encoder.end_id]
     return AudioLM(net, tokenizer, data.mode, stops, preprocessor, encoder.front_end)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from raysft.data.example import Sequence
 from raysft.models import SpeechModel
 from raysft.parallel import World
 from raysft.run.lines import read_lines
@@ -20,10 +22,9 @@ from tests.support.model_zoo import CONFIGS, batch_of, loss_of, make, sequences
 LENGTHS = [40, 10, 33]
 
 
-def counted(adapter: SpeechModel) -> tuple[float, float]:
+def counted(adapter: SpeechModel, *items: Sequence) -> tuple[float, float]:
     """What torch sees of a forward and backward pass, and what we say of it."""
-    items = sequences(adapter, LENGTHS)
-    batch = batch_of(*items)
+    batch = batch_of(*(items or sequences(adapter, LENGTHS)))
     laid_out = adapter.collate(batch)
     with FlopCounterMode(display=False) as counter:
         loss_of(adapter, laid_out).sum.backward()
@@ -38,14 +39,20 @@ def test_full_training_costs_what_torch_counts(name: str) -> None:
     assert said == pytest.approx(seen, rel=0.06)
 
 
-def test_an_audio_encoder_counts_by_the_clip() -> None:
+def test_an_audio_encoder_counts_by_what_a_clip_has() -> None:
     adapter = make("qwen2_audio", "padded")
     whole = flops.cost_of(adapter.model)
     adapter.freeze(["*audio_tower*"])
     frozen = flops.cost_of(adapter.model)
-    assert whole.clip > 2.5 * frozen.clip > 0
+    assert whole.frame > 2.5 * frozen.frame > 0
+    assert whole.attended == 3 * frozen.attended == 12
     assert whole.token == frozen.token
-    seen, said = counted(adapter)
+    # Of clips of a few frames, those behind their end would count for much.
+    frames, tokens = 95, 24
+    clip = torch.randn(frames + adapter.front_end.tail, adapter.mels).numpy()
+    ids = np.array([adapter.audio_token_id] * tokens + [1, 2, 3], np.int32)
+    labels = np.where(ids == adapter.audio_token_id, -100, ids)
+    seen, said = counted(adapter, Sequence("clip", "asr", ids, labels, {"features": [clip]}))
     assert said == pytest.approx(seen, rel=0.15)
 
 
