@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -105,6 +106,10 @@ def train_one(path: Path, size: int, abandon_at: int) -> None:
         job.stream = Abandoned(job.stream, abandon_at)  # type: ignore[assignment]
         with suppress(AbandonedError):
             train(job)
+        if config.run.name.startswith("again_"):
+            for thread in threading.enumerate():  # a process that has died saves nothing more
+                if thread.name == "checkpoint":
+                    thread.join()
         world.barrier()
         if config.run.name.startswith("left_"):
             os._exit(0)  # whatever is still being saved
