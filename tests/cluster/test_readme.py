@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from raysft.run.lines import read_lines
 from tests.cluster.conftest import ROOT
 from tests.support import documents, jobs
 from tests.support.documents import Block, blocks
@@ -23,7 +24,6 @@ from tests.support.documents import Block, blocks
 SHORT = ["train.max_steps=6", "evaluate.every=0", "evaluate.max_new_tokens=2"]
 SAME_RUN = ("README.md", "docs/evaluation.md", "docs/failures.md")  # they go on with one run
 TUTORIAL = "docs/tutorial.md"
-(EXAMPLE,) = documents.EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("joined")
 
@@ -105,12 +105,21 @@ def test_the_tutorial_runs_from_clips_to_a_folder_for_others(here: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_example_run_as_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", documents.EXAMPLES)
+def test_the_commands_of_the_examples_run_as_written(page: str, tmp_path: Path) -> None:
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
-    example = Path("examples") / "spoken_digits"  # into which units are written
-    shutil.copytree(ROOT / example, tmp_path / example, ignore=shutil.ignore_patterns("units"))
-    for block, line in commands(blocks(EXAMPLE, "sh")):
+    made = shutil.ignore_patterns("units", "data")  # which the commands write
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=made)
+    for block, line in commands(blocks(page, "sh")):
         do(block, line, tmp_path)
+    if page != "examples/most/README.md":
+        return
+    for name, kinds in (("most", {"text", "audio"}), ("most_one_kind", {"all"})):
+        run = tmp_path / "runs" / name
+        (told,) = (line["tokens"] for line in read_lines(run / "experts.jsonl"))
+        assert told.keys() == kinds
+        (figures,) = read_lines(run / "eval.jsonl")
+        assert {"wer/dev_asr", "wer/test_asr", "loss/tts", "loss/text"} <= figures.keys(), figures
 
 
 @pytest.mark.slow
@@ -122,6 +131,6 @@ def test_the_library_does_what_its_page_shows(here: Path) -> None:
 
 
 def test_every_command_of_a_page_is_run_by_a_test_here() -> None:
-    covered = {*SAME_RUN, "docs/strategies.md", TUTORIAL, EXAMPLE}
+    covered = {*SAME_RUN, "docs/strategies.md", TUTORIAL, *documents.EXAMPLES}
     for page in documents.pages():
         assert page in covered or not blocks(page, "sh"), f"no test runs the commands of {page}"
