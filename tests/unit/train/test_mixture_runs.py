@@ -458,3 +458,13 @@ def test_an_adapter_says_how_the_tokens_of_its_base_are_routed(
         torch.testing.assert_close(found, merged(input_ids=ids).logits, rtol=0, atol=1e-5)
         whole = job.strategy.module.eval().lm(input_ids=ids).logits
         torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+    begun = config_of(
+        tmp_path,
+        "begun",
+        model={**own, "path": str(tmp_path / "base")},
+        peft={**peft, "path": str(tmp_path / "adapter")},
+    )
+    for name, weight in worlds.start(
+        worlds.resolved(begun), World.current()
+    ).strategy.module.named_parameters():
+        assert torch.equal(weight, after[name]), name
