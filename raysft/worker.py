@@ -226,10 +226,12 @@ def settle_experts(
     if world.is_main:
         known = kept_experts(folder)
         if known is None:
-            found = fastest.milliseconds(
+            tried = fastest.milliseconds(
                 speech_model.net, world.device, _dtype(config), config.data.budget
             )
-            known = {"backend": min(found, key=found.__getitem__), "ms": found}
+            known = {"backend": min(tried.ms, key=tried.ms.__getitem__), "ms": tried.ms}
+            if tried.failed:
+                known["failed"] = tried.failed
             write_whole(folder / EXPERTS, json.dumps(known).encode())
     known = world.gather(known)[0]
     assert known is not None

@@ -10,19 +10,30 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from raysft.config.moe import Backend
+from raysft.errors import UserError
 from raysft.models import experts
 from raysft.models.experts import BACKENDS, CHOSEN, WHOLE, why_not
-from raysft.models.loading import seeded
+from raysft.models.loading import line_of, seeded
 from raysft.parallel.blocks import experts_of
 
 AGAIN = 3  # timed passes, after one that warms up
 ENOUGH_S = 1.0  # a pass that takes longer is not done again
+
+
+@dataclass
+class Tried:
+    """ms: candidate -> what it takes. failed: others, and what they said: a kernel that cannot be
+    fetched, one built for another device, memory that does not suffice."""
+
+    ms: dict[Backend, float] = field(default_factory=dict)
+    failed: dict[Backend, str] = field(default_factory=dict)
 
 
 def candidates(net: nn.Module, device: torch.device, dtype: torch.dtype) -> list[Backend]:
@@ -32,10 +43,11 @@ def candidates(net: nn.Module, device: torch.device, dtype: torch.dtype) -> list
     return [backend for backend in able if not (updated and backend in WHOLE)]
 
 
-def milliseconds(
-    net: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int
-) -> dict[Backend, float]:
-    """Candidate -> the time that so many tokens take through the experts of a layer, and back."""
+def milliseconds(net: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int) -> Tried:
+    """The time that so many tokens take through the experts of a layer and back, by candidate.
+
+    Raises UserError where none of them works.
+    """
     own: Any = experts_of(net)[0][1]
     with seeded(0):
         layer = _alike(own, device, dtype)
@@ -44,11 +56,22 @@ def milliseconds(
         counts = (getattr(own.config, name, None) for name in CHOSEN)
         chosen = next((number for number in counts if isinstance(number, int)), 1)
         weights, ids = (found.to(device) for found in torch.rand(tokens, count).topk(chosen))
-    found: dict[Backend, float] = {}
+    tried = Tried()
     for backend in candidates(net, device, dtype):
         experts.use(layer, backend)
-        found[backend] = round(_seconds(layer, rows, ids, weights) * 1e3, 3)
-    return found
+        try:
+            tried.ms[backend] = round(_seconds(layer, rows, ids, weights) * 1e3, 3)
+        except (ImportError, OSError, RuntimeError) as error:
+            tried.failed[backend] = line_of(error)
+        rows.grad = None
+        layer.zero_grad()
+    if not tried.ms:
+        said = "; ".join(f"{backend}: {line}" for backend, line in tried.failed.items())
+        raise UserError(
+            f"model.moe.experts: auto: nothing that multiplies by experts works here ({said}); "
+            "with fewer data.tokens_per_batch it takes less memory"
+        )
+    return tried
 
 
 def _seconds(

@@ -200,7 +200,8 @@ def test_all_that_can_are_timed_on_a_layer_of_the_models_shapes() -> None:
 
     found = fastest.milliseconds(net, CPU, torch.bfloat16, tokens=32)
 
-    assert list(found) == ["torch", "loop"] and all(took > 0 for took in found.values())
+    assert list(found.ms) == ["torch", "loop"] and all(took > 0 for took in found.ms.values())
+    assert not found.failed
     assert net.config._experts_implementation == implementation
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
     assert all(p.grad is None for p in net.parameters())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from raysft.config import Config
 from raysft.driver import preflight
@@ -53,7 +55,7 @@ def test_the_fastest_is_taken_told_and_kept_bit_for_bit(
 
     def measured(net: torch.nn.Module, device: object, dtype: object, tokens: int) -> object:
         asked.append((len(experts_of(net)), dtype, tokens))
-        return {"torch": 2.0, "loop": 1.0}
+        return fastest.Tried({"torch": 2.0, "loop": 1.0})
 
     monkeypatch.setattr(fastest, "milliseconds", measured)
     whole = run(mixture(tmp_path, "whole", "auto"))
@@ -72,6 +74,27 @@ def test_the_fastest_is_taken_told_and_kept_bit_for_bit(
     events = read_lines(folder / "events.jsonl")
     told = [line["experts"] for line in events if line["event"] in ("started", "continued")]
     assert told == [{"backend": "loop", "ms": {"torch": 2.0, "loop": 1.0}}] * 2
+
+
+def test_what_fails_when_it_is_tried_is_told_and_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a kernel that cannot be fetched: only its use shows it."""
+
+    def fails(*_: object) -> torch.Tensor:
+        raise ImportError("no kernel for this device\n(see the page)")
+
+    monkeypatch.setattr(fastest, "candidates", lambda *_: ["sonicmoe", "loop"])
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "raysft_sonicmoe", fails)
+    job = start(mixture(tmp_path, "run", "auto"), World.current())
+    known = json.loads((job.folder / "experts.json").read_text())
+    assert known["backend"] == "loop" and known["ms"].keys() == {"loop"}
+    assert known["failed"] == {"sonicmoe": "no kernel for this device (see the page)"}
+    assert job.start["experts"] == known
+
+    monkeypatch.setattr(fastest, "candidates", lambda *_: ["sonicmoe"])
+    with pytest.raises(UserError, match=r"^model\.moe\.experts: auto: .* \(sonicmoe: no kernel"):
+        start(mixture(tmp_path, "none", "auto"), World.current())
 
 
 def test_any_way_to_compute_gives_the_losses_of_none_asked_for(tmp_path: Path) -> None:
