@@ -231,12 +231,11 @@ register(
             "moonshine": "transformers:MoonshineForConditionalGeneration",
             "cohere_asr": "transformers:CohereAsrForConditionalGeneration",
             "canary": "transformers:CanaryForConditionalGeneration",
+            "speech_to_text": "transformers:Speech2TextForConditionalGeneration",
         },
         hears=True,
         alone=True,
-        refused_types={
-            "speech_to_text": "transformers has only a slow tokenizer for it",
-        },
+        refused_types={"moonshine_streaming": "it has not been tried here"},
         refused_keys={
             "data.prompts": _NO_DIALOGUE,
             "data.supervise": _NO_DIALOGUE,

@@ -31,7 +31,7 @@ def prove(net: PreTrainedModel) -> Verdict:
     try:
         small = copies.small_copy(net)
     except ValueError as error:
-        learned = None if table is None else getattr(net.config.get_text_config(), table)
+        learned = positions(net.config)
         return Verdict(kind, packed=packed, answers="length", learned=learned, copied=str(error))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -44,6 +44,12 @@ def prove(net: PreTrainedModel) -> Verdict:
     return Verdict(
         kind, causal, padded, packed, answers="length" if answers else "one", learned=learned
     )
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """The decoder's number of positions, as its config has it."""
+    table = _table(config)
+    return None if table is None else getattr(config.get_text_config(), table)
 
 
 def _table(config: PreTrainedConfig) -> str | None:
@@ -62,7 +68,7 @@ def _learned(net: PreTrainedModel, small: PreTrainedModel, table: str | None) ->
     try:
         _logits(small, row, states)
     except (IndexError, RuntimeError):
-        return getattr(net.config.get_text_config(), table)
+        return positions(net.config)
     return None
 
 

@@ -202,10 +202,12 @@ def calls(
         dist.all_reduce(most, dist.ReduceOp.MAX)
         rounds = int(most)
     found = [call(number) for number in range(count)]
-    for _ in range(rounds - count):
-        again = call(0)
-        again = again if isinstance(again, torch.Tensor) else again.last_hidden_state
-        nothing = nothing + 0 * again.sum()
+    # What is drawn after them (a decoder's dropout) is the same whatever the others have.
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        for _ in range(rounds - count):
+            again = call(0)
+            again = again if isinstance(again, torch.Tensor) else again.last_hidden_state
+            nothing = nothing + 0 * again.sum()
     return found, nothing
 
 

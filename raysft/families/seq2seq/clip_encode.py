@@ -1,11 +1,11 @@
-"""Encoder of models that read a clip at its own length (`types`): Moonshine, Cohere ASR, Canary.
+"""Encoder of models that read a clip at its own length (`types`): Moonshine and others.
 
 Stands in the data tasks. A clip becomes what the model's extractor makes of it alone, and as many
 positions in front of the decoder's tokens as the encoder computes for it. The rows that the model
 is given do not have these positions: see `clip_model`.
 
-Costs what the extractor does for a clip of 2 s: 0.1 ms (moonshine), 1 to 2 ms (cohere_asr, canary,
-whose extractors are torch's).
+Costs what the extractor does for a clip of 2 s: 0.2 ms (moonshine), 3 ms (cohere_asr, canary and
+speech_to_text, whose extractors import torch).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ClipEncoder(Encoder):
         extractor = _extractor(model, kind, row.settings(config))
         self._extractor: Extractor | bytes = extractor
         self.sample_rate = extractor.sampling_rate
-        tokenizer = load_tokenizer(model, 0)
+        tokenizer: PreTrainedTokenizerFast = resolve_name(row.tokenizer)(model)
         self._pad_id: int = tokenizer.pad_token_id
         self._framing, self._encoding = row.framing(extractor), row.encoder(config)
         self.most = row.most(config, extractor) if row.most else None
@@ -144,14 +144,22 @@ class ClipEncoder(Encoder):
                 "planned: transformers' extractor counts otherwise than this raysft",
                 "longer than indexed",
             )
+        if not np.isfinite(features).all():
+            raise BadExample(
+                "its clip has no features: the extractor divides by how much they vary, and here "
+                "they do not (silence)",
+                "silent",
+            )
         ids = np.full(self.heard(planned), self._pad_id, np.int32)
         return Encoded(
             ids, len(clip) / self.sample_rate, {FEATURES: np.ascontiguousarray(features)}
         )
 
-    def silence(self, samples: int) -> Encoded:
-        """What a silent clip of so many samples becomes."""
-        return self.part_encoded(Audio("silence"), np.zeros(samples, np.float32), None)
+    def quiet(self, samples: int) -> Encoded:
+        """What a clip of so many samples becomes in which there is next to nothing: of silence
+        some extractors make no features."""
+        noise = np.random.default_rng(0).standard_normal(samples).astype(np.float32)
+        return self.part_encoded(Audio("quiet"), 1e-3 * noise, None)
 
     def samples_of(self, positions: int) -> int:
         """About how many samples take so many positions, of what a clip may have."""
@@ -169,6 +177,11 @@ class ClipEncoder(Encoder):
     def _limited(self, rendered: Rendered, found: int) -> int:
         """The decoder's: what is heard stands in none of its rows."""
         return sum(len(part) for part in rendered.segments if isinstance(part, np.ndarray))
+
+
+def plain_tokenizer(model: Model) -> PreTrainedTokenizerFast:
+    """That of the model's files. Raises UserError as `load_tokenizer`."""
+    return load_tokenizer(model, 0)
 
 
 def _extractor(model: Model, kind: str, own: JsonObject) -> Extractor:

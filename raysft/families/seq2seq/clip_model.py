@@ -16,7 +16,7 @@ from raysft.config import schema
 from raysft.data.encode import net_class
 from raysft.families.seq2seq.base import Seq2Seq
 from raysft.families.seq2seq.clip_encode import FEATURES, ClipEncoder
-from raysft.models import loading, one_length
+from raysft.models import decoders, loading, one_length
 from raysft.models.base import IGNORED, Batch, Document
 from raysft.models.layout import tokens_of
 
@@ -33,26 +33,26 @@ class ClipModel(Seq2Seq):
         start, processor = encoder.template.start_id, encoder.processor(tokenizer)
         super().__init__(net, tokenizer, mode, encoder.end_id, start, processor)
         self.encoder = encoder
-        self._silence = self._silent(encoder.fewest())
+        self._smallest = self._quiet(encoder.fewest())
 
     def heard(self, frames: np.ndarray) -> np.ndarray:
         """As `Seq2Seq.heard`."""
         return self.encoder.heard(frames)
 
-    def _silent(self, samples: int) -> Document:
-        """A silent clip of so many samples, a start token and an end token; nothing is learnt."""
-        silent = self.encoder.silence(samples)
-        ids = np.append(silent.ids, [self.start_id, self.stop_ids[0]]).astype(np.int32)
-        arrays = {name: [array] for name, array in silent.arrays.items()}
+    def _quiet(self, samples: int) -> Document:
+        """A quiet clip of so many samples, a start token and an end token; nothing is learnt."""
+        quiet = self.encoder.quiet(samples)
+        ids = np.append(quiet.ids, [self.start_id, self.stop_ids[0]]).astype(np.int32)
+        arrays = {name: [array] for name, array in quiet.arrays.items()}
         return Document(ids, np.full(len(ids), IGNORED, np.int32), "none", arrays)
 
     def dummy_document(self) -> Document:
-        """A short silent clip, a start token and an end token."""
-        return self._silence
+        """A short quiet clip, a start token and an end token."""
+        return self._smallest
 
     def full_document(self, length: int) -> Document:
-        """A silent clip that fills about `length` positions, a start token and an end token."""
-        return self._silent(self.encoder.samples_of(length))
+        """A quiet clip that fills about `length` positions, a start token and an end token."""
+        return self._quiet(self.encoder.samples_of(length))
 
     def computed(self, batch: Batch) -> int:
         """Positions of encoder and decoder, padding of the decoder's rows among them."""
@@ -91,7 +91,7 @@ def make_clip_model(
             text = {"vocab_size": settings["vocab_size"], **(settings.get(part) or {})}
             settings[part] = loading.fill_from_tokenizer(text, tokenizer)
         net = loading.from_config(settings, auto, seed)
-        net.generation_config.max_length = net.config.get_text_config().max_position_embeddings
+        net.generation_config.max_length = decoders.positions(net.config)
     loading.grow_vocabulary(net, len(tokenizer), seed)
     net.config.vocab_size = net.get_input_embeddings().weight.shape[0]
     net.generation_config.decoder_start_token_id = encoder.template.start_id

@@ -55,7 +55,9 @@ class Prompt(ABC):
         self._tokenizer: PreTrainedTokenizerFast | bytes = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self.end_id = int(tokenizer.eos_token_id)
-        self._added = frozenset(tokenizer.added_tokens_decoder)
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        strange = {tokenizer.unk_token_id} - ends  # what its vocabulary lacks steers nothing
+        self._added = frozenset(tokenizer.added_tokens_decoder) - strange
         self._names = _languages()
         self._default: str | None = None
 

@@ -1,6 +1,7 @@
 """What the decoders of the other types (`types`) are given before a text.
 
     moonshine    <s> the text </s>
+    speech_to_text   </s> the text </s>
     cohere_asr   ▁<|startofcontext|><|startoftranscript|><|emo:undefined|><|de|><|de|><|pnc|>
                  <|noitn|><|notimestamp|><|nodiarize|> the text <|endoftext|>
     canary       the same without ▁; of a translation the second language is <|en|>
@@ -73,7 +74,7 @@ class Untold(Prompt):
             raise UserError(
                 f"data.language: {kind} is not told which language is spoken: leave it out"
             )
-        start = processor.tokenizer.bos_token
+        start = self._start(processor.tokenizer)
         if start is None:
             raise UserError(
                 "model.tokenizer: it has no start token (bos_token): name the tokenizer of a "
@@ -82,6 +83,10 @@ class Untold(Prompt):
         self.start_id = self._id(start)
         self._keep(start, self.start_id, kept)
 
+    def _start(self, tokenizer: PreTrainedTokenizerFast) -> str | None:
+        """The start token, if it has one."""
+        return tokenizer.bos_token
+
     def prefix(self, task: str, lang: str | None) -> list[int]:
         """As `Prompt.prefix`; whatever language it is."""
         if translates(task):
@@ -89,6 +94,26 @@ class Untold(Prompt):
                 f"model: {self.kind} is not told its task and is trained to transcribe alone, not "
                 f"on task {task!r}"
             )
+        return [self.start_id]
+
+
+class Ended(Untold):
+    """The end token, with which Speech2Text begins too. Whether it writes what is spoken, or a
+    translation, follows from what it is trained on."""
+
+    def _start(self, tokenizer: PreTrainedTokenizerFast) -> str | None:
+        """The end token. Raises UserError for a tokenizer of several languages."""
+        several = next((name for name in tokenizer.get_vocab() if name.startswith("<lang:")), None)
+        if several is not None:
+            raise UserError(
+                f"model.tokenizer: it has {several}: a {self.kind} that is told its language is "
+                "not trained here; use one of a single language, or another model (whisper, canary)"
+            )
+        return tokenizer.eos_token
+
+    def prefix(self, task: str, lang: str | None) -> list[int]:
+        """As `Prompt.prefix`; whatever language it is, and whatever task."""
+        translates(task)
         return [self.start_id]
 
 

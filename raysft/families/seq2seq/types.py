@@ -26,6 +26,8 @@ class Config(Protocol):
     vocab_size: int
     decoder_start_token_id: int | None
     max_source_positions: int
+    conv_kernel_sizes: tuple[int, ...]
+    input_feat_per_channel: int
     max_position_embeddings: int
     num_mel_bins: int
     subsampling_factor: int
@@ -70,6 +72,7 @@ class ClipType:
     settings: (config) -> what the extractor of a model without weights is given.
     features: their name among the model's inputs.
     text: the part of the config that has the decoder's vocabulary; None: the config itself.
+    tokenizer: (model) -> its tokenizer, "module:function".
     """
 
     processor: str
@@ -81,6 +84,7 @@ class ClipType:
     settings: Callable[[Config], JsonObject]
     features: str = "input_features"
     text: str | None = None
+    tokenizer: str = "raysft.families.seq2seq.clip_encode:plain_tokenizer"
 
 
 def _hops(extractor: Extractor) -> tuple[Step, ...]:
@@ -94,6 +98,30 @@ def _subsampling(config: Config) -> tuple[Step, ...]:
     kernel, stride = encoder.subsampling_conv_kernel_size, encoder.subsampling_conv_stride
     one = (kernel, stride, (kernel - 1) // 2)
     return (one,) * (encoder.subsampling_factor.bit_length() - 1)
+
+
+def _kaldi(extractor: Extractor) -> tuple[Step, ...]:
+    """Frames of 25 ms each 10 ms, those that lie within a clip."""
+    rate = extractor.sampling_rate
+    return ((rate * 25 // 1000, rate // 100, 0),)
+
+
+def _halvings(config: Config) -> tuple[Step, ...]:
+    """The convolutions of Speech2Text."""
+    return tuple((kernel, 2, kernel // 2) for kernel in config.conv_kernel_sizes)
+
+
+def _banks(config: Config) -> JsonObject:
+    return {
+        "feature_size": config.input_feat_per_channel,
+        "num_mel_bins": config.input_feat_per_channel,
+    }
+
+
+def _framed(config: Config, extractor: Extractor) -> int:
+    """What fills the frames that the config of a Speech2Text names."""
+    ((size, hop, _),) = _kaldi(extractor)
+    return (config.max_source_positions - 1) * hop + size
 
 
 def _mels(config: Config) -> JsonObject:
@@ -141,5 +169,15 @@ TYPES: dict[str, ClipType] = {
         most=_named,
         settings=_mels,
         text="decoder_config",
+    ),
+    "speech_to_text": ClipType(
+        "transformers:Speech2TextProcessor",
+        "transformers:Speech2TextFeatureExtractor",
+        "raysft.families.seq2seq.prompts:Ended",
+        framing=_kaldi,
+        encoder=_halvings,
+        most=_framed,
+        settings=_banks,
+        tokenizer="raysft.families.seq2seq.sentencepiece:load",
     ),
 }

@@ -38,7 +38,7 @@ HEARING = (
         "musicgen",
         "kyutai_speech_to_text",
     ),
-    *("moonshine_streaming", "mine_asr"),
+    *("speecht5", "mine_asr"),
 )
 
 

@@ -124,9 +124,8 @@ def test_a_clip_read_at_its_own_length_is_trained_on_evaluated_and_exported(
         number = int(line["id"][1:])
         clip, _ = soundfile.read(tmp_path / f"{number}.wav", dtype="float32")
         extracted = processor.feature_extractor(clip, sampling_rate=RATE, return_tensors="pt")
-        heard = {n: v for n, v in extracted.items() if n in ("input_features", "attention_mask")}
-        if not told:
-            heard = {"input_values": extracted["input_values"]}
+        names = ("input_values", "input_features", "attention_mask")
+        heard = {name: value for name, value in extracted.items() if name in names}
         start = prompt.prefix("asr", LANGUAGES[number % 4])
         tokens = plain.generate(**heard, decoder_input_ids=torch.tensor([start]), max_new_tokens=6)
         said = processor.tokenizer.decode(tokens[0, len(start) :], skip_special_tokens=True)
