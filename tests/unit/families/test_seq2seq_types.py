@@ -28,7 +28,6 @@ from tests.support.model_zoo import gradients, loss_of
 from tests.support.seq2seq_cases import KINDS, PADDED, RATE, Case, cases, example, wave
 from tests.support.worlds import ROOT
 
-
 # Canary is made of parts of the others: make test-all tries it as long.
 MANY = [pytest.param(kind, marks=pytest.mark.slow if kind == "canary" else []) for kind in KINDS]
 
