@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # What the driver hands to workers, by name: whatever can be pickled, handles of actors included.
 Settings = dict[str, Any]
+GPU_BACKENDS = "cpu:gloo,cuda:nccl"  # offloaded parameters and counts travel as CPU tensors
 RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
 
 
@@ -101,14 +102,16 @@ def make_trainer(
             "threads": shares.threads,
         },
         torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if shares.gpu else "gloo", timeout_s=int(config.parallel.timeout_s)
+            backend=GPU_BACKENDS if shares.gpu else "gloo",
+            timeout_s=int(config.parallel.timeout_s),
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             use_gpu=shares.gpu,
             resources_per_worker=shares.per_worker,
-            placement_strategy="SPREAD",
+            # GPUs of few whole nodes speak over their own links; CPUs of many nodes are idler.
+            placement_strategy="PACK" if shares.gpu else "SPREAD",
         ),
         run_config=ray.train.RunConfig(
             name=f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}",
