@@ -133,6 +133,34 @@ def test_a_clip_read_at_its_own_length_is_trained_on_evaluated_and_exported(
         assert line["reference"] == f"text {number}"
 
 
+def test_conversations_of_a_clip_and_its_text_are_trained_on_as_that(
+    run: Path, tmp_path: Path
+) -> None:
+    """With the losses, answers and word error rate of the same examples in short; in the language
+    of the config."""
+    short, talk = [], []
+    for raw in (run.parents[1] / "train.jsonl").read_text().splitlines():
+        record = json.loads(raw)
+        clip = str(run.parents[1] / record["wav_path"])
+        short.append({key: record[key] for key in ("id", "text", "task_type")} | {"wav_path": clip})
+        asked = {"role": "user", "content": "<audio>"}
+        told = {"role": "assistant", "content": record["text"]}
+        talk.append({"id": record["id"], "messages": [asked, told], "audios": [clip]})
+    jobs = []
+    for name, lines in (("short", short), ("talk", talk)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        source = {"path": str(path), "task": "asr"}
+        data = {"train": [source], "eval": [source | {"name": "dev"}]}
+        jobs.append(trained(config(tmp_path, name, data=data)))
+    assert losses(jobs[0]) == losses(jobs[1])
+    (expected,), (figures,) = (read_lines(job.folder / "eval.jsonl") for job in jobs)
+    assert figures["wer/dev"] == expected["wer/dev"] and figures["loss/asr"] == expected["loss/asr"]
+    kept, said = (list(read_lines(job.folder / "predictions" / "step_3.jsonl")) for job in jobs)
+    assert [line["hypothesis"] for line in said] == [line["hypothesis"] for line in kept]
+    assert [line["reference"] for line in said] == [f"text {line['id'][1:]}" for line in said]
+
+
 def test_a_whisper_is_asked_nothing_in_words(run: Path) -> None:
     assert prompts(run) == {}
 

@@ -19,6 +19,7 @@ import soundfile
 import torch
 import yaml
 from transformers import (
+    AutoModelForSpeechSeq2Seq,
     AutoProcessor,
     Qwen2AudioForConditionalGeneration,
     WhisperForConditionalGeneration,
@@ -38,6 +39,7 @@ from raysft.run.folder import open_run
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
 from raysft.transcribe.run import batches
+from tests.support import seq2seq as zoo
 from tests.support import whisper
 from tests.support.models import AUDIO, CAUSAL
 from tests.support.worlds import ROOT
@@ -204,6 +206,27 @@ def test_a_whisper_is_told_language_and_task(heard: Run, tmp_path: Path) -> None
     assert answers[0] != answers[1]
     found = list(library.transcribe(tmp_path / "whisper", heard.clips[:1], prompt="Write."))
     assert "an instruction" in found[0].error
+
+
+@pytest.mark.parametrize("kind", sorted(zoo.TINY))
+def test_a_clip_read_at_its_own_length_is_transcribed(
+    kind: str, heard: Run, tmp_path: Path
+) -> None:
+    model, data = Model(**zoo.model(kind, tmp_path)), Data(mode="padded")
+    encoder = make_encoder(model, data, tmp_path)
+    out = tmp_path / "out"
+    build(model, data, encoder, 0).save(out)
+    net = AutoModelForSpeechSeq2Seq.from_pretrained(out)
+    extractor = AutoProcessor.from_pretrained(out).feature_extractor
+    start = encoder.template.prefix("asr", "de")
+    expected = []
+    for path in heard.clips:
+        made = extractor(as_a_user_reads(Path(path)), sampling_rate=16000, return_tensors="pt")
+        names = ("input_values", "input_features", "attention_mask")
+        inputs = {name: made[name] for name in names if name in made}
+        tokens = net.generate(**inputs, decoder_input_ids=torch.tensor([start]), max_new_tokens=9)
+        expected.append(encoder.tokenizer.decode(tokens[0, len(start) :], skip_special_tokens=True))
+    assert texts(library.transcribe(out, heard.clips, lang="de", max_new_tokens=9)) == expected
 
 
 # -- what is asked -------------------------------------------------------------------------------
