@@ -41,7 +41,7 @@ from raysft.data.quarantine import summary as quarantined
 from raysft.driver.session import check_kept
 from raysft.driver.unknown import unknown_text
 from raysft.errors import BadExample, UserError
-from raysft.run import plans
+from raysft.run import epochs, plans
 from raysft.run.catalogue import unreadable
 from raysft.run.evaluations import choose, metrics_of
 from raysft.run.folder import check_run, read_config, resolve, run_folder
@@ -218,6 +218,7 @@ def prepare(
     newest = Plan.of(index, config.data, config.run.seed)
     _check_usable(config, index, newest)
     plan = plans.follow(folder, index, config.data, config.run.seed, cursor, permit)
+    plan.kept = epochs.Kept(folder, permit)
     _check_task_weights(config, plans.tasks(folder))
     rejected = [*index.rejected, *_oversize(newest, index, config)]
     rejected += evaluation.rejected if evaluation is not None else []

@@ -197,6 +197,7 @@ _ITS_OWN = (
     "quarantine.jsonl",
     "events.jsonl",
     "plan.json",
+    "epochs.json",
     EXPERTS,
     remarks.LOG,
     TEMPLATE,

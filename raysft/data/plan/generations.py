@@ -18,11 +18,13 @@ What an old generation needs (its index's folder, its data files) is opened when
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 
@@ -48,10 +50,19 @@ class Generation:
         return self._make()
 
 
+class Kept(Protocol):
+    """What epochs came to before (`run.epochs`)."""
+
+    def get(self, start: Cursor) -> tuple[Summary, Cursor] | None: ...
+
+    def put(self, start: Cursor, total: Summary, after: Cursor, seconds: float) -> None: ...
+
+
 class Generations:
     """What a `Plan` is to its users, over one or more generations.
 
     parts: the generations, oldest first. bases: the first row of each, and where the last ends.
+    kept: asked before an epoch is counted, and told what it came to; None: nothing is kept.
     """
 
     def __init__(self, parts: Sequence[Generation]) -> None:
@@ -63,6 +74,7 @@ class Generations:
         self.bases = list(accumulate((part.examples for part in parts), initial=0))
         self._summaries: list[Summary] = []
         self._after: Cursor | None = None  # the epochs summarised
+        self.kept: Kept | None = None
 
     @property
     def newest(self) -> Plan:
@@ -105,14 +117,21 @@ class Generations:
         return self.summary(epoch).steps
 
     def summary(self, epoch: int = 0) -> Summary:
-        """Totals of an epoch. Plans all epochs up to it, once: about 1 s a million examples."""
+        """Totals of an epoch. Plans all epochs up to it that are not kept, once: about 1 s a
+        million examples."""
         while len(self._summaries) <= epoch:
             this = len(self._summaries)
             number = self.number(this)
             after = self._after or self.start()
             if number and this == self.parts[number].from_epoch:
                 after = self.parts[number].plan.start(this, after.step)
-            total, self._after = self.parts[number].plan.summarise(this, after)
+            known = self.kept.get(after) if self.kept is not None else None
+            if known is None:
+                begun = time.monotonic()
+                known = self.parts[number].plan.summarise(this, after)
+                if self.kept is not None:
+                    self.kept.put(after, *known, time.monotonic() - begun)
+            total, self._after = known
             self._summaries.append(total)
         return self._summaries[epoch]
 
