@@ -237,6 +237,26 @@ def test_batch_norms_stay_as_they_were_learned(kind: str, case: Callable[[str], 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_nothing(kind: str, case: Callable[[str], Case]) -> None:
+    one = case(kind)
+    section = Model(path=str(one.exported))
+    found = []
+    for recompute in (False, True):
+        ours = build(section, PADDED, make_encoder(section, PADDED, "unused"), 1)
+        if recompute:
+            ours.enable_gradient_checkpointing()
+        ours.model.train()
+        torch.manual_seed(7)  # for what drops out
+        loss = loss_of(ours, ours.collate(batch(one.spoken))).sum
+        loss.backward()
+        found.append((loss.item(), gradients(ours)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    largest = max(float(gradient.abs().max()) for gradient in found[0][1].values())
+    for name, gradient in found[0][1].items():
+        assert (gradient - found[1][1][name]).abs().max() < 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_encoder_travels(kind: str, case: Callable[[str], Case]) -> None:
     one = case(kind)
     again = pickle.loads(pickle.dumps(one.encoder))
