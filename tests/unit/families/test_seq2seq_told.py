@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from raysft.config.schema import Data, Model
 from raysft.data.encode import make_encoder
 from raysft.data.example import ASSISTANT, Example, Turn
 from raysft.errors import BadExample, UserError
+from raysft.export import export
+from raysft.models import build
 from tests.support import seq2seq as zoo
 from tests.support.seq2seq_cases import KINDS, PADDED, RATE, TOLD, Case, cases, example, model, wave
 
@@ -69,6 +72,22 @@ def test_a_canary_translates_into_english(case: Callable[[str], Case]) -> None:
     assert encoder.tokenizer.convert_ids_to_tokens(ids)[3:5] == ["<|fr|>", "<|en|>"]
     with pytest.raises(BadExample, match="is spoken in English, and translations are those into"):
         encoder.measure(example(task="st"), [RATE])
+
+
+def test_a_canary_is_asked_by_its_own_template(tmp_path: Path, case: Callable[[str], Case]) -> None:
+    own = shutil.copytree(case("canary").exported, tmp_path / "own")
+    template = own / "chat_template.jinja"
+    written = template.read_text(encoding="utf-8")
+    template.write_text(written.replace("<|emo:undefined|>", ""), encoding="utf-8")
+    encoder = make_encoder(Model(path=str(own)), PADDED, tmp_path)
+    usual = case("canary").encoder.template.prefix("asr", "de")
+    asked = encoder.template.prefix("asr", "de")
+    assert asked == [*usual[:2], *usual[3:]]
+    out = export(build(Model(path=str(own)), PADDED, encoder, 0), tmp_path / "out")
+    assert "emo" not in (out / "chat_template.jinja").read_text(encoding="utf-8")
+    template.write_text(written.replace("<|noitn|>", "no"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"'n' is no control token: name the tokenizer of a canary"):
+        make_encoder(Model(path=str(own)), PADDED, tmp_path)
 
 
 def test_a_speech_to_text_is_told_nothing(tmp_path: Path, case: Callable[[str], Case]) -> None:
