@@ -111,13 +111,13 @@ def attach_alike(model: Hears, positions: Positions, multiple: int, time: int) -
 
 def alike(lengths: Sequence[int]) -> list[list[int]]:
     """Clips by length, the longest first: of a group none is shorter than half its longest. Of each
-    clip its place among `lengths`."""
+    clip its place among `lengths`, in their order."""
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not groups or 2 * lengths[row] < lengths[groups[-1][0]]:
+        if not groups or 2 * lengths[row] < lengths[groups[-1][0]]:  # its longest is its first
             groups.append([])
         groups[-1].append(row)
-    return groups
+    return [sorted(group) for group in groups]
 
 
 def _stay(part: nn.Module, mode: bool = True) -> nn.Module:

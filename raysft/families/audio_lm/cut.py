@@ -50,11 +50,13 @@ def _forward(
         if mask is not None:
             mask = mask[rows, : cut // 2] if mask.ndim == 2 else mask[rows]
             mask = mask if mask.ndim == 2 else mask[..., : cut // 2, : cut // 2]
-        return _encoded(tower, input_features[rows, :, :cut], mask, kwargs)
+        taken = input_features if len(rows) == clips else input_features[rows]
+        return _encoded(tower, taken[..., :cut], mask, kwargs)
 
     found, nothing = calls(tower, call, len(groups), input_features.device)
     order = torch.tensor([row for rows in groups for row in rows], device=input_features.device)
-    return BaseModelOutput(last_hidden_state=together(found)[order.argsort()] + nothing)
+    made = found[0] if len(groups) == 1 else together(found).index_select(0, order.argsort())
+    return BaseModelOutput(last_hidden_state=made + nothing)
 
 
 def _heard(mask: torch.Tensor | None, clips: int, positions: int) -> list[int]:
