@@ -13,6 +13,7 @@ What a batch holds (int64 but for the masks; R rows of L positions, M supervised
     kinds int8 [R, L]                  of a mixture of experts: kind of token, < 0: not counted
     input_features [C, mels, F], feature_attention_mask [C, F]   audio_lm: one row a clip
     input_features [R, mels, F], decoder_input_ids [R, L]   seq2seq: a clip a row, no input_ids
+    input_values [R, S] or input_features [R, F, mels], attention_mask: of clips at their own length
 """
 
 from __future__ import annotations
