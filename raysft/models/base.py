@@ -36,7 +36,7 @@ from raysft.errors import UserError
 from raysft.losses.chunked import TokenLoss
 from raysft.losses.term import Term
 from raysft.models import generation, reach, routing, targets
-from raysft.models.layout import IGNORED, Batch, Document, ints, pack, pad, tokens_of
+from raysft.models.layout import IGNORED, Batch, Document, as_weights, ints, pack, pad, tokens_of
 from raysft.models.modality import Plan
 from raysft.models.router_losses import Weights
 from raysft.models.routing import Routing
@@ -321,6 +321,7 @@ class SpeechModel(ABC):
         batch, _ = self.rows(documents, "left")
         device = next(self.model.parameters()).device
         inputs = {k: v.to(device) for k, v in (batch | self.features(documents)).items()}
+        inputs = as_weights(inputs, self.net)
         # The model's own generation config may sample or penalise repetition: not in evaluation.
         own, training = self.net.generation_config, self.model.training
         self.net.generation_config = self._greedy(own, max_new_tokens)

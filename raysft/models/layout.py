@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 IGNORED = -100  # the label of what is not learnt
 
@@ -55,6 +56,15 @@ def pad(
         offsets.append(row * longest + start)
     arrays = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     return {name: ints(array) for name, array in arrays.items()}, offsets
+
+
+def as_weights(batch: Batch, net: nn.Module) -> Batch:
+    """`batch` with its floats in the precision of the weights of `net`, where no autocast sees to
+    that: under DeepSpeed, which itself casts what an engine is called with, and to fp16 alone."""
+    if torch.is_autocast_enabled(tokens_of(batch).device.type):
+        return batch
+    precision = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+    return {k: v.to(precision) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def tokens_of(batch: Batch) -> torch.Tensor:

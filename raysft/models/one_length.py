@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -68,9 +69,10 @@ def attach(tower: nn.Module, windowed: Callable[[int, int], int] | None = None) 
     forward = _by_length if windowed is None else partial(_by_window, windowed)
     tower.forward = MethodType(forward, tower)
     for part in tower.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        if isinstance(part, _BatchNorm):
             part.eval()
             part.train = MethodType(_stay, part)  # type: ignore[method-assign]
+            part.forward = MethodType(_normalise, part)  # type: ignore[method-assign]
 
 
 def attach_alike(model: Hears, positions: Positions, multiple: int, time: int) -> None:
@@ -122,6 +124,20 @@ def alike(lengths: Sequence[int]) -> list[list[int]]:
 
 def _stay(part: nn.Module, mode: bool = True) -> nn.Module:
     return part
+
+
+def _normalise(part: _BatchNorm, hidden: torch.Tensor) -> torch.Tensor:
+    """As torch does. What it has learned of batches is in float32 also where DeepSpeed has weights
+    in half precision, which torch does not take together."""
+    own = type(part).forward
+    if part.weight is None or part.running_mean is None:
+        return own(part, hidden)
+    if part.weight.dtype == part.running_mean.dtype:
+        return own(part, hidden)
+    kind, mean, variance = part.running_mean.dtype, part.running_mean, part.running_var
+    weight, bias = part.weight.to(kind), part.bias.to(kind)
+    made = F.batch_norm(hidden.to(kind), mean, variance, weight, bias, eps=part.eps)
+    return made.to(hidden.dtype)
 
 
 def _by_length(

@@ -27,7 +27,7 @@ from raysft.losses.chunked import (
 from raysft.losses.term import CROSS_ENTROPY, Term
 from raysft.models import balance, router_losses
 from raysft.models.attention import document_mask
-from raysft.models.layout import Batch, tokens_of
+from raysft.models.layout import Batch, as_weights, tokens_of
 from raysft.models.routing import Routing
 
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
@@ -158,7 +158,7 @@ class Supervised(nn.Module):
             ).unsqueeze(0)
         self._keep, self._columns = keep, tokens_of(inputs).shape[1]
         try:
-            found = self.lm(**inputs, use_cache=False)
+            found = self.lm(**as_weights(inputs, self.lm), use_cache=False)
         finally:
             if self.routing is not None:
                 self.routing.end()
