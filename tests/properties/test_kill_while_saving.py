@@ -113,7 +113,7 @@ def test_killed_at_random_moments_while_every_step_is_saved(kills: int, home: Pa
     name = f"killed_{kills}"
     run, chance = home / "runs" / name, random.Random(kills)
     newest, resumed, startup = 0, 0, 0.5
-    for number in range(2 * kills):
+    for number in range(4 * kills):
         if number >= kills and resumed > kills / 2 and newest > kills / 4:
             break  # else more of the kills have to come late enough
         known, begun = len(starts(run)), time.monotonic()

@@ -12,8 +12,9 @@ from tests.cluster.conftest import ROOT
 TALK = """
 import logging, sys, warnings
 from pathlib import Path
-import transformers, peft, bitsandbytes
 from raysft import remarks
+remarks.before_imports()
+import transformers, peft, bitsandbytes
 remarks.quiet(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
 logging.getLogger("transformers.modeling_utils").warning("some weights are new")
 logging.getLogger("bitsandbytes.autograd").warning("the gemm_4bit path is slow")
