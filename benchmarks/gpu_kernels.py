@@ -222,11 +222,13 @@ def grouped(
 
 
 def audio() -> Found:
-    """30 clips of 8 s through the encoder: padded to 30 s, as now, and cut to the longest."""
+    """30 clips of 8 s through Qwen2-Audio's encoder: padded to 30 s by transformers', and cut to
+    the longest by ours."""
     import torch
-    from torch import nn
     from transformers import CONFIG_MAPPING
     from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+
+    from raysft.families.audio_lm import cut as cut_rows
 
     width, layers, clips = (64, 2, 2) if CPU else (1280, 32, 30)
     config = CONFIG_MAPPING["qwen2_audio_encoder"](
@@ -242,14 +244,7 @@ def audio() -> Found:
     mels = torch.randn(clips, 128, 3000, device=device(), dtype=half())
 
     def cut(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The encoder's own forward, of clips shorter than 30 s."""
-        hidden = nn.functional.gelu(tower.conv1(features))
-        hidden = nn.functional.gelu(tower.conv2(hidden)).permute(0, 2, 1)
-        hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
-        for layer in tower.layers:
-            hidden = layer(hidden, mask)
-        pooled = tower.avg_pooler(hidden.permute(0, 2, 1)).permute(0, 2, 1)
-        return tower.layer_norm(pooled)
+        return cut_rows.encoded(tower, features, mask, {})
 
     def padded(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return tower(features, mask).last_hidden_state

@@ -48,7 +48,7 @@ class Hears(Protocol):
     config: PreTrainedConfig
 
     def get_audio_features(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor, **more: Any
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor, **more: object
     ) -> BaseModelOutputWithPooling: ...
 
 
@@ -83,7 +83,7 @@ def attach_alike(model: Hears, positions: Positions, multiple: int, time: int) -
     """
 
     def get_audio_features(
-        self: Hears, input_features: torch.Tensor, input_features_mask: torch.Tensor, **more: Any
+        self: Hears, input_features: torch.Tensor, input_features_mask: torch.Tensor, **more: object
     ) -> _Heard:
         lengths = input_features_mask.sum(-1).tolist()
         groups = alike(lengths)

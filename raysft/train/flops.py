@@ -34,9 +34,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from raysft.families.audio_lm import costs
 from raysft.families.audio_lm.costs import EncoderCost
-from raysft.families.audio_lm.types import TYPES
+from raysft.families.audio_lm.types import COSTS
 from raysft.models import copies, reach
 from raysft.models.experts import CHOSEN
 
@@ -57,7 +56,6 @@ PEAKS = {
     "RTX 4090": 165.2,
     "L4": 121.0,
 }
-QWEN2_AUDIO = "qwen2_audio"
 DECIDING = ("num_hidden_layers", "num_attention_heads")
 # Parts of peft's wrappers that no token passes through.
 _UNUSED = ("original_module", "trainable_tokens")
@@ -107,10 +105,10 @@ def cost_of(model: nn.Module, unreached: Collection[str] = ()) -> Cost | None:
     if not _usual(net, text) or (hearing is None and _hears_otherwise(net)):
         return None
     head = net.get_output_embeddings()
-    own = {id(part) for part in head.modules()}
-    heard: set[int] = set()
-    rates = {} if hearing is None else _rates(net, hearing)
+    own, heard = {id(part) for part in head.modules()}, set()
+    rates: dict[int, tuple[float, bool]] = {}
     if hearing is not None:  # what sees is not reached
+        rates = _rates(net, hearing)
         read = {id(part) for part in net.get_decoder().modules()}
         heard = {id(part) for part in net.modules()} - read
     token = supervised = frame = 0.0
@@ -178,10 +176,7 @@ def _counted_alike(net: PreTrainedModel) -> bool:
 
 
 def _hearing(net: PreTrainedModel) -> EncoderCost | None:
-    if net.config.model_type == QWEN2_AUDIO:
-        return costs.QWEN2
-    row = TYPES.get(net.config.model_type)
-    return None if row is None else row.cost
+    return COSTS.get(net.config.model_type)
 
 
 def _rates(net: PreTrainedModel, hearing: EncoderCost) -> dict[int, tuple[float, bool]]:

@@ -3,10 +3,10 @@
 Runs before a run's plan is made, in workers of their own: what it did to weights, optimizer and
 random numbers ends with them. A trial of a budget takes whole steps, with every token supervised,
 on the batches that hold most: full of the longest example, of the middle one and of the shortest
-(for audio the most clips, within data.audio_per_batch: each may cost the encoder the same, whatever
-its length). Its peak is that
-of the worst batch on the worst worker, so all workers decide alike. Where memory is host memory, a
-copy of the state is held meanwhile, as by a checkpoint that is being written.
+(for audio the most clips, within data.audio_per_batch: each may cost the encoder the same,
+whatever its length). Its peak is that of the worst batch on the worst worker, so all workers decide
+alike. Where memory is host memory, a copy of the state is held meanwhile, as by a checkpoint that
+is being written.
 
 Peaks grow about linearly, so the search goes where the line through the last two would end, at
 most GROWTH times as far in one go, and halves what is left after a trial that did not fit: some

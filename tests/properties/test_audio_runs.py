@@ -27,6 +27,7 @@ from tests.support import worlds
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 12
+ADAPTERS = {"method": "lora", "r": 4, "dropout": 0.2}
 FAST = ("granite_speech",)  # in make test: one whose encoder has no mask
 KINDS = [
     pytest.param(kind, marks=[] if kind in FAST else pytest.mark.slow) for kind in sorted(zoo.TINY)
@@ -106,28 +107,33 @@ def test_adapters_go_on_to_the_last_bit_after_a_kill_and_load_in_plain_peft(
     kind: str, tmp_path: Path
 ) -> None:
     base = zoo.save(kind, tmp_path / "base")
-    peft = {"method": "lora", "r": 4, "dropout": 0.2}
+    peft = ADAPTERS
     mode = {"mode": zoo.MODES.get(kind, "packed")}
     whole, killed = (
         write(tmp_path, base, name, "ddp", peft=peft, data=mode) for name in ("whole", "killed")
     )
+    check_adapters(tmp_path, whole, killed, base, named("audio_lm").net_class(kind))
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+def check_adapters(folder: Path, whole: Path, killed: Path, base: Path, net_class: type) -> None:
+    """Two runs of one config, "whole" and "killed" in `folder`: one is killed at step 6 and goes
+    on. Both come to the same, and what is exported of them is what peft and transformers load."""
     assert worlds.run(1, whole, killed, kill_at=6) == -signal.SIGKILL
     assert worlds.run(1, killed) == 0
-    runs = tmp_path / "runs"
-    assert losses(tmp_path, "whole") == losses(tmp_path, "killed")
+    runs = folder / "runs"
+    assert losses(folder, "whole") == losses(folder, "killed")
     left, right = state(runs / "whole"), state(runs / "killed")
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
-    export_run(runs / "whole", tmp_path / "adapter")
-    export_run(runs / "whole", tmp_path / "merged", merge=True)
-    net_class = named("audio_lm").net_class(kind)
-    adapted = PeftModel.from_pretrained(net_class.from_pretrained(base), tmp_path / "adapter")
+    export_run(runs / "whole", folder / "adapter")
+    export_run(runs / "whole", folder / "merged", merge=True)
+    adapted = PeftModel.from_pretrained(net_class.from_pretrained(base), folder / "adapter")
     merged = adapted.merge_and_unload().state_dict()
-    plain = net_class.from_pretrained(tmp_path / "merged").state_dict()
+    plain = net_class.from_pretrained(folder / "merged").state_dict()
     for name, tensor in plain.items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-5)
     assert any(
         not torch.equal(tensor, plain[name])
         for name, tensor in net_class.from_pretrained(base).state_dict().items()
     )
-    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")

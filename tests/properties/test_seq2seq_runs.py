@@ -8,24 +8,20 @@ encoders run another number of times on each worker.
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 import yaml
-from peft import PeftModel
 
 from raysft.config.families import named
 from raysft.config.schema import Data, Model
 from raysft.data.encode import make_encoder
-from raysft.export import export, export_run
+from raysft.export import export
 from raysft.models import build
-from tests.properties.test_audio_runs import losses
-from tests.properties.test_bit_identity import state
+from tests.properties.test_audio_runs import ADAPTERS, check_adapters, losses
 from tests.support import seq2seq as zoo
 from tests.support import worlds
 
@@ -113,22 +109,7 @@ def test_adapters_go_on_to_the_last_bit_after_a_kill_and_load_in_plain_peft(
     kind: str, tmp_path: Path
 ) -> None:
     base = base_of(kind, tmp_path)
-    peft = {"method": "lora", "r": 4, "dropout": 0.2}
-    whole, killed = (write(tmp_path, base, name, "ddp", peft=peft) for name in ("whole", "killed"))
-    assert worlds.run(1, whole, killed, kill_at=6) == -signal.SIGKILL
-    assert worlds.run(1, killed) == 0
-    runs = tmp_path / "runs"
-    assert losses(tmp_path, "whole") == losses(tmp_path, "killed")
-    left, right = state(runs / "whole"), state(runs / "killed")
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
-    export_run(runs / "whole", tmp_path / "adapter")
-    export_run(runs / "whole", tmp_path / "merged", merge=True)
-    net_class = named("seq2seq").net_class(kind)
-    adapted = PeftModel.from_pretrained(net_class.from_pretrained(base), tmp_path / "adapter")
-    merged = adapted.merge_and_unload().state_dict()
-    plain = net_class.from_pretrained(tmp_path / "merged").state_dict()
-    for name, tensor in plain.items():
-        torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-5)
-    before = net_class.from_pretrained(base).state_dict()
-    assert any(not torch.equal(tensor, plain[name]) for name, tensor in before.items())
+    whole, killed = (
+        write(tmp_path, base, name, "ddp", peft=ADAPTERS) for name in ("whole", "killed")
+    )
+    check_adapters(tmp_path, whole, killed, base, named("seq2seq").net_class(kind))

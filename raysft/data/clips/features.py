@@ -26,7 +26,9 @@ import numpy as np
 import scipy.fft
 import scipy.sparse
 
+from raysft.config.schema import Model
 from raysft.data import remote_code
+from raysft.errors import UserError, first_line
 from raysft.json_types import JsonObject
 
 LOG_FLOOR = 1e-10  # power below which Whisper's log-mel does not go
@@ -200,6 +202,16 @@ class ModelExtractor:
     def pad(self, features: np.ndarray, frames: int) -> np.ndarray:
         """Append the extractor's own padding value."""
         return _pad(features, frames, float(self.extractor.padding_value))
+
+
+def load_extractor(model: Model) -> Any:
+    """The feature extractor of transformers in model.path. Raises UserError where there is none."""
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(model.path, **model.hub)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: no feature extractor there: {first_line(error)}") from None
 
 
 def mean_normalised(features: np.ndarray) -> np.ndarray:

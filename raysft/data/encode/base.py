@@ -243,6 +243,16 @@ class Encoder(ABC):
         self._check_kinds(found.ids)
         return found
 
+    def _check_most(self, samples: int, most: float | None) -> None:
+        """Raises BadExample for a clip of more samples than `most`, which the model reads at most;
+        None: all."""
+        if most is not None and samples > most and self.sample_rate:
+            raise BadExample(
+                f"its clip is {samples / self.sample_rate:.2f} s, the model reads at most "
+                f"{most / self.sample_rate:.2f} s",
+                "too long",
+            )
+
     def _check_length(self, samples: int) -> None:
         if self.sample_rate and samples < SHORTEST_S * self.sample_rate:
             raise BadExample(

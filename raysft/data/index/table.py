@@ -2,8 +2,7 @@
 
 Made by build.py, read by the plan (its columns) and the stream (`Index.examples`). A folder:
 
-    <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc,again,
-                                   heard}.npy
+    <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc,again,heard}.npy
                         rejected.jsonl   meta.json
 
 Costs 45 bytes an example on disk, no memory but the pages in use; `examples` takes 20 to 30 us an
@@ -124,7 +123,6 @@ class Index:
         self.seconds: np.ndarray = columns["seconds"]
         self.task: np.ndarray = columns["task"]
         self.source: np.ndarray = columns["source"]
-        self._heard = columns.get("heard")
         self._columns = columns
         self._naming = self.naming
         self._labels: tuple[list[str], frozenset[str]] | None = None
@@ -164,12 +162,12 @@ class Index:
     def heard(self) -> np.ndarray:
         """float32 [N], seconds of audio that the model's encoder computes for each example. Raises
         UserError where the index was written by an earlier version, which did not measure them."""
-        if self._heard is None:
+        if "heard" not in self._columns:
             raise UserError(
                 f"data.audio_per_batch: {self.folder} was written by an earlier version of raysft "
                 "and does not know what an encoder computes; start the job again to rebuild it"
             )
-        return self._heard
+        return self._columns["heard"]
 
     @property
     def place(self) -> tuple[str, int, Naming | None]:

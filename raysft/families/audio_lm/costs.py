@@ -30,6 +30,11 @@ class EncoderCost:
     attended: Callable[[Config, np.ndarray], np.ndarray]
     tower: str = "model.audio_tower"
 
+    def counts(self, config: Config, frames: np.ndarray) -> dict[str, float]:
+        """Of a micro-batch, in what `train.flops` multiplies; frames: int64 of each clip or row."""
+        attended = self.attended(config, frames)
+        return {"frames": float(frames.sum()), "attended": float(attended.sum())}
+
 
 def halved(frames: Count) -> Count:
     """After a convolution of stride 2."""

@@ -51,7 +51,7 @@ def _forward(
             mask = mask[rows, : cut // 2] if mask.ndim == 2 else mask[rows]
             mask = mask if mask.ndim == 2 else mask[..., : cut // 2, : cut // 2]
         taken = input_features if len(rows) == clips else input_features[rows]
-        return _encoded(tower, taken[..., :cut], mask, kwargs)
+        return encoded(tower, taken[..., :cut], mask, kwargs)
 
     found, nothing = calls(tower, call, len(groups), input_features.device)
     order = torch.tensor([row for rows in groups for row in rows], device=input_features.device)
@@ -68,7 +68,7 @@ def _heard(mask: torch.Tensor | None, clips: int, positions: int) -> list[int]:
     return keys.sum(-1).tolist()
 
 
-def _encoded(
+def encoded(
     tower: Qwen2AudioEncoder,
     features: torch.Tensor,
     mask: torch.Tensor | None,

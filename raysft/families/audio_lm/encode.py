@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raysft.config.schema import Data, Model
-from raysft.data.clips.features import Fbank, FrontEnd, LogMel, ModelExtractor
+from raysft.data.clips.features import Fbank, FrontEnd, LogMel, ModelExtractor, load_extractor
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.encode.families import model_family, model_type
 from raysft.data.example import Audio, Units
@@ -47,7 +47,7 @@ class AudioLMEncoder(Encoder):
     """Text and audio in, text out.
 
     feature_settings: arguments of the WhisperFeatureExtractor to export with a model that was
-    made from a config. max_frames: what the model reads at most, and what clips are padded to.
+    made from a config. max_frames: what the model reads at most.
     """
 
     sample_rate: int
@@ -175,15 +175,10 @@ def _model_config(model: Model) -> PreTrainedConfig:
 
 def _front_end(model: Model, data: Data, mels: int, max_frames: int) -> tuple[FrontEnd, JsonObject]:
     """The front end, and the settings of a WhisperFeatureExtractor for export."""
-    from transformers import AutoFeatureExtractor, WhisperFeatureExtractor
+    from transformers import WhisperFeatureExtractor
 
     if model.path is not None:
-        try:
-            extractor = AutoFeatureExtractor.from_pretrained(model.path, **model.hub)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.path: no feature extractor there: {first_line(error)}"
-            ) from None
+        extractor = load_extractor(model)
     else:
         known = {"feature_size", "sampling_rate", "hop_length", "chunk_length", "n_fft"}
         for key in model.feature_extractor:

@@ -42,8 +42,7 @@ log = logging.getLogger(__name__)
 # transformers starts the encoder's position table as noise and never trains it. Sinusoids say
 # where a frame is; at full scale they drown the features of a small, untrained encoder.
 POSITION_SCALE = 0.3
-# Frames that give two audio tokens: two adjacent ones keep transformers off its old merging path.
-DUMMY_FRAMES = 7
+DUMMY_TOKENS = 2  # two adjacent ones keep transformers off its old merging path
 
 
 class AudioLM(SpeechModel):
@@ -72,9 +71,18 @@ class AudioLM(SpeechModel):
 
     def dummy_document(self) -> Document:
         """A silent clip of two audio tokens and an end token."""
-        ids = np.array([self.audio_token_id] * 2 + [self.stop_ids[0]], np.int32)
-        clip = np.zeros((DUMMY_FRAMES + self.front_end.tail, self.mels), np.float32)
-        return Document(ids, np.full(3, IGNORED, np.int32), "none", {FEATURES: [clip]})
+        return self._silent(DUMMY_TOKENS)
+
+    def full_document(self, length: int) -> Document:
+        """A silent clip that fills about `length` positions, and an end token."""
+        most = audio_tokens(self.frames_limit)
+        return self._silent(max(DUMMY_TOKENS, min(length - 1, most)))
+
+    def _silent(self, tokens: int) -> Document:
+        """A silent clip of so many audio tokens, of the fewest frames that make them."""
+        ids = np.array([self.audio_token_id] * tokens + [self.stop_ids[0]], np.int32)
+        clip = np.zeros((4 * tokens - 1 + self.front_end.tail, self.mels), np.float32)
+        return Document(ids, np.full(len(ids), IGNORED, np.int32), "none", {FEATURES: [clip]})
 
     def documents(self, mb: MicroBatch) -> list[Document]:
         """Sequences with their clips. Raises ValueError where a sequence has not one audio token
@@ -95,11 +103,7 @@ class AudioLM(SpeechModel):
         clips, frames = mb.arrays.get(FEATURES), np.zeros(0, np.int64)
         if clips is not None:
             frames = clips.lengths.astype(np.int64) - self.front_end.tail
-        attended = QWEN2.attended(self.net.config, frames)
-        return super().counts(mb) | {
-            "frames": float(frames.sum()),
-            "attended": float(attended.sum()),
-        }
+        return super().counts(mb) | QWEN2.counts(self.net.config, frames)
 
     def touches_everything(self, documents: list[Document]) -> bool:
         """Whether the encoder runs, by transformers' present path (two adjacent audio tokens)."""

@@ -116,12 +116,7 @@ class ProcessorEncoder(Encoder):
         """Positions of the clip. BadExample: too long or too short."""
         refuse_part(part, answer)
         seconds = samples / self.sample_rate
-        if self.most is not None and samples > self.most:
-            raise BadExample(
-                f"its clip is {seconds:.2f} s, the model reads at most "
-                f"{self.most / self.sample_rate:.2f} s",
-                "too long",
-            )
+        self._check_most(samples, self.most)
         tokens = self.row.tokens(self.processor, samples)
         if tokens < 1:
             raise BadExample(

@@ -81,8 +81,7 @@ class ProcessorLM(SpeechModel):
             frames = np.full(len(clips.values), clips.values.shape[self.row.time])
         elif clips is not None:
             frames = clips.lengths.astype(np.int64)
-        attended = self.row.cost.attended(self.net.config, frames)
-        return found | {"frames": float(frames.sum()), "attended": float(attended.sum())}
+        return found | self.row.cost.counts(self.net.config, frames)
 
     def touches_everything(self, documents: list[Document]) -> bool:
         """Whether the encoder runs."""

@@ -337,3 +337,7 @@ TYPES: dict[str, AudioType] = {
     ),
 }
 TYPES["granite_speech_plus"] = TYPES["granite_speech"]
+
+COSTS = {kind: row.cost for kind, row in TYPES.items() if row.cost is not None}
+COSTS["qwen2_audio"] = costs.QWEN2
+"""What encoders compute, by model type; of others no formula is right."""

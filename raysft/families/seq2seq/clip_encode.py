@@ -20,11 +20,12 @@ import numpy as np
 
 from raysft.config.schema import Data, Model
 from raysft.data import remote_code
+from raysft.data.clips.features import load_extractor
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.segments import Rendered
 from raysft.data.text import load_tokenizer
-from raysft.errors import BadExample, UserError, first_line
+from raysft.errors import BadExample, UserError
 from raysft.families.seq2seq.prompt import Prompt
 from raysft.families.seq2seq.prompts import TEMPLATE, Processor
 from raysft.families.seq2seq.settings import generation_settings
@@ -110,12 +111,7 @@ class ClipEncoder(Encoder):
     def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
         """Positions that the encoder computes. BadExample: too long or too short."""
         seconds = samples / self.sample_rate
-        if self.most is not None and samples > self.most:
-            raise BadExample(
-                f"its clip is {seconds:.2f} s, the model reads at most "
-                f"{self.most / self.sample_rate:.2f} s",
-                "too long",
-            )
+        self._check_most(samples, self.most)
         found = self.heard(through(samples, self._framing))
         if found < 1:
             raise BadExample(
@@ -186,15 +182,8 @@ def plain_tokenizer(model: Model) -> PreTrainedTokenizerFast:
 
 def _extractor(model: Model, kind: str, own: JsonObject) -> Extractor:
     """transformers' feature extractor of the model. own: settings that follow from a config."""
-    from transformers import AutoFeatureExtractor
-
     if model.path is not None:
-        try:
-            return AutoFeatureExtractor.from_pretrained(model.path, **model.hub)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.path: no feature extractor there: {first_line(error)}"
-            ) from None
+        return load_extractor(model)
     made = resolve_name(TYPES[kind].extractor)
     known = {*inspect.signature(made.__init__).parameters, *COMMON} - {"self", "kwargs"}
     for key, value in model.feature_extractor.items():

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raysft.config.schema import Data, Model
-from raysft.data.clips.features import FrontEnd, LogMel, ModelExtractor
+from raysft.data.clips.features import FrontEnd, LogMel, ModelExtractor, load_extractor
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.text import load_tokenizer
-from raysft.errors import BadExample, UserError, first_line
+from raysft.errors import BadExample, UserError
 from raysft.families.seq2seq.clip_encode import FEATURES, ClipEncoder
 from raysft.families.seq2seq.settings import generation_settings, model_config
 from raysft.families.seq2seq.types import TYPES, Config
@@ -44,7 +44,7 @@ def make_encoder(
     config = model_config(model)
     if config.model_type in TYPES:
         return ClipEncoder(model, data, config, kept)
-    return WhisperEncoder(model, data, kept)
+    return WhisperEncoder(model, data, config, kept)
 
 
 class WhisperEncoder(Encoder):
@@ -58,10 +58,9 @@ class WhisperEncoder(Encoder):
     template: WhisperPrompt
     says_language = False
 
-    def __init__(self, model: Model, data: Data, kept: str | None = None) -> None:
-        """kept: the prompt of a run that has begun. Raises UserError for models, tokenizers and
-        feature settings that cannot be used."""
-        config = model_config(model)
+    def __init__(self, model: Model, data: Data, config: Config, kept: str | None = None) -> None:
+        """config: of the model. kept: the prompt of a run that has begun. Raises UserError for
+        models, tokenizers and feature settings that cannot be used."""
         self.heard: int = config.max_source_positions
         self.max_frames = FRAMES_PER_POSITION * self.heard
         extractor = _extractor(model, config)
@@ -131,15 +130,10 @@ def _multilingual(
 
 def _extractor(model: Model, config: Config) -> WhisperFeatureExtractor:
     """transformers' feature extractor of the model."""
-    from transformers import AutoFeatureExtractor, WhisperFeatureExtractor
+    from transformers import WhisperFeatureExtractor
 
     if model.path is not None:
-        try:
-            return AutoFeatureExtractor.from_pretrained(model.path, **model.hub)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.path: no feature extractor there: {first_line(error)}"
-            ) from None
+        return load_extractor(model)
     for key in model.feature_extractor:
         if key not in _SETTINGS:
             raise UserError(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from raysft.config import Config
+from raysft.data.example import MicroBatch
 from raysft.driver.preview import dry_run
 from raysft.errors import UserError
 from raysft.models import SpeechModel
@@ -26,6 +27,7 @@ from raysft.train.probe import (
     MULTIPLE,
     Lengths,
     Search,
+    _sequence,
     find_budget,
     peak_bytes,
     restart_peak,
@@ -93,6 +95,15 @@ def test_a_batch_of_short_clips_has_no_more_audio_than_it_may() -> None:
     assert [lengths.count(n, 3000, 120) for n in (5, 7, 300)] == [240, 428, 2]
     assert [lengths.count(n, 3000, None) for n in (5, 7, 300)] == [600, 428, 10]
     assert lengths.count(300, 3000, 10) == 1
+
+
+@pytest.mark.parametrize("length", [5, 12, 20])
+def test_a_trial_has_clips_as_long_as_its_examples(length: int) -> None:
+    adapter = make("qwen2_audio", "packed")
+    row = _sequence(adapter, length)
+    (document,) = adapter.documents(MicroBatch.join(0, 1, 0, [row]))  # its frames make its tokens
+    assert len(row.input_ids) == length
+    assert (document.input_ids == adapter.audio_token_id).sum() == length - 2
 
 
 # -- real steps ----------------------------------------------------------------------------------
