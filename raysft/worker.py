@@ -36,8 +36,8 @@ from raysft.models.base import SpeechModel
 from raysft.models.experts import why_not
 from raysft.models.modality import CONFIG
 from raysft.models.reach import summary
-from raysft.parallel import Strategy, World, determinism, make_strategy
-from raysft.parallel.blocks import blocks
+from raysft.parallel import Strategy, World, determinism, make_strategy, precision
+from raysft.parallel.blocks import blocks, experts_of
 from raysft.parallel.native import HALF
 from raysft.patience import patient
 from raysft.run import plans
@@ -126,6 +126,7 @@ def build_job(
 
     Raises UserError where this machine has another base at model.path than the run began with.
     """
+    config = settled(config, world)
     check_base(config, folder)
     speech_model, adapters = build_model(config, data.encoder, total_steps)
     config, tried = settle_experts(config, folder, world, speech_model)
@@ -136,6 +137,9 @@ def build_job(
         cost = cost_of(speech_model.model, speech_model.unreached)
     strategy = wrap(config, speech_model, world)
     settings, half = config.data, config.train.precision != "fp32"
+    slow = _slow_experts(config, speech_model, world)
+    if slow is not None and world.is_main and progress is not None:
+        progress({"event": "warning", "reason": slow})
     assert data.read_train is not None  # what trains reads
     feed = Feed(
         plans.load(folder),
@@ -166,10 +170,12 @@ def build_job(
         cost=cost,
         routing=speech_model.routing,
         start={
+            "precision": config.train.precision,
             "attention": attention_used(speech_model.model, world.device, half),
             "proof": speech_model.verdict.describe(),
             **({"unreached": list(speech_model.unreached)} if speech_model.unreached else {}),
             **tried,
+            **({"slow": slow} if slow is not None else {}),
             **sizes,
         },
         extras=_extras(speech_model, folder) if world.is_main else {},
@@ -197,9 +203,9 @@ def describe(job: Job) -> str:
 
 
 def wrap(config: Config, speech_model: SpeechModel, world: World) -> Strategy:
-    """The model in its strategy, compiled where `train.compile` says so; torch as
-    `train.deterministic` says."""
-    determinism.settle(config.train.deterministic, world.device)
+    """The model in its strategy, compiled where `train.compile` says so; torch as `settled` sets
+    it."""
+    config = settled(config, world)
     if config.model.moe is not None:
         chosen = config.model.moe.experts
         backend: Backend = "torch" if chosen == "auto" else chosen
@@ -210,6 +216,14 @@ def wrap(config: Config, speech_model: SpeechModel, world: World) -> Strategy:
 
         compile_blocks(blocks(speech_model.supervised), world.device)
     return make_strategy(config, speech_model.supervised, world)
+
+
+def settled(config: Config, world: World) -> Config:
+    """`config` in the precision that auto is on this device. Lets torch compute, in this process,
+    as `train.deterministic` and `train.tf32` say: before it computes anything."""
+    determinism.settle(config.train.deterministic, world.device)
+    precision.use_tf32(config.train.tf32)
+    return precision.settled(config, world.device)
 
 
 def settle_experts(
@@ -236,6 +250,15 @@ def settle_experts(
     known = world.gather(known)[0]
     assert known is not None
     return _with_experts(config, known["backend"]), {"experts": known}
+
+
+def _slow_experts(config: Config, speech_model: SpeechModel, world: World) -> str | None:
+    """What makes the products of a mixture's experts slow here; None: nothing does."""
+    if world.device.type != "cuda" or not experts_of(speech_model.net):
+        return None
+    backend = "torch" if config.model.moe is None else config.model.moe.experts
+    capability = torch.cuda.get_device_capability(world.device)
+    return experts.slow(backend, _dtype(config), capability)
 
 
 @patient
@@ -336,6 +359,7 @@ class Evaluator:
 
 def build_evaluator(config: Config, run: Path, world: World, data: Data) -> Evaluator:
     """Model and strategy of one worker, for checkpoints of the run in `run`."""
+    config = settled(config, world)
     check_base(config, run)
     speech_model, _ = build_model(config, data.encoder, 0)
     if config.model.moe is not None and config.model.moe.experts == "auto":

@@ -181,7 +181,7 @@ def _experts(config: Config) -> list[Mistake]:
     found = _Found()
     backend = config.model.moe.experts if config.model.moe is not None else "auto"
     if backend in ("grouped_gemm", "sonicmoe"):
-        if config.train.precision != "bf16":
+        if config.train.precision not in ("bf16", "auto"):
             found.add(
                 "model.moe.experts",
                 f"{backend} computes in bfloat16 only; set train.precision: bf16, or use torch",
@@ -286,8 +286,15 @@ def _kinds(config: Config) -> list[Mistake]:
 
 
 def _optim(config: Config) -> list[Mistake]:
-    optim = config.optim
+    optim, train = config.optim, config.train
     found = _Found()
+    if train.tf32 and (config.parallel.device == "cpu" or train.precision in ("bf16", "fp16")):
+        where = "on CPUs" if config.parallel.device == "cpu" else f"in {train.precision}"
+        found.add(
+            "train.tf32",
+            f"does nothing {where}: it is of products in fp32 on GPUs; set train.precision: fp32 "
+            "there, or leave it out",
+        )
     if optim.schedule != "wsd" and optim.decay != Optim().decay:
         found.add("optim.decay", f"does nothing with optim.schedule: {optim.schedule}; it is wsd's")
     unlimited = config.parallel.device == "cpu" and config.parallel.memory_gb is None

@@ -330,6 +330,8 @@ def _meant(theirs: JsonObject) -> JsonObject:
     for half in ("bf16", "fp16"):
         if theirs.get(f"{half}.enabled") is True:
             found["train.precision"] = half
+        elif theirs.get(f"{half}.enabled") is False:
+            found.setdefault("train.precision", "fp32")
     plain = {
         "gradient_clipping": "optim.clip",
         "scheduler.params.warmup_max_lr": "optim.lr",

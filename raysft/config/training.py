@@ -10,6 +10,8 @@ from raysft.config import losses as token_losses
 from raysft.config.marks import Fixed, Free, Length, OneOf, PathKey, Weights
 from raysft.config.section import Section
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
 
 class OptimGroup(Section):
     """Parameters with a learning rate or weight decay of their own."""
@@ -80,10 +82,14 @@ class Train(Section):
         description="losses of every token beside its cross-entropy, with their weights, e.g. "
         "{z_loss: 0.0001}",
     )
-    precision: Fixed[Literal["fp32", "bf16", "fp16"]] = Field(
-        "fp32",
+    precision: Fixed[Precision] = Field(
+        "auto",
         description="bf16, fp16: products in half precision over fp32 master weights; fp16 scales "
-        "the loss",
+        "the loss; auto: bf16 on GPUs that have it, else fp32, as the run began",
+    )
+    tf32: Fixed[bool] = Field(
+        False,
+        description="fp32 on GPUs: products in TF32, which is faster and keeps 10 bits of fraction",
     )
     gradient_checkpointing: Fixed[bool] = Field(
         False, description="recompute activations in the backward pass"

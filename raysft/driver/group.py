@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # What the driver hands to workers, by name: whatever can be pickled, handles of actors included.
 Settings = dict[str, Any]
 GPU_BACKENDS = "cpu:gloo,cuda:nccl"  # offloaded parameters and counts travel as CPU tensors
+ALLOC, OLD_ALLOC = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # its name until torch 2.9
+# cuBLAS sums in one order where it has buffers of its own for each stream.
+CUBLAS_WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
 
 
@@ -116,7 +119,7 @@ def make_trainer(
         run_config=ray.train.RunConfig(
             name=f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}",
             storage_path=str(folder / "ray_train"),
-            worker_runtime_env={"env_vars": thread_settings(shares)},
+            worker_runtime_env={"env_vars": worker_environment(config, shares.gpu)},
             logging_config=ray.train.LoggingConfig(log_level=log_level),
             callbacks=list(callbacks),
             failure_config=failures,
@@ -145,15 +148,21 @@ def join(settings: Settings, log_folder: Path | None) -> tuple[Config, World]:
     return config, world
 
 
-def thread_settings(shares: Shares) -> dict[str, str]:
-    """Environment of a worker that computes on the CPU.
+def worker_environment(config: Config, gpu: bool) -> dict[str, str]:
+    """Environment of a worker, where libraries read it before our code runs. What the user has set
+    stays.
 
-    OpenMP threads wait for each other by spinning, millions of turns long: as soon as anything else
-    wants a core, a step takes several times as long. A short spin, then sleep, costs next to
-    nothing on an idle machine. What the user has set stays.
+    On a CPU: OpenMP threads wait for each other by spinning, millions of turns long: as soon as
+    anything else wants a core, a step takes several times as long. A short spin, then sleep, costs
+    next to nothing on an idle machine. On a GPU: torch's memory grows in place, where blocks of
+    many sizes would lie beside each other half empty.
     """
     settings = {"GOMP_SPINCOUNT": "10000"}
-    return {} if shares.gpu else {k: os.environ.get(k, v) for k, v in settings.items()}
+    if gpu:
+        settings = {} if OLD_ALLOC in os.environ else {ALLOC: "expandable_segments:True"}
+        if config.train.deterministic:
+            settings |= CUBLAS_WORKSPACE
+    return {k: os.environ.get(k, v) for k, v in settings.items()}
 
 
 def interruptible(

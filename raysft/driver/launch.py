@@ -28,7 +28,7 @@ from raysft.config.schedule import another_length
 from raysft.data.example import Quarantined
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Cursor
-from raysft.driver import budget, entry, preflight, preview
+from raysft.driver import budget, entry, precision, preflight, preview
 from raysft.driver.group import Settings, Shares, died, interruptible, make_trainer, reason_of
 from raysft.driver.monitor import Monitor
 from raysft.driver.preflight import Prepared
@@ -145,7 +145,7 @@ def dry_run(config: Config, progress: Progress, show: int = 0, colours: bool = F
 
     config: as `preflight.check` returns it.
     """
-    Shares.of(config)
+    config, _ = precision.settled(config, Shares.of(config).gpu)
     return preview.dry_run(config, lambda text: progress({"doing": text}), show, colours)
 
 
@@ -188,8 +188,15 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         progress({"doing": text})
 
     shares = Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
+    given = config
     if not shares.gpu and config.parallel.threads is None:
         config = with_threads(config, shares.threads)
+    config, line = precision.settled(config, shares.gpu)
+    if line is not None:
+        say(line)
+    if not shares.gpu and config.train.tf32:
+        log.warning("train.tf32: does nothing: workers compute on CPUs")
+    if config is not given:
         owner.require()
         write_config(config, folder)
     if config.data.tokens_per_batch == "auto":

@@ -142,6 +142,7 @@ def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
     kept = row * width * text.num_hidden_layers + layer
     activations = kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers
     return [
+        f"precision       {config.train.precision}",
         f"parameters      {sizes['parameters']:,} ({trained:,} trained)",
         f"memory          {state / 2**20:,.0f} MiB of state and about "
         f"{activations / 2**20:,.0f} MiB of activations a worker (estimate)",

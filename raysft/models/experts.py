@@ -117,6 +117,25 @@ def why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str |
     return None
 
 
+def slow(backend: str, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Why torch's grouped products are slow on a GPU of that capability; None: they are not.
+
+    backend: what computes, as `model.moe.experts`. Where they have no kernel they take one expert
+    after the other, and wait for each: the loop does not.
+    """
+    if backend != "torch" or (dtype == torch.bfloat16 and capability >= (9, 0)):
+        return None
+    if dtype != torch.bfloat16:
+        kind = str(dtype).removeprefix("torch.")
+        why, remedy = f"in {kind}", "set train.precision: bf16, or "
+    else:
+        why, remedy = f"on a GPU of compute capability {'.'.join(map(str, capability))}", ""
+    return (
+        f"model.moe.experts: torch's grouped products are slow {why}: they are fast in bfloat16 "
+        f"from capability 9.0 on; {remedy}set model.moe.experts: auto, which takes the fastest"
+    )
+
+
 def _forward(
     product: Product,
     self: Any,

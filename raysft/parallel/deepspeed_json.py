@@ -25,7 +25,7 @@ def make_settings(config: Config, pin_memory: bool) -> JsonObject:
     """
     mistakes = check(config)
     if mistakes:
-        raise UserError(mistakes[0])
+        raise UserError(mistakes[0].text)
     settings = _defaults(config, pin_memory)
     for key, value in {**added(config), **_own(config)}.items():
         _put(settings, key, value)

@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from raysft import paths, plugins, remarks
-from raysft.config import Config, changed_keys, places, to_yaml
+from raysft.config import Config, changed_keys, places, precision, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.config.marks import Rule
 from raysft.config.resume import rule_of, rules
@@ -121,9 +121,9 @@ def write_config(config: Config, folder: Path, run: str | None = None) -> None:
 @patient
 def resolve(config: Config, folder: Path) -> Config:
     """`config` with what only its run in `folder` or the hub knows: the number that
-    data.tokens_per_batch: auto means in this run, the threads it began with, and the commit that a
-    hub id in model.path means: the one that the run began with, else the newest. Raises UserError
-    where the hub has no such model.
+    data.tokens_per_batch: auto means in this run, the threads and the precision it began with, and
+    the commit that a hub id in model.path means: the one that the run began with, else the newest.
+    Raises UserError where the hub has no such model.
 
     Resolved again it is the same, unless another start has written more meanwhile.
     """
@@ -139,7 +139,9 @@ def resolve(config: Config, folder: Path) -> Config:
     if commit is not None:
         model = model.model_copy(update={"revision": commit})
         config = config.model_copy(update={"model": model})
-    return config if begun is None else threads.as_begun(config, begun)
+    if begun is None:
+        return config
+    return threads.as_begun(precision.as_begun(config, begun), begun)
 
 
 def _before(config: Config) -> Config | None:

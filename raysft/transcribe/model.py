@@ -26,6 +26,7 @@ from raysft.data.example import Sequence as Encoded
 from raysft.errors import UserError
 from raysft.models.base import SpeechModel
 from raysft.parallel.native import HALF
+from raysft.parallel.precision import settled
 from raysft.run.catalogue import Saved
 from raysft.run.evaluations import choose
 from raysft.run.folder import check_base, read_config
@@ -98,7 +99,8 @@ def _of_run(run: Path, word: str) -> Answering:
     if lacking := wanted - weights.keys():
         raise ValueError(f"the checkpoint lacks {len(lacking)} weights, such as {min(lacking)}")
     supervised.load_state_dict(weights, strict=False)
-    device, half = _device(), HALF.get(config.train.precision)
+    device = _device()
+    half = HALF.get(settled(config, device).train.precision)
     return _ready(f"{run}, step {found.step}", config, encoder, speech_model, device, half)
 
 

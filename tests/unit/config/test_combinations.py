@@ -77,7 +77,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     # -- experts
     (
-        {"model__moe": {"experts": "grouped_gemm"}},
+        {"model__moe": {"experts": "grouped_gemm"}, "train__precision": "fp32"},
         "model.moe.experts: grouped_gemm computes in bfloat16 only; set train.precision: bf16, or",
     ),
     (
@@ -87,6 +87,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             "parallel__device": "cpu",
         },
         "model.moe.experts: sonicmoe computes on GPUs only, and parallel.device is cpu; use torch",
+    ),
+    # -- precision
+    (
+        {"train__tf32": True, "train__precision": "bf16"},
+        "train.tf32: does nothing in bf16: it is of products in fp32 on GPUs; set train.precision",
+    ),
+    (
+        {"train__tf32": True, "parallel__device": "cpu"},
+        "train.tf32: does nothing on CPUs: it is of products in fp32 on GPUs",
     ),
     # -- adapters
     ({"peft__r": 8}, "peft.r: does nothing with peft.method: none; lora, qlora, adalora read it"),

@@ -40,7 +40,7 @@ def joined(folder: Path, tree: Any, strategy: str = "zero3", **parallel: Any) ->
             {"zero_optimization": {"stage": 2}},
             "zero_optimization.stage is 2, but parallel.strategy is zero3; remove one",
         ),
-        ({"bf16": {"enabled": True}}, "bf16.enabled is true, but train.precision is fp32; "),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is true, but train.precision is auto; "),
         ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but optim.clip is 0.05; "),
         (
             {"zero_optimization": {"offload_param": {"device": "nvme"}}},
@@ -226,6 +226,7 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "parallel.strategy": "zero2",
             "parallel.offload": "optimizer",
+            "train.precision": "fp32",
             "optim.clip": 0.5,
             "optim.betas": [0.9, 0.999],  # what it leaves unsaid is DeepSpeed's
         },
