@@ -34,6 +34,7 @@ from raysft.models import experts, fastest
 from raysft.models.attention import used as attention_used
 from raysft.models.base import SpeechModel
 from raysft.models.experts import why_not
+from raysft.models.layout import Static
 from raysft.models.modality import CONFIG
 from raysft.models.reach import summary
 from raysft.parallel import Strategy, World, determinism, make_strategy, precision
@@ -46,7 +47,7 @@ from raysft.run.evaluations import Measure
 from raysft.run.folder import EXPERTS, check_base, initial_weights
 from raysft.run.storage import write_whole
 from raysft.train.checkpoint import load_weights, newest_sound
-from raysft.train.feed import Feed
+from raysft.train.feed import Feed, one_shape
 from raysft.train.flops import cost_of, formula_holds
 from raysft.train.loop import Job
 
@@ -136,6 +137,7 @@ def build_job(
     if world.is_main and formula_holds(speech_model.net):  # it writes the metrics
         cost = cost_of(speech_model.model, speech_model.unreached)
     strategy = wrap(config, speech_model, world)
+    static = one_shape(config, world.device)
     settings, half = config.data, config.train.precision != "fp32"
     slow = _slow_experts(config, speech_model, world)
     if slow is not None and world.is_main and progress is not None:
@@ -149,6 +151,7 @@ def build_job(
         world,
         total_steps,
         settings.prefetch,
+        Static(settings.budget) if static else None,
     )
     return Job(
         config=config,
@@ -172,6 +175,7 @@ def build_job(
         start={
             "precision": config.train.precision,
             "attention": attention_used(speech_model.model, world.device, half),
+            "static_shapes": static,
             "proof": speech_model.verdict.describe(),
             **({"unreached": list(speech_model.unreached)} if speech_model.unreached else {}),
             **tried,
@@ -214,7 +218,10 @@ def wrap(config: Config, speech_model: SpeechModel, world: World) -> Strategy:
     if config.train.compile:
         from raysft.models.compiled import compile_blocks
 
-        compile_blocks(blocks(speech_model.supervised), world.device)
+        fixed = set()
+        if one_shape(config, world.device):  # an encoder's clips are as many as they are
+            fixed = set(speech_model.net.get_decoder().modules())
+        compile_blocks(blocks(speech_model.supervised), world.device, fixed)
     return make_strategy(config, speech_model.supervised, world)
 
 

@@ -297,6 +297,12 @@ def _optim(config: Config) -> list[Mistake]:
         )
     if optim.schedule != "wsd" and optim.decay != Optim().decay:
         found.add("optim.decay", f"does nothing with optim.schedule: {optim.schedule}; it is wsd's")
+    if train.static_shapes and config.data.mode == "padded":
+        found.add(
+            "train.static_shapes",
+            "true, but with data.mode: padded a row is as long as its longest sequence; use "
+            "data.mode: packed, or leave it out",
+        )
     unlimited = config.parallel.device == "cpu" and config.parallel.memory_gb is None
     if config.data.tokens_per_batch == "auto" and unlimited:
         found.add("data.tokens_per_batch", "auto on CPU needs a limit: set parallel.memory_gb")

@@ -95,6 +95,11 @@ class Train(Section):
         False, description="recompute activations in the backward pass"
     )
     compile: Fixed[bool] = Field(False, description="torch.compile on every block of the model")
+    static_shapes: Free[bool | None] = Field(  # of a step's last bits, as parallel.threads
+        None,
+        description="packed rows filled up to data.tokens_per_batch, so that memory and compiled "
+        "code see one shape; default: on GPUs, and with train.compile",
+    )
     deterministic: Free[bool | None] = Field(  # of a step's last bits, as parallel.threads
         None,
         description="the same bits each time; an operation that cannot ends the run; default: true "

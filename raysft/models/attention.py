@@ -40,19 +40,24 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def document_mask(
-    ends: torch.Tensor, device: torch.device | None = None, windows: bool = False
+    ends: torch.Tensor,
+    device: torch.device | None = None,
+    windows: bool = False,
+    real: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The attention "mask" of a packed row.
 
     ends: int32 [n + 1], cumulative document lengths from 0 to T. Returns [1, 1, 1, n + 1] on
     `device` (default: where `ends` is). The lengths are read here, once and not by layer: `ends`
     on a GPU cost a synchronisation, on the CPU nothing. windows: the model puts its sliding window
-    into the mask that this one replaces, so layers take it from their config.
+    into the mask that this one replaces, so layers take it from their config. real: [1, T], 1 where
+    there is a document, for what looks at tokens across them; None: everywhere.
     """
     mask = ends.view(1, 1, 1, -1).to(device or ends.device, non_blocking=True)
     # Tensors take attributes; `segments_attention` reads these.
     mask.document_lengths = ends.diff().tolist()  # type: ignore[attr-defined]
     mask.windows = windows  # type: ignore[attr-defined]
+    mask.counted = real  # type: ignore[attr-defined]
     return mask
 
 
@@ -89,7 +94,8 @@ def segments_attention(
     half = query.dtype in (torch.float16, torch.bfloat16)
     if device == "cuda" and half and not dropout and query.shape[-1] == value.shape[-1] <= 256:
         ends = attention_mask.flatten()
-        return _varlen(query, key, value, ends, max(lengths), scaling, sliding_window), None
+        longest = 1 << (max(lengths) - 1).bit_length()  # few values, whatever lies in a row
+        return _varlen(query, key, value, ends, longest, scaling, sliding_window), None
     return _by_document(query, key, value, lengths, dropout, scaling, sliding_window), None
 
 
@@ -141,7 +147,7 @@ def _by_document(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+    runs = [(len(list(run)), length) for length, run in groupby(lengths) if length]
     # One split for all: its backward joins the gradients in one copy, where separate slices would
     # each be padded to the whole row.
     sizes = [count * length for count, length in runs]

@@ -8,7 +8,7 @@ balance loss is the mean over its micro-batches, weighted by their supervised to
 what is in a micro-batch, so it depends neither on the number of workers nor on a resume, nor on
 rows being packed or padded.
 
-`attach` lets transformers' own function read a packed row, which has no padding to leave out.
+`attach` lets transformers' own function read a packed row: what fills it up is left out.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _of_packed_rows(own: Callable[..., torch.Tensor | int]) -> Callable[..., tor
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | int:
         if attention_mask is not None and hasattr(attention_mask, "document_lengths"):
-            attention_mask = None
+            # Of a row that is filled up, what is no document is left out.
+            attention_mask = attention_mask.counted  # type: ignore[attr-defined]
         return own(gate_logits, num_experts, top_k, attention_mask)
 
     return balance

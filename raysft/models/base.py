@@ -10,6 +10,8 @@ What a batch holds (int64 but for the masks; R rows of L positions, M supervised
     documents int32 [n + 1]            packed: cumulative document lengths (R = 1)
     attention_mask [R, L]              padded: 1 where there is a token
     keep, targets, tasks [M]           flat position that predicts, token to predict, task number
+    real [R, L]                        rows of one length (`layout.Static`): 1 where there is a
+                                       document; tasks are then -1 where nothing is predicted
     kinds int8 [R, L]                  of a mixture of experts: kind of token, < 0: not counted
     input_features [C, mels, F], feature_attention_mask [C, F]   audio_lm: one row a clip
     input_features [R, mels, F], decoder_input_ids [R, L]   seq2seq: a clip a row, no input_ids
@@ -36,7 +38,18 @@ from raysft.errors import UserError
 from raysft.losses.chunked import TokenLoss
 from raysft.losses.term import Term
 from raysft.models import generation, reach, routing, targets
-from raysft.models.layout import IGNORED, Batch, Document, as_weights, ints, pack, pad, tokens_of
+from raysft.models.layout import (
+    IGNORED,
+    Batch,
+    Document,
+    Static,
+    as_weights,
+    fill_supervised,
+    ints,
+    pack,
+    pad,
+    tokens_of,
+)
 from raysft.models.modality import Plan
 from raysft.models.router_losses import Weights
 from raysft.models.routing import Routing
@@ -158,10 +171,16 @@ class SpeechModel(ABC):
         """Whether these documents reach every parameter, as gradient reduction needs."""
         return bool(documents)
 
-    def collate(self, mb: MicroBatch, side: Literal["right", "left"] = "right") -> Batch:
+    def collate(
+        self,
+        mb: MicroBatch,
+        side: Literal["right", "left"] = "right",
+        static: Static | None = None,
+    ) -> Batch:
         """CPU tensors of one micro-batch, as the module's docstring says.
 
         An empty one gives `dummy()`: a batch of no supervised token. side: where padding goes.
+        static: packed rows are of its shapes.
         """
         documents = self.documents(mb) if len(mb.lengths) else []
         real = {id(document) for document in documents}
@@ -171,7 +190,7 @@ class SpeechModel(ABC):
         if self.mode == "packed":
             # Neighbours of equal length share one attention call; order means nothing to a sum.
             documents.sort(key=lambda d: len(d.input_ids))
-            batch, offsets = pack(documents)
+            batch, offsets = pack(documents, static, self.pad_id)
         else:
             batch, offsets = self.rows(documents, side)
         keep, targets, tasks = [], [], []
@@ -185,6 +204,8 @@ class SpeechModel(ABC):
         batch["keep"] = ints(np.concatenate(keep))
         batch["targets"] = ints(np.concatenate(targets))
         batch["tasks"] = ints(np.concatenate([np.zeros(0), *tasks]))
+        if "real" in batch:
+            fill_supervised(batch)
         if self.routing is not None:
             counted = [
                 (int(offset), len(document.input_ids))

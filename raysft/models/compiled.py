@@ -1,15 +1,15 @@
 """train.compile: torch.compile on every block of a model, in place; names of parameters stay.
 
 Blocks, not the whole: equal blocks share one compilation, sharded weights are gathered between
-them, and what a model does once a step is not worth waiting for. Lengths are compiled as unknowns,
-for every batch has its own. Attention over packed rows stays as it is, for it reads how long the
-documents are; a graph ends before it and another begins after it. Evaluation is not compiled: a
-cache that grows would be, for every length.
+them, and what a model does once a step is not worth waiting for. Where every batch has its own
+lengths they are compiled as unknowns, else as they are (`layout.Static`). Attention over packed
+rows stays as it is, for it reads how long the documents are; a graph ends before it and another
+begins after it. Evaluation is not compiled: a cache that grows would be, for every length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -22,25 +22,28 @@ from raysft.errors import UserError
 from raysft.models.attention import NAME, segments_attention
 
 
-def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
+def compile_blocks(
+    blocks: Iterable[nn.Module], device: torch.device, one_shape: Collection[nn.Module] = ()
+) -> None:
     """Compile each of `blocks` at its first call; before a strategy shards them.
 
+    one_shape: those of them whose inputs have the same shapes every time, but for rare ones.
     Raises UserError where there is no compiler for `device`.
     """
     _check_compiler(device)
     ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(segments_attention))
     for block in blocks:
-        block.forward = _compiled(block)
+        block.forward = _compiled(block, block in one_shape)
 
 
-def _compiled(block: Any) -> Callable[..., object]:
+def _compiled(block: Any, one_shape: bool) -> Callable[..., object]:
     """The forward of a block, compiled below its checkpointing: a graph that ends in the middle of
     a checkpoint cannot be compiled from without. Hooks, as of sharding, stay outside."""
     own = block.forward
     plain = type(block).forward
     while plain.__code__.co_name == "forward_with_checkpointing":  # transformers'
         plain = plain.__wrapped__
-    compiled = torch.compile(MethodType(plain, block), dynamic=True)
+    compiled = torch.compile(MethodType(plain, block), dynamic=not one_shape)
 
     def forward(*args: object, **kwargs: object) -> object:
         if not block.training:

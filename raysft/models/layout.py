@@ -1,6 +1,7 @@
 """Documents laid out as a model's rows: packed into one, or padded to the longest.
 
-Stands in `base.SpeechModel.collate`, which says what a batch holds.
+Stands in `base.SpeechModel.collate`, which says what a batch holds. Packed rows may be of one
+length each (`Static`): what compiles, and what gives memory out, then sees one shape.
 """
 
 from __future__ import annotations
@@ -27,16 +28,76 @@ class Document:
     arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
-def pack(documents: list[Document]) -> tuple[Batch, np.ndarray]:
-    """One row of all documents, and where each begins in it."""
+class Static:
+    """Shapes of packed rows that stay the same from micro-batch to micro-batch.
+
+    A row is filled up to `positions` by documents of which nothing is learnt, short ones: attention
+    costs the square of a length. The ends of documents are as many as a power of two, the last one
+    repeated: as many as there have ever been, for documents without positions cost nothing. What is
+    supervised is a multiple of SUPERVISED. A row that is longer all the same (an example may be 2%
+    longer than it was measured) is a multiple of LONGER.
+    """
+
+    def __init__(self, budget: int) -> None:
+        """budget: positions of a micro-batch."""
+        self.positions = _up(budget, ROW)
+        self._ends = LEAST_ENDS
+
+    def fill(self, used: int) -> list[int]:
+        """Lengths of the documents behind `used` positions."""
+        whole = self.positions if used <= self.positions else _up(used, LONGER)
+        left = whole - used
+        rest = [left % FILLING] if left % FILLING else []
+        return [FILLING] * (left // FILLING) + rest
+
+    def repeat(self, ends: np.ndarray) -> np.ndarray:
+        """`ends`, the last of them as often as it takes."""
+        while self._ends < len(ends):
+            self._ends *= 2
+        return np.pad(ends, (0, self._ends - len(ends)), mode="edge")
+
+
+ROW = 64  # products of half precision are slower where a length is no multiple of 8
+LONGER = 256
+FILLING = 128  # positions that a kernel of attention takes at a time
+LEAST_ENDS = 64
+SUPERVISED = 256
+
+
+def pack(
+    documents: list[Document], static: Static | None = None, pad_id: int = 0
+) -> tuple[Batch, np.ndarray]:
+    """One row of all documents, and where each begins in it. pad_id: what fills it up."""
     lengths = [len(d.input_ids) for d in documents]
+    parts, used = [d.input_ids for d in documents], sum(lengths)
+    if static is not None:
+        filling = static.fill(used)
+        parts.append(np.full(sum(filling), pad_id))
+        lengths += filling
     ends = np.cumsum([0, *lengths])
     batch = {
-        "input_ids": ints(np.concatenate([d.input_ids for d in documents])).unsqueeze(0),
+        "input_ids": ints(np.concatenate(parts)).unsqueeze(0),
         "position_ids": ints(np.concatenate([np.arange(n) for n in lengths])).unsqueeze(0),
-        "documents": torch.from_numpy(ends.astype(np.int32)),
     }
-    return batch, ends[:-1]
+    starts = ends[: len(documents)]
+    if static is not None:
+        batch["real"] = (torch.arange(int(ends[-1])) < used).long().unsqueeze(0)
+        ends = static.repeat(ends)
+    batch["documents"] = torch.from_numpy(ends.astype(np.int32))
+    return batch, starts
+
+
+def fill_supervised(batch: Batch) -> None:
+    """Bring what is supervised in `batch` up to a multiple of SUPERVISED, by rows of task -1 that
+    count for nothing."""
+    for name, value in (("keep", 0), ("targets", 0), ("tasks", -1)):
+        own = batch[name]
+        more = own.new_full((_up(len(own), SUPERVISED) - len(own),), value)
+        batch[name] = torch.cat([own, more])
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def pad(

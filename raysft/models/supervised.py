@@ -30,6 +30,8 @@ from raysft.models.attention import document_mask
 from raysft.models.layout import Batch, as_weights, tokens_of
 from raysft.models.routing import Routing
 
+# What of a batch is no input of the model.
+_OURS = ("keep", "targets", "tasks", "kinds", "real")
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
 
@@ -98,23 +100,30 @@ class Supervised(nn.Module):
         a mixture's routers, of which a micro-batch has its share of supervised tokens; in training
         the penalty on the weights, and what `router_losses` are asked for.
         """
-        inputs = {k: v for k, v in batch.items() if k not in ("keep", "targets", "tasks", "kinds")}
+        real = batch.get("real")
+        inputs = {k: v for k, v in batch.items() if k not in _OURS}
         if self.routing is not None:
             self.routing.begin(batch["kinds"], self.training, batch.get("documents"))
         if "documents" in inputs:
             ends = inputs.pop("documents")
-            inputs["attention_mask"] = document_mask(ends, inputs["input_ids"].device, self.windows)
+            device = inputs["input_ids"].device
+            inputs["attention_mask"] = document_mask(ends, device, self.windows, real)
         names = list(self.tasks)  # the thread that lays out the next batches may add to them
         weights = None
         if self.weights and self.training:
             by_name = [float(self.weights.get(name, 1.0)) for name in names]
             weights = torch.tensor(by_name or [1.0], device=batch["tasks"].device)[batch["tasks"]]
+        if real is not None:  # of the rows of M some count for nothing
+            counted = (batch["tasks"] >= 0).float()
+            weights = counted if weights is None else weights * counted
         losses, total, unbalanced = self._losses(inputs, batch["keep"], batch["targets"], weights)
         # By comparison, not by scattered additions: the same bits every time on a GPU too.
         numbers = torch.arange(len(names), device=losses.device).unsqueeze(1)
         chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
         counts = chosen.sum(1).long()
         count = torch.full((), losses.shape[1], device=losses.device)
+        if real is not None:
+            count = counts.sum()
 
         def term(name: str, each: torch.Tensor, *rest: Any) -> Term:
             sums = (chosen * each).sum(1)

@@ -11,12 +11,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import torch
+
+from raysft.config.schema import Config
 from raysft.data.example import MicroBatch
 from raysft.data.plan.generations import Generations
 from raysft.data.plan.plan import Cursor, PlannedStep
 from raysft.data.read.reader import Work
 from raysft.json_types import JsonObject
 from raysft.models.base import SpeechModel
+from raysft.models.layout import Static
 from raysft.parallel import World
 from raysft.train.step import StepBatch, Turn
 
@@ -35,12 +39,15 @@ class Feed:
         world: World,
         total_steps: int,
         prefetch: int,
+        static: Static | None = None,
     ) -> None:
+        """static: shapes of packed rows; None: of what a micro-batch holds."""
         self.plan = plan
         self.speech_model = speech_model
         self.read = read
         self.world = world
         self.total_steps = total_steps
+        self.static = static
         self.lanes = world.lanes(lanes)
         self.turns = world.turns(lanes)
         self._ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(
@@ -126,17 +133,25 @@ class Feed:
                 close()
 
     def _assemble(self, step: PlannedStep, found: list[MicroBatch]) -> StepBatch:
-        turns = [turn_of(self.speech_model, batch) for batch in found]
+        turns = [turn_of(self.speech_model, batch, self.static) for batch in found]
         while len(turns) < self.turns:  # no such lane: a turn of weight zero
             lane = len(step.lanes) + len(turns)
             empty = MicroBatch.join(step.epoch, step.step, lane, [])
-            turns.append(turn_of(self.speech_model, empty))
+            turns.append(turn_of(self.speech_model, empty, self.static))
         return StepBatch(step.epoch, step.step, step.after.to_json(), turns, found)
 
 
-def turn_of(speech_model: SpeechModel, batch: MicroBatch) -> Turn:
-    """A micro-batch laid out for the model, with what it counts."""
-    laid_out = speech_model.collate(batch)
+def one_shape(config: Config, device: torch.device) -> bool:
+    """Whether packed rows are of one length (`train.static_shapes`); by default where that is worth
+    what it computes for nothing: where memory or compiled code is kept by shapes."""
+    asked = config.train.static_shapes
+    worth = device.type == "cuda" or config.train.compile
+    return config.data.mode == "packed" and (worth if asked is None else asked)
+
+
+def turn_of(speech_model: SpeechModel, batch: MicroBatch, static: Static | None = None) -> Turn:
+    """A micro-batch laid out for the model, with what it counts. static: shapes of packed rows."""
+    laid_out = speech_model.collate(batch, static=static)
     tokens = float(batch.lengths.sum())
     counts = {
         "tokens": tokens,

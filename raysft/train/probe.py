@@ -33,8 +33,9 @@ from raysft.config.schema import Config
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.models.base import SpeechModel
+from raysft.models.layout import Static
 from raysft.parallel import Strategy, World
-from raysft.train.feed import turn_of
+from raysft.train.feed import one_shape, turn_of
 from raysft.train.memory import host_peak
 from raysft.train.step import StepBatch, forward_backward
 
@@ -171,6 +172,7 @@ class _Trials:
     def __init__(self, config: Config, factory: Factory, lengths: Lengths, world: World) -> None:
         self.config, self.factory, self.world = config, factory, world
         self.lengths = lengths
+        self._static = one_shape(config, world.device)
         self._held: Any = None
         self._build()
 
@@ -197,7 +199,8 @@ class _Trials:
         for length in sorted(kinds, reverse=True):
             restart_peak(self.world.device)
             try:
-                self._step(self._batch(self.lengths.count(length, budget, audio), length))
+                batch = self._batch(self.lengths.count(length, budget, audio), length)
+                self._step(batch, Static(budget) if self._static else None)
                 found = max(found, peak_bytes(self.world.device))
             except torch.OutOfMemoryError:
                 found = float("inf")
@@ -213,10 +216,10 @@ class _Trials:
     def _worst(self, peak: float) -> float:
         return max(self.world.gather(peak))
 
-    def _step(self, batch: MicroBatch) -> None:
+    def _step(self, batch: MicroBatch, static: Static | None = None) -> None:
         """A whole step that leaves the weights alone. With several turns a worker the second one
-        finds the gradients of the first."""
-        turns = [turn_of(self.speech_model, batch)] * min(
+        finds the gradients of the first. static: shapes of packed rows."""
+        turns = [turn_of(self.speech_model, batch, static)] * min(
             2, self.world.turns(self.config.data.lanes)
         )
         step = StepBatch(0, 1, {}, turns)
