@@ -21,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from raysft.errors import UserError
 from raysft.models.attention import NAME, segments_attention
 
+SHAPES = 32  # trials of a budget, and rare rows
+
 
 def compile_blocks(
     blocks: Iterable[nn.Module], device: torch.device, one_shape: Collection[nn.Module] = ()
@@ -31,6 +33,9 @@ def compile_blocks(
     Raises UserError where there is no compiler for `device`.
     """
     _check_compiler(device)
+    if one_shape:  # else torch gives up compiling a block after 8 shapes
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(SHAPES, dynamo.recompile_limit)
     ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(segments_attention))
     for block in blocks:
         block.forward = _compiled(block, block in one_shape)

@@ -30,7 +30,12 @@ DROPOUT = {"model": {"config": {**CAUSAL["config"], "attention_dropout": 0.2}}}
 NOISE = {"data": {"unit_noise": 0.2}}
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
-    "lora": {"peft": {"method": "lora", "r": 4, "dropout": 0.2}, **DROPOUT, **NOISE},
+    "lora": {
+        "peft": {"method": "lora", "r": 4, "dropout": 0.2},
+        "train": {"static_shapes": True},
+        **DROPOUT,
+        **NOISE,
+    },
     "bf16": {"train": {"precision": "bf16", "gradient_checkpointing": True}, **DROPOUT, **NOISE},
     "unclipped": {"optim": {"clip": 0.0}, "data": {"mode": "padded"}},
 }

@@ -87,6 +87,7 @@ def test_ledger_and_losses_are_the_same_for_every_world_size_and_strategy(
         write_config(tmp_path, corpus, f"{strategy}_{size}", parallel__strategy=strategy)
         for strategy in ("ddp", "fsdp")
     ]
+    configs.append(write_config(tmp_path, corpus, f"filled_{size}", train__static_shapes=True))
     assert worlds.run(size, *configs) == 0
     for config in configs:
         run = tmp_path / "runs" / config.stem

@@ -97,6 +97,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"train__tf32": True, "parallel__device": "cpu"},
         "train.tf32: does nothing on CPUs: it is of products in fp32 on GPUs",
     ),
+    (
+        {"train__static_shapes": True, "data__mode": "padded"},
+        "train.static_shapes: true, but with data.mode: padded a row is as long as its longest",
+    ),
     # -- adapters
     ({"peft__r": 8}, "peft.r: does nothing with peft.method: none; lora, qlora, adalora read it"),
     ({"peft__path": "adapter"}, "peft.path: does nothing with peft.method: none"),

@@ -142,3 +142,15 @@ def test_without_a_compiler_it_is_a_readable_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(UserError, match=r"train\.compile: needs a C\+\+ compiler"):
         compile_blocks([], CPU)
+
+
+@pytest.mark.slow
+def test_rare_shapes_are_compiled_too() -> None:
+    """More than the 8 after which torch gives a function up."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    compile_blocks([block], CPU, [block])
+    for length in range(2, 14):
+        block(torch.zeros(length, 4))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12
