@@ -337,7 +337,7 @@ class Evaluation:
         def batches(rows: list[np.ndarray]) -> Iterator[MicroBatch]:
             return read(Work(0, number, 0, chosen) for number, chosen in enumerate(rows))
 
-        with strategy.whole():
+        with strategy.whole() as whole:
             return evaluate(
                 strategy.module,
                 self.speech_model,
@@ -348,7 +348,7 @@ class Evaluation:
                 strategy.autocast,
                 final,
                 predictions=predictions,
-                synced=traits_of(self.config.parallel.strategy).synced,
+                synced=traits_of(self.config.parallel.strategy).synced and whole is not True,
                 seen=seen,
                 tell=tell,
             )

@@ -32,8 +32,9 @@ class Static:
     """Shapes of packed rows that stay the same from micro-batch to micro-batch.
 
     A row is filled up to `positions` by documents of which nothing is learnt, short ones: attention
-    costs the square of a length. The ends of documents are as many as a power of two, the last one
-    repeated: as many as there have ever been, for documents without positions cost nothing. What is
+    costs the square of a length. The ends of documents are a multiple of ENDS, the last repeated
+    (of a document without positions nothing is computed): as many as there have ever been, and a
+    quarter more where that is not enough, for a kernel may keep something for each. What is
     supervised is a multiple of SUPERVISED. A row that is longer all the same (an example may be 2%
     longer than it was measured) is a multiple of LONGER.
     """
@@ -41,7 +42,7 @@ class Static:
     def __init__(self, budget: int) -> None:
         """budget: positions of a micro-batch."""
         self.positions = _up(budget, ROW)
-        self._ends = LEAST_ENDS
+        self._ends = ENDS
 
     def fill(self, used: int) -> list[int]:
         """Lengths of the documents behind `used` positions."""
@@ -53,14 +54,14 @@ class Static:
     def repeat(self, ends: np.ndarray) -> np.ndarray:
         """`ends`, the last of them as often as it takes."""
         while self._ends < len(ends):
-            self._ends *= 2
+            self._ends = _up(self._ends * 5 // 4, ENDS)
         return np.pad(ends, (0, self._ends - len(ends)), mode="edge")
 
 
 ROW = 64  # products of half precision are slower where a length is no multiple of 8
 LONGER = 256
 FILLING = 128  # positions that a kernel of attention takes at a time
-LEAST_ENDS = 64
+ENDS = 32
 SUPERVISED = 256
 
 

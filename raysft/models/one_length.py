@@ -34,6 +34,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from raysft.parallel.unsharded import stays_whole
+
 Positions = Callable[[Any, np.ndarray], np.ndarray]
 Output = Any  # a tensor or a ModelOutput, which is what its class gives
 
@@ -229,7 +231,7 @@ def calls(
 
 def _sharded(tower: nn.Module) -> bool:
     """Whether its parameters, or those of a part, are brought together when it runs."""
-    if any(isinstance(part, FSDPModule) for part in tower.modules()):
+    if any(isinstance(part, FSDPModule) and not stays_whole(part) for part in tower.modules()):
         return True
     return any(hasattr(parameter, "ds_id") for parameter in tower.parameters())  # DeepSpeed's
 

@@ -33,6 +33,7 @@ from raysft.parallel.world import World
 class Ep(Fsdp):
     """FSDP2 for what all tokens pass; experts in groups of `parallel.ep_size` workers."""
 
+    exchanges = True
     _groups: ExpertGroups
     _experts: frozenset[str]  # names of what is theirs, in the wrapped module
 

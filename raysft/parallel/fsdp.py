@@ -26,12 +26,14 @@ from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.parallel.blocks import blocks
 from raysft.parallel.native import HALF, Native
+from raysft.parallel.unsharded import fits, unsharded
 from raysft.parallel.world import World
 
 
 class Fsdp(Native):
     """A shard group for every block the model calls indivisible; the rest is the root's."""
 
+    exchanges = False  # whether a forward pass of whole weights is a collective all the same
     module: FSDPModule  # type: ignore[assignment]  # fully_shard makes of a module both
 
     def __init__(self, config: Config, module: nn.Module, world: World) -> None:
@@ -79,13 +81,18 @@ class Fsdp(Native):
             gradient.copy_(part.view_as(gradient))
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """The root's own parameters (embeddings, head) unsharded; blocks gather as they run."""
-        self.module.unshard()
-        try:
-            yield
-        finally:
-            self.module.reshard()
+    def whole(self) -> Iterator[bool]:
+        """All parameters unsharded where every worker has room for them, else the root's own
+        (embeddings, head): blocks then gather as they run."""
+        if self.exchanges or not fits(self.module, self._half, self.world):
+            self.module.unshard()
+            try:
+                yield False
+            finally:
+                self.module.reshard()
+            return
+        with unsharded(self.module):
+            yield True
 
 
 def _mesh(replicate: int, world: World) -> DeviceMesh:

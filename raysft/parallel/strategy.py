@@ -59,7 +59,9 @@ class Strategy(Protocol):
         ...
 
     def whole(self) -> AbstractContextManager[object]:
-        """Around evaluation: submodules may be called on their own, not through `module`."""
+        """Around evaluation: submodules may be called on their own, not through `module`.
+
+        Gives True where what is sharded in training is whole: no pass is a collective then."""
         ...
 
     def state(self) -> State:

@@ -174,17 +174,29 @@ def _shown(kind: str, value: float | None) -> str:
     return "-" if value is None else figure_of(kind).shown(value)
 
 
+def duration(seconds: float) -> str:
+    """For people: 40 s, 5 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def progress_of(
     report: Callable[[JsonObject], None] | None, every_s: float = 10.0
 ) -> Callable[[int, int], None]:
-    """Tells now and then how many batches of an evaluation are done; with None, nobody."""
-    told = time.monotonic()
+    """Tells now and then how many batches of an evaluation are done, and how long the others take
+    at their pace; with None, nobody."""
+    told = begun = time.monotonic()
 
     def seen(done: int, total: int) -> None:
-        nonlocal told
-        if report is not None and done and time.monotonic() - told >= every_s:
-            told = time.monotonic()
-            report({"doing": f"evaluated {done:,} of {total:,} batches"})
+        nonlocal told, begun
+        now = time.monotonic()
+        if not done:
+            told = begun = now
+        if report is not None and done and now - told >= every_s:
+            told = now
+            left = duration((now - begun) / done * (total - done))
+            report({"doing": f"evaluated {done:,} of {total:,} batches, about {left} left"})
 
     return seen
 

@@ -101,6 +101,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path, corpus: Path) ->
     assert {"wer/dev", "cer/dev", "loss/asr", "perplexity/asr"} <= set(evaluations[-1])
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["versions"]["torch"] and config["data"]["lanes"] == 4
+    assert config["train"]["precision"] == "fp32"  # of auto, on CPUs
     assert config["parallel"]["threads"] >= 1  # those it began with: they decide its last bits
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert names == ["step_12", "step_8"]
@@ -139,7 +140,14 @@ def test_the_same_command_on_a_finished_run_trains_nothing(finished: Path, folde
 def test_dry_run_tells_steps_padding_tokens_and_memory(folder: Path) -> None:
     done = jobs.call("sft", folder / "asr.yaml", "run.name=dry", "--dry-run", "--show", "2")
     assert done.returncode == 0, done.stderr
-    for word in ("examples        70 usable", "steps", "padding", "asr", "memory"):
+    for word in (
+        "examples        70 usable",
+        "steps",
+        "padding",
+        "asr",
+        "memory",
+        "precision       fp32",
+    ):
         assert word in done.stdout
     assert "example 2: " in done.stdout and "example 3: " not in done.stdout
     assert done.stdout.count("\u27e6") == 2, "an answer each is marked"

@@ -28,6 +28,7 @@ from raysft.train.probe import (
     Lengths,
     Search,
     _sequence,
+    _Trials,
     find_budget,
     peak_bytes,
     restart_peak,
@@ -327,3 +328,23 @@ def test_weights_only_finds_a_number_of_its_own(tmp_path: Path) -> None:
 def test_a_dry_run_says_what_it_assumes(tmp_path: Path) -> None:
     auto = worlds.tiny(tmp_path, data__tokens_per_batch="auto", parallel__memory_gb=4.0)
     assert "4,096 is assumed here" in dry_run(auto)
+
+
+def test_where_rows_are_filled_up_trials_have_them_of_the_budget(tmp_path: Path) -> None:
+    """Whatever the length of the examples: the run's rows have no other shape."""
+    config = worlds.tiny(tmp_path, train__static_shapes=True, data__tokens_per_batch=120)
+    seen: list[int] = []
+
+    def factory() -> tuple[SpeechModel, Strategy]:
+        model = make("llama")
+        strategy = make_strategy(config, model.supervised, World.current())
+        strategy.module.register_forward_pre_hook(
+            lambda module, given: seen.append(given[0]["input_ids"].shape[1])
+        )
+        return model, strategy
+
+    trials = _Trials(config, factory, LENGTHS, World.current())
+    trials.smallest()
+    seen.clear()
+    trials.peak(1000)
+    assert len(seen) >= 3 and set(seen) == {1024}
