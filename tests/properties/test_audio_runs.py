@@ -102,6 +102,24 @@ def test_batches_with_and_without_clips_train_alike_under_every_strategy(
         assert found[strategy] == pytest.approx(found["ddp"], rel=1e-4), strategy
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAST)
+def test_workers_answer_at_their_own_pace_on_weights_that_are_whole(
+    kind: str, tmp_path: Path
+) -> None:
+    """The encoder runs another number of times on each, and on some not at all."""
+    base = zoo.save(kind, tmp_path / "base")
+    data = {"mode": zoo.MODES.get(kind, "packed"), "eval": [str(corpus(tmp_path))]}
+    asked = {"tokens_per_batch": 200, "max_new_tokens": 6, "metrics": {"chat": ["chrf"]}}
+    paths = [write(tmp_path, base, s, s, data=data, evaluate=asked) for s in ("ddp", "fsdp")]
+    assert worlds.run(2, *paths) == 0
+    first, second = (read_lines(tmp_path / "runs" / s / "eval.jsonl")[-1] for s in ("ddp", "fsdp"))
+    figures = [key for key in first if "/" in key]
+    assert any(key.startswith("chrf/") for key in figures)
+    for key in figures:
+        assert second[key] == pytest.approx(first[key], rel=1e-3), key
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_go_on_to_the_last_bit_after_a_kill_and_load_in_plain_peft(
     kind: str, tmp_path: Path

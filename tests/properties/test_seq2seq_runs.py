@@ -21,6 +21,7 @@ from raysft.config.schema import Data, Model
 from raysft.data.encode import make_encoder
 from raysft.export import export
 from raysft.models import build
+from raysft.run.lines import read_lines
 from tests.properties.test_audio_runs import ADAPTERS, check_adapters, losses
 from tests.support import seq2seq as zoo
 from tests.support import worlds
@@ -102,6 +103,21 @@ def test_clips_of_other_lengths_train_alike_under_every_strategy(
     assert len(expected) == STEPS and expected[-1] < expected[0]
     for strategy in strategies:
         assert losses(tmp_path, strategy) == pytest.approx(expected, rel=1e-4), strategy
+
+
+@pytest.mark.slow
+def test_workers_answer_at_their_own_pace_on_weights_that_are_whole(tmp_path: Path) -> None:
+    """The encoder runs another number of times on each; in the last round one has no clip."""
+    base = base_of(FAST[0], tmp_path)
+    data = {"eval": [str(corpus(tmp_path))]}
+    asked = {"tokens_per_batch": 120, "max_new_tokens": 6}
+    paths = [write(tmp_path, base, s, s, data=data, evaluate=asked) for s in ("ddp", "fsdp")]
+    assert worlds.run(2, *paths) == 0
+    first, second = (read_lines(tmp_path / "runs" / s / "eval.jsonl")[-1] for s in ("ddp", "fsdp"))
+    figures = [key for key in first if "/" in key]
+    assert any(key.startswith("wer/") for key in figures)
+    for key in figures:
+        assert second[key] == pytest.approx(first[key], rel=1e-3), key
 
 
 @pytest.mark.parametrize("kind", KINDS)

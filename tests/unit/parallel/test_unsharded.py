@@ -104,6 +104,7 @@ def test_weights_travel_once_and_training_goes_on_as_without(tmp_path: Path) -> 
         assert found.get("answers", expected) == expected
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_with_the_figures_of_ddp(tmp_path: Path) -> None:
     """Two workers, and an odd number of batches: one has nothing to answer in the last round."""
     keys: dict[str, Any] = {
