@@ -98,7 +98,8 @@ class Train(Section):
     static_shapes: Free[bool | None] = Field(  # of a step's last bits, as parallel.threads
         None,
         description="packed rows filled up to data.tokens_per_batch, so that memory and compiled "
-        "code see one shape; default: on GPUs, and with train.compile",
+        "code see one shape; default: on GPUs, and with train.compile, unless data.audio_per_batch "
+        "may end a row before",
     )
     deterministic: Free[bool | None] = Field(  # of a step's last bits, as parallel.threads
         None,

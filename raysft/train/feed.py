@@ -143,9 +143,11 @@ class Feed:
 
 def one_shape(config: Config, device: torch.device) -> bool:
     """Whether packed rows are of one length (`train.static_shapes`); by default where that is worth
-    what it computes for nothing: where memory or compiled code is kept by shapes."""
+    what it computes for nothing: where memory or compiled code is kept by shapes, and rows are full
+    but for 0.2% to 0.5% (a limit of audio may end them long before)."""
     asked = config.train.static_shapes
     worth = device.type == "cuda" or config.train.compile
+    worth = worth and config.data.audio_per_batch is None
     return config.data.mode == "packed" and (worth if asked is None else asked)
 
 

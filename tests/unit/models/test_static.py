@@ -159,6 +159,8 @@ def test_rows_are_filled_up_where_that_is_worth_it() -> None:
     assert asked(CPU, train__compile=True) and asked(CPU, train__static_shapes=True)
     assert not asked(GPU, train__static_shapes=False)
     assert not asked(GPU, data__mode="padded")
+    assert not asked(GPU, data__audio_per_batch=60.0)  # which may end rows that are half full
+    assert asked(GPU, data__audio_per_batch=60.0, train__static_shapes=True)
 
 
 def lines(folder: Path, name: str, **changes: Any) -> list[dict[str, Any]]:
