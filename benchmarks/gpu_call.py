@@ -15,6 +15,7 @@
     full          Llama-3.2-1B, all weights: ddp, fsdp, a checkpoint
     audio         Qwen2-Audio's encoder, clips padded to 30 s and cut
     generate      answers of the 1B
+    shapes        rows of the 1B as they are and filled up: speed, and memory that grows
 
 A line of JSON a section, printed and appended to $OUT/results.jsonl; what was said besides lies in
 $OUT/NAME.log. A section that is over its seconds is cut off, and all of it after LIMIT (560). Needs
@@ -341,6 +342,68 @@ def generate() -> Found:
     return {"prompts": prompts, "new_tokens": new, "s": seconds, "ms_a_token": 1e3 * seconds / new}
 
 
+def shapes() -> Found:
+    """1B with LoRA on rows of changing documents, 90% to 100% full: as they are, filled up
+    (`train.static_shapes`), and compiled. Memory is what torch has reserved after 10 rows and after
+    all; a step after the tenth counts for the speed."""
+    import numpy as np
+    import torch
+
+    from raysft.data.example import MicroBatch, Sequence
+    from raysft.models.compiled import compile_blocks
+    from raysft.models.layout import Static
+    from raysft.parallel.blocks import blocks
+    from raysft.train.feed import turn_of
+    from raysft.train.step import StepBatch, forward_backward
+
+    row, rows = (256, 14) if CPU else (4096, 60)
+    config, model, _ = make(
+        "tiny" if CPU else "llama3_1b", row, peft={"method": "lora", "r": 16, "alpha": 32}
+    )
+    strategy, world = wrapped(config, model)
+
+    def trained(static: Static | None) -> Found:
+        draws, seconds, tokens, early = np.random.default_rng(0), 0.0, 0, 0.0
+        free()
+        for number in range(rows):
+            left, sequences = int(row * draws.uniform(0.9, 1.0)), []
+            while left > 8:
+                length = min(left, int(draws.integers(8, row // 4)))
+                ids = draws.integers(5, 250, length).astype(np.int32)
+                sequences.append(Sequence(f"{left}", "asr", ids, ids))
+                left -= length
+            turn = turn_of(model, MicroBatch.join(0, 1, 0, sequences), static)
+            batch = StepBatch(0, 1, {}, [turn])
+            before = time.perf_counter()
+            forward_backward(strategy, world, batch, ["asr"], batch.counts(), 0)
+            strategy.step(1e-4)
+            if not CPU:
+                torch.cuda.synchronize()
+            if number >= 10:
+                seconds += time.perf_counter() - before
+                tokens += int(turn.counts["tokens"])
+            elif number == 9:
+                early = reserved_gb()
+        return {"tokens_per_s": tokens / seconds, "gb_early": early, "gb_late": reserved_gb()}
+
+    found: Found = {"as_they_are": trained(None), "filled": trained(Static(row))}
+    if CPU:
+        return found
+    torch._dynamo.utils.counters.clear()
+    every = blocks(model.supervised)
+    compile_blocks(every, device(), every)
+    found["filled_compiled"] = trained(Static(row))
+    found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return found
+
+
+def reserved_gb() -> float:
+    """What torch holds of the GPU."""
+    import torch
+
+    return 0.0 if CPU else torch.cuda.memory_reserved() / 1e9
+
+
 # -- all of them ---------------------------------------------------------------------------------
 
 SECTIONS: dict[str, tuple[Callable[[], Found], int]] = {  # and seconds at most
@@ -354,6 +417,7 @@ SECTIONS: dict[str, tuple[Callable[[], Found], int]] = {  # and seconds at most
     "full": (full, 60),
     "audio": (audio, 40),
     "generate": (generate, 35),
+    "shapes": (shapes, 60),
 }
 
 
