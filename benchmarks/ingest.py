@@ -1,6 +1,6 @@
 """How fast do audio files become batches in a training process? Ours against lhotse + DataLoader.
 
-    ours     index, plan, data tasks of Ray Data on N CPUs, `Feed` with the model's collate
+    ours     index, plan, data tasks of Ray on N CPUs, `Feed` with the model's collate
     lhotse   CutSet, DynamicBucketingSampler, OnTheFlyFeatures, a torch DataLoader of N workers
 
 N is 3, or on a small machine what is left beside the training process: 1 on 2 cores. Both have the

@@ -64,7 +64,7 @@ class Cluster:
 
     def victims(self, kind: str) -> list[psutil.Process]:
         """Training workers, or processes that read now, of this cluster and no other."""
-        title = "ray::RayTrainWorker" if kind == "worker" else "ray::Read"
+        title = "ray::RayTrainWorker" if kind == "worker" else "ray::read_micro_batches"
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):

@@ -3,7 +3,7 @@
 One model (Qwen3, 6 layers of 256, random weights), one corpus (dialogues of text and speech units,
 log-normal lengths), one epoch, AdamW fused, clipping, the same torch threads, in four ways:
 
-    ours              launch.run: a Ray Train worker, the plan through Ray Data, ledger, metrics
+    ours              launch.run: a Ray Train worker, the plan through data tasks, ledger, metrics
     bare loop         plain torch on the very same batches, laid out in memory beforehand, with the
                       same attention: what is left of a step when nothing is around it
     Trainer, padding  transformers' Trainer, a padding collator, batches of about as many tokens

@@ -1,6 +1,6 @@
 """What one training worker does: build the model, join the stream, train, evaluate.
 
-Called by `launch` in every Ray Train worker at every (re)start, with readers of Ray Data. Runs
+Called by `launch` in every Ray Train worker at every (re)start, with readers of its stream. Runs
 without Ray too: tests and benchmarks give it readers in their own process (`Data.in_process`).
 """
 

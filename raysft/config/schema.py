@@ -187,6 +187,11 @@ class Data(Section):
     cpus: Free[PositiveInt | None] = Field(
         None, description="CPUs for data tasks over all workers; default: what workers leave free"
     )
+    nodes: Free[dict[str, str]] = Field(
+        default_factory=dict,
+        description="labels of the nodes that read training data (of `ray start --labels`), such "
+        "as {pool: data}; none: any, those without GPUs first",
+    )
     prefetch: Free[PositiveInt] = Field(8, description="micro-batches a worker holds ready")
 
     @property

@@ -245,6 +245,12 @@ class MicroBatch:
     langs: list[str | None] = field(default_factory=list)
     tensors: str = ""
 
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays."""
+        own = self.lengths.nbytes + self.input_ids.nbytes + self.labels.nbytes
+        return own + sum(ragged.values.nbytes for ragged in self.arrays.values())
+
     @classmethod
     def join(
         cls,

@@ -23,7 +23,7 @@ from raysft.config import Config
 from raysft.data.index.build import Index
 from raysft.data.plan.generations import open_index
 from raysft.data.read.stream import RayReader, ReaderSpec
-from raysft.driver.group import Settings, join
+from raysft.driver.group import Settings, cpus_of, join
 from raysft.json_types import JsonObject
 from raysft.run.evaluations import Evaluation, progress_of
 from raysft.run.storage import write_whole
@@ -81,18 +81,21 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
     if "end" in begun:
         return  # failed too often; the driver says so
     time.sleep(begun.get("pause_s", 0.0))
-    # Workers may hold every CPU of a small cluster: data tasks then ask for none, and share.
-    left = ray.cluster_resources().get("CPU", 0.0) - world.size * settings["worker_cpus"]
-    data_cpus = max(0.0, min(settings["data_cpus"], left)) / world.size
+    here = ray.get_runtime_context().get_node_id()
+    data_cpus = _data_cpus(settings, config.data.nodes, world.gather(here)) / world.size
+
+    def reader(split: str, budget: int, seed: int | None) -> Read | None:
+        return _reader(settings, split, budget, seed, data_cpus, config.data.nodes)
+
     data = worker.Data(
         examples=settings.get("examples", 0),
         eval=Index.load(settings["eval"][0][0]) if settings["eval"] else None,
         encoder=ray.get(settings["encoder"]),
-        read_train=_reader(settings, "train", config.data.budget, config.run.seed, data_cpus),
-        read_eval=_reader(settings, "eval", config.evaluate.tokens_per_batch, None, data_cpus),
+        read_train=reader("train", config.data.budget, config.run.seed),
+        read_eval=reader("eval", config.evaluate.tokens_per_batch, None),
     )
     names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
-    nodes = sorted(set(world.gather(names[ray.get_runtime_context().get_node_id()])))
+    nodes = sorted(set(world.gather(names[here])))
 
     def progress(line: JsonObject) -> None:
         monitor.report.remote(line)
@@ -162,12 +165,29 @@ class Signal:
         return self._value
 
 
+def _data_cpus(settings: Settings, nodes: dict[str, str], workers: list[str]) -> float:
+    """Of all workers' data tasks. nodes: their labels. workers: the node of each.
+
+    Workers may hold every CPU of a small cluster: data tasks then ask for none, and share.
+    """
+    cpus = cpus_of(nodes)
+    if nodes and not cpus:
+        return settings["data_cpus"]  # nodes that are yet to come
+    held = settings["worker_cpus"] * sum(worker in cpus for worker in workers)
+    return max(0.0, min(settings["data_cpus"], sum(cpus.values()) - held))
+
+
 def _reader(
-    settings: Settings, split: str, budget: int, seed: int | None, cpus: float
+    settings: Settings,
+    split: str,
+    budget: int,
+    seed: int | None,
+    cpus: float,
+    nodes: dict[str, str],
 ) -> Read | None:
     places = settings.get(split)
     if places is None:
         return None
     known = (patience.allowed(), plugins.loaded())
     spec = ReaderSpec(places, settings["encoder"], budget, seed, *known)
-    return RayReader(spec, open_index(places).seconds, cpus).read
+    return RayReader(spec, open_index(places).seconds, cpus, nodes).read

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
 
 @dataclass(frozen=True)
 class Shares:
-    """Who gets which part of the cluster: training workers, and Ray Data tasks.
+    """Who gets which part of the cluster: training workers, and data tasks.
 
     threads: of a worker on CPUs. room: cores that a worker may use.
     """
@@ -69,6 +69,14 @@ class Shares:
             )
         # On CPU machines training is the larger part of the work: data tasks get a quarter.
         free = cpus - workers if gpu else cpus / 4
+        nodes = config.data.nodes
+        if nodes and not config.data.cpus:
+            free = sum(cpus_of(nodes).values())
+            if not free:
+                raise UserError(
+                    f"data.nodes: no node of the cluster has the labels {nodes} and a CPU; name "
+                    "those of one (`ray start --labels`), or set data.cpus to wait for such nodes"
+                )
         data_cpus = float(config.data.cpus or max(1.0, free))
         each = config.parallel.cpus_per_worker
         if each is None:
@@ -77,6 +85,15 @@ class Shares:
         per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
         room = max(1, int((cpus - data_cpus) / workers))
         return cls(gpu, per_worker, config.parallel.threads or room, room, data_cpus)
+
+
+def cpus_of(nodes: Mapping[str, str]) -> dict[str, float]:
+    """CPUs, in use or not, by id of the living nodes that carry these labels."""
+    return {
+        node["NodeID"]: float(node["Resources"].get("CPU", 0))
+        for node in ray.nodes()
+        if node["Alive"] and nodes.items() <= (node["Labels"] or {}).items()
+    }
 
 
 def make_trainer(

@@ -1,7 +1,7 @@
 """From plan to ready step batches: the worker's side of the data path.
 
-The plan says which rows each of this worker's lanes takes; a reader (Ray Data, or in process) turns
-them into micro-batches; a thread lays these out for the model and keeps a few ready.
+The plan says which rows each of this worker's lanes takes; a reader (tasks of Ray, or in process)
+turns them into micro-batches; a thread lays these out for the model and keeps a few ready.
 """
 
 from __future__ import annotations

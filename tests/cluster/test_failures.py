@@ -115,7 +115,7 @@ def test_data_tasks_that_are_killed_are_done_again(config: Path, undisturbed: Pa
     job = jobs.start("sft", config, "run.name=data_tasks")
     killed = 0
     while job.poll() is None and killed < 3:
-        for process in jobs.processes("ray::Readmicro_batches"):
+        for process in jobs.processes("ray::read_micro_batches"):
             process.kill()
             killed += 1
         time.sleep(0.05)

@@ -1,4 +1,5 @@
-"""Where workers come to lie: GPU workers on as few nodes as hold them, CPU workers on many."""
+"""Where workers come to lie: GPU workers on as few nodes as hold them, CPU workers on many; data
+tasks on the nodes that `data.nodes` names."""
 
 from __future__ import annotations
 
@@ -65,6 +66,74 @@ os._exit(0)  # Ray's threads would speak of nodes that are gone
 """
 
 
+# Two nodes, one of them for data; each example's id becomes that of the node it was read on.
+DATA_SCRIPT = """
+import dataclasses, json, os, tempfile
+from pathlib import Path
+import numpy as np, ray
+from ray.cluster_utils import Cluster
+from raysft.config import Config
+from raysft.config.schema import Data, Model, Source
+from raysft.data.encode import make_encoder
+from raysft.data.index.build import build_index
+from raysft.data.read.reader import Work
+from raysft.data.read.stream import RayReader, ReaderSpec
+from raysft.driver.group import Shares
+from raysft.errors import UserError
+
+class Told:
+    def __init__(self, encoder):
+        self.encoder = encoder
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.encoder, name)
+    def __reduce__(self):
+        return Told, (self.encoder,)
+    def encode(self, *args, **settings):
+        sequence = self.encoder.encode(*args, **settings)
+        return dataclasses.replace(sequence, id=ray.get_runtime_context().get_node_id())
+
+cluster = Cluster()
+cluster.add_node(num_cpus=4, include_dashboard=False)
+ray.init(address=cluster.address, log_to_driver=False)
+data_node = cluster.add_node(num_cpus=2, labels={"pool": "data", "zone": "a"})
+cluster.wait_for_nodes()
+folder = Path(tempfile.mkdtemp())
+said = [[("user", f"number {n}?"), ("assistant", str(n))] for n in range(40)]
+lines = [{"messages": [dict(zip(("role", "content"), turn)) for turn in turns]} for turns in said]
+(folder / "train.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
+model = {"config": {"model_type": "llama"}, "tokenizer": "bytes"}
+source = Source(path=str(folder / "train.jsonl"))
+encoder = make_encoder(Model(**model), Data(), folder)
+index = build_index([source], "train", encoder, folder)
+works = [Work(0, step, 0, np.arange(4 * step, 4 * step + 4)) for step in range(10)]
+
+def config(nodes):
+    return Config.model_validate({
+        "run": {"name": "where", "storage_path": str(folder)},
+        "data": {"train": [{"path": "x"}], "nodes": nodes}, "model": model,
+    })
+
+nodes = {"pool": "data"}
+shares = Shares.of(config(nodes))
+spec = ReaderSpec((index.place,), ray.put(Told(encoder)), 10_000, 0)
+batches = list(RayReader(spec, index.seconds, shares.data_cpus, nodes).read(iter(works)))
+try:
+    error = ""
+    Shares.of(config({"pool": "nowhere"}))
+except UserError as raised:
+    error = str(raised)
+print(json.dumps({
+    "cpus": shares.data_cpus, "error": error, "steps": [batch.step for batch in batches],
+    "there": {name for b in batches for name in b.ids} == {data_node.node_id},
+}), flush=True)
+ray.shutdown()
+cluster.shutdown()
+os._exit(0)
+"""
+
+
 def told(done: subprocess.Popen[str]) -> dict[str, Any]:
     output, errors = done.communicate(timeout=240)
     assert done.returncode == 0, f"{output[-3000:]}\n{errors[-3000:]}"
@@ -82,3 +151,12 @@ def test_workers_on_cpus_are_spread(spawn: Callable[..., subprocess.Popen[str]])
     found = told(spawn(SCRIPT, WORKERS="4", GPUS="0"))
     assert found["backend"] == "gloo"
     assert len(found["counts"]) >= 4
+
+
+def test_data_is_read_on_the_nodes_that_data_nodes_names(
+    spawn: Callable[..., subprocess.Popen[str]],
+) -> None:
+    found = told(spawn(DATA_SCRIPT))
+    assert found["there"]
+    assert (found["cpus"], found["steps"]) == (2.0, list(range(10)))
+    assert "data.nodes: no node of the cluster has the labels {'pool': 'nowhere'}" in found["error"]

@@ -1,11 +1,11 @@
-"""The stream of Ray Data carries what a reader in this process reads: all of it, once, in order."""
+"""The stream carries through Ray what a reader in this process reads: all of it, once, in order."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Corpus:
         return list(Reader(self.index, self.encoder, BUDGET, 0).read(iter(works)))
 
     def stream(
-        self, works: list[Work], delay: float = 0.0, patience_s: float = 30.0
+        self, works: Iterable[Work], delay: float = 0.0, patience_s: float = 30.0
     ) -> Iterator[MicroBatch]:
         """Read through Ray on 2 CPUs."""
         import ray
@@ -102,14 +102,12 @@ def session() -> Iterator[None]:
 
 
 @pytest.fixture
-def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of some 6 and 12 examples, 2 and 4 chunks a span: a stream of many spans."""
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of some 6 and 12 examples: a stream of many."""
     from raysft.data.read import stream
 
     monkeypatch.setattr(stream, "CHUNK", 6)
     monkeypatch.setattr(stream, "LARGE", 12)
-    monkeypatch.setattr(stream, "FIRST_SPAN", 1)
-    monkeypatch.setattr(stream, "SPAN", 2)
 
 
 def assert_same(found: list[MicroBatch], expected: list[MicroBatch]) -> None:
@@ -124,7 +122,7 @@ def reading() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if any(word.startswith("ray::Read") for word in process.cmdline()):
+            if any(word.startswith("ray::read_micro_batches") for word in process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -132,7 +130,7 @@ def reading() -> list[psutil.Process]:
 
 
 def test_data_that_is_away_for_a_moment_is_waited_for_and_else_ends_the_stream_in_a_line(
-    corpus: Corpus, session: None, short_spans: None
+    corpus: Corpus, session: None, short_chunks: None
 ) -> None:
     works = corpus.works(6)
     expected = corpus.expected(works)
@@ -156,16 +154,16 @@ def test_data_that_is_away_for_a_moment_is_waited_for_and_else_ends_the_stream_i
         away.rename(folder)
 
 
-def test_a_table_carries_a_micro_batch_unchanged(corpus: Corpus) -> None:
-    from raysft.data.read.stream import from_table, to_table
+def test_shared_memory_carries_a_micro_batch_unchanged(corpus: Corpus, session: None) -> None:
+    import ray
 
     empty = MicroBatch.join(1, 2, 3, [], quarantined=[Quarantined("a", "b", "c", "d")])
     batches = [*corpus.expected(corpus.works(2)), empty]
-    assert_same([from_table(to_table(batch)) for batch in batches], batches)
+    assert_same([ray.get(ray.put(batch)) for batch in batches], batches)
 
 
-def test_a_stream_of_many_spans_carries_what_a_reader_reads_in_order(
-    session: None, short_spans: None, corpus: Corpus
+def test_a_stream_of_many_chunks_carries_what_a_reader_reads_in_order(
+    session: None, short_chunks: None, corpus: Corpus
 ) -> None:
     works = corpus.works(20)
     expected = corpus.expected(works)
@@ -173,13 +171,13 @@ def test_a_stream_of_many_spans_carries_what_a_reader_reads_in_order(
     assert_same(list(corpus.stream(works)), expected)
 
 
-def test_spans_of_their_usual_length_carry_the_same(session: None, corpus: Corpus) -> None:
+def test_chunks_of_their_usual_length_carry_the_same(session: None, corpus: Corpus) -> None:
     works = corpus.works(20)
     assert_same(list(corpus.stream(works)), corpus.expected(works))
 
 
 def test_two_workers_streams_carry_together_what_one_stream_does(
-    session: None, short_spans: None, corpus: Corpus
+    session: None, short_chunks: None, corpus: Corpus
 ) -> None:
     shares = [corpus.works(10, range(rank, LANES, 2)) for rank in range(2)]
     found: list[list[MicroBatch]] = [[], []]
@@ -198,7 +196,7 @@ def test_two_workers_streams_carry_together_what_one_stream_does(
 
 
 def test_killing_a_data_task_changes_nothing(
-    session: None, short_spans: None, corpus: Corpus
+    session: None, short_chunks: None, corpus: Corpus
 ) -> None:
     works = corpus.works(12)
     found, killed = [], 0
@@ -212,7 +210,7 @@ def test_killing_a_data_task_changes_nothing(
 
 
 def test_closing_a_stream_early_leaves_no_task_running(
-    session: None, short_spans: None, corpus: Corpus
+    session: None, short_chunks: None, corpus: Corpus
 ) -> None:
     import ray
 
@@ -225,6 +223,57 @@ def test_closing_a_stream_early_leaves_no_task_running(
     cpus = ray.cluster_resources()["CPU"]
     assert wait_until(lambda: ray.available_resources().get("CPU") == cpus, 30)
     assert_same(first, corpus.expected(works[:5]))
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_stream_reads_ahead_as_many_bytes_as_it_may(
+    small: bool, session: None, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raysft.data.read import stream
+
+    works = corpus.works(60)
+    sizes = [batch.nbytes for batch in corpus.expected(works)]
+    limit = 12 * max(sizes)  # of both CPUs; a chunk is at most an eighth of it
+    monkeypatch.setattr(stream, "CHUNK", 6)
+    if small:
+        monkeypatch.setattr(stream, "AHEAD", limit // 2)
+    asked = 0
+
+    def counted() -> Iterator[Work]:
+        nonlocal asked
+        for work in works:
+            asked += 1
+            yield work
+
+    ahead = []
+    for taken, _ in enumerate(corpus.stream(counted()), 1):
+        time.sleep(0.02)  # a consumer that is slower than what it consumes
+        ahead.append(sum(sizes[taken:asked]))
+    assert asked == len(works) == len(ahead)
+    if small:  # and what was cut next, but not begun
+        assert limit / 2 < max(ahead) <= limit * 9 / 8 + 2 * max(sizes)
+    else:
+        assert max(ahead) > 3 * limit
+
+
+def test_a_stream_costs_no_actor_of_the_cluster_anything(
+    session: None, short_chunks: None, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.actor
+    import ray.util
+
+    called = []
+    call = ray.actor.ActorMethod._remote
+
+    def counted(method: Any, *args: Any, **settings: Any) -> Any:
+        called.append(method._method_name)
+        return call(method, *args, **settings)
+
+    monkeypatch.setattr(ray.actor.ActorMethod, "_remote", counted)
+    works = corpus.works(20)
+    assert len(list(corpus.stream(iter(works)))) == len(works)
+    assert called == []
+    assert ray.util.list_named_actors(all_namespaces=True) == []
 
 
 def test_data_changed_since_it_was_indexed_is_the_users_mistake(

@@ -204,7 +204,7 @@ def _survey_file(source: ResolvedSource, file: Path, folder: Path) -> tuple[Surv
 
 
 def _surveyed(source: ResolvedSource, file: Path, folder: Path) -> Path:
-    return folder / "files" / f"{_digest(str(file), source.format)}.json"
+    return folder / "files" / f"{digest_of(str(file), source.format)}.json"
 
 
 def check_unchanged(source: ResolvedSource, file: Path, state: list[int]) -> None:
@@ -359,7 +359,7 @@ def part_path(source: ResolvedSource, file: Path, encoder: Encoder, folder: Path
     """Where the part of a file is cached. The place counts: clips may be relative to it."""
     lengths = (encoder.limits.min_seconds, encoder.limits.max_seconds)
     facts = (str(file), source.format, source.task, encoder.fingerprint, lengths)
-    return folder / "parts" / f"{_digest(MEASURED, encoder.sample_rate, *facts)}.npz"
+    return folder / "parts" / f"{digest_of(MEASURED, encoder.sample_rate, *facts)}.npz"
 
 
 def of_before(source: ResolvedSource, file: Path, folder: Path) -> bool:
@@ -372,15 +372,17 @@ def of_before(source: ResolvedSource, file: Path, folder: Path) -> bool:
         return json.loads(content)["version"] != MEASURED
 
 
-def load_part(path: Path) -> Part | None:
-    """The cached part, or None."""
-    return patience.known(lambda: _load_part(path), path)
+def load_part(path: Path, rows: bool = True) -> Part | None:
+    """The cached part, or None. rows: without them it has no examples, and costs next to nothing
+    where there are no clips."""
+    return patience.known(lambda: _load_part(path, rows), path)
 
 
-def _load_part(path: Path) -> Part | None:
+def _load_part(path: Path, rows: bool) -> Part | None:
     if not path.exists():
         return None
-    content = io.BytesIO(path.read_bytes())  # zipfile takes an error of the storage for damage
+    # Whole where it is needed whole: zipfile takes an error of the storage for damage.
+    content = io.BytesIO(path.read_bytes()) if rows else path
     with _stored(path), np.load(content, allow_pickle=False) as stored:
         meta = json.loads(stored["meta"].tobytes())
         rejected = [Rejected(**item) for item in meta["rejected"]]
@@ -391,7 +393,8 @@ def _load_part(path: Path) -> Part | None:
             for (start, end), (_, *lines) in zip(pairwise(ends), meta["clips"])
         )
         chunks = tuple((Chunk(*chunk), tuple(tasks)) for chunk, tasks in meta["chunks"])
-        return Part(stored["rows"], meta["tasks"], rejected, pieces, chunks)
+        own = stored["rows"] if rows else np.zeros(0, ROW)
+        return Part(own, meta["tasks"], rejected, pieces, chunks)
 
 
 def save_part(path: Path, part: Part) -> None:
@@ -452,5 +455,6 @@ def _stored(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _digest(*facts: object) -> str:
+def digest_of(*facts: object) -> str:
+    """32 hex digits of what json can write."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -1,1 +1,1 @@
-"""Reading: planned rows become micro-batches, in process or through Ray Data."""
+"""Reading: planned rows become micro-batches, in process or through tasks of Ray."""

@@ -1,6 +1,6 @@
 """Read planned micro-batches: bytes -> waveforms -> sequences -> `MicroBatch`.
 
-The one place where training data is decoded and featurised. It runs inside Ray Data tasks
+The one place where training data is decoded and featurised. It runs inside tasks of Ray
 (`stream.py`) and, for tests and benchmarks, in process. Costs one decode and one feature pass a
 clip; memory is that of one chunk of works' records and one micro-batch.
 """
@@ -154,8 +154,13 @@ class Reader:
         return Quarantined(example.id, source, path, str(error), error.kind)
 
 
+def amount(work: Work, seconds: np.ndarray | Column) -> float:
+    """How much there is to do, in examples of `CLIP_S`. seconds: of audio by row."""
+    return max(len(work.rows), float(seconds[work.rows].sum()) / CLIP_S)
+
+
 def chunks(
-    works: Iterator[Work], seconds: np.ndarray | Column, sizes: Iterable[int] = repeat(CHUNK)
+    works: Iterator[Work], seconds: np.ndarray | Column, sizes: Iterable[float] = repeat(CHUNK)
 ) -> Iterator[list[Work]]:
     """Join works until they hold about as much to do as `sizes` examples of `CLIP_S`, each in turn.
 
@@ -167,7 +172,7 @@ def chunks(
     held = 0.0
     for work in works:
         chunk.append(work)
-        held += max(len(work.rows), float(seconds[work.rows].sum()) / CLIP_S)
+        held += amount(work, seconds)
         if held >= size:
             yield chunk
             chunk, held, size = [], 0.0, next(sizes)

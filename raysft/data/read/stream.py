@@ -1,44 +1,44 @@
-"""Planned micro-batches through Ray Data: CPU nodes read, decode and featurise; a worker receives.
+"""Planned micro-batches through tasks of Ray: CPU nodes read, decode, featurise; a worker receives.
 
-Every training worker has a stream of its own lanes. The works it wants next are cut into chunks;
-a chunk is one Ray Data read task that yields each micro-batch as soon as it is ready. The plan is
-lazy and endless while a dataset is finite, so a stream is a chain of datasets ("spans"): the first
-is short, so that training starts early; each next one starts while the one before is consumed.
+Every training worker has a stream of its own lanes. The works it wants next are cut into chunks; a
+chunk is one streaming task, which yields each micro-batch as soon as it is ready. A worker begins
+chunks in order and takes their micro-batches in order, however late a chunk is.
 
-Cost: 2 to 4 ms a micro-batch for its way through Ray Data, and one copy of it, into shared memory.
-Look-ahead of a worker: at most two spans, of `SPAN` chunks a CPU; a chunk of audio is about
-1,000 s (33 MB as 80-bin features). A task process that dies is replaced and its chunk is read
-again, in order.
+A stream speaks with its own tasks only: no actor of the cluster knows of it, so a worker's cost is
+the same beside 1,000 others (Ray Data's is not: docs/clusters.md, benchmarks/scale.py). Costs about
+1 ms a micro-batch on its way, and one copy of it, into shared memory. Look-ahead of a worker:
+at most `AHEAD` bytes a CPU, judged by the micro-batches that came. A task process or a node that
+dies is replaced and its chunk is read again, in order.
 """
 
 from __future__ import annotations
 
-import json
-import logging
+import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import ray
-import ray.data
-from ray.data import DataContext, Datasource, ReadTask
-from ray.data.block import BlockMetadata
 
 from raysft import failures, patience, plugins
 from raysft.data.clips.stalled import MOST_STUCK, stuck
-from raysft.data.example import MicroBatch, Quarantined, Ragged
+from raysft.data.example import MicroBatch
 from raysft.data.plan.generations import Column, Places, open_index
-from raysft.data.read.reader import CHUNK, Reader, Work, chunks
+from raysft.data.read.reader import CHUNK, Reader, Work, amount, chunks
 from raysft.errors import UserError
-from raysft.json_types import JsonObject
 
-FIRST_SPAN = 2  # chunks a CPU in the first span: of CHUNK, so that the first batches come early
-SPAN = 4  # chunks a CPU in later ones
-LARGE = 4 * CHUNK  # of this size: between two tasks a process waits 10 to 100 ms for the driver
+if TYPE_CHECKING:
+    from ray import ObjectRefGenerator
+    from ray.remote_function import RemoteFunction
+
+AHEAD = 128 << 20  # bytes of micro-batches a CPU that are read, or being read, ahead of the worker
+SHARE = 4  # a chunk holds at most 1 / SHARE of that, so that there are several a CPU
+LARGE = 4 * CHUNK  # of this size: each task costs some milliseconds to begin
+BEGUN = 2  # chunks a CPU until the first micro-batch has shown how large they are
+FADES = 0.98  # of the most bytes seen, a micro-batch: a large one is not counted with for ever
 
 
 @dataclass(frozen=True)
@@ -71,189 +71,167 @@ class ReaderSpec:
 _READERS: dict[tuple[object, ...], Reader] = {}
 
 
-class _Chunks(Datasource):
-    """A Ray Data source with one read task a chunk of works."""
+@dataclass(frozen=True)
+class Mistake:
+    """What a task yields in place of a micro-batch where no retry mends it."""
 
-    def __init__(self, spec: ReaderSpec, span: list[list[Work]]) -> None:
-        self._spec = spec
-        self._span = span
-
-    def get_name(self) -> str:
-        return "micro_batches"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self,
-        parallelism: int,
-        per_task_row_limit: int | None = None,
-        data_context: DataContext | None = None,
-    ) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_read(self._spec, chunk), metadata) for chunk in self._span]
+    message: str
 
 
-def _read(spec: ReaderSpec, chunk: list[Work]) -> Callable[[], Iterable[pa.Table]]:
-    def blocks() -> Iterator[pa.Table]:
-        if stuck() >= MOST_STUCK:  # nothing has begun: Ray does this task in a fresh process
-            os._exit(1)
-        try:
-            for batch in spec.reader().read_chunk(chunk):
-                yield to_table(batch)
-        except Exception as error:
-            # As data: Ray would wrap it, and print a page of traceback.
-            if not failures.certain(error):
-                raise
-            yield pa.table({_MISTAKE: [failures.told(error)]})
-
-    return blocks
-
-
-_MISTAKE = "mistake"
-_ARRAYS = ("lengths", "input_ids", "labels")
-_RAGGED = ("values", "lengths", "owners")
-_FACTS = ("epoch", "step", "lane", "ids", "tasks", "seconds", "slots", "langs", "tensors")
-
-
-def to_table(batch: MicroBatch) -> pa.Table:
-    """A micro-batch as a table of one row, without a copy of its arrays (nor any pickle)."""
-    facts: JsonObject = {name: getattr(batch, name) for name in _FACTS}
-    facts["quarantined"] = [[q.id, q.source, q.path, q.reason, q.kind] for q in batch.quarantined]
-    facts["shapes"] = {name: ragged.values.shape for name, ragged in batch.arrays.items()}
-    columns: dict[str, pa.Array] = {"facts": pa.array([json.dumps(facts)])}
-    arrays = {name: getattr(batch, name) for name in _ARRAYS}
-    for name, ragged in batch.arrays.items():
-        arrays |= {f"{name}/{field}": getattr(ragged, field) for field in _RAGGED}
-    for name, array in arrays.items():
-        values = pa.array(np.ascontiguousarray(array).reshape(-1))
-        columns[name] = pa.LargeListArray.from_arrays(pa.array([0, len(values)]), values)
-    return pa.table(columns)
-
-
-def from_table(table: pa.Table) -> MicroBatch:
-    """The inverse of `to_table`. The arrays are views of the table: not writable.
-
-    Raises the UserError that came instead of a micro-batch.
-    """
-    if _MISTAKE in table.column_names:
-        raise UserError(table[_MISTAKE][0].as_py())
-    facts = json.loads(table["facts"][0].as_py())
-
-    def array(name: str) -> np.ndarray:
-        return table[name].chunk(0).flatten().to_numpy()
-
-    ragged = {}
-    for name, shape in facts.pop("shapes").items():
-        values, lengths, owners = (array(f"{name}/{field}") for field in _RAGGED)
-        ragged[name] = Ragged(values.reshape(shape), lengths, owners)
-    quarantined = [Quarantined(*each) for each in facts.pop("quarantined")]
-    facts |= {name: array(name) for name in _ARRAYS}
-    return MicroBatch(**facts, arrays=ragged, quarantined=quarantined)
+def read_micro_batches(spec: ReaderSpec, chunk: list[Work]) -> Iterator[MicroBatch | Mistake]:
+    """The task: a micro-batch for each work of the chunk, in order."""
+    if stuck() >= MOST_STUCK:  # nothing has begun: Ray does this task in a fresh process
+        os._exit(1)
+    try:
+        yield from spec.reader().read_chunk(chunk)
+    except Exception as error:
+        # As data: Ray would wrap it, and print a page of traceback.
+        if not failures.certain(error):
+            raise
+        yield Mistake(failures.told(error))
 
 
 class RayReader:
     """`read` as `Reader.read`, on `cpus` CPUs of the cluster."""
 
-    def __init__(self, spec: ReaderSpec, seconds: np.ndarray | Column, cpus: float) -> None:
-        """seconds: the index's column, to make chunks of equal cost. Starts the task processes:
-        they import what they need while the caller builds its model."""
+    def __init__(
+        self,
+        spec: ReaderSpec,
+        seconds: np.ndarray | Column,
+        cpus: float,
+        nodes: Mapping[str, str] | None = None,
+    ) -> None:
+        """seconds: of audio by row. cpus: for this reader alone; under half of one, its one task
+        asks for that share of a CPU. nodes: labels of those that may read; {} or None: any.
+
+        Processes are started at once: they import what they need while the caller builds its model.
+        """
         self.spec = spec
         self._seconds = seconds
         self.tasks = max(1, round(cpus))
         self.cpus_per_task = min(1.0, cpus / self.tasks)
-        warm_up = ray.remote(num_cpus=self.cpus_per_task)(_warm_up)
+        self._options = {
+            "num_cpus": self.cpus_per_task,
+            "max_retries": -1,
+            **({"label_selector": dict(nodes)} if nodes else {}),
+        }
+        warm_up = ray.remote(**self._options)(_warm_up)
         self._warming = [warm_up.remote(spec) for _ in range(self.tasks)]
 
     def read(self, works: Iterator[Work]) -> Iterator[MicroBatch]:
         """Micro-batches in the order of `works`. Closing the iterator ends its tasks."""
-        _configure()
-        spans = self._spans(works)
-        current = self._start(next(spans, None))
-        following: _Span | None = None
+        task = ray.remote(num_returns="streaming", **self._options)(read_micro_batches)
+        ahead = _Ahead(task, self.spec, self.tasks, works, self._seconds)
         try:
-            while current is not None:
-                for number, batch in enumerate(current):
-                    if following is None and number >= current.works // 2:
-                        following = self._start(next(spans, None))
-                    yield batch
-                if following is None:
-                    following = self._start(next(spans, None))
-                current, following = following, None
+            while (batch := ahead.take()) is not None:
+                yield batch
         finally:
-            for span in (current, following):
-                if span is not None:
-                    span.close()
-
-    def _start(self, span: list[list[Work]] | None) -> _Span | None:
-        if span is None:
-            return None
-        dataset = ray.data.read_datasource(
-            _Chunks(self.spec, span),
-            override_num_blocks=len(span),
-            num_cpus=self.cpus_per_task,
-            concurrency=min(self.tasks, len(span)),
-        )
-        return _Span(dataset, sum(len(chunk) for chunk in span))
-
-    def _spans(self, works: Iterator[Work]) -> Iterator[list[list[Work]]]:
-        first, later = FIRST_SPAN * self.tasks, SPAN * self.tasks
-        sizes = chain(repeat(CHUNK, first), repeat(LARGE))
-        parts = chunks(works, self._seconds, sizes)
-        lengths = chain([first], repeat(later))
-        while span := list(islice(parts, next(lengths))):
-            yield span
+            ahead.close()
 
 
 def _warm_up(spec: ReaderSpec) -> None:
     spec.reader()
 
 
-class _Span:
-    """One running dataset. Its tasks start at once, not when the first batch is asked for."""
+@dataclass
+class _Chunk:
+    """A task that was begun. amounts: of its works that have not been taken."""
 
-    def __init__(self, dataset: ray.data.Dataset, works: int) -> None:
-        self.works = works
-        self._batches = iter(
-            dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-        )
-        self._first: list[pa.Table | Exception | None] = []
-        self._starter = threading.Thread(target=self._begin, daemon=True, name="span")
-        self._starter.start()
+    batches: ObjectRefGenerator
+    amounts: deque[float]
+    running: bool = True
 
-    def _begin(self) -> None:
-        try:
-            self._first.append(next(self._batches, None))
-        except Exception as error:  # noqa: BLE001 - raised by the consumer, in `__iter__`
-            self._first.append(error)
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        self._starter.join()
-        first = self._first[0]
-        if isinstance(first, Exception):
-            raise first
-        table = first
-        while table is not None:
-            yield from_table(table)
-            table = next(self._batches, None)
+class _Ahead:
+    """Tasks of a stream, oldest first: begins as many as may run, and no more than fit."""
+
+    def __init__(
+        self,
+        task: RemoteFunction,
+        spec: ReaderSpec,
+        tasks: int,
+        works: Iterator[Work],
+        seconds: np.ndarray | Column,
+    ) -> None:
+        self._task, self._spec, self._tasks, self._seconds = task, spec, tasks, seconds
+        self._begun: deque[_Chunk] = deque()
+        self._chunks = chunks(works, seconds, self._sizes())
+        self._bytes: float | None = None  # the most for an amount of 1, of late
+        self._held = 0.0  # amount of all that was begun and not taken
+        self._next: tuple[list[Work], deque[float]] | None = None
+        self._pull()
+
+    def take(self) -> MicroBatch | None:
+        """The next micro-batch, once it is there; None after the last. Raises the UserError that
+        came in its place."""
+        self._begin()
+        if not self._begun:
+            return None
+        self._wait()
+        chunk = self._begun[0]
+        found = ray.get(next(chunk.batches))
+        if isinstance(found, Mistake):
+            raise UserError(found.message)
+        amount_of_it = chunk.amounts.popleft()
+        self._held -= amount_of_it
+        self._bytes = max(FADES * (self._bytes or 0.0), found.nbytes / max(1.0, amount_of_it))
+        if not chunk.amounts:  # what is left of its task is to end
+            self._begun.popleft()
+        return found
 
     def close(self) -> None:
-        """End the dataset's tasks."""
-        self._starter.join()
-        self._batches.close()
+        """End all tasks."""
+        for chunk in self._begun:
+            if chunk.running:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.cancel(chunk.batches)
+        self._begun.clear()
 
+    def _sizes(self) -> Iterator[float]:
+        """Of chunks, as an amount of work: small while nothing is known, so that the first
+        micro-batches come early and from all CPUs."""
+        for _ in range(BEGUN * self._tasks):
+            yield CHUNK
+        while True:
+            fit = AHEAD / SHARE / self._bytes if self._bytes else CHUNK
+            yield min(LARGE, fit)
 
-def _configure() -> None:
-    """Ray Data's settings for streams of small ordered blocks (process-wide)."""
-    context = DataContext.get_current()
-    context.target_max_block_size = (
-        1  # else the micro-batches of a task arrive together, at its end
-    )
-    context.execution_options.preserve_order = True
-    # Reservation admits one task in a dataset's first second and splits CPUs evenly between
-    # datasets; spans bound the look-ahead instead, and `concurrency` the CPUs.
-    context.op_resource_reservation_enabled = False
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # Warns that there are no progress bars.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    def _pull(self) -> None:
+        chunk = next(self._chunks, None)
+        amounts = deque(amount(work, self._seconds) for work in chunk or ())
+        self._next = None if chunk is None else (chunk, amounts)
+
+    def _begin(self) -> None:
+        """Begin chunks while there is a CPU for them and room for what they bring."""
+        while self._next is not None:
+            chunk, amounts = self._next
+            if sum(chunk.running for chunk in self._begun) >= self._tasks:
+                return
+            if self._begun and not self._fits(sum(amounts)):
+                return
+            batches = self._task.remote(self._spec, chunk)
+            self._begun.append(_Chunk(batches, amounts))
+            self._held += sum(amounts)
+            self._pull()
+
+    def _fits(self, more: float) -> bool:
+        if self._bytes is None:
+            return len(self._begun) < BEGUN * self._tasks
+        return (self._held + more) * self._bytes <= AHEAD * self._tasks
+
+    def _wait(self) -> None:
+        """Until the oldest chunk's next micro-batch is there; meanwhile, as tasks end, begin
+        others."""
+        while True:
+            running = {chunk.batches.completed(): chunk for chunk in self._begun if chunk.running}
+            head = self._begun[0].batches
+            waited = [head, *running]
+            ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
+            if not ready:
+                ready, _ = ray.wait(waited, num_returns=1)
+            for reference in ready:
+                if reference is not head:
+                    running[reference].running = False
+            self._begin()
+            if any(reference is head for reference in ready):
+                return

@@ -354,7 +354,7 @@ def test_jobs_that_build_the_same_index_at_once_share_it(tmp_path):
 def test_a_damaged_cache_is_named(tmp_path):
     units = most(tmp_path / "u.json", 5)
     index = build(tmp_path / "i", units)
-    (saved,) = (tmp_path / "i/parts").iterdir()
+    (saved,) = (tmp_path / "i/parts").glob("*.npz")
     saved.write_bytes(saved.read_bytes()[:100])
     with pytest.raises(UserError, match=rf"data.index_path: {saved} is damaged"):
         build(tmp_path / "i", units)
@@ -371,3 +371,70 @@ def test_progress_counts_bytes_up_to_all_of_them(tmp_path, small_chunks):
     assert seen[-1] == (size, size)
     assert len(seen) > 3
     assert seen == sorted(seen)
+
+
+@pytest.fixture
+def rows_read(monkeypatch):
+    """Parts whose rows were loaded."""
+    found = []
+    load = part.load_part
+
+    def counted(path, rows=True):
+        if rows:
+            found.append(path)
+        return load(path, rows)
+
+    monkeypatch.setattr(part, "load_part", counted)
+    return found
+
+
+def test_data_that_has_not_changed_is_not_joined_again(tmp_path, rows_read):
+    file = corpus(tmp_path)
+    first = build(tmp_path / "i", file)
+    rows_read.clear()
+    second = build(tmp_path / "i", file)
+    assert rows_read == []
+    assert (second.folder, second.repeats) == (first.folder, first.repeats)
+    assert contents(second) == contents(first)
+    # In a folder that may only be read it is joined each time.
+    (record,) = (tmp_path / "i" / "parts").glob("*.json")
+    record.unlink()
+    record.mkdir()
+    assert contents(build(tmp_path / "i", file)) == contents(first)
+    assert rows_read
+
+
+@pytest.mark.parametrize("what", ["index", "part", "clip", "record"])
+def test_what_has_changed_is_joined_again(tmp_path, rows_read, what):
+    lines = [asr(f"{n}.wav", id=f"e{n}") for n in range(3)]
+    for n in range(3):
+        clip(tmp_path / f"{n}.wav", 0.3)
+    file = jsonl(tmp_path / "t.jsonl", lines)
+    first = build(tmp_path / "i", file)
+    kept = contents(first)
+    rows_read.clear()
+    if what == "index":
+        shutil.rmtree(first.folder)
+    elif what == "part":
+        (path,) = (tmp_path / "i" / "parts").glob("*.npz")
+        path.unlink()
+    elif what == "clip":
+        clip(tmp_path / "1.wav", 0.6)
+    else:
+        (record,) = (tmp_path / "i" / "parts").glob("*.json")
+        record.write_text("{")
+    second = build(tmp_path / "i", file)
+    assert rows_read
+    if what == "clip":
+        assert second.seconds.tolist() == pytest.approx([0.3, 0.6, 0.3])
+    else:
+        assert contents(second) == kept
+
+
+def test_ids_that_repeat_are_told_of_at_every_start(tmp_path, caplog):
+    clip(tmp_path / "a.wav")
+    file = jsonl(tmp_path / "t.jsonl", [asr(id="same"), asr(id="same")])
+    for _ in range(2):
+        caplog.clear()
+        build(tmp_path / "i", file)
+        assert "2 examples have an id that others have too: 'same'" in caplog.text
