@@ -2,12 +2,17 @@
 
 The one place where training data is decoded and featurised. It runs inside tasks of Ray
 (`stream.py`) and, for tests and benchmarks, in process. Costs one decode and one feature pass a
-clip; memory is that of one chunk of works' records and one micro-batch.
+clip; memory is that of one chunk of works' records and one micro-batch; where storage lets one
+wait, also of `READS` clips, which are then read at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -16,7 +21,7 @@ import numpy as np
 
 from raysft.data.clips.audio import Shared, load
 from raysft.data.clips.file import MISSING_SHARE
-from raysft.data.clips.stalled import ClipReader
+from raysft.data.clips.stalled import IN_A_ROW, ClipReader
 from raysft.data.encode import Encoder
 from raysft.data.example import Example, MicroBatch, Quarantined, Sequence
 from raysft.data.index.build import Index
@@ -26,6 +31,10 @@ from raysft.errors import BadExample
 
 CLIP_S = 2.0  # seconds of audio that take about as long to read as the rest of an example
 CHUNK = 128  # examples of at most CLIP_S a chunk of work should hold: a quarter of a second's work
+READS = 16  # clips asked for at once where the storage lets one wait
+SLOW_S = 0.004  # that it lets wait for a clip, on average of `LOOKED_AT`
+SLOW_TIMES = 2.0  # as long as decoding takes
+LOOKED_AT = 32  # clips
 GROWN = 2.0  # times its length in the index above which a clip is not even decoded
 
 
@@ -39,6 +48,39 @@ class Work:
     lane: int
     rows: np.ndarray
     skip: frozenset[int] = frozenset()
+
+
+Load = Callable[[], list[np.ndarray]]
+
+
+class Storage:
+    """Whether clips let one wait: measured while they are read one after the other.
+
+    A network's file system answers for each clip some milliseconds late, a bucket behind FUSE 20 to
+    100: a core that reads one at a time then idles. `slow` once and for all: nothing shows that it
+    has become fast while many are read at once, which costs little there.
+    """
+
+    def __init__(self) -> None:
+        self.slow = False
+        self._waited = self._worked = 0.0
+        self._count = 0
+
+    def timed(self, load: Load) -> list[np.ndarray]:
+        """load(), timed."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            return load()
+        finally:
+            worked = time.process_time() - cpu
+            self._worked += worked
+            self._waited += max(0.0, time.perf_counter() - wall - worked)
+            self._count += 1
+            if self._count >= LOOKED_AT:
+                each = self._waited / self._count
+                self.slow = each > SLOW_S and self._waited > SLOW_TIMES * self._worked
+                self._waited = self._worked = 0.0
+                self._count = 0
 
 
 @dataclass
@@ -57,10 +99,14 @@ class Reader:
     budget: int
     seed: int | None
     _clips: ClipReader = field(init=False, repr=False)
+    _several: ClipReader = field(init=False, repr=False)
     _shared: Shared = field(init=False, repr=False, default_factory=Shared)
+    _storage: Storage = field(init=False, repr=False, default_factory=Storage)
 
     def __post_init__(self) -> None:
         self._clips = ClipReader(self.encoder.limits)
+        # As many stall together as are read at once.
+        self._several = ClipReader(self.encoder.limits, IN_A_ROW * READS)
 
     def read(self, works: Iterator[Work]) -> Iterator[MicroBatch]:
         """Micro-batches in the order of `works`, each as soon as it is ready."""
@@ -69,14 +115,44 @@ class Reader:
 
     def read_chunk(self, works: list[Work]) -> Iterator[MicroBatch]:
         """As `read`; the records of all works are fetched in one pass over their files."""
-        self._clips.refresh()
+        reader = self._several if self._storage.slow else self._clips
+        reader.refresh()
         rows = np.concatenate([work.rows for work in works]) if works else np.zeros(0, np.int64)
-        examples = iter(self.index.examples(rows))
-        for work in works:
-            yield self._micro_batch(work, [next(examples) for _ in work.rows])
+        found = self.index.examples(rows)
+        skipped = [slot in work.skip for work in works for slot in range(len(work.rows))]
+        examples = iter(found)
+        todo = [
+            partial(self._load, reader, example, row)
+            for example, row, skip in zip(found, rows, skipped, strict=True)
+            if not skip
+        ]
+        with closing(self._loads(todo)) as loads:
+            for work in works:
+                yield self._micro_batch(work, [next(examples) for _ in work.rows], loads)
         self._shared.clear()
 
-    def _micro_batch(self, work: Work, examples: list[Example]) -> MicroBatch:
+    def _loads(self, todo: list[partial[list[np.ndarray]]]) -> Generator[Load]:
+        """`todo`, in order: what gives the clips of an example. Read ahead, several at once, where
+        the storage lets one wait."""
+        if not self._storage.slow:
+            yield from (partial(self._storage.timed, load) for load in todo)
+            return
+        pool = ThreadPoolExecutor(READS, "reads")
+        ahead: deque[Load] = deque()
+        try:
+            for load in todo:
+                # Parts share what was decoded of their file, one after the other.
+                parts = any(clip.part for clip in load.args[1].audio())
+                ahead.append(load if parts else pool.submit(load).result)
+                if len(ahead) >= READS:
+                    yield ahead.popleft()
+            yield from ahead
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _micro_batch(
+        self, work: Work, examples: list[Example], loads: Iterator[Load]
+    ) -> MicroBatch:
         sequences: list[Sequence] = []
         slots: list[int] = []
         langs: list[str | None] = []
@@ -87,7 +163,7 @@ class Reader:
             if slot in work.skip:
                 continue
             try:
-                clips = self._load(example, work.rows[slot])
+                clips = next(loads)()
                 rng = self._rng(work, slot)
                 sequence = self.encoder.encode(example, clips, rng, promised=planned[slot])
                 excess = len(sequence.input_ids) - planned[slot]
@@ -127,7 +203,7 @@ class Reader:
         key = [self.seed % 2**64, work.epoch]
         return np.random.Generator(np.random.Philox(counter=counter, key=key))
 
-    def _load(self, example: Example, row: int) -> list[np.ndarray]:
+    def _load(self, reader: ClipReader, example: Example, row: int) -> list[np.ndarray]:
         audio = example.audio()
         if not audio:
             return []
@@ -137,7 +213,7 @@ class Reader:
         decode = partial(
             load, rate=rate, limits=limits, most_seconds=most, indexed=True, shared=self._shared
         )
-        clips = [self._clips.call(decode, clip) for clip in audio]
+        clips = [reader.call(decode, clip) for clip in audio]
         seconds, planned = sum(map(len, clips)) / rate, float(self.index.seconds[row])
         if seconds < planned * (1 - MISSING_SHARE):
             raise BadExample(

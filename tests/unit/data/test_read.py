@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +21,7 @@ from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch
 from raysft.data.index.build import build_index
 from raysft.data.plan.plan import Plan
-from raysft.data.read.reader import Reader, Work, chunks
+from raysft.data.read.reader import LOOKED_AT, READS, Reader, Storage, Work, chunks
 from tests.conftest import tone
 from tests.support.batches import differences
 from tests.support.models import AUDIO, CAUSAL
@@ -174,6 +177,72 @@ def size_of(first: int, later: int):
     yield first
     while True:
         yield later
+
+
+def test_storage_that_lets_one_wait_is_asked_for_several_clips_at_once(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = [Work(0, step, 0, np.arange(CLIPS)) for step in range(8)]
+    reader, other = make_reader(corpus), make_reader(corpus)
+    soundfile.write(corpus.parent / "clip0005.wav", tone(60.0, 16000, 300), 16000)
+    expected = list(other.read_chunk(works))
+    assert all(batch.quarantined for batch in expected)
+    pause, at_once, most = 0.05, 0, 0
+    lock, real = threading.Lock(), os.open
+
+    def late(path: str, *args: int) -> int:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(pause)
+        with lock:
+            at_once -= 1
+        return real(path, *args)
+
+    monkeypatch.setattr("raysft.data.clips.file.os.open", late)
+    assert_same(list(reader.read_chunk(works[:4])), expected[:4])
+    assert most == 1
+    assert_same(list(reader.read_chunk(works[4:])), expected[4:])
+    assert 8 <= most <= READS
+    # What is left of a chunk that nobody wants any more is not read.
+    chunk = reader.read_chunk(works)
+    assert differences(next(chunk), expected[0]) == []
+    chunk.close()
+    time.sleep(3 * pause)
+    most = 0
+    time.sleep(3 * pause)
+    assert most == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cpu", "slow"),
+    [(0.002, 0.002, False), (0.004, 0.001, False), (0.03, 0.028, False), (0.02, 0.002, True)],
+)
+def test_storage_is_slow_where_most_of_a_long_read_is_waiting(
+    seconds: float, cpu: float, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = {"perf_counter": 0.0, "process_time": 0.0}
+    for name in clocks:
+        monkeypatch.setattr(f"raysft.data.read.reader.time.{name}", lambda name=name: clocks[name])
+
+    def read() -> list[np.ndarray]:
+        clocks["perf_counter"] += seconds
+        clocks["process_time"] += cpu
+        return []
+
+    storage = Storage()
+    for _ in range(LOOKED_AT - 1):
+        storage.timed(read)
+    assert not storage.slow  # a few clips tell nothing
+    storage.timed(read)
+    assert storage.slow is slow
+
+
+def assert_same(found: list[MicroBatch], expected: list[MicroBatch]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert differences(one, other) == []
 
 
 def test_a_stereo_clip_at_another_rate_is_read_as_it_was_planned(tmp_path: Path) -> None:
