@@ -1,6 +1,7 @@
 """How fast do audio files become batches in a training process? Ours against lhotse + DataLoader.
 
     ours     index, plan, data tasks of Ray on N CPUs, `Feed` with the model's collate
+    reader   N times what our reader does in one process, without Ray or collate: the most there is
     lhotse   CutSet, DynamicBucketingSampler, OnTheFlyFeatures, a torch DataLoader of N workers
 
 N is 3, or on a small machine what is left beside the training process: 1 on 2 cores. Both have the
@@ -17,6 +18,7 @@ about 4 minutes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import results_io
@@ -37,7 +39,7 @@ CLIP_S, RATE, TARGET_RATE, MELS = 2.0, 22_050, 16_000, 80
 BATCH = 48  # clips
 MOST = 3  # processes that read
 TEXT = "one two three four five six seven"
-CONTENDERS = ("ours", "lhotse")
+CONTENDERS = ("ours", "reader", "lhotse")
 
 
 def make_corpus(folder: Path, clips: int) -> None:
@@ -79,35 +81,73 @@ def measured(start: Callable[[], Iterator[int]]) -> dict[str, float]:
     return {"first_s": first - began, "clips_per_s": clips / (last - first), "clips": clips}
 
 
-def ours(corpus: Path, reads: int, processes: int) -> dict[str, Any]:
-    """Index, plan, RayReader, Feed; in a Ray of this process."""
-    import ray
-    import torch
+class Prepared(NamedTuple):
+    """What reading the corpus takes. model, data: of the config."""
 
-    from raysft import models
+    model: Any
+    data: Any
+    encoder: Any
+    index: Any
+    plan: Any
+
+
+def prepared(corpus: Path) -> Prepared:
+    """Index and plan of the corpus."""
     from raysft.config.schema import Data, Model, Source
     from raysft.data.encode import make_encoder
     from raysft.data.index.build import build_index
     from raysft.data.plan.plan import Plan
-    from raysft.data.read.stream import RayReader, ReaderSpec
-    from raysft.driver.session import ray_session
-    from raysft.parallel import World
-    from raysft.train.feed import Feed
 
-    torch.set_num_threads(1)
     model = Model(tokenizer="bytes", config=_model(), feature_extractor={"chunk_length": 2})
     source = Source(path=str(corpus / "train.jsonl"))
     data = Data(train=[source], lanes=1, tokens_per_batch=1, mode="padded")
     encoder = make_encoder(model, data, corpus)
     index = build_index([source], "train", encoder, corpus / "index")
     data = data.model_copy(update={"tokens_per_batch": BATCH * int(index.tokens.max())})
-    plan = Plan.of(index, data, 0)
+    return Prepared(model, data, encoder, index, Plan.of(index, data, 0))
+
+
+def reader(corpus: Path, reads: int, processes: int) -> dict[str, Any]:
+    """Our reader alone, in this process; as fast in each of `processes`."""
+    import torch
+
+    from raysft.data.read.reader import Reader, Work
+
+    torch.set_num_threads(1)
+    made = prepared(corpus)
+    own = Reader(made.index, made.encoder, made.data.tokens_per_batch, 0)
+
+    def start(steps: int) -> Iterator[int]:
+        planned = itertools.islice(made.plan.steps(made.plan.start()), steps)
+        works = (Work(step.epoch, step.step, 0, step.lanes[0]) for step in planned)
+        for batch in own.read(works):
+            yield len(batch.ids)
+
+    cold = measured(lambda: start(2))
+    found = measured(lambda: start(reads // processes // BATCH))
+    found["clips_per_s"] *= processes
+    return {"cold_first_s": cold["first_s"], **found}
+
+
+def ours(corpus: Path, reads: int, processes: int) -> dict[str, Any]:
+    """Index, plan, RayReader, Feed; in a Ray of this process."""
+    import ray
+    import torch
+
+    from raysft import models
+    from raysft.data.read.stream import RayReader, ReaderSpec
+    from raysft.driver.session import ray_session
+    from raysft.parallel import World
+    from raysft.train.feed import Feed
+
+    torch.set_num_threads(1)
+    model, data, encoder, index, plan = prepared(corpus)
     adapter = models.build(model, data, encoder, 0)
 
     def start(steps: int) -> Iterator[int]:
-        reader = RayReader(spec, index.seconds, processes)
-        assert (reader.tasks, reader.cpus_per_task) == (processes, 1.0)
-        feed = Feed(plan, 1, adapter, reader.read, World.current(), steps, data.prefetch)
+        stream = RayReader(spec, index.seconds, processes)
+        assert (stream.tasks, stream.cpus_per_task) == (processes, 1.0)
+        feed = Feed(plan, 1, adapter, stream.read, World.current(), steps, data.prefetch)
         for batch in feed.open(None):
             features = batch.turns[0].batch["input_features"]
             assert features.shape[1:] == (MELS, CLIP_S * 100)
@@ -223,7 +263,7 @@ def compare(corpus: Path, reads: int, rounds: int, processes: int) -> dict[str, 
 def draw(results: dict[str, Any], processes: int) -> pyplot.Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 2.6))
     speed = [results[name]["median"]["clips_per_s"] for name in CONTENDERS]
-    colours = ["tab:green", "tab:grey"]
+    colours = ["tab:green", "tab:olive", "tab:grey"]
     axes[0].bar_label(axes[0].barh(CONTENDERS, speed, color=colours), fmt="%.0f", padding=3)
     each = "1 process each" if processes == 1 else f"{processes} processes each"
     axes[0].set(title=each, xlabel="clips of 2 s a second")
@@ -249,7 +289,7 @@ def main() -> None:
         parser.add_argument("reads", type=int)
         parser.add_argument("processes", type=int)
         options = parser.parse_args()
-        contender = {"ours": ours, "lhotse": lhotse}[options.run]
+        contender = {"ours": ours, "reader": reader, "lhotse": lhotse}[options.run]
         print(json.dumps(contender(options.corpus, options.reads, options.processes)))
         return
     options = results_io.arguments(__doc__.splitlines()[0])
@@ -263,7 +303,9 @@ def main() -> None:
             print(f"other work runs on this machine (load {load:.1f}): no figures to be quoted")
         results = compare(Path(folder), reads, rounds, processes)
     ratio = results["ours"]["median"]["clips_per_s"] / results["lhotse"]["median"]["clips_per_s"]
+    share = results["ours"]["median"]["clips_per_s"] / results["reader"]["median"]["clips_per_s"]
     print(f"ours / lhotse: {ratio:.2f}, with {processes} of {cores} cores to read each")
+    print(f"ours / our reader in process: {share:.2f}")
     payload = {
         "clips": clips,
         "reads": reads,
@@ -273,6 +315,7 @@ def main() -> None:
         "cores_each": min(cores, processes + 1),
         "load_before": load,  # of other work on the machine
         "ratio": ratio,
+        "of_reader": share,
         "results": results,
     }
     print(

@@ -151,7 +151,9 @@ def counted(seconds: float) -> dict[str, dict[str, float]]:
         return call(method, args, kwargs, **settings)
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
