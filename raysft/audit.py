@@ -12,7 +12,7 @@ interrupted, or still goes on, is judged by what it has recorded so far.
 
 Runs from before lines were chained and named what was quarantined are judged by what they have.
 Exit code 0: clean; 1: findings, the first of which are printed, or an error. Reads the ids of all
-examples from their data files (20 to 200 us each); of the ledger it holds a few lines a file.
+examples from their data files (20 to 200 us each); of the ledger it holds a few lines a lane.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ USAGE = """usage: {command} RUN [--deep [--sample N]]
 
 --deep reads N batches (32) again from the data and compares them with what was trained on."""
 SAMPLE = 32
-_BLOCK = 1 << 14  # bytes of a ledger file in memory: there may be a thousand files
+_BLOCK = 1 << 14  # bytes of a ledger file in memory: there may be a thousand lanes
 
 
 def audit(run: Path, sample: int = 0) -> Report:
@@ -130,14 +130,18 @@ def _recorded(run: Path, report: Report) -> Iterator[Line]:
     parts: list[Iterator[Line]] = []
     for lane, own in known.items():
         ends = [first for first, _ in own[1:]] + [sys.maxsize]
-        for (first, path), end in zip(own, ends):
-            parts.append(_of_file(path, lane, range(first, end), report))
-    ours = {path for own in known.values() for _, path in own}
+        parts.append(_of_lane(lane, [(p, range(n, end)) for (n, p), end in zip(own, ends)], report))
+    ours = {path for own in files(run, empty=True).values() for _, path in own}
     for path in sorted((run / "ledger").glob("*.jsonl")):
         if path not in ours:
             report.add(f"{path.name}: is no file of the ledger")
             parts.append(_lines(path, _FIELDS, report))
     return heapq.merge(*parts, key=lambda line: line["step"])
+
+
+def _of_lane(lane: int, own: list[tuple[Path, range]], report: Report) -> Iterator[Line]:
+    for path, steps in own:
+        yield from _of_file(path, lane, steps, report)
 
 
 def _of_file(path: Path, lane: int, steps: range, report: Report) -> Iterator[Line]:

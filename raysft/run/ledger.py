@@ -1,6 +1,7 @@
 """The ledger: what every (step, lane) trained on, each line chained to the one before it.
 
-    ledger/lane_L_from_N.jsonl   lane L from step N on: a file for each start of the run
+    ledger/lane_L_from_N.jsonl   lane L from step N on, up to its next file: a file for each start
+                                 of the run, and another one every FULL bytes
 
     {"epoch", "step", "lane",
      "ids": [...],           the examples trained on, in the order planned
@@ -19,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from raysft.run.lines import Line, Lines
 
 Heads = dict[int, str]
 """Of each lane the chain of its last line."""
+FULL = 4 << 20
+"""Bytes after which a lane goes on in another file."""
 
 
 def genesis(identity: str, lane: int) -> str:
@@ -44,16 +47,31 @@ def chain(before: str, line: Line) -> str:
 
 class Ledger:
     """Writes the lines of some lanes, from a step on. A lane has one writer, and every start of a
-    run its own files."""
+    run its own files.
+
+    Files are short, so that whoever goes on from a checkpoint has little to look through, and can
+    put a copy in the place of the last one.
+    """
 
     def __init__(
-        self, folder: Path, lanes: Iterable[int], first: int, heads: Mapping[int, str]
+        self,
+        folder: Path,
+        lanes: Iterable[int],
+        first: int,
+        heads: Mapping[int, str],
+        owned: Callable[[], None] = lambda: None,
     ) -> None:
-        """first: the step of the first line. heads: where the chains of these lanes stand."""
-        self._files = {
-            lane: Lines(folder / "ledger" / f"lane_{lane}_from_{first}.jsonl") for lane in lanes
-        }
+        """first: the step of the first line. heads: where the chains of these lanes stand. owned:
+        called between the making of a later file and its first line: raises UserError where the run
+        is another's by now. Whoever took it over before the file was there does not know of it,
+        whoever comes later clears it away."""
+        self._folder, self._owned = folder / "ledger", owned
+        self._files = {lane: self._open(lane, first) for lane in lanes}
+        self._full: list[Lines] = []  # to be synced, and closed
         self.heads: Heads = {lane: heads[lane] for lane in self._files}
+
+    def _open(self, lane: int, first: int, new: bool = False) -> Lines:
+        return Lines(self._folder / f"lane_{lane}_from_{first}.jsonl", new)
 
     def write(
         self,
@@ -68,17 +86,25 @@ class Ledger:
         line: Line = {"epoch": epoch, "step": step, "lane": lane, "ids": ids}
         line |= {"quarantined": list(quarantined), "tensors": tensors}
         line["chain"] = chain(self.heads[lane], line)
+        if self._files[lane].size >= FULL:
+            following = self._open(lane, step, new=True)
+            self._owned()
+            self._full.append(self._files[lane])
+            self._files[lane] = following
         self._files[lane].write(line)
         self.heads[lane] = line["chain"]
 
     def sync(self) -> None:
-        """What was written is on the disk when this returns."""
-        for file in self._files.values():
+        """What was written is on the disk when this returns. Another thread may write meanwhile."""
+        for file in list(self._files.values()):
             file.sync()
+        while self._full:  # after the others: what was moved here meanwhile is synced here
+            self._full[0].sync()
+            self._full.pop(0).close()
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
+        for file in [*self._files.values(), *self._full]:
             file.close()
 
 
@@ -86,17 +112,23 @@ _NAME = re.compile(r"lane_(\d+)_from_(\d+)\.jsonl")
 
 
 @patient
-def files(folder: Path) -> dict[int, list[tuple[int, Path]]]:
-    """Of each lane: (first step it may hold, file), in the order of steps."""
+def files(folder: Path, empty: bool = False) -> dict[int, list[tuple[int, Path]]]:
+    """Of each lane: (first step it may hold, file), in the order of steps.
+
+    empty: also those without a line, which a start leaves that has written nothing.
+    """
     found: dict[int, list[tuple[int, Path]]] = {}
     try:
-        names = os.listdir(folder / "ledger")  # Path.glob takes a folder it may not read for empty
+        entries = list(
+            os.scandir(folder / "ledger")
+        )  # Path.glob takes one it may not read for empty
     except FileNotFoundError:
-        names = []
-    for name in names:
-        match = _NAME.fullmatch(name)
-        if match:
-            found.setdefault(int(match[1]), []).append((int(match[2]), folder / "ledger" / name))
+        entries = []
+    for entry in entries:
+        match = _NAME.fullmatch(entry.name)
+        if match and (empty or entry.stat().st_size):
+            path = folder / "ledger" / entry.name
+            found.setdefault(int(match[1]), []).append((int(match[2]), path))
     return {lane: sorted(files) for lane, files in sorted(found.items())}
 
 

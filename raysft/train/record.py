@@ -223,6 +223,12 @@ class Record:
         if self.lease is not None:
             self.lease.require()
 
+    def _owned_now(self) -> None:
+        """As `require`, asked of the folder, not of the clock."""
+        taken = self.lease.lost() if self.lease is not None else None
+        if taken is not None:
+            raise UserError(taken)
+
     def open(self, step: int, identity: str, heads: dict[str, str] | None = None) -> None:
         """Open the files, cut back to `step` already, to append. identity: of the run; heads: where
         the ledger's chains stood at `step`, as `heads` gave them; None: they begin here."""
@@ -230,7 +236,7 @@ class Record:
         lanes = self.world.lanes(self.config.data.lanes)
         begun = {lane: genesis(identity, lane) for lane in lanes}
         at = begun if heads is None else {lane: heads[str(lane)] for lane in lanes}
-        self._ledger = Ledger(self.folder, lanes, step + 1, at)
+        self._ledger = Ledger(self.folder, lanes, step + 1, at, self._owned_now)
         self.files = [self._ledger]
         known = {}
         if self.world.is_main:

@@ -7,13 +7,18 @@ import json
 import logging
 import os
 import resource
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from raysft.errors import UserError
+from raysft.run import ledger as ledger_module
 from raysft.run import lines as module
-from raysft.run.ledger import Ledger, genesis
-from raysft.run.lines import Lines, cut_back, read_lines
+from raysft.run.ledger import Chains, Ledger, files, genesis
+from raysft.run.lines import Lines, cut_back, last_step, read_lines
 from raysft.train.metrics import cut_back_run, last_recorded
 
 TORN = {
@@ -86,6 +91,141 @@ def test_a_file_cut_at_any_byte_is_read_cut_back_and_written_on(
         out.write({"step": 99})
         out.close()
         assert steps_of(path) == [*range(1, sound + 1), 99]
+
+
+def bytes_read() -> int:
+    """By this process so far, from the page cache too."""
+    (line,) = [x for x in Path("/proc/self/io").read_text().splitlines() if x.startswith("rchar")]
+    return int(line.split()[1])
+
+
+@given(
+    steps=st.lists(st.integers(1, 30), max_size=40).map(sorted),
+    early=st.lists(st.integers(0, 40), max_size=6),  # where lines of step 0 lie
+    spoilt=st.lists(
+        st.tuples(st.integers(0, 40), st.sampled_from(list(TORN.values()))), max_size=3
+    ),
+    cut=st.integers(0, 300),
+    step=st.integers(0, 31),
+    block=st.integers(1, 64),
+    huge=st.sampled_from([0, 100, 1 << 30]),
+    in_place=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_seeking_from_the_end_keeps_what_reading_it_all_would_keep(
+    steps: list[int],
+    early: list[int],
+    spoilt: list[tuple[int, bytes]],
+    cut: int,
+    step: int,
+    block: int,
+    huge: int,
+    in_place: bool,
+) -> None:
+    lines = [b'{"step": %d, "id": "\xc3\xa9"}\n' % number for number in steps]
+    for at in early:
+        lines.insert(at, b'{"id": "a", "step": 0}\n')
+    for at, torn in spoilt:
+        lines.insert(at, torn[:200] + b"\n")
+    content = b"".join(lines)
+    content = content[: max(0, len(content) - cut)]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "a.jsonl"
+        path.write_bytes(content)
+        cut_back(path, step)  # of a short file every line is parsed
+        expected = read_lines(path)
+        path.write_bytes(content)
+        for name, value in {"SHORT": -1, "HUGE": huge, "_BLOCK": block, "_COPIED": block}.items():
+            patch.setattr(module, name, value)
+        patch.setattr(os, "fsync", lambda handle: None)
+        cut_back(path, step, in_place)
+        # It need not look at damaged lines that lie before what it drops: readers leave them out.
+        assert read_lines(path) == expected
+        assert path.read_bytes()[-1:] in (b"\n", b"")
+        assert last_step(path) == (expected[-1]["step"] if expected else 0)
+
+
+@pytest.mark.parametrize("huge", [True, False], ids=["in place", "copied"])
+def test_cutting_a_long_file_back_parses_its_end_alone(
+    huge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HUGE", (1 << 24) if huge else 1 << 30)
+    path, parsed = tmp_path / "lane_0_from_1.jsonl", 0
+    with open(path, "wb") as out:
+        for step in range(1, 200_001):
+            out.write(b'{"epoch": 0, "step": %d, "lane": 0, "ids": ["%0100d"]}\n' % (step, step))
+    size, real = path.stat().st_size, module.parse
+
+    def counted(raw: bytes, kinds: module.Kinds | None = None) -> module.Line:
+        nonlocal parsed
+        parsed += 1
+        return real(raw, kinds)
+
+    monkeypatch.setattr(module, "parse", counted)
+    inode, before = path.stat().st_ino, bytes_read()
+    assert last_step(path) == 200_000
+    assert cut_back(path, 199_000, in_place=True) is None
+    read = bytes_read() - before
+    assert last_step(path) == 199_000
+    assert parsed < 3_000
+    assert size > 25 << 20
+    if huge:
+        assert read < 1 << 20
+    else:
+        assert read < size + (1 << 20) and path.stat().st_ino != inode
+
+
+def test_a_lane_goes_on_in_another_file_before_one_is_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "FULL", 1000)
+    asked: list[int] = []
+    written = Ledger(
+        tmp_path, [0, 1], 1, {lane: genesis("a", lane) for lane in (0, 1)}, lambda: asked.append(1)
+    )
+    for step in range(1, 101):
+        for lane in (0, 1):
+            written.write(0, step, lane, [f"{step}:{lane}"])
+    written.sync()
+    written.close()
+    for lane, own in files(tmp_path).items():
+        assert len(own) > 10
+        chains = Chains("a", {}, whole=True)
+        ends = [first for first, _ in own[1:]] + [101]
+        for (first, path), end in zip(own, ends):
+            assert path.stat().st_size < 1300
+            lines = read_lines(path)
+            assert [line["step"] for line in lines] == list(range(first, end))
+            assert [chains.follow(line) for line in lines] == [None] * len(lines)
+            assert {line["lane"] for line in lines} == {lane}
+    assert len(asked) == sum(len(own) - 1 for own in files(tmp_path).values())
+    inodes = {path: path.stat().st_ino for own in files(tmp_path).values() for _, path in own}
+    assert last_recorded(tmp_path) == 100
+    cut_back_run(tmp_path, 50)
+    for own in files(tmp_path).values():
+        assert read_lines(own[-1][1])[-1]["step"] == 50
+        assert own[-1][1].stat().st_ino != inodes[own[-1][1]]  # who still writes there, writes away
+        assert all(path.stat().st_ino == inodes[path] for _, path in own[:-1])
+
+
+def test_who_lost_the_run_writes_no_line_into_a_file_that_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "FULL", 1)
+
+    def refuse() -> None:
+        raise UserError("another job has taken over")
+
+    written = Ledger(tmp_path, [0], 1, {0: genesis("a", 0)}, refuse)
+    written.write(0, 1, 0, ["a"])
+    with pytest.raises(UserError, match="taken over"):
+        written.write(0, 2, 0, ["b"])
+    written.close()
+    names = {path.name: path.stat().st_size for path in (tmp_path / "ledger").iterdir()}
+    assert names["lane_0_from_2.jsonl"] == 0
+    assert [first for first, _ in files(tmp_path)[0]] == [1]  # it is as if it were not there
+    cut_back_run(tmp_path, 5)
+    assert [path.name for path in (tmp_path / "ledger").iterdir()] == ["lane_0_from_1.jsonl"]
 
 
 def test_what_is_kept_is_kept_byte_for_byte(tmp_path: Path) -> None:
