@@ -222,6 +222,7 @@ def wrap(config: Config, speech_model: SpeechModel, world: World) -> Strategy:
         if one_shape(config, world.device):  # an encoder's clips are as many as they are
             fixed = set(speech_model.net.get_decoder().modules())
         compile_blocks(blocks(speech_model.supervised), world.device, fixed)
+    world.barrier()  # some have loaded for longer; what follows is a collective of the GPUs
     return make_strategy(config, speech_model.supervised, world)
 
 
@@ -254,7 +255,7 @@ def settle_experts(
             if tried.failed:
                 known["failed"] = tried.failed
             write_whole(folder / EXPERTS, json.dumps(known).encode())
-    known = world.gather(known)[0]
+    known = world.share(known)
     assert known is not None
     return _with_experts(config, known["backend"]), {"experts": known}
 

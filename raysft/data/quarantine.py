@@ -7,6 +7,8 @@ has the line alone, as has what a format from outside says: there the kind is re
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -73,6 +75,38 @@ def kind(reason: str) -> str:
     """The kind of a reason of which only the text is known."""
     found = _KIND.match(reason)
     return OTHER if found is None or found.lastgroup is None else KINDS[int(found.lastgroup[1:])]
+
+
+class Known:
+    """Which examples a run has quarantined, as rank 0 keeps it: by digests, 250 bytes each."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self._keys: set[bytes] = set()
+        self._names: set[bytes] = set()
+
+    def add(self, line: JsonObject) -> bool:
+        """Take in a line of quarantine.jsonl; False where it is known.
+
+        Data that was moved, or whose source was renamed, has its lines twice."""
+        key = [str(line.get(name)) for name in ("source", "path", "id")]
+        digest = _digest(key)
+        if digest in self._keys:
+            return False
+        self._keys.add(digest)
+        self._names.add(_digest(key[-1:]))
+        self.kinds[kind_of_line(line)] += 1
+        return True
+
+    @property
+    def names(self) -> int:
+        """How many there are, by their ids alone: the same under two sources is one."""
+        return len(self._names)
+
+
+def _digest(texts: list[str]) -> bytes:
+    content = json.dumps(texts).encode()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def summary(kinds: Iterable[str]) -> str:

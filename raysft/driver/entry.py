@@ -77,7 +77,7 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
     from raysft.train.loop import train
 
     config, world = join(settings, Path(settings["folder"]) if is_main else None)
-    group, begun = world.gather((group, begun))[0]
+    group, begun = world.share((group, begun))
     if "end" in begun:
         return  # failed too often; the driver says so
     time.sleep(begun.get("pause_s", 0.0))

@@ -34,6 +34,7 @@ GPU_BACKENDS = "cpu:gloo,cuda:nccl"  # offloaded parameters and counts travel as
 ALLOC, OLD_ALLOC = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # its name until torch 2.9
 # cuBLAS sums in one order where it has buffers of its own for each stream.
 CUBLAS_WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+GPU_THREADS = 8  # at most, for what a worker's host does: padding, copies, chores
 RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
 
 
@@ -41,7 +42,7 @@ RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
 class Shares:
     """Who gets which part of the cluster: training workers, and data tasks.
 
-    threads: of a worker on CPUs. room: cores that a worker may use.
+    threads: of a worker, for all that its CPU does. room: cores that a worker may use.
     """
 
     gpu: bool
@@ -84,7 +85,9 @@ class Shares:
             each = 1.0 if whole else max(0.01, min(1.0, (cpus - data_cpus) / workers))
         per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
         room = max(1, int((cpus - data_cpus) / workers))
-        return cls(gpu, per_worker, config.parallel.threads or room, room, data_cpus)
+        # Beside a GPU data tasks may have most cores; what the host does there comes in bursts.
+        own = max(2, min(GPU_THREADS, int(cpus / gpus / 4))) if gpu else room
+        return cls(gpu, per_worker, config.parallel.threads or own, room, data_cpus)
 
 
 def cpus_of(nodes: Mapping[str, str]) -> dict[str, float]:
@@ -136,7 +139,7 @@ def make_trainer(
         run_config=ray.train.RunConfig(
             name=f"{name}_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}",
             storage_path=str(folder / "ray_train"),
-            worker_runtime_env={"env_vars": worker_environment(config, shares.gpu)},
+            worker_runtime_env={"env_vars": worker_environment(config, shares)},
             logging_config=ray.train.LoggingConfig(log_level=log_level),
             callbacks=list(callbacks),
             failure_config=failures,
@@ -160,23 +163,28 @@ def join(settings: Settings, log_folder: Path | None) -> tuple[Config, World]:
     config = Config.model_validate(settings["config"])
     patience.allow(config.patience_s)
     world = World.current(worker.device_of(config))
-    if world.device.type == "cpu":
-        torch.set_num_threads(settings["threads"])
+    torch.set_num_threads(settings["threads"])
     return config, world
 
 
-def worker_environment(config: Config, gpu: bool) -> dict[str, str]:
+def worker_environment(config: Config, shares: Shares) -> dict[str, str]:
     """Environment of a worker, where libraries read it before our code runs. What the user has set
     stays.
 
-    On a CPU: OpenMP threads wait for each other by spinning, millions of turns long: as soon as
-    anything else wants a core, a step takes several times as long. A short spin, then sleep, costs
-    next to nothing on an idle machine. On a GPU: torch's memory grows in place, where blocks of
-    many sizes would lie beside each other half empty.
+    A group on gloo (every run has some) would connect each worker with each, of a thousand a
+    million times: connected is who speaks to whom. On a CPU: OpenMP threads wait for each other by
+    spinning, millions of turns long: as soon as anything else wants a core, a step takes several
+    times as long. A short spin, then sleep, costs next to nothing on an idle machine. On a GPU:
+    torch's memory grows in place, where blocks of many sizes would lie beside each other half
+    empty; and Ray would give what the host does one thread.
     """
-    settings = {"GOMP_SPINCOUNT": "10000"}
-    if gpu:
-        settings = {} if OLD_ALLOC in os.environ else {ALLOC: "expandable_segments:True"}
+    settings = {"TORCH_GLOO_LAZY_INIT": "1"}
+    if not shares.gpu:
+        settings["GOMP_SPINCOUNT"] = "10000"
+    else:
+        settings["OMP_NUM_THREADS"] = str(shares.threads)
+        if OLD_ALLOC not in os.environ:
+            settings[ALLOC] = "expandable_segments:True"
         if config.train.deterministic:
             settings |= CUBLAS_WORKSPACE
     return {k: os.environ.get(k, v) for k, v in settings.items()}

@@ -28,6 +28,7 @@ from raysft.config.schedule import another_length
 from raysft.data.example import Quarantined
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Cursor
+from raysft.data.quarantine import Known
 from raysft.driver import budget, entry, precision, preflight, preview
 from raysft.driver.group import Settings, Shares, died, interruptible, make_trainer, reason_of
 from raysft.driver.monitor import Monitor
@@ -46,11 +47,11 @@ from raysft.run.folder import (
     with_budget,
     write_config,
 )
-from raysft.run.lines import Lines, read_lines
+from raysft.run.lines import Lines, read_lines, stream_lines
 from raysft.run.ownership import ANYONE, Ownership, Permit, Process
 from raysft.run.signals import SAVE
 from raysft.run.threads import tight, with_threads
-from raysft.train.metrics import quarantine_key, quarantine_line
+from raysft.train.metrics import quarantine_line
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -442,11 +443,12 @@ def _draining() -> set[str]:
 def _record_rejected(folder: Path, rejected: list[Quarantined]) -> None:
     """Name examples found unusable before training, once."""
     path = folder / "quarantine.jsonl"
-    known = {quarantine_key(line) for line in read_lines(path, {"id": str})}
+    known = Known()
+    for line in stream_lines(path, {"id": str, "reason": str}):
+        known.add(line)
     lines = Lines(path)
     for found in rejected:
         line = quarantine_line(found, 0)
-        if quarantine_key(line) not in known:
-            known.add(quarantine_key(line))
+        if known.add(line):
             lines.write(line)
     lines.close()

@@ -145,6 +145,7 @@ def evaluate(
                 answered += _transcribe(
                     speech_model, corpus, batch, rows, settings, autocast, synced
                 )
+    world.barrier(lambda: seen(rounds, rounds))  # some have had longer answers
     spaced = settings.generate and not keeps_tab(speech_model.tokenizer)
     answered = _transcripts(world, answered, spaced)
     counted = _count(losses, [one.answer for one in answered], settings)

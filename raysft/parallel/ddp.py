@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raysft.config.schema import Config
 from raysft.parallel.native import Native
-from raysft.parallel.strategy import trainable
+from raysft.parallel.strategy import State, trainable
 from raysft.parallel.world import World
 
 
@@ -34,9 +35,36 @@ class Ddp(Native):
             return nullcontext()
         return self.module.no_sync()
 
+    def state(self) -> State:
+        """See `Strategy.state`: of what all workers have, each gives its share."""
+        return share_of(super().state(), self.world)
+
     def whole(self) -> AbstractContextManager[object]:
         """Parameters are whole already."""
         return nullcontext()
+
+
+def share_of(state: State, world: World) -> State:
+    """The tensors of `state`, the same on every worker, that this one writes: about as many bytes
+    as each other. No section that has become empty: it would be saved as one."""
+    loads = [(0, rank) for rank in range(world.size)]
+
+    def mine(part: State) -> State:
+        found: State = {}
+        for name, value in part.items():
+            if isinstance(value, dict):
+                kept = mine(value)
+                if kept or not value:
+                    found[name] = kept
+                continue
+            load, owner = loads[0]
+            size = value.numel() * value.element_size() if torch.is_tensor(value) else 0
+            heapq.heapreplace(loads, (load + size, owner))
+            if owner == world.rank:
+                found[name] = value
+        return found
+
+    return mine(state)
 
 
 def _settle_buckets(module: DistributedDataParallel) -> None:

@@ -2,18 +2,50 @@
 
 Everything also works for one process without a process group, so the training core runs in tests,
 on laptops and under any launcher.
+
+Sums travel by the group that training has (NCCL on GPUs), which gives up after
+`parallel.timeout_s`. What workers tell each other beside the steps, and what they wait for while
+one of them works for all (cuts the ledger, reads a checkpoint, publishes one), goes by a group of
+its own on CPUs, `host_group`, which does not: whoever works is watched by its own watchdog, and
+that a worker has died is seen by its connection and by Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
+
+HOST_TIMEOUT = timedelta(days=1)
+"""What no chore takes, on a store of any speed."""
+
+_LONGEST_PAUSE = 0.2  # seconds between two looks at a barrier
+_host: dist.ProcessGroup | None = None
+
+
+def new_host_group() -> dist.ProcessGroup:
+    """One more group of all workers on CPUs, for what may take long. A collective."""
+    return dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+
+
+def host_group() -> dist.ProcessGroup:
+    """That of the training thread; made at the first call. A collective then."""
+    global _host
+    if _host is not None:
+        try:
+            dist.get_backend(_host)
+        except ValueError:  # of a process group that is no more: tests begin several
+            _host = None
+    if _host is None:
+        _host = new_host_group()
+    return _host
 
 
 @dataclass(frozen=True)
@@ -54,14 +86,38 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        """Wait until every worker is here."""
-        self.sum([0.0]).cpu()
+    def barrier(self, waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait until every worker is here, however long one is busy; calls `waiting` meanwhile."""
+        if self.size == 1:
+            return
+        arrived = dist.barrier(group=host_group(), async_op=True)
+        pause = 0.0005
+        while not arrived.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            waiting()
+        arrived.wait()
 
     def gather(self, value: _T) -> list[_T]:
-        """Every worker's value, in rank order, on every worker."""
+        """Every worker's value, in rank order, on every worker. Of few bytes: each gets all."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=host_group())
         return values
+
+    def gather_main(self, value: _T) -> list[_T]:
+        """Every worker's value, in rank order, on rank 0; [] on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, group=host_group())
+        return values or []
+
+    def share(self, value: _T) -> _T:
+        """Rank 0's value, on every worker."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=host_group())
+        return values[0]

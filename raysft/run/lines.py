@@ -29,7 +29,7 @@ Kinds = Mapping[str, type]
 
 SHORT = 8 << 20
 """Bytes of a file that is cut back line by line."""
-HUGE = 256 << 20
+HUGE = 32 << 20
 """Bytes of a file that is truncated where it may be."""
 
 _BLOCK = 1 << 16

@@ -1,23 +1,25 @@
 """Save and load the state of a run: sharded, asynchronously, published when it is durable.
 
 `Saver.start` copies the state to host memory (all that training waits for), then a thread of every
-worker writes that worker's shards; when all have, rank 0 publishes the checkpoint and only then
-prunes older ones. One save is in flight: the next waits for it. Costs host memory of one copy of a
-worker's state. See `catalogue` for the layout.
+worker writes that worker's shards, hashed on the way; when all have, rank 0 publishes the
+checkpoint and only then prunes older ones. One save is in flight: the next waits for it. Costs host
+memory of one copy of what a worker writes. See `catalogue` for the layout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from typing import IO, TypeVar
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,20 +31,20 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from typing_extensions import Buffer
 
 from raysft import patience
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.parallel import Strategy, World
 from raysft.parallel.strategy import State
+from raysft.parallel.world import new_host_group
 from raysft.run.catalogue import MARKER, Catalogue, Saved
 from raysft.run.ownership import ANYONE, Permit
-from raysft.run.storage import Folder, Storage, digest
+from raysft.run.storage import Folder, Storage
 from raysft.train import shards
 
-_T = TypeVar("_T")
 _MODEL = "model."  # what the names of weights begin with in a state
-_SUMS = ".sums"  # beside the shards of a worker: [[name, sha256, bytes]]
 
 
 @dataclass
@@ -85,10 +87,10 @@ class Saver:
         self.catalogue, self.world, self.keep = catalogue, world, keep
         self._spare, self._extras, self._permit = spare, extras or {}, permit
         self._settle, self._derive = settle, derive
-        self._token = world.gather(f"{name}.{uuid.uuid4().hex}".lstrip("."))[0]
+        self._token = world.share(f"{name}.{uuid.uuid4().hex}".lstrip("."))
         self._storage = catalogue.storage
         # Of its own, on CPU tensors: a save's messages must not meet those of training.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = new_host_group() if dist.is_initialized() else None
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self._mark = b""  # of the save that is about to be published
         self._running: Save | None = None
@@ -167,14 +169,17 @@ class Saver:
         try:
             self._permit.require()
             self._settle()
+            writer = _writer(self._storage, f"{draft}/state")
+            written = _hash(writer)
             dcp.save(
                 staged,
-                storage_writer=_writer(self._storage, f"{draft}/state", self._token),
+                storage_writer=writer,
                 process_group=self._group,
                 no_dist=self._group is None,
             )
+            written = self._together(written)
             if self.world.is_main:
-                save.bytes = self._prepare(draft, {"step": save.step, **meta})
+                save.bytes = self._prepare(draft, {"step": save.step, **meta}, written)
                 self._permit.require()
                 # What is published has left a folder's draft; in a store it is the draft itself.
                 ours = isinstance(self._storage, Folder)
@@ -196,14 +201,19 @@ class Saver:
             return error if isinstance(error, UserError) else None
         return None
 
-    def _prepare(self, draft: str, meta: JsonObject) -> int:
+    def _together(self, written: Digests) -> Digests:
+        """Of all workers' files, on rank 0. A collective of the saves."""
+        if self._group is None:
+            return written
+        parts: list[Any] | None = [None] * self.world.size if self.world.is_main else None
+        dist.gather_object(written, parts, group=self._group)
+        return {name: found for part in parts or [] for name, found in part.items()}
+
+    def _prepare(self, draft: str, meta: JsonObject, written: Digests) -> int:
         """All that a checkpoint holds but its marker, `self._mark`; returns its bytes."""
-        files: dict[str, tuple[str, int]] = {}
-        for path in self._storage.files(draft):
-            if path.endswith(f".{self._token}{_SUMS}"):
-                found = self._read(f"{draft}/{path}", json.load)
-                files.update({f"state/{n}": (d, size) for n, d, size in found})
-        files["state/.metadata"] = self._read(f"{draft}/state/.metadata", digest)
+        # torch writes its list of shards beside, and renames it.
+        names = {name: name.removesuffix(".tmp") for name in written}
+        files = {f"state/{names[name]}": found for name, found in written.items()}
         extras = dict(self._extras)
         if self._derive is not None:
             extras.update(self._derive(_weights(self._storage, f"{draft}/state")))
@@ -214,13 +224,6 @@ class Saver:
         self._storage.write(f"{draft}/meta.json", content)
         self._mark = f"{sha256(content).hexdigest()}\n".encode()
         return sum(size for _, size in files.values())
-
-    def _read(self, path: str, read: Callable[[IO[bytes]], _T]) -> _T:
-        def opened() -> _T:
-            with self._storage.open(path) as stream:
-                return read(stream)
-
-        return patience.patiently(opened, self._storage.where(path))
 
 
 def load(
@@ -275,12 +278,65 @@ def newest_sound(catalogue: Catalogue, world: World) -> tuple[Saved | None, list
     return found, [*skipped, *world.gather(cut_off)[0]]
 
 
-class _Sums:
-    """Joined to a torch writer: hashes the shards this worker has written, once they are there."""
+Digests = dict[str, tuple[str, int]]
+"""Of files by name: sha256 (hex) and bytes."""
+
+
+class _Hashed(io.RawIOBase):
+    """A file that is written from its beginning to its end, and hashed on the way."""
+
+    def __init__(self, below: IO[bytes]) -> None:
+        self._below, self._sum, self._size = below, sha256(), 0
+
+    def write(self, content: Buffer) -> int:
+        """All of it."""
+        self._below.write(content)
+        self._sum.update(content)
+        size = memoryview(content).nbytes
+        self._size += size
+        return size
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """To the system."""
+        self._below.flush()
+
+    def fileno(self) -> int:
+        """For an fsync."""
+        return self._below.fileno()
+
+    def digest(self) -> tuple[str, int]:
+        """Of what was written."""
+        return self._sum.hexdigest(), self._size
+
+
+def _hash(writer: dcp.FileSystemWriter) -> Digests:
+    """Of the files that `writer` writes from now on; of one written again, the last."""
+    found: Digests = {}
+    create = writer.fs.create_stream
+
+    @contextlib.contextmanager
+    def create_stream(path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with create(path, mode) as below:
+            if mode != "wb":
+                yield below
+                return
+            stream = _Hashed(cast(IO[bytes], below))
+            yield stream
+        found[os.fspath(path).rsplit("/", 1)[-1]] = stream.digest()
+
+    writer.fs.create_stream = create_stream  # type: ignore[method-assign]
+    return found
+
+
+class _Patient:
+    """Joined to a torch writer: what fails for a moment is tried again."""
 
     storage: Storage
     root: str
-    token: str
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """As torch's, which makes the folder."""
@@ -288,25 +344,15 @@ class _Sums:
         return patience.patiently(lambda: prepare(plan), self.storage.where(self.root))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """As torch's, which writes the same files again where it failed; then the checksums, in a
-        file beside the shards."""
+        """As torch's, which writes the same files again where it failed."""
 
-        def write() -> tuple[Future[list[WriteResult]], list[list[str | int]]]:
+        def write() -> Future[list[WriteResult]]:
             try:
-                written = super(_Sums, self).write_data(plan, planner)  # type: ignore[misc]
+                return super(_Patient, self).write_data(plan, planner)  # type: ignore[misc]
             except RuntimeError as error:  # torch's zip writer says so of any error below it
                 raise _system_error(error) or error from None
-            sums = []
-            for name in sorted({result.storage_data.relative_path for result in written.wait()}):
-                with self.storage.open(f"{self.root}/{name}") as stream:
-                    sums.append([name, *digest(stream)])
-            return written, sums
 
-        written, sums = patience.patiently(write, self.storage.where(self.root))
-        if sums:
-            path = f"{self.root}/{sums[0][0]}.{self.token}{_SUMS}"
-            self.storage.write(path, json.dumps(sums).encode())
-        return written
+        return patience.patiently(write, self.storage.where(self.root))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """As torch's, which writes the file of metadata: beside, then renamed."""
@@ -314,21 +360,21 @@ class _Sums:
         patience.patiently(lambda: finish(metadata, results), self.storage.where(self.root))
 
 
-class _FolderWriter(_Sums, dcp.FileSystemWriter):
+class _FolderWriter(_Patient, dcp.FileSystemWriter):
     pass
 
 
-class _StoreWriter(_Sums, FsspecWriter):
+class _StoreWriter(_Patient, FsspecWriter):
     pass
 
 
-def _writer(storage: Storage, root: str, token: str) -> dcp.StorageWriter:
+def _writer(storage: Storage, root: str) -> _FolderWriter | _StoreWriter:
     writer: _FolderWriter | _StoreWriter
     if isinstance(storage, Folder):
         writer = _FolderWriter(storage.where(root))
     else:  # an object that is closed is durable; torch would sync all disks of the machine
         writer = _StoreWriter(storage.where(root), sync_files=False)
-    writer.storage, writer.root, writer.token = storage, root, token
+    writer.storage, writer.root = storage, root
     return writer
 
 

@@ -179,6 +179,8 @@ def train(job: Job) -> int:
             keeper.beat("waiting for data")
             with clock.waiting():
                 batch = next(batches)
+            if keeper.first:  # some have loaded, and read, for longer
+                keeper.meet()
             keeper.beat(f"in step {batch.step}")
             counts, signal = _counts(world, batch, job.signal())
             record.quarantine(batch, counts)
@@ -189,6 +191,7 @@ def train(job: Job) -> int:
                 job.tasks,
                 counts,
                 config.run.seed,
+                partial(keeper.turn, batch),
             )
             step, cursor = batch.step, batch.after
             rate = rate_at(config.optim, step, job.total_steps)
@@ -268,6 +271,7 @@ class Keeper:
             job.adapters.files if job.adapters is not None else None,
             record.lease.name if record.lease is not None else "",
         )
+        self.first = True  # before the first step of this start
         self.saved = saved  # the last step that was saved, or is being
         self.watchdog = None
         if job.hung is not None:
@@ -277,6 +281,16 @@ class Keeper:
         """Tell the watchdog of progress."""
         if self.watchdog is not None:
             self.watchdog.beat(doing)
+
+    def turn(self, batch: StepBatch, number: int) -> None:
+        """A turn of a step begins: of many, each is progress."""
+        self.beat(f"in step {batch.step}, turn {number + 1} of {len(batch.turns)}")
+
+    def meet(self) -> None:
+        """Wait for workers that are busy with what only they do. A collective, and no hang: who is
+        busy is watched there."""
+        self.first = False
+        self.job.world.barrier(lambda: self.beat("waiting for the other workers"))
 
     def save(self, step: int, cursor: JsonObject | None, wait: bool) -> None:
         """Begin a checkpoint; with `wait` return when it is published."""
@@ -306,6 +320,7 @@ class Keeper:
     def _saved(self) -> None:
         """Wait until no save is in flight. It may go to slow storage: that is no hang."""
         self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
+        self.meet()  # rank 0 publishes, after the others have written
 
     def look(self) -> None:
         """Record saves that have ended. Raises UserError where one has failed."""
@@ -343,6 +358,7 @@ class Keeper:
         self.record.evaluation(found, checkpoint=step == self.saved)
         if best is not None:
             self.saver.prune()
+        self.meet()
 
     def _warn(self, step: int, reason: str) -> None:
         self.record.event("warning", step=step, reason=reason)

@@ -67,8 +67,3 @@ def quarantine_line(found: Quarantined, step: int) -> JsonObject:
         **({"kind": found.kind} if found.kind is not None else {}),
         "step": step,
     }
-
-
-def quarantine_key(line: JsonObject) -> tuple[str, ...]:
-    """Which example a line of quarantine.jsonl is about: data.eval may call one as data.train."""
-    return tuple(str(line.get(name)) for name in ("source", "path", "id"))

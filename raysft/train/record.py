@@ -16,22 +16,24 @@ from typing import Any
 import torch
 
 from raysft.config.schema import Config
-from raysft.data.quarantine import kind_of, kind_of_line, summary
+from raysft.data.example import Quarantined
+from raysft.data.quarantine import Known, summary
 from raysft.errors import UserError
 from raysft.json_types import Json, JsonObject
 from raysft.losses.term import CROSS_ENTROPY, Sums
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
+from raysft.patience import patient
 from raysft.run.evaluations import Evaluation, Evaluations
 from raysft.run.ledger import Ledger, genesis
-from raysft.run.lines import Lines, read_lines
+from raysft.run.lines import Lines, read_lines, stream_lines
 from raysft.run.ownership import Lease, Ownership, Process
 from raysft.train.checkpoint import Save
 from raysft.train.flops import Cost, peak_flops
 from raysft.train.loads import FILE as EXPERTS
 from raysft.train.loads import Loads
 from raysft.train.memory import peak_memory
-from raysft.train.metrics import quarantine_key, quarantine_line
+from raysft.train.metrics import quarantine_line
 from raysft.train.step import StepBatch
 
 
@@ -188,7 +190,7 @@ class Record:
         self.cost = cost
         self.mixture = mixture
         self._peak = peak_flops(world.device, config.train.precision)
-        self.known: dict[tuple[str, ...], str] = {}  # quarantined: source, path and id -> kind
+        self.known = Known()  # on rank 0
         self.evaluations = Evaluations()
         self.files: list[Any] = []
         self.lease: Lease | None = None
@@ -212,7 +214,7 @@ class Record:
                 taken = lease
             except UserError as error:
                 taken = str(error)
-        taken = self.world.gather(taken)[0]
+        taken = self.world.share(taken)
         if isinstance(taken, str):
             raise UserError(taken)
         self.lease, self._workers = taken, workers
@@ -238,16 +240,12 @@ class Record:
         at = begun if heads is None else {lane: heads[str(lane)] for lane in lanes}
         self._ledger = Ledger(self.folder, lanes, step + 1, at, self._owned_now)
         self.files = [self._ledger]
-        known = {}
+        self.known = Known()
         if self.world.is_main:
-            kinds = {"id": str, "reason": str}
-            lines = read_lines(self.folder / "quarantine.jsonl", kinds)
-            known = {quarantine_key(line): kind_of_line(line) for line in lines}
-        self.known = self.world.gather(known)[0]
-        if self.world.is_main:
+            self._read_quarantine()
             self.evaluations = Evaluations.load(self.folder).until(step)
             self.evaluations.save(self.folder)
-        self.evaluations = self.world.gather(self.evaluations)[0]
+        self.evaluations = self.world.share(self.evaluations)
         self.tensorboard = None
         self._lost = {"restarts": 0, "steps_again": 0, "lost_s": 0.0}
         if self.world.is_main:
@@ -343,31 +341,44 @@ class Record:
         found = self.world.gather(self._ledger.heads)
         return {str(lane): head for part in found for lane, head in part.items()}
 
+    @patient
+    def _read_quarantine(self) -> None:
+        self.known = Known()
+        for line in stream_lines(self.folder / "quarantine.jsonl", {"id": str, "reason": str}):
+            self.known.add(line)
+
     def quarantine(self, batch: StepBatch, counts: dict[str, float]) -> None:
-        """Name each newly quarantined example once; fail when there are too many of them."""
+        """Name each newly quarantined example once; fail when there are too many of them. Rank 0
+        knows which are known, and says so to the others."""
         if not counts["quarantined"]:
             return
         local = [(mb.lane, q) for mb in batch.micro_batches for q in mb.quarantined]
         found = sorted(
-            (item for part in self.world.gather(local) for item in part),
+            (item for part in self.world.gather_main(local) for item in part),
             key=lambda item: (item[0], item[1].id),
         )
+        failed: UserError | None = None
+        if self.world.is_main:
+            try:
+                self._name(found, batch.step)
+            except UserError as error:
+                failed = error
+        failed = self.world.share(failed)
+        if failed is not None:
+            raise failed
+
+    def _name(self, found: list[tuple[int, Quarantined]], step: int) -> None:
         for _, example in found:
-            line = quarantine_line(example, batch.step)
-            if quarantine_key(line) in self.known:
-                continue
-            self.known[quarantine_key(line)] = kind_of(example)
-            if self.world.is_main:
+            line = quarantine_line(example, step)
+            if self.known.add(line):
                 self.require()
                 self._quarantine.write(line)
-        limit = self.config.data.max_quarantined
-        # By name: data that was moved, or whose source was renamed, has its lines twice.
-        count = len({key[-1] for key in self.known})
+        limit, count = self.config.data.max_quarantined, self.known.names
         if count > limit * self.examples:
             path = self.folder / "quarantine.jsonl"
             raise UserError(
                 f"data.max_quarantined: {count} of {self.examples} examples are unusable,"
-                f" more than {limit:.1%}: {summary(self.known.values())}; the last: "
+                f" more than {limit:.1%}: {summary(self.known.kinds.elements())}; the last: "
                 f"{found[-1][1].id}: {found[-1][1].reason}; all are named in {path}"
             )
 
@@ -445,7 +456,7 @@ class Record:
 
     def evaluation(self, found: Evaluation, checkpoint: bool) -> None:
         """Record an evaluation. checkpoint: whether one of its step is saved (or being saved)."""
-        found = self.world.gather(found)[0]
+        found = self.world.share(found)
         self.evaluations.add(found)
         if self.world.is_main:
             self.require()

@@ -33,6 +33,7 @@ from torch.futures import Future
 
 from raysft.errors import UserError
 from raysft.parallel.strategy import State
+from raysft.parallel.world import host_group
 from raysft.patience import patiently
 from raysft.run.storage import Folder, Storage
 
@@ -68,7 +69,14 @@ def fill(storage: Storage, root: str, state: State, alone: bool) -> None:
     reader, where = _reader(storage, root), storage.where(root)
     reader.read_metadata()  # torch passes over what is raised there
     try:
-        dcp.load(state, storage_reader=reader, planner=_Planner(where), no_dist=alone)
+        group = None if alone else host_group()
+        dcp.load(
+            *(state,),
+            storage_reader=reader,
+            planner=_Planner(where),
+            process_group=group,
+            no_dist=alone,
+        )
     except CheckpointException as error:
         raised = [wrapped[0] for _, wrapped in sorted(error.failures.items())]
         for found in raised:

@@ -10,7 +10,7 @@ them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,13 +76,15 @@ def forward_backward(
     tasks: list[str],
     counts: Mapping[str, float],
     seed: int,
+    begins: Callable[[int], None] = lambda turn: None,
 ) -> Sums:
     """Accumulate the gradient of the step's loss; returns the terms of this worker's micro-batches.
 
-    counts: of this step over all workers, by name.
+    counts: of this step over all workers, by name. begins: called with the number of each turn.
     """
     sums: Sums | None = None
     for number, turn in enumerate(batch.turns):
+        begins(number)
         seed_turn(lane_seed(seed, batch.epoch, batch.step, turn.lane), world.device)
         with strategy.accumulate(last=number == len(batch.turns) - 1):
             with strategy.autocast():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raysft.config import Config
-from raysft.driver.group import worker_environment
+from raysft.driver.group import Shares, worker_environment
 from raysft.driver.precision import choose, settled
 from raysft.errors import UserError
 from raysft.models.experts import slow
@@ -69,19 +69,29 @@ def test_slow_products_of_experts_are_said() -> None:
     assert said is not None and "slow on a GPU of compute capability 8.0" in said
 
 
+def environment(gpu: bool, **train: object) -> dict[str, str]:
+    """Beside what all workers have."""
+    shares = Shares(gpu, {"CPU": 1.0}, threads=4, room=1, data_cpus=1.0)
+    found = worker_environment(config(**train), shares)
+    assert found.pop("TORCH_GLOO_LAZY_INIT") == "1"
+    assert not gpu or found.pop("OMP_NUM_THREADS") == "4"
+    return found
+
+
 def test_the_environment_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
-    assert worker_environment(config(deterministic=True), gpu=False) == {"GOMP_SPINCOUNT": "10000"}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert environment(gpu=False, deterministic=True) == {"GOMP_SPINCOUNT": "10000"}
     grown = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    assert worker_environment(config(), gpu=True) == grown
+    assert environment(gpu=True) == grown
     same = {**grown, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    assert worker_environment(config(deterministic=True), gpu=True) == same
+    assert environment(gpu=True, deterministic=True) == same
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    assert worker_environment(config(), gpu=True) == {}
+    assert environment(gpu=True) == {}
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    assert worker_environment(config(), gpu=True) == {"PYTORCH_ALLOC_CONF": "backend:native"}
+    assert environment(gpu=True) == {"PYTORCH_ALLOC_CONF": "backend:native"}
 
 
 SCRIPT = """
