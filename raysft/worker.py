@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -411,13 +412,20 @@ def evaluate_checkpoint(
     return job.evaluate(True, predictions, seen, tell)
 
 
-def device_of(config: Config) -> torch.device:
-    if config.parallel.device == "cuda" and not torch.cuda.is_available():
+def device_of(config: Config, gpu: bool | None = None) -> torch.device:
+    """Where this worker computes. gpu: whether it was given one; None: nobody gives any, and
+    `parallel.device` decides by what is here.
+
+    Raises UserError where it was to have a GPU and torch finds none.
+    """
+    there = torch.cuda.is_available()
+    if not there and (gpu or config.parallel.device == "cuda"):
         raise UserError(
-            "parallel.device: cuda, but torch finds no GPU here: look at `nvidia-smi` and at "
-            "`python -c 'import torch; print(torch.version.cuda)'`, or set parallel.device=cpu"
+            f"parallel.device: {config.parallel.device}, but torch finds no GPU on "
+            f"{socket.gethostname()}: look at `nvidia-smi` there and at `python -c 'import torch; "
+            "print(torch.version.cuda)'`, take the node out, or set parallel.device=cpu"
         )
-    if config.parallel.device == "cpu" or not torch.cuda.is_available():
+    if gpu is False or config.parallel.device == "cpu" or not there:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.cuda.set_device(device)

@@ -123,6 +123,7 @@ def make_trainer(
             **settings,
             "config": config.model_dump(mode="json"),
             "threads": shares.threads,
+            "gpu": shares.gpu,
         },
         torch_config=ray.train.torch.TorchConfig(
             backend=GPU_BACKENDS if shares.gpu else "gloo",
@@ -162,7 +163,7 @@ def join(settings: Settings, log_folder: Path | None) -> tuple[Config, World]:
     plugins.load(settings["config"]["plugins"])
     config = Config.model_validate(settings["config"])
     patience.allow(config.patience_s)
-    world = World.current(worker.device_of(config))
+    world = World.current(worker.device_of(config, settings["gpu"]))
     torch.set_num_threads(settings["threads"])
     return config, world
 

@@ -29,7 +29,7 @@ from raysft.data.example import Quarantined
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Cursor
 from raysft.data.quarantine import Known
-from raysft.driver import budget, entry, precision, preflight, preview
+from raysft.driver import budget, entry, growing, precision, preflight, preview
 from raysft.driver.group import Settings, Shares, died, interruptible, make_trainer, reason_of
 from raysft.driver.monitor import Monitor
 from raysft.driver.preflight import Prepared
@@ -112,7 +112,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
 
     Raises UserError where there is no such checkpoint, or nothing to evaluate it on.
     """
-    Shares.of(config)
+    _check_cluster(config)
     saved, skipped = choose(run, config.checkpoint, step, unreadable)
     for reason in skipped:
         log.warning("skipped: %s", reason)
@@ -130,6 +130,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
             "encoder": ray.put(encoder),
             "evaluated": {"run": str(run), "step": saved.step},
         }
+        growing.wait(config, say)
         _workers(config, folder, settings, saved.step, progress)
         (line,) = read_lines(folder / "eval.jsonl")
     except KeyboardInterrupt:
@@ -146,7 +147,8 @@ def dry_run(config: Config, progress: Progress, show: int = 0, colours: bool = F
 
     config: as `preflight.check` returns it.
     """
-    config, _ = precision.settled(config, Shares.of(config).gpu)
+    growing_gpus = growing.expected(config)
+    config, _ = precision.settled(config, growing_gpus or Shares.of(config).gpu)
     return preview.dry_run(config, lambda text: progress({"doing": text}), show, colours)
 
 
@@ -188,6 +190,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
     def say(text: str) -> None:
         progress({"doing": text})
 
+    growing.wait(config, say, owner)
     shares = Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
     given = config
     if not shares.gpu and config.parallel.threads is None:
@@ -225,6 +228,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
             say(f"continuing {folder} from step {saved.step}")
         else:
             say(f"{folder} is trained to its last step, {saved.step}; its evaluation is left")
+    growing.wait(config, say, owner)  # indexing may have taken so long that they are gone again
     settings = {
         "train": tuple(plans.places(folder)),
         "eval": (prepared.eval.place,) if prepared.eval else None,
@@ -247,6 +251,12 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
             events.close()
         raise
     return _outcome(folder, catalogue, shown=True)
+
+
+def _check_cluster(config: Config) -> None:
+    """Raises UserError where the cluster, as it is, cannot do it, nor grow until it can."""
+    if not growing.expected(config):
+        Shares.of(config)
 
 
 def _workers(
@@ -350,7 +360,8 @@ def _fit(
         workers=(fewest, most) if elastic else most,
         log_level="WARNING",
         callbacks=[Failures(monitor)],
-        failures=Restarts(monitor, elastic),
+        # A node that is lost may take long to come again where another is started for it.
+        failures=Restarts(monitor, elastic or growing.Autoscaler.now().grows),
     )
     try:
         grace_s = 0.0 if "evaluated" in settings else config.checkpoint.grace_s

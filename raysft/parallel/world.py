@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -102,7 +102,7 @@ class World:
         """Every worker's value, in rank order, on every worker. Of few bytes: each gets all."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value, group=host_group())
         return values
 
@@ -110,9 +110,9 @@ class World:
         """Every worker's value, in rank order, on rank 0; [] on the others."""
         if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, values, group=host_group())
-        return values or []
+        values = [value] * self.size if self.is_main else []
+        dist.gather_object(value, values or None, group=host_group())
+        return values
 
     def share(self, value: _T) -> _T:
         """Rank 0's value, on every worker."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import torch
 import torch.distributed as dist
@@ -205,9 +205,9 @@ class Saver:
         """Of all workers' files, on rank 0. A collective of the saves."""
         if self._group is None:
             return written
-        parts: list[Any] | None = [None] * self.world.size if self.world.is_main else None
-        dist.gather_object(written, parts, group=self._group)
-        return {name: found for part in parts or [] for name, found in part.items()}
+        parts = [written] * self.world.size if self.world.is_main else []
+        dist.gather_object(written, parts or None, group=self._group)
+        return {name: found for part in parts for name, found in part.items()}
 
     def _prepare(self, draft: str, meta: JsonObject, written: Digests) -> int:
         """All that a checkpoint holds but its marker, `self._mark`; returns its bytes."""

@@ -1,14 +1,22 @@
 """Where workers come to lie: GPU workers on as few nodes as hold them, CPU workers on many; data
-tasks on the nodes that `data.nodes` names."""
+tasks on the nodes that `data.nodes` names; and that a cluster which may get GPUs is waited for."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
+
+from tests.cluster.conftest import without_ray_settings
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
@@ -160,3 +168,169 @@ def test_data_is_read_on_the_nodes_that_data_nodes_names(
     assert found["there"]
     assert (found["cpus"], found["steps"]) == (2.0, list(range(10)))
     assert "data.nodes: no node of the cluster has the labels {'pool': 'nowhere'}" in found["error"]
+
+
+# A head without a GPU, and an autoscaler of Ray's own that starts processes for nodes.
+GROWING = """
+import json, os, tempfile, time
+from pathlib import Path
+import ray, ray.train, ray.train.torch
+from raysft.config import Config
+from raysft.driver import growing
+from raysft.driver.group import Shares, make_trainer
+from raysft.errors import UserError
+
+@ray.remote(num_cpus=0)
+class Nodes:
+    def __init__(self):
+        self.of = {}
+    def tell(self, rank, node):
+        self.of[rank] = node
+    def get(self):
+        return self.of
+
+def work(settings):
+    rank = ray.train.get_context().get_world_rank()
+    ray.get(settings["nodes"].tell.remote(rank, ray.get_runtime_context().get_node_id()))
+
+growing.TELL_S = 2.0
+ray.init(address=os.environ["ADDRESS"], log_to_driver=False)
+deadline = time.monotonic() + 60
+while not growing.Autoscaler.now().grows and time.monotonic() < deadline:
+    time.sleep(0.5)  # its first answer
+config = Config.model_validate({
+    "run": {"name": "where", "storage_path": tempfile.mkdtemp()},
+    "data": {"train": [{"path": "x"}], "cpus": 1},
+    "model": {"config": {"model_type": "llama"}, "tokenizer": "bytes"},
+    "parallel": {"workers": int(os.environ["WORKERS"]), "device": os.environ["DEVICE"]},
+})
+said, answer = [], {"before": growing.gpus(), "expected": growing.expected(config)}
+try:
+    growing.wait(config, said.append)
+    shares = Shares.of(config)
+    answer |= {"gpu": shares.gpu, "threads": shares.threads}
+except UserError as error:
+    answer["error"] = str(error)
+answer |= {"said": said, "after": growing.gpus()}
+if answer.get("gpu"):
+    folder = Path(config.run.storage_path)
+    nodes = Nodes.remote()
+    made = make_trainer("where", work, {"nodes": nodes}, config, shares, folder,
+                        workers=config.parallel.max_workers, log_level="CRITICAL")
+    ray.train.torch.TorchTrainer(
+        work, train_loop_config={"nodes": nodes},
+        torch_config=ray.train.torch.TorchConfig(backend="gloo"),
+        scaling_config=made.scaling_config,
+        run_config=ray.train.RunConfig(name="where", storage_path=str(folder)),
+    ).fit()
+    gpus = {n["NodeID"]: n["Resources"].get("GPU", 0) for n in ray.nodes()}
+    answer["on"] = [gpus[node] for _, node in sorted(ray.get(nodes.get.remote()).items())]
+print(json.dumps(answer), flush=True)
+os._exit(0)
+"""
+
+HEAD = "f" * 51 + "00000"  # what Ray's fake provider calls its head
+
+
+@pytest.fixture
+def growing_cluster(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[str]:
+    """The address of a cluster with no GPU, whose autoscaler may add nodes of `request.param`."""
+    folder, port = tmp_path_factory.mktemp("growing"), free_port()
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    provider = {
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "gcs_address": address,
+        "launch_multiple": True,
+        "head_node_id": HEAD,
+    }
+    kinds = {
+        "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+        "added": {"resources": request.param, "node_config": {}, "max_workers": 2},
+    }
+    config = {
+        **{"cluster_name": "growing", "max_workers": 2, "idle_timeout_minutes": 5},
+        **{"provider": provider, "available_node_types": kinds},
+        **{"head_node_type": "ray.head.default", "auth": {}, "file_mounts": {}},
+        **{"setup_commands": [], "head_setup_commands": [], "worker_setup_commands": []},
+        **{"initialization_commands": [], "head_start_ray_commands": []},
+        **{"worker_start_ray_commands": [], "cluster_synced_files": []},
+        **{"file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": []},
+        **{"upscaling_speed": 1.0, "docker": {}},
+    }
+    path = folder / "autoscaling.json"
+    path.write_text(json.dumps(config))
+    settings = {
+        **{"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+        **{"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD},
+        **{"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_NODE_TYPE_NAME": "ray.head.default"},
+        **{"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
+    }
+    log = open(folder / "ray.log", "wb")  # noqa: SIM115 - as long as the head
+    head = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
+            *(f"--port={port}", "--num-cpus=2", "--num-gpus=0", f"--autoscaling-config={path}"),
+            *("--include-dashboard=false", f"--ray-client-server-port={free_port()}"),
+        ],
+        env={**without_ray_settings(), **settings},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    started = psutil.Process(head.pid)
+    yield address
+    family = started.children(recursive=True)
+    nodes = [p for p in psutil.process_iter() if address in " ".join(safe_cmdline(p))]
+    for process in [started, *family, *nodes]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    head.wait()
+    log.close()
+
+
+def safe_cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def grown(
+    spawn: Callable[..., subprocess.Popen[str]], address: str, workers: int, device: str
+) -> dict[str, Any]:
+    environ = {"ADDRESS": address, "WORKERS": str(workers), "DEVICE": device}
+    return told(spawn(GROWING, RAY_AUTH_MODE="disabled", RAY_enable_autoscaler_v2="1", **environ))
+
+
+@pytest.mark.parametrize("growing_cluster", [{"CPU": 8, "GPU": 2}], indirect=True)
+def test_a_cluster_that_has_no_gpu_yet_is_waited_for_and_then_used(
+    spawn: Callable[..., subprocess.Popen[str]], growing_cluster: str
+) -> None:
+    found = grown(spawn, growing_cluster, 2, "auto")
+    assert (found["before"], found["expected"]) == (0, True)
+    assert (found.get("gpu"), found["after"]) == (True, 2), found
+    first, *_, last = found["said"]
+    assert first.startswith("waiting for GPUs: 2 wanted, 0 there after ")
+    assert last == "2 GPUs are there"
+    assert found["on"] == [2, 2]  # both where the GPUs are, none on the head
+    assert found["threads"] >= 2
+    # More than it ever adds: told, and no training on CPUs instead.
+    found = grown(spawn, growing_cluster, 7, "auto")
+    assert "parallel.workers: 7 workers need a GPU each" in found["error"]
+
+
+@pytest.mark.parametrize("growing_cluster", [{"CPU": 4}], indirect=True)
+def test_where_the_autoscaler_has_no_gpus_auto_takes_cpus_and_cuda_is_refused(
+    spawn: Callable[..., subprocess.Popen[str]], growing_cluster: str
+) -> None:
+    assert grown(spawn, growing_cluster, 1, "auto")["gpu"] is False
+    assert "no node of the cluster has a GPU" in grown(spawn, growing_cluster, 1, "cuda")["error"]
