@@ -10,7 +10,7 @@ import pytest
 
 import raysft
 from raysft.data.example import Quarantined
-from raysft.data.quarantine import KINDS, OTHER, kind, kind_of, kind_of_line, summary
+from raysft.data.quarantine import KINDS, OTHER, Known, kind, kind_of, kind_of_line, summary
 
 REASONS = {
     "missing": ["no such file"],
@@ -143,3 +143,16 @@ def test_a_kind_that_was_kept_counts_and_else_the_text_tells() -> None:
     assert kind_of(Quarantined("a", "s", "/a.wav", "/a.wav: silent", "of my own")) == "silent"
     assert kind_of_line({"reason": "/a.wav: silent", "kind": "missing"}) == "missing"
     assert kind_of_line({"reason": "/a.wav: silent"}) == "silent"
+
+
+def test_what_is_known_is_counted_once_and_by_name() -> None:
+    known = Known()
+    line = {"source": "a", "path": "/1", "id": "x", "reason": "silent"}
+    assert known.add(line)
+    assert not known.add({**line, "reason": "no such file", "step": 7})
+    assert known.add({**line, "path": "/moved"})  # recorded again where the data was moved
+    assert known.add({**line, "source": "b"})
+    assert known.names == 1
+    assert known.add({"source": "a", "path": "", "id": "/1x", "reason": "empty file"})
+    assert known.names == 2
+    assert summary(known.kinds.elements()) == "3 silent, 1 empty"

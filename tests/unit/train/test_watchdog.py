@@ -9,7 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from raysft.parallel import World
+from raysft.train import watchdog as module
+from raysft.train.loop import train
 from raysft.train.watchdog import EXIT_CODE
+from tests.support import worlds
 
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT = 0.5  # seconds
@@ -100,3 +106,19 @@ print("done")
     os.kill(process.pid, signal.SIGCONT)
     said, errors = process.communicate(timeout=20)
     assert (process.returncode, said, errors) == (0, "done\n", "")
+
+
+def test_a_step_of_many_turns_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 lanes on 8 workers are 125 turns: each is progress, all may take longer than a hang."""
+    ended: list[str] = []
+    monkeypatch.setattr(module, "_leave", lambda reason, told: ended.append(reason))
+    config = worlds.tiny(
+        tmp_path, data__lanes=8, parallel__timeout_s=3, train__max_steps=1, model__speech_units=20
+    )
+    job = worlds.start(config, World.current())
+    job.hung = ended.append
+    job.strategy.module.register_forward_pre_hook(lambda *_: time.sleep(0.6))
+    begun = time.monotonic()
+    assert train(job) == 1
+    assert time.monotonic() - begun > 4.5
+    assert ended == []
