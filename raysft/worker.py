@@ -34,11 +34,12 @@ from raysft.json_types import JsonObject
 from raysft.models import experts, fastest
 from raysft.models.attention import used as attention_used
 from raysft.models.base import SpeechModel
+from raysft.models.copies import Whole
 from raysft.models.experts import why_not
 from raysft.models.layout import Static
 from raysft.models.modality import CONFIG
 from raysft.models.reach import summary
-from raysft.parallel import Strategy, World, determinism, make_strategy, precision
+from raysft.parallel import Strategy, World, determinism, make_strategy, precision, unread
 from raysft.parallel.blocks import blocks, experts_of
 from raysft.parallel.native import HALF
 from raysft.patience import patient
@@ -88,18 +89,24 @@ class Data:
 
 
 def build_model(
-    config: Config, encoder: Encoder, total_steps: int
+    config: Config, encoder: Encoder, total_steps: int, later: bool = False
 ) -> tuple[SpeechModel, PeftAdapters | None]:
     """The model on the CPU, as a strategy takes it: with what `peft` and `train` do to it.
 
-    total_steps: of the run; 0: it is not to be trained to an end.
+    total_steps: of the run; 0: it is not to be trained to an end. later: matrices are stand-ins
+    where they can be read once a strategy has sharded them (`parallel.unread`).
     """
     quantization = None
     if config.peft.method == "qlora":
         from raysft.models.quantized import nf4
 
         quantization = nf4(config)
-    speech_model = models.build(config.model, config.data, encoder, config.run.seed, quantization)
+    settings = (config.model, config.data, encoder, config.run.seed, quantization)
+    try:
+        with unread.deferring(later and reads_later(config)):
+            speech_model = models.build(*settings)
+    except Whole:
+        speech_model = models.build(*settings)
     speech_model.task_weights.update(config.train.task_weights)
     speech_model.more_losses += [
         (name, losses.load(name), weight) for name, weight in config.train.losses.items()
@@ -116,6 +123,20 @@ def build_model(
     return speech_model, adapters
 
 
+def reads_later(config: Config) -> bool:
+    """Whether the strategy reads each worker's own rows of a checkpoint.
+
+    Not where something is computed from whole matrices before: their norms (dora), rows of tokens
+    (prompt), or 4 bits of them (qlora, which no such strategy takes).
+    """
+    looks = config.peft.dora or config.peft.method in ("prompt", "qlora")
+    return config.model.path is not None and not looks and "weights" in _shards(config)
+
+
+def _shards(config: Config) -> tuple[str, ...]:
+    return traits_of(config.parallel.strategy).shards
+
+
 def build_job(
     config: Config,
     folder: Path,
@@ -130,7 +151,7 @@ def build_job(
     """
     config = settled(config, world)
     check_base(config, folder)
-    speech_model, adapters = build_model(config, data.encoder, total_steps)
+    speech_model, adapters = build_model(config, data.encoder, total_steps, later=True)
     config, tried = settle_experts(config, folder, world, speech_model)
     speech_model.tasks[:] = plans.tasks(folder)
     sizes = sizes_of(speech_model)
@@ -370,7 +391,7 @@ def build_evaluator(config: Config, run: Path, world: World, data: Data) -> Eval
     """Model and strategy of one worker, for checkpoints of the run in `run`."""
     config = settled(config, world)
     check_base(config, run)
-    speech_model, _ = build_model(config, data.encoder, 0)
+    speech_model, _ = build_model(config, data.encoder, 0, later=True)
     if config.model.moe is not None and config.model.moe.experts == "auto":
         known = kept_experts(run)
         # It may have been found on another kind of device than is here.

@@ -34,6 +34,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -50,7 +51,9 @@ from raysft.models.loading import line_of, seeded, skeleton
 from raysft.models.quantized import refuse_widths
 from raysft.models.supervised import PREFIX
 from raysft.models.targets import Targets, modules_named, resolve
+from raysft.parallel import unread
 from raysft.parallel.native import HALF
+from raysft.parallel.unread import cast
 
 FOLDER = "adapter"  # in a checkpoint
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
@@ -135,7 +138,7 @@ def add_adapters(speech_model: SpeechModel, config: Config, total_steps: int) ->
     model, of_experts = _inject(speech_model, config, total_steps, begin=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            cast(parameter, torch.float32)
     if config.peft.method in VIRTUAL:
         speech_model.virtual = config.peft.virtual_tokens
     if config.peft.method == "prompt":
@@ -192,12 +195,27 @@ def _inject(
         model = get_peft_model(net, settings)
         if of_experts:
             experts.attach(config, net, of_experts)
+    if (unseen := unread.of(net)) is not None:
+        _read_rows(model, unseen)
     if names and (differ := set(model.targeted_module_names) ^ set(names)):
         raise ValueError(f"peft and raysft differ on {len(differ)} targets, such as {min(differ)}")
     if start is not None:
         fill(model, start, of_experts)
     settings.base_model_name_or_path = config.model.path
     return model, of_experts
+
+
+def _read_rows(model: PeftModel, unseen: unread.Unread) -> None:
+    """Give the rows of new tokens, which train, the content that they have in the tables."""
+    for module in model.modules():
+        if not isinstance(module, TrainableTokensLayer) or module.tied_adapter is not None:
+            continue
+        table = module.get_base_layer().weight
+        if unread.is_stand_in(table):
+            for name, delta in module.trainable_tokens_delta.items():
+                rows = unseen.rows(table, module.token_indices[name])
+                delta.data.copy_(rows)
+                module.trainable_tokens_original[name].copy_(rows)
 
 
 def _settings(
@@ -350,4 +368,4 @@ def _halve(model: nn.Module, half: torch.dtype | None) -> None:
     for parameter in model.parameters():
         frozen = not parameter.requires_grad and parameter.dtype == torch.float32
         if frozen and parameter.ndim >= 2:
-            parameter.data = parameter.data.to(half)
+            cast(parameter, half)

@@ -13,7 +13,9 @@ from raysft.models import balance, experts, loading, modality, proof, rope, seve
 from raysft.models.attention import attach
 from raysft.models.base import SpeechModel
 from raysft.models.router_losses import Weights
+from raysft.models.routers import routers
 from raysft.models.supervised import PREFIX, Supervised
+from raysft.parallel import unread
 
 __all__ = ["PREFIX", "Build", "SpeechModel", "Supervised", "build"]
 
@@ -76,6 +78,9 @@ def build(
 
 def _route(speech_model: SpeechModel, model: schema.Model, encoder: Encoder) -> None:
     """Tokens to the experts of their kind, and routers with losses, as `model.moe` says."""
+    if (unseen := unread.of(speech_model.net)) is not None:
+        for router in routers(speech_model.net).values():  # they are small, and tried out
+            unseen.realise(router)
     plan = modality.plan_of(model, speech_model.net, encoder)
     moe = model.moe
     weights = None

@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raysft.errors import UserError
+from raysft.models.copies import with_weights
 
 NAME = "segments"
 # What a layer may be for a packed row to be exact: anything that carries state from one position
@@ -217,7 +218,10 @@ def attach(model: PreTrainedModel, windows: bool = False) -> None:
     kind = model.config.get_text_config().model_type
     if (reason := attachable(model)) is not None:
         raise inexact(kind, reason)
-    difference = packing_difference(model, windows)
+    tried = with_weights(model)
+    if tried is not model:
+        attachable(tried)
+    difference = packing_difference(tried, windows)
     # Rounding gives 1e-6; one position that sees another document gives 1e-2 and more.
     if not difference < 1e-4:
         raise inexact(kind, f"two packed documents differ by {difference:.1e} from each alone")

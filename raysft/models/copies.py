@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from raysft.json_types import Json, JsonObject
+from raysft.parallel import unread
 
 WINDOW = 8  # what windows and chunks become
 ORIGINAL = 16  # the length a model was first trained on, before its positions were stretched
@@ -142,6 +143,23 @@ def small_copy(net: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         ) as error:
             errors.append(f"{type(error).__name__}: {error}")
     raise ValueError(errors[0])
+
+
+def with_weights(net: PreTrainedModel) -> PreTrainedModel:
+    """`net`, or a small copy of it where its own weights are not read yet: what can be tried out.
+
+    Raises Whole where there is no such copy.
+    """
+    if unread.of(net) is None:
+        return net
+    try:
+        return small_copy(net)
+    except ValueError as error:
+        raise Whole(str(error)) from error
+
+
+class Whole(Exception):
+    """The model has to be built with its weights."""
 
 
 def make(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int) -> PreTrainedModel:

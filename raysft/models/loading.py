@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from raysft.data import remote_code
 from raysft.data.encode import net_class
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.parallel import unread
 
 # New rows start at the mean of the old ones, plus noise of this share of their spread: the mean
 # keeps new tokens from dominating the softmax, the noise tells them apart.
@@ -52,25 +54,28 @@ def from_path(
 ) -> PreTrainedModel:
     """Load the weights of `model.path` with `auto.from_pretrained`, in float32 or quantised.
 
-    Raises UserError if they cannot be read, are not safetensors, or lack some of the model.
+    Under `unread.deferring` matrices stay on meta. Raises UserError if they cannot be read, are not safetensors, or lack some of the model.
     """
     try:
         if model.trust_remote_code:
             _fetch_code(model, auto)
-        net, info = auto.from_pretrained(
-            model.path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            **model.hub,
-            **({"quantization_config": quantization} if quantization is not None else {}),
-        )
+        with unread.reading_later() if unread.asked() else nullcontext():
+            net, info = auto.from_pretrained(
+                model.path,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **model.hub,
+                **({"quantization_config": quantization} if quantization is not None else {}),
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"model.path {model.path}: {line_of(error)}") from error
     if quantization is not None:
         from raysft.models.quantized import unpacked
 
         unpacked(net)  # before anything goes through it
+    if (unseen := unread.of(net)) is not None:
+        unseen.stand_in(net)
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise UserError(
@@ -191,16 +196,29 @@ def grow_vocabulary(net: PreTrainedModel, size: int, seed: int) -> None:
     old = net.get_input_embeddings().weight.shape[0]
     if size <= old:
         return
+    unseen = unread.of(net)
+    if unseen is not None:
+        unread.to_meta(net)
     with seeded(seed):
         net.resize_token_embeddings(size, mean_resizing=False)
+    with seeded(seed):
         # A tied head is the same parameter: filled once.
         ends = (net.get_input_embeddings(), net.get_output_embeddings())
         for table in {id(end.weight): end for end in ends}.values():
-            rows = table.weight[:old]
-            noise = torch.randn(size - old, rows.shape[1]) * rows.std(0) * NEW_ROW_NOISE
-            table.weight[old:] = rows.mean(0) + noise
+            noise = torch.randn(size - old, table.weight.shape[1])
+            if unseen is None:
+                rows = table.weight[:old]
+                table.weight[old:] = rows.mean(0) + noise * rows.std(0) * NEW_ROW_NOISE
+            else:
+                unseen.grow(table.weight, net, partial(_new_rows, noise))
             if getattr(table, "bias", None) is not None:
                 table.bias[old:] = table.bias[:old].mean()
+    if unseen is not None:
+        unseen.stand_in(net)
+
+
+def _new_rows(noise: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    return mean + noise * spread * NEW_ROW_NOISE
 
 
 def line_of(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from raysft.losses.chunked import (
 from raysft.losses.term import CROSS_ENTROPY, Term
 from raysft.models import balance, router_losses
 from raysft.models.attention import document_mask
+from raysft.models.copies import with_weights
 from raysft.models.layout import Batch, as_weights, tokens_of
 from raysft.models.routing import Routing
 
@@ -71,7 +72,7 @@ class Supervised(nn.Module):
             raise UserError(f"model: {type(net).__name__} has no language-model head to train")
         self._head = (head,)  # in a tuple: a module's attribute would be saved under two names
         self._hook = head.register_forward_pre_hook(self._select)
-        self._vocabulary, self._head_is_last = head_is_last(net, head)
+        self._vocabulary, self._head_is_last = _logits_of(net, head)
 
     def _select(self, head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
         """Only what predicts a supervised token goes through the head: [R, L, H] -> [1, M, H].
@@ -183,3 +184,14 @@ class Supervised(nn.Module):
             return logits[:, :-1].detach(), logits[0, -1], unbalanced
         losses = kinds.of_logits(logits, targets)
         return losses, kinds.total(losses, weights), unbalanced
+
+
+def _logits_of(net: PreTrainedModel, head: nn.Module) -> tuple[int, bool]:
+    """As `head_is_last`, of a model whose weights may not be read yet. Such a one has no positions
+    of peft's that change what is asked (`worker.reads_later`)."""
+    plain = net.get_base_model() if hasattr(net, "get_base_model") else net
+    tried = with_weights(plain)
+    if tried is plain:
+        return head_is_last(net, head)
+    _, last = head_is_last(tried, tried.get_output_embeddings())
+    return plain.get_output_embeddings().weight.shape[0], last

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from raysft.config.schema import Config, Parallel
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.parallel import unread
 from raysft.parallel.blocks import experts_of
 from raysft.parallel.experts import ExpertGroups, number_of
 from raysft.parallel.fsdp import Fsdp
@@ -37,15 +38,18 @@ class Ep(Fsdp):
     _groups: ExpertGroups
     _experts: frozenset[str]  # names of what is theirs, in the wrapped module
 
-    def shard_experts(
-        self, config: Config, module: nn.Module, world: World, settings: JsonObject
-    ) -> None:
-        """Give each worker its experts, sharded among the workers that have the same ones."""
+    def keep_experts(self, config: Config, module: nn.Module, world: World) -> None:
+        """Give each worker its experts."""
         size = ep_size(config.parallel.ep_size, world.size, _numbers(module))
         self._groups = ExpertGroups(size, world)
+        unseen = unread.of(module)
+        for _, experts in experts_of(module):
+            self._groups.share(experts, unseen)
+
+    def shard_experts(self, module: nn.Module, world: World, settings: JsonObject) -> None:
+        """Shard each worker's experts among the workers that have the same ones."""
         names = set()
         for name, experts in experts_of(module):
-            self._groups.share(experts)
             names |= {f"{name}.{own}" for own, _ in experts.named_parameters()}
             sharded: FSDPModule = fully_shard(
                 experts, **{**settings, "mesh": self._groups.mesh["copies"]}

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.distributed.expert_parallel import AllToAllEP
 
 from raysft.errors import UserError
+from raysft.parallel.unread import Unread, is_stand_in
 from raysft.parallel.world import World
 
 NUMBER = "num_experts"  # of a module of fused experts, in every model of transformers
@@ -44,12 +45,18 @@ class ExpertGroups:
         """How many workers hold the same experts."""
         return self.mesh.size(0)
 
-    def share(self, experts: nn.Module) -> None:
-        """Keep this worker's experts of a module of fused experts, and let tokens come to them."""
+    def share(self, experts: nn.Module, unseen: Unread | None) -> None:
+        """Keep this worker's experts of a module of fused experts, and let tokens come to them.
+
+        unseen: of the model, where its matrices are not read yet.
+        """
         number = number_of(experts)
         own = number // self.size
         first = self.mesh.get_local_rank("experts") * own
         for holder, name, parameter in _of_experts(experts, number):
+            if unseen is not None and is_stand_in(parameter):
+                setattr(holder, name, unseen.part(parameter, first, own))
+                continue
             kept = parameter.detach()[first : first + own].clone()
             setattr(holder, name, nn.Parameter(kept, parameter.requires_grad))
         setattr(experts, NUMBER, own)

@@ -24,7 +24,9 @@ from torch.distributed.fsdp import (
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.parallel import unread
 from raysft.parallel.blocks import blocks
+from raysft.parallel.fill import fill
 from raysft.parallel.native import HALF, Native
 from raysft.parallel.unsharded import fits, unsharded
 from raysft.parallel.world import World
@@ -40,8 +42,6 @@ class Fsdp(Native):
         if not dist.is_initialized():
             raise UserError("parallel.strategy: fsdp needs a process group; use ddp in one process")
         offload = config.parallel.offload == "parameters"
-        if not offload:
-            module = module.to(world.device)
         settings: JsonObject = {"mesh": _mesh(config.parallel.replicate, world)}
         if (half := HALF.get(config.train.precision)) is not None:
             settings["mp_policy"] = MixedPrecisionPolicy(half, torch.float32)
@@ -51,14 +51,25 @@ class Fsdp(Native):
         self._whole = _adapters(module) if config.peft.method == "adalora" else []
         if self._whole:
             settings["ignored_params"] = set(self._whole)
-        self.shard_experts(config, module, world, settings)
+            for adapter in self._whole:
+                adapter.data = adapter.data.to(world.device)
+        self.keep_experts(config, module, world)
+        unseen = unread.of(module)
+        places = unseen.places(module) if unseen is not None else {}
+        unread.to_meta(module)
+        self.shard_experts(module, world, settings)
+        # Block by block to the device, where each is cut up before the next one comes.
         for block in blocks(module):
             fully_shard(block, **settings)
-        super().__init__(config, cast(nn.Module, fully_shard(module, **settings)), world)
+        sharded = cast(nn.Module, fully_shard(module, **settings))
+        if unseen is not None:
+            fill(sharded, unseen, places, torch.device("cpu") if offload else world.device)
+        super().__init__(config, sharded, world)
 
-    def shard_experts(
-        self, config: Config, module: nn.Module, world: World, settings: JsonObject
-    ) -> None:
+    def keep_experts(self, config: Config, module: nn.Module, world: World) -> None:
+        """Leave this worker what it is to hold of `module`, before anything is sharded."""
+
+    def shard_experts(self, module: nn.Module, world: World, settings: JsonObject) -> None:
         """Shard what is not sharded over all workers, before the blocks are. settings: of
         `fully_shard`."""
 

@@ -5,8 +5,8 @@ Checkpoints are those of the other strategies: whole tensors by the model's own 
 by one worker. A run goes on under any strategy, with any number of workers.
 
 In half precision the weights are in half precision, with float32 master weights in the shards;
-gradients are summed and added up in float32. Every worker builds the whole model on the CPU before
-DeepSpeed shards it: zero3 saves the memory of a GPU, not that of its host.
+gradients are summed and added up in float32. zero3 shards what comes from `model.path` while it is
+read (`zero_fill`); all else is whole on every worker's host first.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from raysft.config.deepspeed import unused
 from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.parallel import unread, zero_fill
 from raysft.parallel.blocks import mixtures_of
 from raysft.parallel.deepspeed_json import make_settings
+from raysft.parallel.native import HALF
 from raysft.parallel.optim import make_optimizer, set_rate
 from raysft.parallel.scale import LossScale
 from raysft.parallel.strategy import State, Stepped
@@ -61,6 +63,9 @@ class Zero:
         for mixture in mixtures_of(module):
             deepspeed.utils.set_z3_leaf_module(mixture, True)
         _refuse_precision(config, deepspeed.get_accelerator())
+        if (unseen := unread.of(module)) is not None:
+            dtype = HALF.get(config.train.precision, torch.float32)
+            zero_fill.fill(module, unseen, deepspeed, settings, dtype, world)
         with redirect_stdout(io.StringIO()):  # zero1 in bf16 prints its memory
             engine, optimizer, _, _ = deepspeed.initialize(
                 args=SimpleNamespace(device_rank=world.device.index or 0),
