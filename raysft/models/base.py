@@ -37,7 +37,7 @@ from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
 from raysft.losses.chunked import TokenLoss
 from raysft.losses.term import Term
-from raysft.models import generation, reach, routing, targets
+from raysft.models import experts, generation, reach, routing, targets
 from raysft.models.layout import (
     IGNORED,
     Batch,
@@ -259,7 +259,8 @@ class SpeechModel(ABC):
         Raises UserError if nothing else trains.
         """
         batch, _ = self.rows([self.dummy_document()], "right")
-        found = reach.freeze(self.model, batch | self.features([self.dummy_document()]))
+        with experts.one_by_one(self.net):  # stand-ins for weights cannot be multiplied in groups
+            found = reach.freeze(self.model, batch | self.features([self.dummy_document()]))
         self.unreached = [*self.unreached, *found]
         if self.unreached and not any(p.requires_grad for p in self.model.parameters()):
             raise UserError(

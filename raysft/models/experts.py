@@ -13,7 +13,8 @@ Products are in the dtype of autocast, which does not know them, else in that of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -80,6 +81,20 @@ def check(net: nn.Module) -> None:
             f"model.moe: {type(net).__name__} has no experts (of those that transformers keeps as "
             "one matrix a layer); leave model.moe out"
         )
+
+
+@contextmanager
+def one_by_one(net: nn.Module) -> Iterator[None]:
+    """The experts of `net` compute one after the other in here, by transformers' own loop."""
+    configs = [module.config for _, module in experts_of(net)]
+    before = [config._experts_implementation for config in configs]  # type: ignore[union-attr]
+    try:
+        for config in configs:
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._experts_implementation = name  # type: ignore[union-attr]
 
 
 def use(net: nn.Module, backend: Backend) -> None:

@@ -54,7 +54,8 @@ def from_path(
 ) -> PreTrainedModel:
     """Load the weights of `model.path` with `auto.from_pretrained`, in float32 or quantised.
 
-    Under `unread.deferring` matrices stay on meta. Raises UserError if they cannot be read, are not safetensors, or lack some of the model.
+    Under `unread.deferring` matrices are stand-ins. Raises UserError if weights cannot be read, are
+    not safetensors, or lack some of the model.
     """
     try:
         if model.trust_remote_code:

@@ -102,7 +102,7 @@ class CheckpointRows:
             self._unequal_ties(net, tensors)
         # The plain model's tree of names, whatever becomes of the model itself.
         self._carrier = copy.deepcopy(net)
-        self._shapes = {name: value for name, value in net.named_parameters()}
+        self._shapes = dict(net.named_parameters())
 
     def __contains__(self, key: str) -> bool:
         return key in self._of

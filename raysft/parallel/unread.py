@@ -68,7 +68,7 @@ def reading_later() -> Iterator[None]:
     ) -> tuple[Any, None]:
         rows = CheckpointRows(model, checkpoint_files, load_config)
         for parameter in model.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            vars(parameter)["_is_hf_initialized"] = True
         setattr(model, _ATTRIBUTE, Unread(rows))
         return rows.info, None
 
@@ -97,9 +97,7 @@ class Unread:
         self._new: dict[str, torch.Tensor] = {}
         self._places: dict[int, tuple[Place, nn.Parameter]] = {}  # which keeps its id
 
-    def grow(
-        self, table: nn.Parameter, net: nn.Module, make: Callable[..., torch.Tensor]
-    ) -> None:
+    def grow(self, table: nn.Parameter, net: nn.Module, make: Callable[..., torch.Tensor]) -> None:
         """`table`, of `net`, has rows beyond those of the checkpoint. make: of mean and spread [H]
         of the old ones the new [n, H]."""
         self._grown[self._key(table, net)] = make

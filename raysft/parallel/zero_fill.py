@@ -6,6 +6,7 @@ one comes: nobody holds more than the parts of all and one of them whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -42,7 +43,8 @@ def fill(
             one = nn.ParameterList([parameter])
             deepspeed.zero.Init(module=one, config_dict_or_path=settings, dtype=dtype)
         else:
-            sharded[0].convert_to_zero_parameters(param_list=[parameter])  # type: ignore[operator]
+            convert: Callable[..., None] = vars(sharded[0])["convert_to_zero_parameters"]
+            convert(param_list=[parameter])
         sharded.append(parameter)
 
     def want(parameter: nn.Parameter, place: Place) -> Want:
@@ -62,6 +64,6 @@ def fill(
     if world.is_main:
         unseen.read(wants)
         return
-    shapes = {places[name].key: parameter.shape for name, parameter in named.items() if name in places}
+    shapes = {place.key: named[name].shape for name, place in places.items() if name in named}
     for asked in unseen.in_order(wants):
         asked.take(torch.empty(shapes[asked.key], dtype=asked.dtype))
