@@ -66,6 +66,7 @@ def from_path(
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **model.hub,
                 **({"quantization_config": quantization} if quantization is not None else {}),
             )
