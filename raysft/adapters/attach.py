@@ -35,6 +35,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -206,8 +207,12 @@ def _inject(
 
 
 def _read_rows(model: PeftModel, unseen: unread.Unread) -> None:
-    """Give the rows of new tokens, which train, the content that they have in the tables."""
+    """Give the rows of new tokens, which train, the content that they have in the tables; what is
+    copied, to train whole, is read as that which it is a copy of."""
     for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copied in module.modules_to_save.values():
+                unseen.copies(module.original_module, copied)
         if not isinstance(module, TrainableTokensLayer) or module.tied_adapter is not None:
             continue
         table = module.get_base_layer().weight

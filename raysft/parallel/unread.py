@@ -10,7 +10,6 @@ which stand-ins it has (`places`) and has their rows read (`read`).
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,6 @@ from raysft.parallel.checkpoint_rows import CheckpointRows, Want
 
 _state = threading.local()
 _ATTRIBUTE = "raysft_unread"
-# A module that peft trains whole is a copy beside the one that it stands for.
-_COPY, _ORIGINAL = re.compile(r"\.modules_to_save\.\w+\."), ".original_module."
 
 
 @contextmanager
@@ -120,6 +117,15 @@ class Unread:
         part = _stand_in(parameter, torch.Size((rows, *parameter.shape[1:])))
         return self._at(part, Place(place.key, place.first + first))
 
+    def copies(self, module: nn.Module, copy: nn.Module) -> None:
+        """Give `copy`, a copy of `module`, stand-ins where that has them."""
+        for holder, own in zip(copy.modules(), module.modules(), strict=True):
+            for name, parameter in own.named_parameters(recurse=False):
+                if is_stand_in(parameter):
+                    part = self.part(parameter, 0, parameter.shape[0])
+                    part.requires_grad_(getattr(holder, name).requires_grad)
+                    setattr(holder, name, part)
+
     def realise(self, module: nn.Module) -> None:
         """Read now what of `module` is a stand-in."""
         for parameter in module.parameters():
@@ -138,14 +144,12 @@ class Unread:
 
     def places(self, module: nn.Module) -> dict[str, Place]:
         """Name of each stand-in in `module`, which is around the model, and where it is."""
-        named = dict(module.named_parameters(remove_duplicate=False))
         found = {}
-        for name, parameter in named.items():
+        for name, parameter in module.named_parameters(remove_duplicate=False):
             if is_stand_in(parameter):
-                known = self._places.get(id(parameter))
-                if known is None:
-                    known = self._places[id(named[_COPY.sub(_ORIGINAL, name)])]
-                found[name] = known[0]
+                found[name] = self._places[id(parameter)][0]
+            elif parameter.is_floating_point() and bool(parameter.isnan().any()):
+                raise ValueError(f"{name} was made of weights that are not read yet")
         return found
 
     def read(self, wants: Sequence[Want]) -> None:
