@@ -94,7 +94,8 @@ def build_model(
     """The model on the CPU, as a strategy takes it: with what `peft` and `train` do to it.
 
     total_steps: of the run; 0: it is not to be trained to an end. later: matrices are stand-ins
-    where they can be read once a strategy has sharded them (`parallel.unread`).
+    where they can be (`parallel.unread`), for a strategy that reads them when it shards them, or
+    for who asks for shapes only.
     """
     quantization = None
     if config.peft.method == "qlora":
@@ -124,17 +125,12 @@ def build_model(
 
 
 def reads_later(config: Config) -> bool:
-    """Whether the strategy reads each worker's own rows of a checkpoint.
-
-    Not where something is computed from whole matrices before: their norms (dora), rows of tokens
-    (prompt), or 4 bits of them (qlora, which no such strategy takes).
+    """Whether a model may have stand-ins for its matrices: it comes from `model.path`, and nothing
+    is computed of them whole before a strategy has them: their norms (dora), rows of tokens
+    (prompt), or 4 bits of them (qlora).
     """
     looks = config.peft.dora or config.peft.method in ("prompt", "qlora")
-    return config.model.path is not None and not looks and "weights" in _shards(config)
-
-
-def _shards(config: Config) -> tuple[str, ...]:
-    return traits_of(config.parallel.strategy).shards
+    return config.model.path is not None and not looks
 
 
 def build_job(
@@ -151,7 +147,9 @@ def build_job(
     """
     config = settled(config, world)
     check_base(config, folder)
-    speech_model, adapters = build_model(config, data.encoder, total_steps, later=True)
+    speech_model, adapters = build_model(
+        config, data.encoder, total_steps, later=traits_of(config.parallel.strategy).reads
+    )
     config, tried = settle_experts(config, folder, world, speech_model)
     speech_model.tasks[:] = plans.tasks(folder)
     sizes = sizes_of(speech_model)
@@ -159,6 +157,8 @@ def build_job(
     if world.is_main and formula_holds(speech_model.net):  # it writes the metrics
         cost = cost_of(speech_model.model, speech_model.unreached)
     strategy = wrap(config, speech_model, world)
+    if (held := getattr(strategy, "gradients", None)) is not None:
+        tried = {**tried, "gradients": held}
     static = one_shape(config, world.device)
     settings, half = config.data, config.train.precision != "fp32"
     slow = _slow_experts(config, speech_model, world)
@@ -391,7 +391,9 @@ def build_evaluator(config: Config, run: Path, world: World, data: Data) -> Eval
     """Model and strategy of one worker, for checkpoints of the run in `run`."""
     config = settled(config, world)
     check_base(config, run)
-    speech_model, _ = build_model(config, data.encoder, 0, later=True)
+    speech_model, _ = build_model(
+        config, data.encoder, 0, later=traits_of(config.parallel.strategy).reads
+    )
     if config.model.moe is not None and config.model.moe.experts == "auto":
         known = kept_experts(run)
         # It may have been found on another kind of device than is here.

@@ -139,6 +139,12 @@ def _strategy(config: Config) -> list[Mistake]:
                 f"{size} workers with all experts between them need a fixed number of workers that "
                 f"is a multiple of it, not parallel.workers: {parallel.workers}",
             )
+    if parallel.gradients != "auto" and not traits.turns:
+        found.add(
+            "parallel.gradients",
+            f"{strategy} leaves no choice of what is held between turns, "
+            f"{' and '.join(names(lambda other: other.turns))} do; leave it out",
+        )
     if parallel.replicate > 1:
         if not traits.replicates:
             able = names(lambda other: other.replicates)

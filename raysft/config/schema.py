@@ -286,6 +286,12 @@ class Parallel(Section):
         description="ep: workers that hold all experts of a mixture between them; divides the "
         "workers and the experts; default: as many of a node's as do",
     )
+    gradients: Free[Literal["auto", "whole", "sharded"]] = Field(
+        "auto",
+        description="fsdp, ep: what a worker holds of a gradient between the turns of a step; "
+        "whole: all of it, reduced once; sharded: its share, reduced in each turn; auto: whole up "
+        "to 4 GiB",
+    )
     offload: Free[Literal["none", "optimizer", "parameters"]] = Field(
         "none",
         description="what lies in host memory between uses; optimizer: its state (zero1 to zero3); "

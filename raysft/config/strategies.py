@@ -32,9 +32,11 @@ class StrategyTraits:
 
     shards: what workers share; of everything else each has all. offloads: the values of
     `parallel.offload` it goes with. synced: its forward pass is a collective: each worker has to
-    enter it as often as the others. replicates: goes with `parallel.replicate`. stage: of
-    DeepSpeed's ZeRO; None: it is not DeepSpeed's. implementation: "module:Class" of its class,
-    made of (config, module, world); `register` may be told it beside the row.
+    enter it as often as the others. replicates: goes with `parallel.replicate`. turns: with
+    `parallel.gradients`. reads: takes a model whose matrices it reads itself when it shards them
+    (`parallel.unread`). stage: of DeepSpeed's ZeRO; None: it is not DeepSpeed's. implementation:
+    "module:Class" of its class, made of (config, module, world); `register` may be told it beside
+    the row.
     """
 
     name: str
@@ -42,6 +44,8 @@ class StrategyTraits:
     offloads: tuple[Offload, ...] = ()
     synced: bool = False
     replicates: bool = False
+    turns: bool = False
+    reads: bool = False
     stage: int | None = None
     refuses: tuple[Refusal, ...] = ()
     implementation: str | None = None
@@ -72,6 +76,7 @@ def _zero(
         shards,
         offloads,
         synced,
+        reads="weights" in shards,
         stage=stage,
         refuses=refuses,
         implementation="raysft.parallel.zero:Zero",
@@ -88,6 +93,7 @@ def _no_qlora(name: str) -> Refusal:
 
 
 _TORCH = "ddp or fsdp"
+WHOLE_BYTES = 4 * 2**30  # of a gradient that parallel.gradients: auto keeps whole
 _ALL: tuple[Part, ...] = ("weights", "gradients", "moments")
 _ROWS = (
     StrategyTraits("ddp", implementation="raysft.parallel.ddp:Ddp"),
@@ -97,6 +103,8 @@ _ROWS = (
         ("parameters",),
         synced=True,
         replicates=True,
+        turns=True,
+        reads=True,
         refuses=(_no_qlora("fsdp"),),
         implementation="raysft.parallel.fsdp:Fsdp",
     ),
@@ -107,6 +115,8 @@ _ROWS = (
         "ep",
         (*_ALL, "experts"),
         synced=True,
+        turns=True,
+        reads=True,
         refuses=(
             _no_qlora("ep"),
             Refusal(
@@ -136,6 +146,17 @@ def traits_of(name: str) -> StrategyTraits:
             f"{', '.join(STRATEGIES)})"
         )
     return STRATEGIES[name]
+
+
+def gradients_of(asked: Literal["auto", "whole", "sharded"], trained: int) -> str:
+    """What a worker holds of a gradient between turns, where the strategy goes with the key.
+
+    trained: parameters, whose gradient takes 4 bytes each. The same on every machine, for it
+    decides in which order is added up.
+    """
+    if asked != "auto":
+        return asked
+    return "whole" if 4 * trained <= WHOLE_BYTES else "sharded"
 
 
 def choices() -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from raysft.config import Config
-from raysft.config.strategies import traits_of
+from raysft.config.strategies import gradients_of, traits_of
 from raysft.data.encode import TEMPLATE, Encoder, kept_template
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Summary
@@ -126,13 +126,17 @@ def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
     """
     from raysft import worker
 
-    speech_model, _ = worker.build_model(config, encoder, total_steps)
+    speech_model, _ = worker.build_model(config, encoder, total_steps, later=True)
     parameters = list(speech_model.model.parameters())
     stored = sum(p.numel() * p.element_size() for p in parameters)
     sizes = worker.sizes_of(speech_model)
     trained = sizes["trained"]
     workers = config.parallel.min_workers // config.parallel.replicate
-    sharded = traits_of(config.parallel.strategy).shards
+    traits = traits_of(config.parallel.strategy)
+    sharded = set(traits.shards)
+    between = gradients_of(config.parallel.gradients, trained)
+    if traits.turns and config.data.lanes > config.parallel.min_workers and between == "whole":
+        sharded.discard("gradients")
     held = {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained}
     state = sum(size / (workers if part in sharded else 1) for part, size in held.items())
     text = speech_model.net.config.get_text_config()

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 )
 
 from raysft.config.schema import Config
+from raysft.config.strategies import gradients_of
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.parallel import unread
@@ -65,6 +66,8 @@ class Fsdp(Native):
         if unseen is not None:
             fill(sharded, unseen, places, torch.device("cpu") if offload else world.device)
         super().__init__(config, sharded, world)
+        trained = sum(parameter.numel() for parameter in self._trainable)
+        self.gradients = gradients_of(config.parallel.gradients, trained)
 
     def keep_experts(self, config: Config, module: nn.Module, world: World) -> None:
         """Leave this worker what it is to hold of `module`, before anything is sharded."""
@@ -75,8 +78,8 @@ class Fsdp(Native):
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Gradients are reduced in the last turn only: a whole gradient is held until then."""
-        self.module.set_requires_gradient_sync(last)
+        """Gradients are reduced in the last turn, and held whole until then, or in each."""
+        self.module.set_requires_gradient_sync(last or self.gradients == "sharded")
         yield
 
     def reduce(self) -> None:
