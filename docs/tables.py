@@ -107,6 +107,7 @@ def strategies() -> str:
         shares = ", ".join(PARTS[part] for part in traits.shards) or "nothing: a whole model each"
         more = [f"`parallel.offload: {offload}`" for offload in traits.offloads]
         more += ["`parallel.replicate`"] * traits.replicates
+        more += ["`parallel.gradients`"] * traits.turns
         more += ["`parallel.deepspeed`"] * (traits.stage is not None)
         rows.append((f"`{name}`", shares, ", ".join(more)))
     return table(("`parallel.strategy`", "shares among workers", "goes with"), rows)
