@@ -34,7 +34,6 @@ from raysft.json_types import JsonObject
 from raysft.models import experts, fastest
 from raysft.models.attention import used as attention_used
 from raysft.models.base import SpeechModel
-from raysft.models.copies import Whole
 from raysft.models.experts import why_not
 from raysft.models.layout import Static
 from raysft.models.modality import CONFIG
@@ -102,12 +101,10 @@ def build_model(
         from raysft.models.quantized import nf4
 
         quantization = nf4(config)
-    settings = (config.model, config.data, encoder, config.run.seed, quantization)
-    try:
-        with unread.deferring(later and reads_later(config)):
-            speech_model = models.build(*settings)
-    except Whole:
-        speech_model = models.build(*settings)
+    with unread.deferring(later and reads_later(config)):
+        speech_model = models.build(
+            config.model, config.data, encoder, config.run.seed, quantization
+        )
     speech_model.task_weights.update(config.train.task_weights)
     speech_model.more_losses += [
         (name, losses.load(name), weight) for name, weight in config.train.losses.items()

@@ -12,6 +12,7 @@ from raysft.errors import UserError
 from raysft.models import balance, experts, loading, modality, proof, rope, several_gates
 from raysft.models.attention import attach
 from raysft.models.base import SpeechModel
+from raysft.models.copies import NoCopy
 from raysft.models.router_losses import Weights
 from raysft.models.routers import routers
 from raysft.models.supervised import PREFIX, Supervised
@@ -48,12 +49,27 @@ def build(
     quantization: BitsAndBytesConfig | None = None,
 ) -> SpeechModel:
     """The model of `model` on the CPU, with float32 weights that are the same on every worker.
-    What no batch reaches does not train.
+    Under `unread.deferring` it has stand-ins for its matrices, if it can do without them. What no
+    batch reaches does not train.
 
     encoder: of the same config; gives the tokenizer and, for audio_lm, the front end.
     quantization: (qlora) how the language model's weights are stored. Raises UserError if the
     model cannot be had, or is not exact in this data.mode.
     """
+    try:
+        return _build(model, data, encoder, seed, quantization)
+    except NoCopy:
+        with unread.deferring(False):
+            return _build(model, data, encoder, seed, quantization)
+
+
+def _build(
+    model: schema.Model,
+    data: schema.Data,
+    encoder: Encoder,
+    seed: int,
+    quantization: BitsAndBytesConfig | None,
+) -> SpeechModel:
     if model.path is not None and model.config is not None:
         raise UserError("model: found both model.path and model.config; give exactly one")
     module: Build = model_family(model).model_module()

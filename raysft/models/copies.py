@@ -148,18 +148,18 @@ def small_copy(net: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def with_weights(net: PreTrainedModel) -> PreTrainedModel:
     """`net`, or a small copy of it where its own weights are not read yet: what can be tried out.
 
-    Raises Whole where there is no such copy.
+    Raises NoCopy where there is no such copy: it needs its weights.
     """
     if unread.of(net) is None:
         return net
     try:
         return small_copy(net)
     except ValueError as error:
-        raise Whole(str(error)) from error
+        raise NoCopy(str(error)) from error
 
 
-class Whole(Exception):
-    """The model has to be built with its weights."""
+class NoCopy(Exception):
+    """What would be tried on a small copy has to be tried on the model itself."""
 
 
 def make(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int) -> PreTrainedModel:
