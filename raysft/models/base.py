@@ -23,6 +23,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,7 @@ from raysft.models.modality import Plan
 from raysft.models.router_losses import Weights
 from raysft.models.routing import Routing
 from raysft.models.supervised import PREFIX, Supervised
+from raysft.parallel import unread
 
 
 class SpeechModel(ABC):
@@ -259,7 +261,9 @@ class SpeechModel(ABC):
         Raises UserError if nothing else trains.
         """
         batch, _ = self.rows([self.dummy_document()], "right")
-        with experts.one_by_one(self.net):  # stand-ins for weights cannot be multiplied in groups
+        # Stand-ins for weights cannot be multiplied in groups.
+        alone = nullcontext() if unread.of(self.net) is None else experts.one_by_one(self.net)
+        with alone:
             found = reach.freeze(self.model, batch | self.features([self.dummy_document()]))
         self.unreached = [*self.unreached, *found]
         if self.unreached and not any(p.requires_grad for p in self.model.parameters()):

@@ -85,12 +85,12 @@ def check(net: nn.Module) -> None:
 
 @contextmanager
 def one_by_one(net: nn.Module) -> Iterator[None]:
-    """The experts of `net` compute one after the other in here, by transformers' own loop."""
+    """The experts of `net`, with what is added to them, compute one after the other in here."""
     configs = [module.config for _, module in experts_of(net)]
     before = [config._experts_implementation for config in configs]  # type: ignore[union-attr]
     try:
         for config in configs:
-            config._experts_implementation = "eager"  # type: ignore[union-attr]
+            config._experts_implementation = "raysft_loop"  # type: ignore[union-attr]
         yield
     finally:
         for config, name in zip(configs, before, strict=True):
