@@ -77,7 +77,7 @@ SLOW: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "fsdp, mixture lora": (
         "qwen3_moe",
         2,
-        {"parallel": {"strategy": "fsdp"}, "peft": {**LORA, "experts": True}},
+        {"parallel": {"strategy": "fsdp"}, "peft": {**LORA, "r": 8, "experts": True}},
     ),
     "fsdp, kinds": (
         "qwen3_moe",
@@ -101,7 +101,7 @@ SLOW: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "ep lora": (
         "qwen3_moe",
         2,
-        {"parallel": {"strategy": "ep", "ep_size": 2}, "peft": {**LORA, "experts": True}},
+        {"parallel": {"strategy": "ep", "ep_size": 2}, "peft": {**LORA, "r": 8, "experts": True}},
     ),
 }
 

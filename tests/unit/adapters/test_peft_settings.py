@@ -185,20 +185,19 @@ def test_gradient_checkpointing_gives_the_same_losses(bench: Bench) -> None:
 def test_batched_answers_are_those_of_plain_peft_one_by_one(
     method: str, family: str, bench: Bench
 ) -> None:
-    run = bench.run(
-        bench.config(
-            f"answers_{method}",
-            method,
-            family,
-            data__eval=[{"path": str(bench.corpora[family]), "name": "heard", "task": "asr"}],
-            evaluate__at_end=False,
-            evaluate__max_new_tokens=6,
-            evaluate__max_examples=6,
-            optim__lr=0.1,
-            train__max_steps=STEPS,
-        )
+    config = bench.config(
+        f"answers_{method}",
+        method,
+        family,
+        data__eval=[{"path": str(bench.corpora[family]), "name": "heard", "task": "asr"}],
+        evaluate__at_end=False,
+        evaluate__max_new_tokens=6,
+        evaluate__max_examples=6,
+        optim__lr=0.1,
+        train__max_steps=STEPS,
     )
-    job, _ = bench.start(run.job.config)
+    run = bench.run(config)
+    job, _ = bench.start(config)
     scores = worker.evaluate_checkpoint(job, predictions=job.folder / "said.jsonl")
     assert {"wer/heard", "loss/asr"} <= scores.keys()
     lines = read_lines(job.folder / "said.jsonl")
