@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -30,11 +30,25 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
 CHUNK_BYTES = 256 * 2**20  # that are read before they are handed over
 COLUMNS = 512  # of a table that is looked at as a whole
 
-Tensors = dict[str, Any]  # by name in the checkpoint: slices of safetensors
+
+class Slice(Protocol):
+    """A tensor in a file of safetensors; what is indexed is read."""
+
+    def get_shape(self) -> list[int]:
+        """Of all of it."""
+        ...
+
+    def __getitem__(self, index: object) -> torch.Tensor: ...
+
+
+Tensors = dict[str, "Slice | _Rows | torch.Tensor"]  # what transformers loads, by name in the files
+Slices = dict[str, Slice]
 
 
 @dataclass
@@ -64,12 +78,11 @@ class _Source:
 class _Rows:
     """Some rows of a tensor in a file; transformers reads it as `tensor[...]`."""
 
-    def __init__(self, source: Any, start: int, stop: int) -> None:
+    def __init__(self, source: Slice, start: int, stop: int) -> None:
         self._source, self._start, self._stop = source, start, stop
 
     def __getitem__(self, _all: object) -> torch.Tensor:
-        found: torch.Tensor = self._source[self._start : self._stop]
-        return found
+        return self._source[self._start : self._stop]
 
 
 class CheckpointRows:
@@ -78,14 +91,16 @@ class CheckpointRows:
     info: what lacks and what does not fit, as transformers says it when it loads.
     """
 
-    def __init__(self, net: PreTrainedModel, files: Sequence[str], settings: Any) -> None:
+    def __init__(
+        self, net: PreTrainedModel, files: Sequence[str], settings: LoadStateDictConfig
+    ) -> None:
         """net: on meta, nothing tied yet; its vectors and buffers become real. settings: by which
         transformers would load it."""
         self._files, self._settings = list(files), settings
         self._sources: list[_Source] = []
         self._of: dict[str, _Source] = {}
         with self._open() as tensors:
-            empty = {
+            empty: Tensors = {
                 name: torch.empty(tuple(found.get_shape()), device="meta")
                 for name, found in tensors.items()
             }
@@ -145,7 +160,7 @@ class CheckpointRows:
             for at in range(0, width, COLUMNS):
                 yield tensors[name][:, at : at + COLUMNS].float()
 
-    def _hand_over(self, wants: list[Want], tensors: Tensors) -> None:
+    def _hand_over(self, wants: list[Want], tensors: Slices) -> None:
         given: Tensors = {}
         cut: set[str] = set()  # weights of which only the rows that are wanted are read
         for want in wants:
@@ -172,7 +187,7 @@ class CheckpointRows:
             for key in self._of[want.key].makes:
                 self._put(key, self._shapes[key].detach())
 
-    def _by_row(self, want: Want, tensors: Tensors) -> Tensors | None:
+    def _by_row(self, want: Want, tensors: Slices) -> Tensors | None:
         """What makes the rows of `want` and no others; None: all of it has to be read."""
         source = self._of[want.key]
         if source.converter is None:
@@ -183,7 +198,7 @@ class CheckpointRows:
         if len(source.makes) > 1 or not stacked or not _stacks(source.converter):
             return None
         seen = dict.fromkeys(counts, 0)
-        found = {}
+        found: Tensors = {}
         for name, pattern in zip(source.names, source.patterns, strict=True):
             if want.start <= seen[pattern] < want.stop:
                 found[name] = tensors[name]
@@ -196,8 +211,8 @@ class CheckpointRows:
         holder._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     @contextmanager
-    def _open(self) -> Iterator[Tensors]:
-        found: Tensors = {}
+    def _open(self) -> Iterator[Slices]:
+        found: Slices = {}
         with ExitStack() as stack:
             for file in self._files:
                 opened = stack.enter_context(safe_open(file, "pt", device="cpu"))
@@ -205,7 +220,9 @@ class CheckpointRows:
                 found |= {name: opened.get_slice(name) for name in list(opened.keys())}
             yield found
 
-    def _load(self, net: PreTrainedModel, tensors: Tensors, device: str = "cpu") -> Any:
+    def _load(
+        self, net: PreTrainedModel, tensors: Tensors, device: str = "cpu"
+    ) -> LoadStateDictInfo:
         settings = dataclasses.replace(self._settings, device_map={"": device})
         info, _ = convert_and_load_state_dict_in_model(net, tensors, settings, None)
         return info
@@ -235,7 +252,7 @@ class CheckpointRows:
             self._of |= dict.fromkeys(source.makes, source)
         self._sources = list(by_first.values())
 
-    def _unequal_ties(self, net: PreTrainedModel, tensors: Tensors) -> None:
+    def _unequal_ties(self, net: PreTrainedModel, tensors: Slices) -> None:
         """Of weights that are to be one, but are both there: one, if they are equal.
 
         transformers compares them as they are loaded; here neither is.
@@ -249,7 +266,7 @@ class CheckpointRows:
             else:
                 net.all_tied_weights_keys.pop(target)
 
-    def _equal(self, one: str, other: str, tensors: Tensors) -> bool:
+    def _equal(self, one: str, other: str, tensors: Slices) -> bool:
         if self._of[one].converter is not None or self._of[other].converter is not None:
             return False
         (of_one,), (of_other,) = self._of[one].names, self._of[other].names

@@ -14,11 +14,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from raysft.parallel.checkpoint_rows import CheckpointRows, Want
 
@@ -60,9 +61,9 @@ def reading_later() -> Iterator[None]:
         model: PreTrainedModel,
         state_dict: object,
         checkpoint_files: Sequence[str],
-        load_config: Any,
+        load_config: LoadStateDictConfig,
         expected_keys: object = None,
-    ) -> tuple[Any, None]:
+    ) -> tuple[LoadStateDictInfo, None]:
         rows = CheckpointRows(model, checkpoint_files, load_config)
         for parameter in model.parameters():
             vars(parameter)["_is_hf_initialized"] = True
