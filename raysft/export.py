@@ -27,7 +27,6 @@ from raysft.data.encode import make_encoder, model_family, require_template
 from raysft.errors import UserError
 from raysft.models.base import SpeechModel
 from raysft.offered import callable_too
-from raysft.parallel import unread
 from raysft.parallel.native import HALF
 from raysft.paths import check_new_folder
 from raysft.run import identity, plans
@@ -93,8 +92,7 @@ def export_run(run: Path, folder: Path, merge: bool = False, step: str = "last")
         _export_adapter(config, found, folder)
         return found.step
     encoder = make_encoder(config.model, config.data, run)
-    with unread.deferring(method == "none"):  # a checkpoint of all weights has its own
-        speech_model = models.build(config.model, config.data, encoder, config.run.seed)
+    speech_model = models.build(config.model, config.data, encoder, config.run.seed)
     weights: dict[str, torch.Tensor] | None = read_weights(found)
     if merge:
         settings = json.loads(found.read(f"{ADAPTER}/adapter_config.json"))

@@ -194,4 +194,5 @@ def _logits_of(net: PreTrainedModel, head: nn.Module) -> tuple[int, bool]:
     if tried is plain:
         return head_is_last(net, head)
     _, last = head_is_last(tried, tried.get_output_embeddings())
+    net.train(net.training)  # as one that was tried itself
     return plain.get_output_embeddings().weight.shape[0], last

@@ -239,6 +239,9 @@ class Threads(World):
         self.there.wait(60)
         return found
 
+    def barrier(self, waiting: Callable[[], None] = lambda: None) -> None:
+        self.there.wait(60)
+
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_figures_and_predictions_do_not_depend_on_the_number_of_workers(
