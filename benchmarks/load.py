@@ -110,6 +110,7 @@ def one_worker(checkpoint: str, strategy: str) -> dict[str, Any]:
 
     from raysft import remarks, worker
     from raysft.config.schema import Config
+    from raysft.config.strategies import traits_of
     from raysft.data.encode import make_encoder
     from raysft.parallel import World, zero_fill
 
@@ -145,7 +146,7 @@ def one_worker(checkpoint: str, strategy: str) -> dict[str, Any]:
     before = held()
     world.barrier()
     began = time.perf_counter()
-    speech_model, _ = worker.build_model(config, encoder, 0, later=True)
+    speech_model, _ = worker.build_model(config, encoder, 0, later=traits_of(strategy).reads)
     wrapped = worker.wrap(config, speech_model, world)
     world.barrier()
     seconds = time.perf_counter() - began
