@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -110,7 +109,6 @@ def one_worker(checkpoint: str, strategy: str) -> dict[str, Any]:
 
     from raysft import remarks, worker
     from raysft.config.schema import Config
-    from raysft.config.strategies import traits_of
     from raysft.data.encode import make_encoder
     from raysft.parallel import World, zero_fill
 
@@ -146,7 +144,7 @@ def one_worker(checkpoint: str, strategy: str) -> dict[str, Any]:
     before = held()
     world.barrier()
     began = time.perf_counter()
-    speech_model, _ = worker.build_model(config, encoder, 0, later=traits_of(strategy).reads)
+    speech_model, _ = worker.build_to_wrap(config, encoder, 0)
     wrapped = worker.wrap(config, speech_model, world)
     world.barrier()
     seconds = time.perf_counter() - began
@@ -169,7 +167,7 @@ def measure(size: Size) -> dict[str, Any]:
         parameters = write(size, checkpoint)
         found = []
         for strategy, workers in WAYS:
-            result = _run(checkpoint, strategy, workers)
+            result = results_io.run_group(__file__, [str(checkpoint), strategy], workers)
             share = 1 if strategy == "ddp" else workers
             own = 4 * parameters / share / 2**30
             more = result["peak_gb"] - result["libraries_gb"] - own
@@ -182,29 +180,6 @@ def measure(size: Size) -> dict[str, Any]:
                 flush=True,
             )
     return {"parameters": parameters, "runs": found}
-
-
-def _run(checkpoint: Path, strategy: str, workers: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "result.json"
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--worker", str(checkpoint), strategy, str(out)],
-                cwd=scratch,
-                env={
-                    **os.environ,
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(workers),
-                    "RENDEZVOUS": f"{scratch}/store",
-                },
-                stdout=subprocess.DEVNULL,
-            )
-            for rank in range(workers)
-        ]
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            raise RuntimeError(f"{strategy} on {workers} workers: exit codes {codes}")
-        return json.loads(out.read_text())
 
 
 def extrapolate(size: Size, runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

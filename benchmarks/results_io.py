@@ -6,6 +6,9 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,34 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes: seconds, for tests")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and PNG")
     return parser.parse_args()
+
+
+def run_group(
+    script: str, arguments: list[str], workers: int, environment: dict[str, str] | None = None
+) -> Any:
+    """`script --worker *arguments OUT` in so many processes, which find each other by RANK,
+    WORLD_SIZE and RENDEZVOUS; what rank 0 has written to OUT, as JSON."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "result.json"
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, "--worker", *arguments, str(out)],
+                cwd=scratch,
+                env={
+                    **os.environ,
+                    **(environment or {}),
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(workers),
+                    "RENDEZVOUS": f"{scratch}/store",
+                },
+                stdout=subprocess.DEVNULL,
+            )
+            for rank in range(workers)
+        ]
+        codes = [process.wait() for process in processes]
+        if any(codes):
+            raise RuntimeError(f"{' '.join(arguments)}, {workers} workers: exit codes {codes}")
+        return json.loads(out.read_text())
 
 
 def machine() -> dict[str, Any]:

@@ -15,9 +15,7 @@ import ctypes
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,28 +186,9 @@ def measure(size: Size, workers: int) -> list[dict[str, Any]]:
 def _run(
     size: Size, workers: int, strategy: str, method: str, environment: dict[str, str]
 ) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "result.json"
-        call = json.dumps([vars(size), strategy, method, str(out)])
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--worker", call],
-                cwd=scratch,
-                env={
-                    **os.environ,
-                    **environment,
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(workers),
-                    "RENDEZVOUS": f"{scratch}/store",
-                },
-                stdout=subprocess.DEVNULL,
-            )
-            for rank in range(workers)
-        ]
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            raise RuntimeError(f"{strategy} with {method}: exit codes {codes}")
-        return json.loads(out.read_text())
+    call = [json.dumps(vars(size)), strategy, method]
+    found: dict[str, Any] = results_io.run_group(__file__, call, workers, environment)
+    return found
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -250,8 +229,8 @@ def draw(summary: dict[str, Any]) -> pyplot.Figure:
 
 def main() -> None:
     if "--worker" in sys.argv:
-        size, strategy, method, out = json.loads(sys.argv[sys.argv.index("--worker") + 1])
-        result = one_worker(Size(**size), strategy, method)
+        size, strategy, method, out = sys.argv[sys.argv.index("--worker") + 1 :]
+        result = one_worker(Size(**json.loads(size)), strategy, method)
         if os.environ["RANK"] == "0":
             Path(out).write_text(json.dumps(result))
         return

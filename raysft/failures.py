@@ -53,8 +53,6 @@ _SIGNS = {
 }
 _OUT_OF_MEMORY = re.compile(r"(CUDA|HIP|XPU|MPS).*out of memory|can't allocate memory", re.I)
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\S+)', re.M)
-# Ray Data writes advice about its own settings behind the message.
-_ADVICE = re.compile(r"\s*Failed to apply UDF transform after .*", re.S)
 _STANDARD = str(Path(traceback.__file__).parent)
 _OURS = str(Path(__file__).parent)
 
@@ -141,7 +139,7 @@ def full(error: BaseException) -> str:
 def _message(error: BaseException) -> str:
     """The first line that says something; KeyError's is its key."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    lines = [line.strip() for line in _ADVICE.sub("", text).splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return ""
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

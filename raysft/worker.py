@@ -121,6 +121,14 @@ def build_model(
     return speech_model, adapters
 
 
+def build_to_wrap(
+    config: Config, encoder: Encoder, total_steps: int
+) -> tuple[SpeechModel, PeftAdapters | None]:
+    """As `build_model`, for `wrap`: with stand-ins where the strategy reads what they stand for."""
+    later = traits_of(config.parallel.strategy).reads
+    return build_model(config, encoder, total_steps, later)
+
+
 def reads_later(config: Config) -> bool:
     """Whether a model may have stand-ins for its matrices: it comes from `model.path`, and nothing
     is computed of them whole before a strategy has them: their norms (dora), rows of tokens
@@ -144,9 +152,7 @@ def build_job(
     """
     config = settled(config, world)
     check_base(config, folder)
-    speech_model, adapters = build_model(
-        config, data.encoder, total_steps, later=traits_of(config.parallel.strategy).reads
-    )
+    speech_model, adapters = build_to_wrap(config, data.encoder, total_steps)
     config, tried = settle_experts(config, folder, world, speech_model)
     speech_model.tasks[:] = plans.tasks(folder)
     sizes = sizes_of(speech_model)
@@ -388,9 +394,7 @@ def build_evaluator(config: Config, run: Path, world: World, data: Data) -> Eval
     """Model and strategy of one worker, for checkpoints of the run in `run`."""
     config = settled(config, world)
     check_base(config, run)
-    speech_model, _ = build_model(
-        config, data.encoder, 0, later=traits_of(config.parallel.strategy).reads
-    )
+    speech_model, _ = build_to_wrap(config, data.encoder, 0)
     if config.model.moe is not None and config.model.moe.experts == "auto":
         known = kept_experts(run)
         # It may have been found on another kind of device than is here.

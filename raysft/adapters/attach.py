@@ -54,7 +54,6 @@ from raysft.models.supervised import PREFIX
 from raysft.models.targets import Targets, modules_named, resolve
 from raysft.parallel import unread
 from raysft.parallel.native import HALF
-from raysft.parallel.unread import cast
 
 FOLDER = "adapter"  # in a checkpoint
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
@@ -139,7 +138,7 @@ def add_adapters(speech_model: SpeechModel, config: Config, total_steps: int) ->
     model, of_experts = _inject(speech_model, config, total_steps, begin=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            cast(parameter, torch.float32)
+            unread.cast(parameter, torch.float32)
     if config.peft.method in VIRTUAL:
         speech_model.virtual = config.peft.virtual_tokens
     if config.peft.method == "prompt":
@@ -373,4 +372,4 @@ def _halve(model: nn.Module, half: torch.dtype | None) -> None:
     for parameter in model.parameters():
         frozen = not parameter.requires_grad and parameter.dtype == torch.float32
         if frozen and parameter.ndim >= 2:
-            cast(parameter, half)
+            unread.cast(parameter, half)

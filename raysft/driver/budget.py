@@ -87,7 +87,7 @@ def _worker(settings: Settings) -> None:
     encoder = ray.get(settings["encoder"])
 
     def factory() -> tuple[SpeechModel, Strategy]:
-        speech_model, _ = worker.build_model(config, encoder, total_steps=0)
+        speech_model, _ = worker.build_to_wrap(config, encoder, total_steps=0)
         return speech_model, worker.wrap(config, speech_model, world)
 
     try:

@@ -77,6 +77,8 @@ def choose(found: dict[str, bool]) -> tuple[Precision, str]:
 
     Raises UserError where some have and others have not.
     """
+    if not found:
+        return "bf16", "no GPU is there yet, and those of today have it"
     if all(found.values()):
         return "bf16", "the GPUs have it"
     if not any(found.values()):

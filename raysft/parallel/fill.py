@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raysft.parallel.checkpoint_rows import Want
-from raysft.parallel.unread import Place, Unread
+from raysft.parallel.unread import Place, Unread, forget, replace
 
 
 def fill(
@@ -18,20 +18,20 @@ def fill(
 ) -> None:
     """Give what is on meta in `module`, which FSDP2 has sharded, memory on `device`, and read it.
 
-    places: of each of these parameters, under one of its names in `module`.
+    places: of each of these parameters, by its names in `module`.
     """
-    made: dict[int, nn.Parameter] = {}
     wants = []
-    for path, holder in module.named_modules():
-        for name, parameter in list(holder._parameters.items()):
-            if parameter is None or not parameter.is_meta:
-                continue
-            if id(parameter) not in made:
-                place = places[f"{path}.{name}" if path else name]
-                made[id(parameter)] = _materialised(parameter, device)
-                wants.append(_want(made[id(parameter)], place))
-            setattr(holder, name, made[id(parameter)])
+
+    def made(name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if not parameter.is_meta:
+            return None
+        found = _materialised(parameter, device)
+        wants.append(_want(found, places[name]))
+        return found
+
+    replace(module, made)
     unseen.read(wants)
+    forget(module)
 
 
 def _materialised(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

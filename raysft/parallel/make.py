@@ -12,7 +12,7 @@ from raysft.config.schema import Config
 from raysft.config.strategies import StrategyTraits, traits_of
 from raysft.errors import UserError
 from raysft.parallel.blocks import reach_experts
-from raysft.parallel.precision import settled
+from raysft.parallel.precision import has_bf16, settled
 from raysft.parallel.strategy import Strategy
 from raysft.parallel.world import World
 
@@ -26,7 +26,7 @@ def make_strategy(config: Config, module: nn.Module, world: World) -> Strategy:
     traits, device = traits_of(config.parallel.strategy), world.device
     config = settled(config, device)
     half = config.train.precision == "bf16" and device.type == "cuda"
-    if half and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if half and not has_bf16(device):
         raise UserError(
             f"train.precision: bf16, but {torch.cuda.get_device_name(device)} has none; "
             "use fp16 or fp32"

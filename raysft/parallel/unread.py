@@ -52,9 +52,18 @@ def of(module: nn.Module) -> Unread | None:
     return None
 
 
+def forget(module: nn.Module) -> None:
+    """All of the model in `module` has been read."""
+    for part in module.modules():
+        vars(part).pop(_ATTRIBUTE, None)
+
+
 @contextmanager
 def reading_later() -> Iterator[None]:
-    """`from_pretrained` finds out what there is to read, and reads vectors and buffers only."""
+    """`from_pretrained` finds out what there is to read, and reads vectors and buffers only.
+
+    For all threads of the process: transformers has one place where it reads.
+    """
     own = PreTrainedModel._load_pretrained_model
 
     def load(
@@ -98,19 +107,19 @@ class Unread:
     def grow(self, table: nn.Parameter, net: nn.Module, make: Callable[..., torch.Tensor]) -> None:
         """`table`, of `net`, has rows beyond those of the checkpoint. make: of mean and spread [H]
         of the old ones the new [n, H]."""
-        self._grown[self._key(table, net)] = make
+        self._grown[self._keys(net)[id(table)]] = make
 
     def stand_in(self, net: nn.Module) -> None:
         """Give `net`, whose matrices are on meta, stand-ins for them."""
-        made: dict[int, nn.Parameter] = {}
-        for holder in net.modules():
-            for name, parameter in list(holder._parameters.items()):
-                if parameter is None or not parameter.is_meta:
-                    continue
-                if id(parameter) not in made:
-                    stand = _stand_in(parameter, parameter.shape)
-                    made[id(parameter)] = self._at(stand, Place(self._key(parameter, net)))
-                setattr(holder, name, made[id(parameter)])
+        keys = self._keys(net)
+
+        def made(_name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+            if not parameter.is_meta:
+                return None
+            stand = _stand_in(parameter, parameter.shape)
+            return self._at(stand, Place(keys[id(parameter)]))
+
+        replace(net, made)
 
     def part(self, parameter: nn.Parameter, first: int, rows: int) -> nn.Parameter:
         """A stand-in for `rows` rows of a stand-in, from `first` on."""
@@ -179,10 +188,10 @@ class Unread:
             self._new[key] = self._grown[key](means, spreads)
         return self._new[key]
 
-    def _key(self, parameter: nn.Parameter, net: nn.Module) -> str:
-        """Of names that share a weight, the one that the checkpoint has."""
-        named = net.named_parameters(remove_duplicate=False)
-        return next(name for name, own in named if own is parameter and name in self._rows)
+    def _keys(self, net: nn.Module) -> dict[int, str]:
+        """By id of a parameter of `net`, the first of its names that the checkpoint has."""
+        named = list(net.named_parameters(remove_duplicate=False))
+        return {id(own): name for name, own in reversed(named) if name in self._rows}
 
     def _at(self, parameter: nn.Parameter, place: Place) -> nn.Parameter:
         self._places[id(parameter)] = (place, parameter)
@@ -204,15 +213,32 @@ def cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
 
 def to_meta(module: nn.Module) -> None:
     """Put what in `module` is a stand-in on meta, where strategies cut it up."""
-    made: dict[int, nn.Parameter] = {}
-    for holder in module.modules():
+
+    def made(_name: str, own: nn.Parameter) -> nn.Parameter | None:
+        if not is_stand_in(own):
+            return None
+        return nn.Parameter(
+            torch.empty(own.shape, dtype=own.dtype, device="meta"), own.requires_grad
+        )
+
+    replace(module, made)
+
+
+def replace(module: nn.Module, made: Callable[[str, nn.Parameter], nn.Parameter | None]) -> None:
+    """Put other parameters into `module`; what is one under several names stays one.
+
+    made: of the first of its names, and a parameter, that which takes its place; None: it stays.
+    """
+    found: dict[int, tuple[nn.Parameter, nn.Parameter | None]] = {}  # each keeps its id
+    for path, holder in module.named_modules():
         for name, own in list(holder._parameters.items()):
-            if own is not None and is_stand_in(own):
-                if id(own) not in made:
-                    made[id(own)] = nn.Parameter(
-                        torch.empty(own.shape, dtype=own.dtype, device="meta"), own.requires_grad
-                    )
-                setattr(holder, name, made[id(own)])
+            if own is None:
+                continue
+            if id(own) not in found:
+                found[id(own)] = (own, made(f"{path}.{name}" if path else name, own))
+            _, other = found[id(own)]
+            if other is not None:
+                setattr(holder, name, other)
 
 
 def _stand_in(like: nn.Parameter, shape: torch.Size) -> nn.Parameter:

@@ -14,7 +14,7 @@ from torch import nn
 
 from raysft.json_types import JsonObject
 from raysft.parallel.checkpoint_rows import Want
-from raysft.parallel.unread import Place, Unread, cast, is_stand_in
+from raysft.parallel.unread import Place, Unread, cast, forget, is_stand_in
 from raysft.parallel.world import World
 
 
@@ -63,7 +63,8 @@ def fill(
             shard(parameter)
     if world.is_main:
         unseen.read(wants)
-        return
+        wants = []
     shapes = {place.key: named[name].shape for name, place in places.items() if name in named}
     for asked in unseen.in_order(wants):
         asked.take(torch.empty(shapes[asked.key], dtype=asked.dtype))
+    forget(module)

@@ -119,9 +119,8 @@ def files(folder: Path, empty: bool = False) -> dict[int, list[tuple[int, Path]]
     """
     found: dict[int, list[tuple[int, Path]]] = {}
     try:
-        entries = list(
-            os.scandir(folder / "ledger")
-        )  # Path.glob takes one it may not read for empty
+        # Path.glob takes a folder that it may not read for an empty one.
+        entries = list(os.scandir(folder / "ledger"))
     except FileNotFoundError:
         entries = []
     for entry in entries:

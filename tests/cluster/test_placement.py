@@ -20,14 +20,9 @@ from tests.cluster.conftest import without_ray_settings
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
-# Four nodes with GPUs that only Ray believes in: the group is ours, its process group gloo's.
-SCRIPT = """
-import collections, json, os, tempfile
-from pathlib import Path
-import ray, ray.train, ray.train.torch
-from ray.cluster_utils import Cluster
-from raysft.config import Config
-from raysft.driver.group import Shares, make_trainer
+# Workers that say where they are.
+WORK = """
+import ray, ray.train
 
 @ray.remote(num_cpus=0)
 class Nodes:
@@ -41,6 +36,18 @@ class Nodes:
 def work(settings):
     rank = ray.train.get_context().get_world_rank()
     ray.get(settings["nodes"].tell.remote(rank, ray.get_runtime_context().get_node_id()))
+"""
+
+# Four nodes with GPUs that only Ray believes in: the group is ours, its process group gloo's.
+SCRIPT = (
+    WORK
+    + """
+import collections, json, os, tempfile
+from pathlib import Path
+import ray, ray.train, ray.train.torch
+from ray.cluster_utils import Cluster
+from raysft.config import Config
+from raysft.driver.group import Shares, make_trainer
 
 workers, gpus = int(os.environ["WORKERS"]), int(os.environ["GPUS"])
 cluster = Cluster()
@@ -72,6 +79,7 @@ ray.shutdown()
 cluster.shutdown()
 os._exit(0)  # Ray's threads would speak of nodes that are gone
 """
+)
 
 
 # Two nodes, one of them for data; each example's id becomes that of the node it was read on.
@@ -171,7 +179,9 @@ def test_data_is_read_on_the_nodes_that_data_nodes_names(
 
 
 # A head without a GPU, and an autoscaler of Ray's own that starts processes for nodes.
-GROWING = """
+GROWING = (
+    WORK
+    + """
 import json, os, tempfile, time
 from pathlib import Path
 import ray, ray.train, ray.train.torch
@@ -179,19 +189,6 @@ from raysft.config import Config
 from raysft.driver import growing
 from raysft.driver.group import Shares, make_trainer
 from raysft.errors import UserError
-
-@ray.remote(num_cpus=0)
-class Nodes:
-    def __init__(self):
-        self.of = {}
-    def tell(self, rank, node):
-        self.of[rank] = node
-    def get(self):
-        return self.of
-
-def work(settings):
-    rank = ray.train.get_context().get_world_rank()
-    ray.get(settings["nodes"].tell.remote(rank, ray.get_runtime_context().get_node_id()))
 
 growing.TELL_S = 2.0
 ray.init(address=os.environ["ADDRESS"], log_to_driver=False)
@@ -228,6 +225,7 @@ if answer.get("gpu"):
 print(json.dumps(answer), flush=True)
 os._exit(0)
 """
+)
 
 HEAD = "f" * 51 + "00000"  # what Ray's fake provider calls its head
 

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from raysft.config import to_yaml
 from raysft.config.strategies import WHOLE_BYTES, gradients_of
+from raysft.parallel import World, make_strategy
 from raysft.run.lines import read_lines
 from tests.support import worlds
+from tests.support.model_zoo import batch_of, make, sequences
 from tests.support.worlds import tiny
+from tests.support.zero_lab import make_config
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,32 @@ def test_gradients_reduced_in_each_turn_are_those_reduced_once(
     assert len(found["whole"]) == 12
     for whole, sharded in zip(found["whole"], found["sharded"], strict=True):
         assert sharded == pytest.approx(whole, rel=1e-5)
+
+
+def _holds(folder: Path) -> None:
+    """A process: what its parameters hold before a step's last turn."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    found = {}
+    for held in ("whole", "sharded"):
+        model = make("llama")
+        config = make_config("fsdp")
+        parallel = config.parallel.model_copy(update={"gradients": held})
+        config = config.model_copy(update={"parallel": parallel})
+        strategy = make_strategy(config, model.supervised, World.current())
+        with strategy.accumulate(last=False):
+            batch = model.collate(batch_of(*sequences(model, [9, 4])))
+            strategy.backward(strategy.module(batch)[0].trained)
+        found[held] = [p.grad is not None for p in strategy.module.parameters()]
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+def test_between_turns_shards_have_their_gradient_only_if_it_is_sharded(tmp_path: Path) -> None:
+    process = worlds.fork(_holds, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert all(found["sharded"])
+    assert not any(found["whole"])
 
 
 def test_small_gradients_are_held_whole_large_ones_are_not() -> None:

@@ -16,17 +16,9 @@ from raysft.data.tokenizer import byte_tokenizer
 from raysft.run.lines import read_lines
 from tests.support import worlds
 from tests.support.mixtures import MIXTURES
+from tests.support.model_zoo import CONFIGS
 from tests.support.worlds import tiny
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
 LORA: dict[str, Any] = {"method": "lora", "r": 4, "dropout": 0.1}
 TABLES = {"modules_to_save": ["embed_tokens", "lm_head"]}
 KINDS = {
@@ -109,8 +101,8 @@ SLOW: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
 def base(folder: Path, kind: str) -> Path:
     """A checkpoint of several files."""
     settings = {
-        "llama": LLAMA,
-        "tied": {**LLAMA, "tie_word_embeddings": True},
+        "llama": CONFIGS["llama"],
+        "tied": {**CONFIGS["llama"], "tie_word_embeddings": True},
     }.get(kind) or {**MIXTURES[kind], "model_type": kind}
     tokenizer = byte_tokenizer()
     settings = {**settings, "vocab_size": len(tokenizer), "pad_token_id": None}

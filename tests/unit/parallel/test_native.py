@@ -10,7 +10,7 @@ import torch
 
 from raysft.config import Config, to_yaml
 from raysft.errors import UserError
-from raysft.parallel import World, make_strategy
+from raysft.parallel import World, make, make_strategy
 from raysft.run.lines import read_lines
 from tests.support import worlds
 from tests.support.worlds import tiny
@@ -74,8 +74,8 @@ def test_fsdp_with_everything_trains_as_one_process_and_resumes_exactly(
 
 
 def test_bf16_is_refused_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked of torch, which is told here of a GPU that this machine does not have."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    """The answer is given here, of a GPU that this machine does not have."""
+    monkeypatch.setattr(make, "has_bf16", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     config = Config.model_validate({"train": {"precision": "bf16"}})
     world = World(0, 1, torch.device("cuda"))
