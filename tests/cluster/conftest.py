@@ -1,4 +1,8 @@
-"""What the cluster tests share: clean environments, and processes that are seen to be gone."""
+"""What the cluster tests share: clean environments, and processes that are seen to be gone.
+
+No module of tests imports ray at its top: it reads the environment then, once for the process, and
+would join the cluster of `ray_address` without its token.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 
 from tests.cluster.conftest import without_ray_settings
 
@@ -236,7 +235,7 @@ def growing_cluster(
 ) -> Iterator[str]:
     """The address of a cluster with no GPU, whose autoscaler may add nodes of `request.param`."""
     folder, port = tmp_path_factory.mktemp("growing"), free_port()
-    address = f"{ray.util.get_node_ip_address()}:{port}"
+    address = f"{own_address()}:{port}"
     provider = {
         "type": "external",
         "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
@@ -287,6 +286,19 @@ def growing_cluster(
             process.kill()
     head.wait()
     log.close()
+
+
+def own_address() -> str:
+    """Of this node, as Ray has it; asked in a process of its own (see conftest)."""
+    script = "import ray.util; print(ray.util.get_node_ip_address())"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=without_ray_settings(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()[-1]
 
 
 def safe_cmdline(process: psutil.Process) -> list[str]:
