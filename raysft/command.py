@@ -44,6 +44,17 @@ Of a run with adapters (peft.method) the folder is the adapter, for PeftModel.fr
 give the base their rows first: base.resize_token_embeddings(len(tokenizer)).
 """
 
+SWEEP = """\
+Try values of any keys, each point as a run of its own, and rank them by an evaluation.
+
+{command} CONFIG.yaml [key=value ...] [--debug]
+
+What varies is in the config's section sweep: sweep.space={{peft.r: [8, 16], optim.lr: {{loguniform:
+[1e-5, 1e-3]}}}}, sweep.trials, sweep.metric. The folder run.storage_path/run.name gets results.csv,
+best.yaml (a config for sft), and below trials/ a run's folder each. The same command continues a
+sweep that was interrupted: finished trials are not run again, others go on.
+"""
+
 TRANSCRIBE = """Text of clips, by a run or a model's folder. Needs no Ray.
 
 {command} RUN_OR_FOLDER AUDIO ... [--prompt TEXT] [--lang LANG] [--task TASK] [--json]
@@ -67,6 +78,7 @@ What is asked is what the run was trained with (its data.prompts by task, its ch
 USAGE = """usage: raysft COMMAND ... (raysft COMMAND --help says more)
 
   raysft sft CONFIG.yaml [key=value ...]   train, or continue a run
+  raysft sweep CONFIG.yaml [key=value ...] try values of keys, ranked by an evaluation
   raysft evaluate RUN                      WER, CER and losses of a checkpoint
   raysft export RUN OUT                    a folder for from_pretrained
   raysft transcribe RUN_OR_FOLDER AUDIO... text of clips
@@ -90,6 +102,18 @@ def sft(argv: Sequence[str], command: str = "raysft sft") -> None:
         print(library.dry_run(config, show, show=shown, colours=sys.stdout.isatty()))
     else:
         print(library.train(config, show).describe())
+
+
+def sweep(argv: Sequence[str], command: str = "raysft sweep") -> None:
+    """Begin, or continue, a sweep."""
+    arguments = parse(argv, SWEEP.format(command=command), positional=1)
+
+    from raysft import library
+
+    config = library.load_config(arguments.positional[0], arguments.overrides)
+    show = ProgressLine()
+    show.say(f"{arguments.positional[0]}: checking config and space")
+    print(library.sweep(config, show).describe())
 
 
 def _count(arguments: Arguments) -> int:
@@ -204,6 +228,7 @@ def _module(name: str) -> Callable[[Sequence[str]], None]:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sft": sft,
+    "sweep": sweep,
     "evaluate": evaluate,
     "export": export,
     "transcribe": transcribe,

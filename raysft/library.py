@@ -1,4 +1,4 @@
-"""The jobs as functions: `from raysft import load_config, train, evaluate, export, dry_run,
+"""The jobs as functions: `from raysft import load_config, train, sweep, evaluate, export, dry_run,
 transcribe`.
 
 The jobs call these and nothing else, so that a program does what a command line does: the same
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from raysft.driver.launch import Outcome
+    from raysft.driver.sweep import Swept
     from raysft.transcribe.run import Transcripts
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "export",
     "load_config",
     "modality_routing",
+    "sweep",
     "train",
     "transcribe",
 ]
@@ -131,6 +133,23 @@ def export(run: str | Path, out: str | Path, *, step: str = "last", merge: bool 
 
     remarks.quiet()
     return export_run(folder, target, merge=merge, step=step)
+
+
+def sweep(config: Config, progress: Progress = _silent) -> Swept:
+    """Try the points of `config.sweep.space`, each as a run of its own, or go on with a sweep whose
+    folder exists; returns the table of its trials, the best first.
+
+    Raises UserError; KeyboardInterrupt, or SystemExit on SIGTERM, after the trials have saved.
+    """
+    from raysft.driver import sweep as swept
+
+    swept.check(config)
+
+    from raysft.driver.session import destination, ray_session
+
+    progress({"doing": destination()})
+    with ray_session():
+        return swept.run(config, progress)
 
 
 def transcribe(

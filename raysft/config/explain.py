@@ -202,9 +202,10 @@ def _nearest(location: Place) -> str:
     typo = bool(near) and difflib.SequenceMatcher(None, name, near[0]).ratio() > 0.85
     if found is not None and (found[0] in plain or not typo):
         return f"did you mean {found[0]}?" + (f" ({found[1]})" if found[1] else "")
-    if near:
-        return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
     close = difflib.get_close_matches(name, [key.rsplit(".", 1)[-1] for key in all_keys()], 1, 0.8)
+    likely = bool(close) and not difflib.get_close_matches(name, near, cutoff=0.8)
+    if near and not likely:
+        return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
     if close:
         return f"did you mean {next(k for k in all_keys() if k.rsplit('.', 1)[-1] == close[0])}?"
     return f"known here: {', '.join(siblings)}"

@@ -23,7 +23,7 @@ from raysft.config.deepspeed import filled
 from raysft.config.explain import all_keys
 from raysft.config.overrides import Dumper, apply_override, read_tree
 from raysft.config.reference import entries
-from raysft.config.schema import Config
+from raysft.config.schema import Checkpoint, Config
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
@@ -34,6 +34,7 @@ __all__ = [
     "describe",
     "load_config",
     "read_tree",
+    "to_tree",
     "to_yaml",
     "validate",
 ]
@@ -117,6 +118,16 @@ def to_yaml(config: Config) -> str:
     """The resolved config as YAML text, every key written out."""
     tree = config.model_dump(mode="json")
     return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def to_tree(config: Config) -> JsonObject:
+    """The resolved config as `validate` reads it; what nobody has chosen is left out where it
+    follows from another key."""
+    tree = config.model_dump(mode="json")
+    kept = tree["checkpoint"]
+    if kept["best_mode"] == Checkpoint(best=kept["best"]).best_mode:
+        del kept["best_mode"]
+    return tree
 
 
 class Change(typing.NamedTuple):

@@ -97,6 +97,11 @@ def apply_override(tree: JsonObject, override: str) -> None:
         raise UserError(f"{override!r}: expected key=value, e.g. optim.lr=1e-4")
     if not _is_text(override):
         raise UserError(f"{override!r}: not valid UTF-8")
+    set_key(tree, key, read_value(value, key))
+
+
+def set_key(tree: JsonObject, key: str, value: Json) -> None:
+    """Set the dotted `key` in a plain tree; numbers address the entries of a list."""
     parts = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
@@ -114,7 +119,7 @@ def apply_override(tree: JsonObject, override: str) -> None:
         else:
             index = part
         if last:
-            node[index] = read_value(value, key)
+            node[index] = value
             return
         if isinstance(node, dict) and node.get(index) is None:
             node[index] = {}

@@ -23,6 +23,7 @@ from raysft.config import families, strategies
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights, one_of
 from raysft.config.moe import Moe
 from raysft.config.section import Section
+from raysft.config.sweep import Sweep
 from raysft.config.training import Optim, Peft, Train
 from raysft.json_types import JsonObject
 from raysft.scorers import by_task, figure_of, text_figures
@@ -474,6 +475,7 @@ class Config(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     log: Log = Field(default_factory=Log)
+    sweep: Sweep = Field(default_factory=Sweep)
 
     @property
     def patience_s(self) -> float:

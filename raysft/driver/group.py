@@ -196,12 +196,14 @@ def interruptible(
     leave: Callable[[], bool] = lambda: False,
     grace_s: float = 0.0,
     permit: Permit = ANYONE,
+    asked: threading.Event | None = None,
 ) -> None:
     """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0.
 
     On Ctrl-C or SIGTERM calls `leave`, which says whether workers have begun: they then have
     `grace_s` to save and leave; a second one leaves at once. permit: asked all the while; its
-    UserError ends the wait.
+    UserError ends the wait. asked: set by whoever wants the workers to save and leave, for whose
+    end it then waits.
     """
     failed: list[BaseException] = []
     done = threading.Event()
@@ -214,9 +216,13 @@ def interruptible(
         done.set()
 
     threading.Thread(target=target, daemon=True, name="fit").start()
+    told = False
     try:
         # Not Thread.join: interrupted, Python takes the thread for ended (bpo-45274).
         while not done.wait(0.2):
+            if asked is not None and asked.is_set() and not told:
+                told = True
+                leave()
             with contextlib.suppress(OSError):  # this process writes nothing; workers ask as well
                 permit.require()
     except (KeyboardInterrupt, SystemExit):

@@ -80,12 +80,13 @@ class Outcome:
         return f"evaluation at step {self.evaluation['step']}\n{table(self.evaluation)}\n{folder}"
 
 
-def run(config: Config, progress: Progress) -> Outcome:
+def run(config: Config, progress: Progress, leave: threading.Event | None = None) -> Outcome:
     """Train (or continue) the run, which this process owns meanwhile: see `run.ownership`.
 
     config: as it was asked for: what `resolve` makes of it is certain only once the folder is this
-    start's. Raises UserError where another start holds it. Ctrl-C and SIGTERM: saves, then raises
-    KeyboardInterrupt or SystemExit.
+    start's. leave: once it is set, the workers save and leave, and this returns. Raises UserError
+    where another start holds it. Ctrl-C and SIGTERM: saves, then raises KeyboardInterrupt or
+    SystemExit.
     """
     folder = run_folder(config)
     check_run(resolve(config, folder))  # nothing is left in a folder that is not for this run
@@ -95,7 +96,7 @@ def run(config: Config, progress: Progress) -> Outcome:
 
     with Ownership.take(folder, say) as owner:
         config = resolve(config, folder)
-        start = Start(open_run(config, owner), owner)
+        start = Start(open_run(config, owner), owner, leave=leave)
         try:
             return _run(config, start, progress)
         except KeyboardInterrupt:
@@ -160,6 +161,7 @@ class Start:
     owner: Ownership | None = None
     at: float = field(default_factory=time.time)
     total_steps: int | None = None  # once there is a plan
+    leave: threading.Event | None = None  # see `run`
 
     def left(self, config: Config) -> str:
         """Where the run stands, and what the same command does then."""
@@ -241,7 +243,8 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         "driver": Process.this(),
     }
     try:
-        _workers(config, folder, settings, saved.step if saved else -1, progress, owner)
+        step = saved.step if saved else -1
+        _workers(config, folder, settings, step, progress, owner, start.leave)
     except UserError as error:
         # A full disk is what it may be about, or that the run is another's now.
         with contextlib.suppress(OSError, UserError):
@@ -266,11 +269,12 @@ def _workers(
     step: int,
     progress: Progress,
     permit: Permit = ANYONE,
+    leave: threading.Event | None = None,
 ) -> None:
     """Start workers, and start them again, until they have done what `settings` say.
 
-    permit: asked meanwhile. step: of the checkpoint they begin with, -1 for none. Raises UserError
-    where it cannot be done.
+    permit: asked meanwhile. step: of the checkpoint they begin with, -1 for none. leave: see `run`.
+    Raises UserError where it cannot be done.
     """
     # On this node: while the driver lives, so does the monitor, whatever other nodes are lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -285,7 +289,7 @@ def _workers(
     watch = Watch(monitor, progress)
     progress({"doing": f"starting workers ({config.parallel.strategy})"})
     try:
-        _fit(config, folder, settings, monitor, permit)
+        _fit(config, folder, settings, monitor, permit, leave)
         _raise_mistake(monitor)
     finally:
         watch.close()
@@ -329,7 +333,12 @@ def _raise_mistake(monitor: ActorHandle) -> None:
 
 
 def _fit(
-    config: Config, folder: Path, settings: Settings, monitor: ActorHandle, permit: Permit
+    config: Config,
+    folder: Path,
+    settings: Settings,
+    monitor: ActorHandle,
+    permit: Permit,
+    leave: threading.Event | None,
 ) -> None:
     shares = Shares.of(config)
     if not shares.gpu and (line := tight(shares.threads, shares.room)) is not None:
@@ -365,7 +374,7 @@ def _fit(
     )
     try:
         grace_s = 0.0 if "evaluated" in settings else config.checkpoint.grace_s
-        interruptible(trainer.fit, lambda: ray.get(monitor.leave.remote()), grace_s, permit)
+        interruptible(trainer.fit, lambda: ray.get(monitor.leave.remote()), grace_s, permit, leave)
     except ray.train.TrainingFailedError as error:
         _raise_mistake(monitor)
         raise UserError(f"training cannot go on: {reason_of(error)}") from error

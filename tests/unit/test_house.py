@@ -32,6 +32,7 @@ ROOMS = (
         "cli",
         "audit",
         "report",
+        "sweep",
     ),
     *("driver", "library", "command"),
 )
