@@ -51,6 +51,8 @@ from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.feed import Feed, one_shape
 from raysft.train.flops import cost_of, formula_holds
 from raysft.train.loop import Job
+from raysft.train.replicas import Copies
+from raysft.train.replicas import settled as settled_copies
 
 if TYPE_CHECKING:
     from raysft.adapters.attach import PeftAdapters
@@ -159,6 +161,9 @@ def build_job(
     cost = None
     if world.is_main and formula_holds(speech_model.net):  # it writes the metrics
         cost = cost_of(speech_model.model, speech_model.unreached)
+    config, copies = settled_copies(config, speech_model, world)
+    if copies is not None:
+        tried = {**tried, "replicate": {"copies": copies.number, "why": copies.why}}
     strategy = wrap(config, speech_model, world)
     if (held := getattr(strategy, "gradients", None)) is not None:
         tried = {**tried, "gradients": held}
@@ -228,13 +233,15 @@ def describe(job: Job) -> str:
     said = f"model   {parameters:,} parameters, {trained:,} of them train{how}"
     if unreached := job.start.get("unreached"):
         said += f"\nfrozen  {len(unreached)} that no batch reaches: {summary(unreached)}"
+    if (copies := job.start.get("replicate")) is not None and copies["copies"] > 1:
+        said += f"\nshards  {Copies(copies['copies'], copies['why']).describe(job.world.size)}"
     return said
 
 
 def wrap(config: Config, speech_model: SpeechModel, world: World) -> Strategy:
     """The model in its strategy, compiled where `train.compile` says so; torch as `settled` sets
     it."""
-    config = settled(config, world)
+    config, _ = settled_copies(settled(config, world), speech_model, world)
     if config.model.moe is not None:
         chosen = config.model.moe.experts
         backend: Backend = "torch" if chosen == "auto" else chosen

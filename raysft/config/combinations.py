@@ -145,7 +145,7 @@ def _strategy(config: Config) -> list[Mistake]:
             f"{strategy} leaves no choice of what is held between turns, "
             f"{' and '.join(names(lambda other: other.turns))} do; leave it out",
         )
-    if parallel.replicate > 1:
+    if parallel.replicate != "auto" and parallel.replicate > 1:
         if not traits.replicates:
             able = names(lambda other: other.replicates)
             found.add(

@@ -279,8 +279,10 @@ class Parallel(Section):
         description="ddp: replicas; fsdp: FSDP2 shards; zero1, zero2, zero3: DeepSpeed; ep: shares "
         "the experts of a mixture",
     )
-    replicate: Free[PositiveInt] = Field(
-        1, description="fsdp: copies of the model; each is sharded over workers / replicate (HSDP)"
+    replicate: Free[Literal["auto"] | PositiveInt] = Field(
+        "auto",
+        description="fsdp: copies of the model; each is sharded over workers / replicate (HSDP); "
+        "auto: one on each node, where the GPUs of a node have room for it, else one",
     )
     ep_size: Free[PositiveInt | None] = Field(
         None,

@@ -32,7 +32,8 @@ class StrategyTraits:
 
     shards: what workers share; of everything else each has all. offloads: the values of
     `parallel.offload` it goes with. synced: its forward pass is a collective: each worker has to
-    enter it as often as the others. replicates: goes with `parallel.replicate`. turns: with
+    enter it as often as the others. replicates: goes with `parallel.replicate`, which is a
+    number by the time it is built. turns: with
     `parallel.gradients`. reads: takes a model whose matrices it reads itself when it shards them
     (`parallel.unread`). stage: of DeepSpeed's ZeRO; None: it is not DeepSpeed's. implementation:
     "module:Class" of its class, made of (config, module, world); `register` may be told it beside

@@ -25,12 +25,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft.config import Config
 from raysft.config.schedule import another_length
+from raysft.config.strategies import traits_of
 from raysft.data.example import Quarantined
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Cursor
 from raysft.data.quarantine import Known
 from raysft.driver import budget, entry, growing, precision, preflight, preview
-from raysft.driver.group import Settings, Shares, died, interruptible, make_trainer, reason_of
+from raysft.driver.group import (
+    Settings,
+    Shares,
+    died,
+    interruptible,
+    make_trainer,
+    packed,
+    reason_of,
+    smallest_gpu,
+)
 from raysft.driver.monitor import Monitor
 from raysft.driver.preflight import Prepared
 from raysft.errors import UserError
@@ -148,9 +158,27 @@ def dry_run(config: Config, progress: Progress, show: int = 0, colours: bool = F
 
     config: as `preflight.check` returns it.
     """
-    growing_gpus = growing.expected(config)
-    config, _ = precision.settled(config, growing_gpus or Shares.of(config).gpu)
-    return preview.dry_run(config, lambda text: progress({"doing": text}), show, colours)
+    gpu = growing.expected(config) or Shares.of(config).gpu
+    config, _ = precision.settled(config, gpu)
+    placed = None
+    if gpu and traits_of(config.parallel.strategy).replicates:
+        placed = _placed(config.parallel.min_workers)
+    return preview.dry_run(config, lambda text: progress({"doing": text}), show, colours, placed)
+
+
+def _placed(workers: int) -> preview.Placed:
+    """Of so many workers with a GPU each. Raises UserError where a node does not answer."""
+    nodes = packed(workers)
+    if len(set(nodes)) < 2:  # how large their GPUs are decides nothing
+        return preview.Placed(nodes, known=len(nodes) == workers)
+    try:
+        sizes = precision.ask(smallest_gpu)
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"parallel.replicate: auto: the cluster's GPUs could not be asked for their memory "
+            f"({type(error).__name__}); start again, or set a number"
+        ) from error
+    return preview.Placed(nodes, min(sizes.values()), len(nodes) == workers)
 
 
 @dataclass

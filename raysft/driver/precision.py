@@ -7,6 +7,7 @@ and later starts. Costs a Ray task on each node with GPUs, some seconds for torc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -17,6 +18,7 @@ from raysft.config.precision import with_precision
 from raysft.config.training import Precision
 from raysft.errors import UserError
 
+_T = TypeVar("_T")
 WITHIN_S = 120.0
 # Else Ray hides the GPUs of a node from tasks that take none, as these do: others may train there.
 _SEES_GPUS = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
@@ -51,7 +53,7 @@ def _of_gpus() -> tuple[Precision, str]:
     return choose(found)
 
 
-def ask(function: Callable[[], bool]) -> dict[str, bool]:
+def ask(function: Callable[[], _T]) -> dict[str, _T]:
     """What `function` says on each node with GPUs, which it sees, in use or not. Raises RayError
     where one does not answer."""
     nodes = {

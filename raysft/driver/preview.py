@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from raysft.config import Config
-from raysft.config.strategies import gradients_of, traits_of
+from raysft.config.strategies import traits_of
 from raysft.data.encode import TEMPLATE, Encoder, kept_template
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Summary
@@ -25,10 +27,27 @@ from raysft.run.folder import is_trained, run_folder, with_budget
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
 
 
-def dry_run(config: Config, say: Say = silent, show: int = 0, colours: bool = False) -> str:
+@dataclass(frozen=True)
+class Placed:
+    """Where workers would be. nodes: that of each. memory: bytes of the smallest GPU; None: on
+    CPUs. known: whether all of these nodes are there."""
+
+    nodes: Sequence[str] = ()
+    memory: float | None = None
+    known: bool = True
+
+
+def dry_run(
+    config: Config,
+    say: Say = silent,
+    show: int = 0,
+    colours: bool = False,
+    placed: Placed | None = None,
+) -> str:
     """What a run would do, as text: steps, padding, tokens by task, memory. Trains nothing.
 
-    config: as `folder.resolve` gives it. show, colours: see `shown.examples`.
+    config: as `folder.resolve` gives it. show, colours: see `shown.examples`. placed: its fewest
+    workers; None: on one node.
     """
     assumed = []
     if config.data.tokens_per_batch == "auto":
@@ -52,7 +71,7 @@ def dry_run(config: Config, say: Say = silent, show: int = 0, colours: bool = Fa
             f"tokens          {epoch.tokens:,} an epoch ({_by_task(epoch)})",
             f"padding         {epoch.padding:.2%} of computed positions",
             f"unfilled        {epoch.unfilled:.2%} of the budget",
-            *_memory(config, prepared.encoder, prepared.total_steps),
+            *_memory(config, prepared.encoder, prepared.total_steps, placed or Placed()),
         ]
         lines += [f"unusable        {q.id}: {q.reason}" for q in prepared.rejected[:10]]
         if show:
@@ -119,35 +138,27 @@ def _by_task(epoch: Summary) -> str:
     return ", ".join(f"{task} {tokens:,}" for task, tokens in epoch.tokens_by_task.items())
 
 
-def _memory(config: Config, encoder: Encoder, total_steps: int) -> list[str]:
-    """Weights as they are stored, gradients and AdamW's two moments in float32; activations by the
-    rule of Korthikanti et al. 2022 (34 bytes a position, layer and hidden unit in 16 bit, attention
-    scores not kept), doubled in float32; one layer's and every layer's input under checkpointing.
-    """
+def _memory(config: Config, encoder: Encoder, total_steps: int, placed: Placed) -> list[str]:
+    """What a worker holds, by `estimate`, and how many copies of the model there are."""
     from raysft import worker
+    from raysft.train import replicas
+    from raysft.train.estimate import estimate
 
     speech_model, _ = worker.build_model(config, encoder, total_steps, later=True)
-    parameters = list(speech_model.model.parameters())
-    stored = sum(p.numel() * p.element_size() for p in parameters)
     sizes = worker.sizes_of(speech_model)
-    trained = sizes["trained"]
-    workers = config.parallel.min_workers // config.parallel.replicate
-    traits = traits_of(config.parallel.strategy)
-    sharded = set(traits.shards)
-    between = gradients_of(config.parallel.gradients, trained)
-    if traits.turns and config.data.lanes > config.parallel.min_workers and between == "whole":
-        sharded.discard("gradients")
-    held = {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained}
-    state = sum(size / (workers if part in sharded else 1) for part, size in held.items())
-    text = speech_model.net.config.get_text_config()
-    width = 4 if config.train.precision == "fp32" else 2
-    row = config.data.tokens_per_batch * text.hidden_size
-    layer = row * 17 * width
-    kept = row * width * text.num_hidden_layers + layer
-    activations = kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers
+    workers = config.parallel.min_workers
+    found = estimate(config, speech_model, workers)
+    sharding, copies = [], replicas.Copies(1, "")
+    if traits_of(config.parallel.strategy).replicates and workers > 1:
+        copies = replicas.decide(config, found, placed.nodes, placed.memory)
+        if not placed.known and config.parallel.replicate == "auto":
+            copies = replicas.Copies(1, "auto: assumed here, until its nodes are there")
+        sharding = [f"sharding        {copies.describe(workers)}"]
+    state = found.state(workers // copies.number)
     return [
         f"precision       {config.train.precision}",
-        f"parameters      {sizes['parameters']:,} ({trained:,} trained)",
+        f"parameters      {sizes['parameters']:,} ({sizes['trained']:,} trained)",
+        *sharding,
         f"memory          {state / 2**20:,.0f} MiB of state and about "
-        f"{activations / 2**20:,.0f} MiB of activations a worker (estimate)",
+        f"{found.activations / 2**20:,.0f} MiB of activations a worker (estimate)",
     ]

@@ -1,14 +1,15 @@
 """fsdp: FSDP2. Parameters, gradients and optimizer state are sharded layer by layer.
 
 With `parallel.replicate` there are several copies of the model, each sharded over its own workers
-(HSDP). In half precision the shards travel in half precision; gradients are summed in float32.
+(HSDP), those of a node together. In half precision the shards travel in half precision; gradients
+are summed in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -109,7 +110,10 @@ class Fsdp(Native):
             yield True
 
 
-def _mesh(replicate: int, world: World) -> DeviceMesh:
+def _mesh(replicate: int | Literal["auto"], world: World) -> DeviceMesh:
+    """Of one dimension, or of copies and their shards. auto: who knows what the model takes makes
+    it a number (`train.replicas`); where nobody did, there is one copy."""
+    replicate = 1 if replicate == "auto" else replicate
     if world.size % replicate:
         raise UserError(
             f"parallel.replicate: {world.size} workers cannot hold {replicate} copies of the model "
@@ -118,8 +122,10 @@ def _mesh(replicate: int, world: World) -> DeviceMesh:
     kind = world.device.type
     if replicate == 1:
         return init_device_mesh(kind, (world.size,))
-    shape = (replicate, world.size // replicate)
-    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    nodes = world.nodes()
+    ranks = sorted(range(world.size), key=lambda rank: (nodes.index(nodes[rank]), rank))
+    shape = torch.tensor(ranks).view(replicate, world.size // replicate)
+    return DeviceMesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _adapters(module: nn.Module) -> list[nn.Parameter]:

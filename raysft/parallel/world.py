@@ -12,6 +12,8 @@ that a worker has died is seen by its connection and by Ray.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +77,11 @@ class World:
     def turns(self, lanes: int) -> int:
         """Forward passes a step takes on every worker; those beyond its lanes have weight zero."""
         return -(-lanes // self.size)
+
+    def nodes(self) -> list[str]:
+        """The node of every worker, in rank order, on every worker."""
+        number = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK"))  # Ray Train, torchrun
+        return self.gather(socket.gethostname() if number is None else number)
 
     def sum(self, values: Sequence[float]) -> torch.Tensor:
         """Sum a short list of numbers over all workers, in float64, on the device."""
