@@ -30,7 +30,8 @@ train("config"); sweep("config"); evaluate("run", step="best"); export("run", "o
 transcribe("run", [])
 assert called == [
     ("train", ("config",), {}), ("sweep", ("config",), {}),
-    ("evaluate", ("run",), {"step": "best"}), ("export", ("run", "out"), {}), ("transcribe", ("run", []), {}),
+    ("evaluate", ("run",), {"step": "best"}), ("export", ("run", "out"), {}),
+    ("transcribe", ("run", []), {}),
 ], called
 """
 
