@@ -99,26 +99,6 @@ def cpus_of(nodes: Mapping[str, str]) -> dict[str, float]:
     }
 
 
-def packed(workers: int) -> list[str]:
-    """The node of each of so many workers with a GPU, as they are placed where nothing else runs:
-    on few nodes, the largest first. Fewer, where the cluster has not so many GPUs now."""
-    gpus = {
-        node["NodeID"]: int(node["Resources"].get("GPU", 0))
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-    most_first = sorted(gpus, key=lambda node: -gpus[node])
-    return [node for node in most_first for _ in range(gpus[node])][:workers]
-
-
-def smallest_gpu() -> float:
-    """Bytes of the smallest GPU that this process sees."""
-    import torch  # here, not above: the driver has no use for it
-
-    devices = range(torch.cuda.device_count())
-    return min(float(torch.cuda.get_device_properties(n).total_memory) for n in devices)
-
-
 def make_trainer(
     name: str,
     work: Callable[[Settings], None],

@@ -37,11 +37,10 @@ from raysft.driver.group import (
     died,
     interruptible,
     make_trainer,
-    packed,
     reason_of,
-    smallest_gpu,
 )
 from raysft.driver.monitor import Monitor
+from raysft.driver.placed import place
 from raysft.driver.preflight import Prepared
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -162,23 +161,8 @@ def dry_run(config: Config, progress: Progress, show: int = 0, colours: bool = F
     config, _ = precision.settled(config, gpu)
     placed = None
     if gpu and traits_of(config.parallel.strategy).replicates:
-        placed = _placed(config.parallel.min_workers)
+        placed = place(config.parallel.min_workers)
     return preview.dry_run(config, lambda text: progress({"doing": text}), show, colours, placed)
-
-
-def _placed(workers: int) -> preview.Placed:
-    """Of so many workers with a GPU each. Raises UserError where a node does not answer."""
-    nodes = packed(workers)
-    if len(set(nodes)) < 2:  # how large their GPUs are decides nothing
-        return preview.Placed(nodes, known=len(nodes) == workers)
-    try:
-        sizes = precision.ask(smallest_gpu)
-    except ray.exceptions.RayError as error:
-        raise UserError(
-            f"parallel.replicate: auto: the cluster's GPUs could not be asked for their memory "
-            f"({type(error).__name__}); start again, or set a number"
-        ) from error
-    return preview.Placed(nodes, min(sizes.values()), len(nodes) == workers)
 
 
 @dataclass

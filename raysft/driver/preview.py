@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +18,12 @@ from raysft.data.index.build import Index
 from raysft.data.plan.plan import Summary
 from raysft.data.quarantine import kind_of
 from raysft.data.quarantine import summary as quarantined
+from raysft.driver.placed import Placed
 from raysft.driver.preflight import Prepared, Say, prepare, silent
 from raysft.driver.shown import examples
 from raysft.run.folder import is_trained, run_folder, with_budget
 
 ASSUMED = 4096  # tokens_per_batch of a dry run where the run itself would find it
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Where workers would be. nodes: that of each. memory: bytes of the smallest GPU; None: on
-    CPUs. known: whether all of these nodes are there."""
-
-    nodes: Sequence[str] = ()
-    memory: float | None = None
-    known: bool = True
 
 
 def dry_run(

@@ -11,6 +11,7 @@ import torch
 
 from raysft.config import Config, to_yaml
 from raysft.driver import preview
+from raysft.driver.placed import Placed
 from raysft.run.lines import read_lines
 from raysft.train.estimate import Estimate
 from raysft.train.replicas import Copies, choose, decide
@@ -131,18 +132,14 @@ def test_a_dry_run_says_how_many_copies_there_would_be(tmp_path: Path) -> None:
         update={"parallel": config.parallel.model_copy(update={"workers": 4})}, deep=True
     )
 
-    def said(config: Config, placed: preview.Placed | None) -> str:
+    def said(config: Config, placed: Placed | None) -> str:
         lines = preview.dry_run(worlds.resolved(config), placed=placed).splitlines()
         return next(line for line in lines if line.startswith("sharding"))
 
-    two_nodes = preview.Placed(["a", "a", "b", "b"], GPU)
+    two_nodes = Placed(["a", "a", "b", "b"], GPU)
     assert "2 copies of the model, each sharded over 2 workers (auto: one" in said(four, two_nodes)
-    assert "sharded over all 4 workers (auto: too large" in said(
-        four, preview.Placed(two_nodes.nodes, 1e5)
-    )
-    assert "over all 4 workers (auto: assumed here" in said(
-        four, preview.Placed(["a"], known=False)
-    )
+    assert "sharded over all 4 workers (auto: too large" in said(four, Placed(two_nodes.nodes, 1e5))
+    assert "over all 4 workers (auto: assumed here" in said(four, Placed(["a"], known=False))
     assert "sharded over all 2 workers (auto: all are on one node)" in said(config, None)
 
 
