@@ -32,7 +32,7 @@ class Sweep(Section):
     searcher: Free[Literal["auto", "grid", "random", "optuna"]] = Field(
         "auto",
         description="how points are chosen: grid: every one; random; optuna: by those before "
-        "(TPE; pip install optuna); auto: grid where all keys have lists, else random",
+        "(TPE; pip install 'raysft[optuna]'); auto: grid where all keys have lists, else random",
     )
     trials: Free[PositiveInt | None] = Field(
         None,

@@ -25,6 +25,7 @@ from ray.tune.schedulers import (
 
 from raysft.config import Config
 from raysft.config.load import validate
+from raysft.data.clips import speech_tokens
 from raysft.driver import growing, preflight
 from raysft.driver.group import Shares, interruptible
 from raysft.driver.launch import Progress
@@ -123,7 +124,7 @@ def run(config: Config, progress: Progress) -> Swept:
         sweep = open_sweep(config, folder)
         base = trial_tree(config, sweep, Trial(0, {}, 0, config.run.seed))
         metric, mode, steps = _prepare(config, sweep, base, say)
-        at_once = _shares(config, base, say)
+        at_once = _shares(config, dimensions, base, say)
         say(f"{at_once} trial(s) at a time")
         try:
             _tune(config, sweep, dimensions, base, (metric, mode), steps, at_once, progress, owner)
@@ -140,17 +141,16 @@ def _prepare(
     config: Config, sweep: SweepFolder, base: JsonObject, say: preflight.Say
 ) -> tuple[str, str, int]:
     """What is made once for all trials; returns metric, mode, and the last step. Adds to `base`."""
-    point = _first_point(config)
-    trial = point_config(base, point, "sweep")
-    units = trial.data.speech_tokens
-    if units is not None and units.path is None:
-        base["data"]["speech_tokens"]["path"] = str(sweep.path / PREPARED / "units.npz")
-        trial = point_config(base, point, "sweep")
+    trial = validate(base, "sweep")
     if trial.data.tokens_per_batch == "auto":
         raise UserError(
             "data.tokens_per_batch: auto is found for one run, and trials have to be alike: set "
             "the number (--dry-run of jobs/sft.py tells what one finds)"
         )
+    units = trial.data.speech_tokens
+    if units is not None and units.path is None:
+        base["data"]["speech_tokens"]["path"] = str(sweep.path / PREPARED / speech_tokens.FILE_NAME)
+        trial = validate(base, "sweep")
     prepared = preflight.prepare(trial, sweep.path / PREPARED, None, say)
     assert prepared.eval is not None  # `check` has seen to it
     given = metrics_of(prepared.eval, config.evaluate)
@@ -166,32 +166,55 @@ def _prepare(
     return metric, config.sweep.mode or figure_of(metric).better, prepared.total_steps
 
 
-def _first_point(config: Config) -> JsonObject:
-    return {dimension.key: dimension.ends()[0] for dimension in read_space(config)}
+@dataclass(frozen=True)
+class Need:
+    """What a trial takes of the cluster, at least."""
+
+    workers: int
+    each: float  # CPUs of a worker
+    data: float  # CPUs
+
+    @classmethod
+    def of(cls, config: Config) -> Need:
+        """Of a trial's config."""
+        each = config.parallel.cpus_per_worker or 1.0
+        return cls(config.parallel.max_workers, each, float(config.data.cpus or 1))
+
+    @property
+    def cpus(self) -> float:
+        """In all."""
+        return self.workers * self.each + self.data
 
 
-def _shares(config: Config, base: JsonObject, say: preflight.Say) -> int:
+def _shares(
+    config: Config, dimensions: list[Dimension], base: JsonObject, say: preflight.Say
+) -> int:
     """How many trials run at a time; in `base`, what each gets of the cluster is then set.
 
     Raises UserError where not even one has room, nor will have.
     """
-    one = point_config(base, _first_point(config), "sweep")
+    one = validate(base, "sweep")
     growing.wait(one, say)
-    shares = Shares.of(one)
+    ones = [one]
+    for dimension in dimensions:
+        if dimension.key in ("data.cpus", "data.nodes") or dimension.key.startswith("parallel."):
+            ones += [point_config(base, {dimension.key: v}, "sweep") for v in dimension.ends()]
+    shares = [Shares.of(each) for each in ones]
     total = ray.cluster_resources()
-    workers = one.parallel.max_workers
-    each = one.parallel.cpus_per_worker or 1.0
-    data = float(one.data.cpus or 1)
-    grows = growing.Autoscaler.now().grows
     cpus = total.get("CPU", 1.0)
-    if workers * each + data > cpus and one.parallel.cpus_per_worker is not None and not grows:
+    need = max(map(Need.of, ones), key=lambda found: found.cpus)
+    grows = growing.Autoscaler.now().grows
+    given = any(each.parallel.cpus_per_worker is not None for each in ones)
+    if need.cpus > cpus and given and not grows:
         raise UserError(
-            f"parallel.cpus_per_worker: a trial needs {workers} x {each:g} CPUs and {data:g} for "
-            f"data, and the cluster has {cpus:g}; use fewer workers, or less for each"
+            f"parallel.cpus_per_worker: a trial needs {need.workers} x {need.each:g} CPUs and "
+            f"{need.data:g} for data, and the cluster has {cpus:g}; use fewer workers, or less "
+            "for each"
         )
-    room = int(cpus / (workers * each + data))
-    if shares.gpu:
-        room = min(room, int(total["GPU"] / workers))
+    room = int(cpus / need.cpus)
+    gpu = any(each.gpu for each in shares)
+    if gpu:
+        room = min(room, int(total["GPU"] / need.workers))
     asked = config.sweep.max_concurrent
     if grows:
         return asked or max(1, room)
@@ -200,16 +223,18 @@ def _shares(config: Config, base: JsonObject, say: preflight.Say) -> int:
     if asked is not None and asked > room:
         say(
             f"sweep.max_concurrent: {asked}, but the cluster has room for {room} trial(s) of "
-            f"{workers} worker(s) at a time"
+            f"{need.workers} worker(s) at a time"
         )
-    share = cpus / at_once
+    share, data = cpus / at_once, need.data
     if one.data.cpus is None:
-        free = share - workers * each if shares.gpu else share / 4
+        free = share - need.workers * need.each if gpu else share / 4
         base["data"]["cpus"] = data = max(1, int(free))
-    if one.parallel.cpus_per_worker is None and not shares.gpu and not one.parallel.elastic:
-        base["parallel"]["cpus_per_worker"] = max(0.01, min(1.0, (share - data) / workers))
-    if one.parallel.threads is None and not shares.gpu:
-        base["parallel"]["threads"] = max(1, int((share - data) / workers))
+    if not gpu:
+        each = (share - data) / need.workers
+        if one.parallel.cpus_per_worker is None and not one.parallel.elastic:
+            base["parallel"]["cpus_per_worker"] = max(0.01, min(1.0, each))
+        if one.parallel.threads is None:
+            base["parallel"]["threads"] = max(1, int(each))
     return at_once
 
 

@@ -50,7 +50,7 @@ class Optuna:
             import optuna
         except ImportError:
             raise UserError(
-                "sweep.searcher: optuna is not installed: pip install optuna, or use "
+                "sweep.searcher: optuna is not installed: pip install 'raysft[optuna]', or use "
                 "sweep.searcher=random"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
