@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """Modules of the classes that transformers models list as not to be split, innermost first."""
+    """Modules of the classes that transformers models list as not to be split, innermost first:
+    layers, without what they list inside of one, and stacks of layers after these."""
     names: set[str] = set()
     for part in module.modules():
         names |= set(getattr(part, "_no_split_modules", None) or ())
     found = [part for part in module.modules() if type(part).__name__ in names]
-    return found[::-1]
+    listed, inside = set(found), set()
+    for outer in found:
+        nested = {path: part for path, part in outer.named_modules() if path and part in listed}
+        # What a list in it holds are layers of their own.
+        if not any(name.isdigit() for path in nested for name in path.split(".")):
+            inside |= set(nested.values())
+    return [part for part in found if part not in inside][::-1]
+
+
+def tables_of(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Of the transformers model in `module`, as peft may have wrapped them: the input embedding,
+    and the head. Both are in the second list where they share a weight; what is part of a block, or
+    is not there, is in neither."""
+    nets = (part for part in module.modules() if isinstance(part, PreTrainedModel))
+    if (net := next(nets, None)) is None:
+        return [], []
+    within = {part for block in blocks(module) for part in block.modules()}
+    first, last = (
+        [table] if table is not None and table not in within else []
+        for table in (net.get_input_embeddings(), net.get_output_embeddings())
+    )
+    if first and last and set(first[0].parameters()) & set(last[0].parameters()):
+        return [], list(dict.fromkeys([*first, *last]))
+    return first, last
 
 
 def experts_of(net: nn.Module) -> list[tuple[str, nn.Module]]:

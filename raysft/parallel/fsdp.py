@@ -1,4 +1,5 @@
-"""fsdp: FSDP2. Parameters, gradients and optimizer state are sharded layer by layer.
+"""fsdp: FSDP2. Parameters, gradients and optimizer state are sharded layer by layer, embedding and
+head each by themselves.
 
 With `parallel.replicate` there are several copies of the model, each sharded over its own workers
 (HSDP), those of a node together. In half precision the shards travel in half precision; gradients
@@ -27,15 +28,16 @@ from raysft.config.strategies import gradients_of
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.parallel import unread
-from raysft.parallel.blocks import blocks
+from raysft.parallel.blocks import blocks, tables_of
 from raysft.parallel.fill import fill
 from raysft.parallel.native import HALF, Native
-from raysft.parallel.unsharded import fits, unsharded
+from raysft.parallel.unsharded import begin, fits, keep, unsharded
 from raysft.parallel.world import World
 
 
 class Fsdp(Native):
-    """A shard group for every block the model calls indivisible; the rest is the root's."""
+    """A shard group for every block the model calls indivisible, for the embedding and for the head
+    (one for both where they share a weight); the rest is the root's."""
 
     exchanges = False  # whether a forward pass of whole weights is a collective all the same
     module: FSDPModule  # type: ignore[assignment]  # fully_shard makes of a module both
@@ -63,7 +65,15 @@ class Fsdp(Native):
         # Block by block to the device, where each is cut up before the next one comes.
         for block in blocks(module):
             fully_shard(block, **settings)
+        # The backward pass begins with the head: freed in between, it would travel twice.
+        self._tables: list[nn.Module] = []
+        for tables, kept in zip(tables_of(module), (False, True), strict=True):
+            if tables:
+                fully_shard(tables, reshard_after_forward=not kept, **settings)
+                self._tables += tables
+                keep(tables, kept)
         sharded = cast(nn.Module, fully_shard(module, **settings))
+        keep([sharded], True)
         if unseen is not None:
             fill(sharded, unseen, places, torch.device("cpu") if offload else world.device)
         super().__init__(config, sharded, world)
@@ -97,16 +107,14 @@ class Fsdp(Native):
 
     @contextmanager
     def whole(self) -> Iterator[bool]:
-        """All parameters unsharded where every worker has room for them, else the root's own
-        (embeddings, head): blocks then gather as they run."""
+        """All parameters unsharded where every worker has room for them, else embedding, head and
+        what is in no block: blocks then gather as they run."""
+        begin(self.module)
         if self.exchanges or not fits(self.module, self._half, self.world):
-            self.module.unshard()
-            try:
+            with unsharded([*self._tables, cast(nn.Module, self.module)]):
                 yield False
-            finally:
-                self.module.reshard()
             return
-        with unsharded(self.module):
+        with unsharded(cast(nn.Module, self.module).modules()):
             yield True
 
 

@@ -8,7 +8,7 @@ computes in, and workers answer at their own pace.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -21,24 +21,39 @@ from raysft.parallel.world import World
 
 SHARE = 0.7  # of the memory that is free; the rest is for what generation keeps
 MARK = "raysft_whole"  # attribute of a module whose weights stay whole
+_KEPT = "raysft_kept"  # of one whose weights always do, from its forward pass to its backward pass
+
+
+def keep(parts: Iterable[nn.Module], kept: bool) -> None:
+    """Remember of sharded modules whether they were made so that their weights stay whole after a
+    forward pass."""
+    for part in parts:
+        setattr(part, _KEPT, kept)
+
+
+def begin(module: FSDPModule) -> None:
+    """Make `module` the root of all that is sharded in it, as its first forward pass would: else a
+    part that runs by itself before takes itself for one."""
+    module._get_fsdp_state()._lazy_init()
 
 
 @contextmanager
-def unsharded(module: FSDPModule) -> Iterator[None]:
-    """Around passes without gradients: no parameter of `module` is gathered meanwhile."""
-    every = cast(nn.Module, module).modules()
-    parts = [part for part in every if isinstance(part, FSDPModule)]
+def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Around passes without gradients: no parameter of those of `modules` that are sharded is
+    gathered meanwhile, but for what is in other sharded modules within them."""
+    parts = [part for part in modules if isinstance(part, FSDPModule)]
+    freed = [part for part in parts if not getattr(part, _KEPT, False)]
     try:
+        for part in freed:
+            part.set_reshard_after_forward(False, recurse=False)
         for part in parts:
-            if part is not module:  # after whose forward pass it stays whole by itself
-                part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
             setattr(part, MARK, True)
         yield
     finally:
+        for part in freed:
+            part.set_reshard_after_forward(True, recurse=False)
         for part in parts:
-            if part is not module:
-                part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
             setattr(part, MARK, False)
 
