@@ -136,12 +136,15 @@ def test_evaluation_is_not_compiled() -> None:
     assert not torch._dynamo.utils.counters["frames"]
 
 
-def test_without_a_compiler_it_is_a_readable_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_is_a_readable_line() -> None:
     from torch._inductor import config, cpp_builder
 
     cpp_builder.cpp_compiler_search.cache_clear()
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UserError, match=r"train\.compile: needs a C\+\+ compiler"):
+    # By torch's own patch: put back by pytest's, the setting would be gone for the tests below.
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(UserError, match=r"train\.compile: needs a C\+\+ compiler"),
+    ):
         compile_blocks([], CPU)
 
 
