@@ -8,7 +8,8 @@ in peft's own layout.
 Rows of tokens that the run added to the tokenizer (speech units) train too, with lora, qlora and
 adalora: input and output rows, which are one where the model ties them.
 
-Costs nothing but the adapters' own memory. In half precision frozen matrices are stored in it.
+Costs nothing but the adapters' own memory. In half precision what is frozen is stored in it, norms
+as well, so that what passes from layer to layer is never cast to float32 and back.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -59,6 +61,8 @@ FOLDER = "adapter"  # in a checkpoint
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
 VIRTUAL = ("prefix", "prompt")  # methods whose adapters are positions, not layers
 NEW_ROWS = ("lora", "qlora", "adalora")  # methods for which peft trains single rows
+# Norms of torch: mixed with what is in float32, on a CPU they raise.
+OWN_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
 
 
 class PeftAdapters:
@@ -366,10 +370,17 @@ def _without_positions(
 
 
 def _halve(model: nn.Module, half: torch.dtype | None) -> None:
-    """Store frozen float32 matrices in half precision; norms and biases stay."""
+    """Store frozen float32 matrices, weights of norms and biases in half precision, and let layers
+    with lora take what they are given in it. Vectors of other names stay, for exponentials are
+    taken of some; so do torch's own norms, which autocast computes in float32."""
     if half is None:
         return
-    for parameter in model.parameters():
-        frozen = not parameter.requires_grad and parameter.dtype == torch.float32
-        if frozen and parameter.ndim >= 2:
-            unread.cast(parameter, half)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            frozen = not parameter.requires_grad and parameter.dtype == torch.float32
+            plain = name in ("weight", "bias") and not isinstance(module, OWN_NORMS)
+            if frozen and (parameter.ndim >= 2 or plain):
+                unread.cast(parameter, half)
+        # peft casts to what the adapter is stored in, and autocast back. Dora computes norms in it.
+        if isinstance(module, LoraLayer) and not module.lora_variant:
+            module.cast_input_dtype_enabled = False

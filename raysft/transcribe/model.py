@@ -137,7 +137,7 @@ def _build(config: Config, run: Path) -> tuple[Encoder, SpeechModel]:
 
 def _halved(config: Config, speech_model: SpeechModel) -> torch.dtype | None:
     """Half precision, where the model's files are in it and a GPU computes: matrices are stored in
-    it from here on, norms and biases stay, as of a base under adapters in training."""
+    it from here on, norms and biases stay."""
     half = AutoConfig.from_pretrained(config.model.path).dtype
     if _device().type == "cpu" or half not in HALF.values():
         return None
