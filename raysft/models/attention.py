@@ -17,6 +17,7 @@ backward sorted by length, 31 ms unsorted (4 heads of 32, 2 threads).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from itertools import groupby
 from typing import cast
 
@@ -25,11 +26,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raysft.errors import UserError
+from raysft.json_types import JsonObject
 from raysft.models.copies import with_weights
 
 NAME = "segments"
@@ -38,6 +40,10 @@ NAME = "segments"
 EXACT_LAYERS = {"full_attention", "sliding_attention"}
 # Arguments that change the scores in a way the kernels used here do not compute.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+# Versions of torch that have this argument take heads in groups only with it.
+_GROUPED: JsonObject = (
+    {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+)
 
 
 def document_mask(
@@ -129,13 +135,13 @@ def _varlen(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    groups = query.shape[1] // key.shape[1]
-    q, k, v = (
-        x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    )
+    # Flash takes fewer heads of keys and values than of queries: repeated, they would be saved so.
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     # transformers' window counts the position itself, flash's counts the ones before it.
     left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0))
+    out = varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), **_GROUPED
+    )
     return cast(torch.Tensor, out).unsqueeze(0)  # a pair where its log-sums are asked for
 
 

@@ -114,6 +114,32 @@ def test_the_variable_length_kernel_equals_documents_alone(window: int | None) -
     torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_variable_length_kernel_is_given_keys_as_they_are(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the kernel, which computes what its documentation says of heads in groups:
+    each of keys and values serves the same number of queries, in their order."""
+    lengths, given = [3, 8, 5], []
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *ends: object, **keys: object
+    ) -> torch.Tensor:
+        given.append([tuple(x.shape) for x in (q, k, v)])
+        assert keys.get("window_size") == (-1, 0)
+        qkv = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+        return dense(qkv, lengths, None)[0]
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    qkv = row(4, groups, 8, 8, lengths)
+    found = attention._varlen(*qkv, ends_of(lengths), 8, 0.3, None)
+    assert given == [[(16, 4, 8), (16, groups, 8), (16, groups, 8)]]
+    repeated = [qkv[0], *(x.repeat_interleave(4 // groups, dim=1) for x in qkv[1:])]
+    expected = attention._varlen(*repeated, ends_of(lengths), 8, 0.3, None)
+    torch.testing.assert_close(found, expected)
+    assert given[1] == [(16, 4, 8)] * 3
+
+
 def test_the_attention_in_use_is_told() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     packed, padded = make("qwen3", "packed").model, make("qwen3", "padded").model
