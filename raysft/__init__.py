@@ -1,6 +1,6 @@
 """raysft: supervised fine-tuning of speech+text models on Ray.
 
-`from raysft import load_config, train, sweep, evaluate, export, dry_run, transcribe` (see
+`from raysft import load_config, train, sweep, evaluate, export, report, dry_run, transcribe` (see
 `raysft.library`); each is imported when it is asked for.
 """
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from raysft.library import export as export
     from raysft.library import load_config as load_config
     from raysft.library import modality_routing as modality_routing
+    from raysft.library import report as report
     from raysft.library import sweep as sweep
     from raysft.library import train as train
     from raysft.library import transcribe as transcribe
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _OFFERED = ("dry_run", "export", "load_config", "modality_routing")
 _PACKAGES = (
     "evaluate",
+    "report",
     "sweep",
     "train",
     "transcribe",

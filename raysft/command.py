@@ -55,6 +55,14 @@ best.yaml (a config for sft), and below trials/ a run's folder each. The same co
 sweep that was interrupted: finished trials are not run again, others go on.
 """
 
+REPORT = """\
+One page of a run, a sweep, or several runs beside each other: report.html, a file for itself.
+
+{command} RUN [RUN ...] [--out FILE.html] [--debug]
+
+RUN is the folder of a run or of a sweep. A run writes its page itself at every evaluation.
+"""
+
 TRANSCRIBE = """Text of clips, by a run or a model's folder. Needs no Ray.
 
 {command} RUN_OR_FOLDER AUDIO ... [--prompt TEXT] [--lang LANG] [--task TASK] [--json]
@@ -82,7 +90,7 @@ USAGE = """usage: raysft COMMAND ... (raysft COMMAND --help says more)
   raysft evaluate RUN                      WER, CER and losses of a checkpoint
   raysft export RUN OUT                    a folder for from_pretrained
   raysft transcribe RUN_OR_FOLDER AUDIO... text of clips
-  raysft report RUN                        a picture of a run
+  raysft report RUN [RUN ...]              a page of a run, a sweep, or several runs
   raysft audit RUN                         was every example trained on as planned?
 """
 
@@ -114,6 +122,17 @@ def sweep(argv: Sequence[str], command: str = "raysft sweep") -> None:
     show = ProgressLine()
     show.say(f"{arguments.positional[0]}: checking config and space")
     print(library.sweep(config, show).describe())
+
+
+def report(argv: Sequence[str], command: str = "raysft report") -> None:
+    """Write the page, and say where it is."""
+    usage = REPORT.format(command=command)
+    arguments = parse(argv, usage, positional=1, flags=["out="], keys=False, more=True)
+
+    from raysft import library
+
+    out = arguments.flags.get("out")
+    print(library.report(arguments.positional, None if out is None else str(out)))
 
 
 def _count(arguments: Arguments) -> int:
@@ -232,7 +251,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "export": export,
     "transcribe": transcribe,
-    "report": _module("report"),
+    "report": report,
     "audit": _module("audit"),
 }
 

@@ -33,6 +33,7 @@ __all__ = [
     "export",
     "load_config",
     "modality_routing",
+    "report",
     "sweep",
     "train",
     "transcribe",
@@ -133,6 +134,18 @@ def export(run: str | Path, out: str | Path, *, step: str = "last", merge: bool 
 
     remarks.quiet()
     return export_run(folder, target, merge=merge, step=step)
+
+
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the page of a run, of a sweep, or of several runs beside each other; returns its path:
+    report.html in the folder (of several, in the one above the first), or `out`. Needs no Ray.
+
+    Raises UserError where a folder is none, or there is nothing to show yet.
+    """
+    from raysft.page import build
+
+    target = None if out is None else paths.argument(str(out), "--out")
+    return build.write([paths.argument(str(folder), "RUN") for folder in folders], target)
 
 
 def sweep(config: Config, progress: Progress = _silent) -> Swept:

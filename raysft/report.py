@@ -16,6 +16,7 @@ import numpy as np
 from raysft.cli import guarded, parse
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.offered import callable_too
 from raysft.run.folder import load_plugins
 from raysft.run.lines import read_lines
 from raysft.scorers import figure_of, of_losses
@@ -27,6 +28,8 @@ COMMAND = "python -m raysft.report"
 EXPERTS = "experts.png"
 MOST = 3.0  # times its share: brighter an expert does not get
 log = logging.getLogger(__name__)
+if __name__ != "__main__":
+    callable_too(__name__)  # `from raysft import report`: the function of the library, its page
 
 
 def draw(folder: Path, target: Path | None = None) -> Path:

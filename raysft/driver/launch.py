@@ -44,6 +44,7 @@ from raysft.driver.placed import place
 from raysft.driver.preflight import Prepared
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.page.live import with_page
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved, unreadable
 from raysft.run.evaluations import Evaluations, Measure, choose, table
@@ -254,9 +255,9 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         "lease": owner.lease,
         "driver": Process.this(),
     }
+    step, shown = saved.step if saved else -1, with_page(progress, folder)
     try:
-        step = saved.step if saved else -1
-        _workers(config, folder, settings, step, progress, owner, start.leave)
+        _workers(config, folder, settings, step, shown, owner, start.leave)
     except UserError as error:
         # A full disk is what it may be about, or that the run is another's now.
         with contextlib.suppress(OSError, UserError):

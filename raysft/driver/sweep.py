@@ -33,6 +33,7 @@ from raysft.driver.searcher import Trials
 from raysft.driver.trial import Tuned
 from raysft.errors import UserError, first_line
 from raysft.json_types import JsonObject
+from raysft.page import build as page
 from raysft.run.evaluations import metrics_of
 from raysft.run.folder import run_folder
 from raysft.run.ownership import Ownership
@@ -134,6 +135,8 @@ def run(config: Config, progress: Progress) -> Swept:
             table.write_csv(folder / "results.csv", found, metric)
             if (best := table.best(found)) is not None:
                 table.write_best(folder / "best.yaml", config, sweep, best)
+            if found:
+                page.write([folder])
     return Swept(folder, metric, found)
 
 

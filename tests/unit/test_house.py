@@ -32,6 +32,7 @@ ROOMS = (
         "cli",
         "audit",
         "report",
+        "page",
         "sweep",
     ),
     *("driver", "library", "command"),

@@ -21,15 +21,15 @@ from raysft import dry_run, evaluate, export, load_config, sweep, train, transcr
 assert not {"torch", "ray", "transformers"} & set(sys.modules)
 from raysft import library
 import raysft.train.loop, raysft.evaluate.run, raysft.export, raysft.transcribe.run
-import raysft.sweep.table
-from raysft import evaluate, export, sweep, train, transcribe  # modules of ours by now
+import raysft.sweep.table, raysft.report
+from raysft import evaluate, export, report, sweep, train, transcribe  # modules of ours by now
 called = []
-for name in ("train", "sweep", "evaluate", "export", "transcribe"):
+for name in ("train", "sweep", "report", "evaluate", "export", "transcribe"):
     setattr(library, name, lambda *words, name=name, **more: called.append((name, words, more)))
-train("config"); sweep("config"); evaluate("run", step="best"); export("run", "out")
+train("config"); sweep("config"); report("run"); evaluate("run", step="best"); export("run", "out")
 transcribe("run", [])
 assert called == [
-    ("train", ("config",), {}), ("sweep", ("config",), {}),
+    ("train", ("config",), {}), ("sweep", ("config",), {}), ("report", ("run",), {}),
     ("evaluate", ("run",), {"step": "best"}), ("export", ("run", "out"), {}),
     ("transcribe", ("run", []), {}),
 ], called

@@ -1,0 +1,32 @@
+"""A run's page, written anew at every evaluation while it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from raysft.errors import UserError
+from raysft.json_types import JsonObject
+from raysft.page import build
+
+log = logging.getLogger(__name__)
+
+
+def with_page(
+    progress: Callable[[JsonObject], None], folder: Path
+) -> Callable[[JsonObject], None]:
+    """`progress`, which is told what a run reports, and the page of the run in `folder`.
+
+    What goes wrong with a page is warned of: it is no reason to end a run.
+    """
+
+    def shown(line: JsonObject) -> None:
+        progress(line)
+        if "eval" in line:
+            try:
+                build.write([folder])
+            except (UserError, OSError) as error:
+                log.warning("%s was not written: %s", build.NAME, error)
+
+    return shown
