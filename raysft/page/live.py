@@ -13,9 +13,7 @@ from raysft.page import build
 log = logging.getLogger(__name__)
 
 
-def with_page(
-    progress: Callable[[JsonObject], None], folder: Path
-) -> Callable[[JsonObject], None]:
+def with_page(progress: Callable[[JsonObject], None], folder: Path) -> Callable[[JsonObject], None]:
     """`progress`, which is told what a run reports, and the page of the run in `folder`.
 
     What goes wrong with a page is warned of: it is no reason to end a run.
