@@ -3,6 +3,7 @@
 # from this machine only and with a token. To try raysft as it runs on a real cluster:
 #
 #   cluster/local.sh start     start it, print what to export and how to submit a job
+#   cluster/local.sh exports   what to export, and how to submit a job, again
 #   cluster/local.sh status    its nodes; exit code 0 if it runs
 #   cluster/local.sh stop      stop it (and its jobs), and nothing else on this machine
 #   cluster/local.sh lose N    kill -9 whatever runs on node N (0: the head), as a power cut would
@@ -148,14 +149,19 @@ start() {
     [ $tries -lt 20 ] || { stop >&2; fail "the nodes did not join within 20 tries"; }
     sleep 0.5
   done
+  echo "# A head ($HEAD_CPUS CPU) and $NODES nodes ($NODE_CPUS CPU each) run."
+  exports
+}
+
+exports() {
+  [ -n "$(members)" ] || fail "no cluster is running; \`cluster/local.sh start\` starts one"
   cat <<END
-# A head ($HEAD_CPUS CPU) and $NODES nodes ($NODE_CPUS CPU each) run. Dashboard: http://127.0.0.1:$DASHBOARD
-# (it asks for the token, which is in $DIR/token).
+# Dashboard: http://127.0.0.1:$DASHBOARD (it asks for the token, which is in $DIR/token).
 export RAY_ADDRESS=http://127.0.0.1:$DASHBOARD
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$DIR/token
-# Then, from the folder of the source:
-#   ray job submit --working-dir . -- python jobs/sft.py CONFIG.yaml run.storage_path=\$PWD/runs
+# Then, from the folder of the source; all nodes see run.storage_path:
+#   ray job submit --working-dir . -- python jobs/sft.py CONFIG.yaml run.storage_path=$ROOT/runs
 END
 }
 
@@ -210,5 +216,5 @@ add() {
 
 case "${1:-}" in
 start | stop | status | lose | add) "$@" ;;
-*) fail "usage: cluster/local.sh start | status | stop | lose N | add N" ;;
+*) fail "usage: cluster/local.sh start | exports | status | stop | lose N | add N" ;;
 esac

@@ -37,9 +37,10 @@ def holders(folder: Path) -> list[psutil.Process]:
 class Cluster:
     """local.sh with ports and a folder of this test."""
 
-    def __init__(self, temp: Path) -> None:
+    def __init__(self, temp: Path, bare: Path) -> None:
         self.environ = {
             **without_ray_settings(),
+            "PYTHONPATH": str(bare),
             "TMPDIR": str(temp),
             "RAYSFT_PORT_BASE": "26000",
             "RAYSFT_DASHBOARD_PORT": "25999",
@@ -62,11 +63,22 @@ class Cluster:
         self.environ.update(exports)
 
 
+# As where raysft is not installed: whatever makes it so in this environment is taken back.
+BARE = """
+import sys
+sys.path[:] = [path for path in sys.path if path != {root!r}]
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+sys.path_hooks[:] = [f for f in sys.path_hooks if "editable" not in getattr(f, "__module__", "")]
+"""
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     temp = Path("/tmp") / f"lc{os.getpid()}"
     temp.mkdir()
-    cluster = Cluster(temp)
+    bare = tmp_path_factory.mktemp("bare")
+    (bare / "sitecustomize.py").write_text(BARE.format(root=str(ROOT)))
+    cluster = Cluster(temp, bare)
     try:
         cluster.start()
         yield cluster
@@ -116,11 +128,40 @@ def test_a_second_start_is_refused_and_harms_nothing(cluster: Cluster) -> None:
     assert cluster.run(SCRIPT, "status").returncode == 0
 
 
-def test_a_job_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("0" * 64)
-    environ = {**cluster.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
-    done = subprocess.run([RAY, "job", "list"], env=environ, capture_output=True, text=True)
+def test_its_exports_are_said_whenever_asked(cluster: Cluster) -> None:
+    done = cluster.run(SCRIPT, "exports")
+    assert done.returncode == 0, done.stderr
+    exports = dict(re.findall(r"^export (\w+)=(.*)$", done.stdout, re.M))
+    assert exports == {name: cluster.environ[name] for name in exports} and len(exports) == 3
+    (storage,) = re.findall(r"run\.storage_path=(\S+)", done.stdout)
+    assert Path(storage).is_absolute()
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64], ids=["none", "another"])
+def test_a_submission_without_the_token_is_refused(
+    cluster: Cluster, tmp_path: Path, token: str | None
+) -> None:
+    environ = {k: v for k, v in cluster.environ.items() if not k.startswith("RAY_AUTH")}
+    environ["HOME"] = str(tmp_path)  # where Ray looks for one else
+    if token is not None:
+        (tmp_path / "token").write_text(token)
+        environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    else:
+        environ["RAY_AUTH_MODE"] = "disabled"
+    trace = tmp_path / "ran"
+    command = (RAY, "job", "submit", "--", "touch", str(trace))
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode != 0
+    assert not trace.exists()
+    assert cluster.run(*command).returncode == 0 and trace.exists()  # with it
+
+
+def test_raysft_comes_with_the_working_directory_and_is_nowhere_else(cluster: Cluster) -> None:
+    look = (PYTHON, "-c", "import raysft; print('from', raysft.__file__)")
+    without = cluster.run(RAY, "job", "submit", "--", *look)
+    assert without.returncode != 0 and "No module named 'raysft'" in without.stdout
+    done = cluster.run(RAY, "job", "submit", "--working-dir", ".", "--", *look)
+    assert re.search(r"from \S+/working_dir_files/\S+/raysft/__init__.py", done.stdout)
 
 
 def test_a_job_spreads_its_workers_over_both_nodes_and_shows_its_progress(
@@ -170,5 +211,6 @@ def test_stopping_a_job_leaves_no_worker_of_it(cluster: Cluster, tmp_path: Path)
 def test_it_starts_again_after_a_stop(cluster: Cluster) -> None:
     assert cluster.run(SCRIPT, "stop").returncode == 0
     assert cluster.run(SCRIPT, "status").returncode == 1
+    assert cluster.run(SCRIPT, "exports").returncode == 1
     cluster.start()
     assert cluster.run(SCRIPT, "status").returncode == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from raysft.driver import preflight
 from raysft.driver.session import check_kept, ray_session
 from raysft.errors import UserError
 from tests.support.worlds import tiny
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -70,3 +74,50 @@ def test_a_folder_too_large_to_upload_is_named(
     assert "name speech (150 MiB) in a file .rayignore" in said()
     (tmp_path / ".rayignore").write_text("/speech/\n")
     assert ".rayignore" not in said()
+
+
+# What a user has beside the source after some runs; nothing of it may travel.
+AT_HOME = (
+    *("runs/demo/checkpoints/step_5/model.safetensors", "runs/index/abc/tokens.npy"),
+    *("elsewhere/demo/checkpoints/step_5/state.json", "elsewhere/demo/ray_train/x/driver.log"),
+    "elsewhere/demo/tensorboard/events.out.tfevents.1",
+    *(
+        "index/part0/tokens.npy",
+        "elsewhere/index/abc/index.arrow",
+        "elsewhere/demo/ledger/lane_0_from_0.jsonl",
+    ),
+    *(".git/HEAD", ".venv/bin/python", "raysft/__pycache__/a.pyc", ".mypy_cache/3.11/a.json"),
+    *(".hypothesis/a", ".pytest_cache/a", ".ruff_cache/a", "wandb/run-1/files/a", "mlruns/0/a"),
+    *("data/a.wav", "models/a/config.json", "exported/a.json", "a.tar", "clips.tar.gz"),
+    *(".cache/huggingface/a", "tests/unit/a.py", "benchmarks/a.py"),
+)
+
+
+def test_runs_indexes_and_caches_never_travel_and_all_that_a_job_needs_does(
+    tmp_path: Path,
+) -> None:
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    for name in (".rayignore", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    ignored = get_excludes_from_ignore_files(tmp_path, include_gitignore=True)
+
+    def travels(name: str) -> bool:
+        path = tmp_path / name
+        over = [path, *path.parents]
+        return not any(skip(one) for one in over[: over.index(tmp_path)] for skip in ignored)
+
+    for name in AT_HOME:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [name for name in AT_HOME if travels(name)] == []
+    needed = subprocess.check_output(
+        ["git", "ls-files", "raysft", "jobs", "examples", "cluster", "pyproject.toml"],
+        cwd=ROOT,
+        text=True,
+    ).split()
+    assert len(needed) > 100
+    for name in needed:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [name for name in needed if not travels(name)] == []
