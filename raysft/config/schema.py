@@ -186,12 +186,14 @@ class Data(Section):
         0.0, ge=0, lt=1, description="share of input units replaced at random in training"
     )
     cpus: Free[PositiveInt | None] = Field(
-        None, description="CPUs for data tasks over all workers; default: what workers leave free"
+        None,
+        description="CPUs for data tasks over all workers; default: what workers leave free, or 8 "
+        "a GPU where nodes for them come when asked for",
     )
     nodes: Free[dict[str, str]] = Field(
         default_factory=dict,
         description="labels of the nodes that read training data (of `ray start --labels`), such "
-        "as {pool: data}; none: any, those without GPUs first",
+        "as {pool: data}; none: beside trainers with GPUs those without one, else any",
     )
     prefetch: Free[PositiveInt] = Field(8, description="micro-batches a worker holds ready")
 

@@ -23,7 +23,8 @@ from raysft.config import Config
 from raysft.data.index.build import Index
 from raysft.data.plan.generations import open_index
 from raysft.data.read.stream import RayReader, ReaderSpec
-from raysft.driver.group import Settings, cpus_of, join
+from raysft.driver.group import Settings, join
+from raysft.driver.readers import Readers
 from raysft.json_types import JsonObject
 from raysft.run.evaluations import Evaluation, progress_of
 from raysft.run.storage import write_whole
@@ -82,10 +83,10 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
         return  # failed too often; the driver says so
     time.sleep(begun.get("pause_s", 0.0))
     here = ray.get_runtime_context().get_node_id()
-    data_cpus = _data_cpus(settings, config.data.nodes, world.gather(here)) / world.size
+    data_cpus = _data_cpus(settings, world.gather(here)) / world.size
 
     def reader(split: str, budget: int, seed: int | None) -> Read | None:
-        return _reader(settings, split, budget, seed, data_cpus, config.data.nodes)
+        return _reader(settings, split, budget, seed, data_cpus)
 
     data = worker.Data(
         examples=settings.get("examples", 0),
@@ -165,13 +166,14 @@ class Signal:
         return self._value
 
 
-def _data_cpus(settings: Settings, nodes: dict[str, str], workers: list[str]) -> float:
-    """Of all workers' data tasks. nodes: their labels. workers: the node of each.
+def _data_cpus(settings: Settings, workers: list[str]) -> float:
+    """Of all workers' data tasks. workers: the node of each.
 
     Workers may hold every CPU of a small cluster: data tasks then ask for none, and share.
     """
-    cpus = cpus_of(nodes)
-    if nodes and not cpus:
+    readers: Readers = settings["readers"]
+    cpus = readers.cpus()
+    if readers.grows or (readers.selector() and not cpus):
         return settings["data_cpus"]  # nodes that are yet to come
     held = settings["worker_cpus"] * sum(worker in cpus for worker in workers)
     return max(0.0, min(settings["data_cpus"], sum(cpus.values()) - held))
@@ -183,11 +185,12 @@ def _reader(
     budget: int,
     seed: int | None,
     cpus: float,
-    nodes: dict[str, str],
 ) -> Read | None:
     places = settings.get(split)
     if places is None:
         return None
     known = (patience.allowed(), plugins.loaded())
     spec = ReaderSpec(places, settings["encoder"], budget, seed, *known)
-    return RayReader(spec, open_index(places).seconds, cpus, nodes).read
+    readers: Readers = settings["readers"]
+    seconds = open_index(places).seconds
+    return RayReader(spec, seconds, cpus, readers.selector(), readers.elsewhere).read

@@ -11,8 +11,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import ray.train.torch
 
 from raysft import failures, patience, plugins, remarks
 from raysft.config import Config
+from raysft.driver.readers import CPUS_A_GPU, Readers
 from raysft.errors import UserError
 from raysft.run.ownership import ANYONE, Permit
 
@@ -42,7 +43,8 @@ RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
 class Shares:
     """Who gets which part of the cluster: training workers, and data tasks.
 
-    threads: of a worker, for all that its CPU does. room: cores that a worker may use.
+    threads: of a worker, for all that its CPU does. room: cores that a worker may use. readers:
+    nodes that data tasks are kept to.
     """
 
     gpu: bool
@@ -50,6 +52,7 @@ class Shares:
     threads: int
     room: int
     data_cpus: float
+    readers: Readers = field(default_factory=Readers)
 
     @classmethod
     def of(cls, config: Config) -> Shares:
@@ -70,14 +73,17 @@ class Shares:
             )
         # On CPU machines training is the larger part of the work: data tasks get a quarter.
         free = cpus - workers if gpu else cpus / 4
-        nodes = config.data.nodes
-        if nodes and not config.data.cpus:
-            free = sum(cpus_of(nodes).values())
+        readers = Readers.of(config, gpu)
+        if (readers.labels or readers.apart) and not config.data.cpus:
+            free = sum(readers.cpus().values())
             if not free:
                 raise UserError(
-                    f"data.nodes: no node of the cluster has the labels {nodes} and a CPU; name "
-                    "those of one (`ray start --labels`), or set data.cpus to wait for such nodes"
+                    f"data.nodes: no node of the cluster has the labels {readers.labels} and a "
+                    "CPU; name those of one (`ray start --labels`), or set data.cpus to wait for "
+                    "such nodes"
                 )
+            if readers.grows:
+                free = max(free, CPUS_A_GPU * workers if gpu else cpus / 4)
         data_cpus = float(config.data.cpus or max(1.0, free))
         each = config.parallel.cpus_per_worker
         if each is None:
@@ -85,18 +91,13 @@ class Shares:
             each = 1.0 if whole else max(0.01, min(1.0, (cpus - data_cpus) / workers))
         per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
         room = max(1, int((cpus - data_cpus) / workers))
-        # Beside a GPU data tasks may have most cores; what the host does there comes in bursts.
-        own = max(2, min(GPU_THREADS, int(cpus / gpus / 4))) if gpu else room
-        return cls(gpu, per_worker, config.parallel.threads or own, room, data_cpus)
-
-
-def cpus_of(nodes: Mapping[str, str]) -> dict[str, float]:
-    """CPUs, in use or not, by id of the living nodes that carry these labels."""
-    return {
-        node["NodeID"]: float(node["Resources"].get("CPU", 0))
-        for node in ray.nodes()
-        if node["Alive"] and nodes.items() <= (node["Labels"] or {}).items()
-    }
+        own = room
+        if gpu and readers.apart:  # workers have the cores beside their GPUs to themselves
+            own = max(2, min(GPU_THREADS, int((cpus - sum(readers.cpus().values())) / gpus)))
+        elif gpu:
+            # Data tasks may have most cores; what the host does there comes in bursts.
+            own = max(2, min(GPU_THREADS, int(cpus / gpus / 4)))
+        return cls(gpu, per_worker, config.parallel.threads or own, room, data_cpus, readers)
 
 
 def make_trainer(

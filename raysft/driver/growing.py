@@ -6,16 +6,21 @@ The demand is a placement group of this process: who asks is gone, and so is wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ray
 from ray.experimental.internal_kv import _internal_kv_get
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    remove_placement_group,
+)
 
 from raysft.config import Config
 from raysft.errors import UserError
@@ -32,11 +37,13 @@ _FOUND = re.compile(r"node_[0-9a-f]{20,}")  # what Ray calls a node that no auto
 @dataclass(frozen=True)
 class Autoscaler:
     """What the cluster's autoscaler says. grows: it starts nodes itself. refused: it has no kind of
-    node for a GPU that is asked for. begun: it starts nodes now, or has tried to."""
+    node for a GPU that is asked for; refused_cpus: for CPUs. begun: it starts nodes now, or has
+    tried to."""
 
     grows: bool
     refused: bool = False
     begun: bool = False
+    refused_cpus: bool = False
 
     @classmethod
     def now(cls) -> Autoscaler:
@@ -61,6 +68,7 @@ class Autoscaler:
                 any(kind and not _FOUND.fullmatch(kind) for kind in kinds),
                 any(bundle.get("GPU", 0) for bundle in refused),
                 bool(begun or state.failed_instance_requests),
+                any(not bundle.get("GPU", 0) for bundle in refused),
             )
         found = json.loads(_internal_kv_get(_V1_STATUS) or b"{}").get("autoscaler_report") or {}
         kinds = [str(kind) for kind in found.get("active_nodes", {})]
@@ -81,6 +89,19 @@ def expected(config: Config) -> bool:
     return Autoscaler.now().grows
 
 
+@contextlib.contextmanager
+def held(config: Config) -> Iterator[PlacementGroup]:
+    """GPUs for the workers of `config`, meanwhile this process's: asked for, and then kept from
+    leaving as idle."""
+    each = config.parallel.cpus_per_worker or 1.0
+    bundles = [{"CPU": each, "GPU": 1.0}] * config.parallel.min_workers
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
 def wait(config: Config, say: Callable[[str], None], permit: Permit = ANYONE) -> None:
     """Until there are GPUs for the workers of `config`, where they are to be expected; or until it
     is certain that none will come: `Shares.of` then says what that means.
@@ -89,10 +110,9 @@ def wait(config: Config, say: Callable[[str], None], permit: Permit = ANYONE) ->
     """
     if not expected(config):
         return
-    wanted, each = config.parallel.min_workers, config.parallel.cpus_per_worker or 1.0
-    group = placement_group([{"CPU": each, "GPU": 1.0}] * wanted, strategy="PACK")
+    wanted = config.parallel.min_workers
     begun, told = time.monotonic(), -TELL_S
-    try:
+    with held(config) as group:
         while not group.wait(1.0):
             permit.require()
             now, found = time.monotonic(), Autoscaler.now()
@@ -106,8 +126,6 @@ def wait(config: Config, say: Callable[[str], None], permit: Permit = ANYONE) ->
                     f"{now - begun:.0f} s; the cluster's autoscaler was asked "
                     "(parallel.device=cpu trains without)"
                 )
-    finally:
-        remove_placement_group(group)
     say(f"{gpus():g} GPUs are there")
 
 

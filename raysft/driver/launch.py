@@ -30,7 +30,7 @@ from raysft.data.example import Quarantined
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Cursor
 from raysft.data.quarantine import Known
-from raysft.driver import budget, entry, growing, precision, preflight, preview
+from raysft.driver import budget, entry, growing, precision, preflight, preview, readers
 from raysft.driver.group import (
     Settings,
     Shares,
@@ -141,7 +141,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
             "encoder": ray.put(encoder),
             "evaluated": {"run": str(run), "step": saved.step},
         }
-        growing.wait(config, say)
+        _wait_for_nodes(config, say)
         _workers(config, folder, settings, saved.step, progress)
         (line,) = read_lines(folder / "eval.jsonl")
     except KeyboardInterrupt:
@@ -205,7 +205,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
     def say(text: str) -> None:
         progress({"doing": text})
 
-    growing.wait(config, say, owner)
+    _wait_for_nodes(config, say, owner)
     shares = Shares.of(config)  # a cluster that cannot do it says so before hours of indexing
     given = config
     if not shares.gpu and config.parallel.threads is None:
@@ -243,7 +243,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
             say(f"continuing {folder} from step {saved.step}")
         else:
             say(f"{folder} is trained to its last step, {saved.step}; its evaluation is left")
-    growing.wait(config, say, owner)  # indexing may have taken so long that they are gone again
+    _wait_for_nodes(config, say, owner)  # indexing may have taken so long that they are gone again
     settings = {
         "train": tuple(plans.places(folder)),
         "eval": (prepared.eval.place,) if prepared.eval else None,
@@ -271,8 +271,14 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
 
 def _check_cluster(config: Config) -> None:
     """Raises UserError where the cluster, as it is, cannot do it, nor grow until it can."""
-    if not growing.expected(config):
+    if not growing.expected(config) and not readers.expected(config):
         Shares.of(config)
+
+
+def _wait_for_nodes(config: Config, say: Callable[[str], None], permit: Permit = ANYONE) -> None:
+    """Where the cluster grows: until GPUs for the workers are there, and nodes that read."""
+    growing.wait(config, say, permit)
+    readers.wait(config, say, permit)
 
 
 def _workers(
@@ -369,6 +375,7 @@ def _fit(
         "folder": str(folder),
         "data_cpus": shares.data_cpus,
         "worker_cpus": shares.per_worker["CPU"],
+        "readers": shares.readers,
         "monitor": monitor,
     }
     fewest, most = config.parallel.min_workers, config.parallel.max_workers

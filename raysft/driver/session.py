@@ -122,7 +122,10 @@ def ray_session() -> Iterator[Session]:
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     import ray
+    from ray._private import ray_constants
 
+    # An autoscaler at its most says so several times a second, for as long as tasks wait.
+    ray_constants.AUTOSCALER_EVENTS = ray_constants.env_integer("RAY_SCHEDULER_EVENTS", 0)
     if ray.is_initialized():
         raise UserError(
             "this process is already connected to Ray; raysft opens the connection itself: "

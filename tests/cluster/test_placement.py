@@ -3,19 +3,12 @@ tasks on the nodes that `data.nodes` names; and that a cluster which may get GPU
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import psutil
 import pytest
-
-from tests.cluster.conftest import without_ray_settings
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
@@ -226,93 +219,6 @@ os._exit(0)
 """
 )
 
-HEAD = "f" * 51 + "00000"  # what Ray's fake provider calls its head
-
-
-@pytest.fixture
-def growing_cluster(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[str]:
-    """The address of a cluster with no GPU, whose autoscaler may add nodes of `request.param`."""
-    folder, port = tmp_path_factory.mktemp("growing"), free_port()
-    address = f"{own_address()}:{port}"
-    provider = {
-        "type": "external",
-        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
-        "gcs_address": address,
-        "launch_multiple": True,
-        "head_node_id": HEAD,
-    }
-    kinds = {
-        "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
-        "added": {"resources": request.param, "node_config": {}, "max_workers": 2},
-    }
-    config = {
-        **{"cluster_name": "growing", "max_workers": 2, "idle_timeout_minutes": 5},
-        **{"provider": provider, "available_node_types": kinds},
-        **{"head_node_type": "ray.head.default", "auth": {}, "file_mounts": {}},
-        **{"setup_commands": [], "head_setup_commands": [], "worker_setup_commands": []},
-        **{"initialization_commands": [], "head_start_ray_commands": []},
-        **{"worker_start_ray_commands": [], "cluster_synced_files": []},
-        **{"file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": []},
-        **{"upscaling_speed": 1.0, "docker": {}},
-    }
-    path = folder / "autoscaling.json"
-    path.write_text(json.dumps(config))
-    settings = {
-        **{"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
-        **{"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD},
-        **{"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_NODE_TYPE_NAME": "ray.head.default"},
-        **{"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
-    }
-    log = open(folder / "ray.log", "wb")  # noqa: SIM115 - as long as the head
-    head = subprocess.Popen(
-        [
-            *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
-            *(f"--port={port}", "--num-cpus=2", "--num-gpus=0", f"--autoscaling-config={path}"),
-            *("--include-dashboard=false", f"--ray-client-server-port={free_port()}"),
-        ],
-        env={**without_ray_settings(), **settings},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    started = psutil.Process(head.pid)
-    yield address
-    family = started.children(recursive=True)
-    nodes = [p for p in psutil.process_iter() if address in " ".join(safe_cmdline(p))]
-    for process in [started, *family, *nodes]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    head.wait()
-    log.close()
-
-
-def own_address() -> str:
-    """Of this node, as Ray has it; asked in a process of its own (see conftest)."""
-    script = "import ray.util; print(ray.util.get_node_ip_address())"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=without_ray_settings(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.split()[-1]
-
-
-def safe_cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
-
 
 def grown(
     spawn: Callable[..., subprocess.Popen[str]], address: str, workers: int, device: str
@@ -321,7 +227,7 @@ def grown(
     return told(spawn(GROWING, RAY_AUTH_MODE="disabled", RAY_enable_autoscaler_v2="1", **environ))
 
 
-@pytest.mark.parametrize("growing_cluster", [{"CPU": 8, "GPU": 2}], indirect=True)
+@pytest.mark.parametrize("growing_cluster", [{"added": {"CPU": 8, "GPU": 2}}], indirect=True)
 def test_a_cluster_that_has_no_gpu_yet_is_waited_for_and_then_used(
     spawn: Callable[..., subprocess.Popen[str]], growing_cluster: str
 ) -> None:
@@ -338,7 +244,7 @@ def test_a_cluster_that_has_no_gpu_yet_is_waited_for_and_then_used(
     assert "parallel.workers: 7 workers need a GPU each" in found["error"]
 
 
-@pytest.mark.parametrize("growing_cluster", [{"CPU": 4}], indirect=True)
+@pytest.mark.parametrize("growing_cluster", [{"added": {"CPU": 4}}], indirect=True)
 def test_where_the_autoscaler_has_no_gpus_auto_takes_cpus_and_cuda_is_refused(
     spawn: Callable[..., subprocess.Popen[str]], growing_cluster: str
 ) -> None:

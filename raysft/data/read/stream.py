@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ AHEAD = 128 << 20  # bytes of micro-batches a CPU that are read, or being read, 
 SHARE = 4  # a chunk holds at most 1 / SHARE of that, so that there are several a CPU
 LARGE = 4 * CHUNK  # of this size: each task costs some milliseconds to begin
 BEGUN = 2  # chunks a CPU until the first micro-batch has shown how large they are
+LOOK_S = 5.0  # Ray was seen not to say for long that something is there
+NOTHING_S = 60.0  # without a micro-batch: perhaps no node is left that may read
 FADES = 0.98  # of the most bytes seen, a micro-batch: a large one is not counted with for ever
 
 
@@ -100,9 +103,11 @@ class RayReader:
         seconds: np.ndarray | Column,
         cpus: float,
         nodes: Mapping[str, str] | None = None,
+        elsewhere: Callable[[], Mapping[str, str]] | None = None,
     ) -> None:
         """seconds: of audio by row. cpus: for this reader alone; under half of one, its one task
-        asks for that share of a CPU. nodes: labels of those that may read; {} or None: any.
+        asks for that share of a CPU. nodes: label selector of those that may read; {} or None: any.
+        elsewhere: asked for another one when nothing came for `NOTHING_S`.
 
         Processes are started at once: they import what they need while the caller builds its model.
         """
@@ -110,23 +115,35 @@ class RayReader:
         self._seconds = seconds
         self.tasks = max(1, round(cpus))
         self.cpus_per_task = min(1.0, cpus / self.tasks)
-        self._options = {
-            "num_cpus": self.cpus_per_task,
-            "max_retries": -1,
-            **({"label_selector": dict(nodes)} if nodes else {}),
-        }
-        warm_up = ray.remote(**self._options)(_warm_up)
+        self._nodes, self._elsewhere = dict(nodes or {}), elsewhere
+        warm_up = ray.remote(**self._options())(_warm_up)
         self._warming = [warm_up.remote(spec) for _ in range(self.tasks)]
 
     def read(self, works: Iterator[Work]) -> Iterator[MicroBatch]:
         """Micro-batches in the order of `works`. Closing the iterator ends its tasks."""
-        task = ray.remote(num_returns="streaming", **self._options)(read_micro_batches)
-        ahead = _Ahead(task, self.spec, self.tasks, works, self._seconds)
+        ahead = _Ahead(self._task(), self.spec, self.tasks, works, self._seconds, self._move)
         try:
             while (batch := ahead.take()) is not None:
                 yield batch
         finally:
             ahead.close()
+
+    def _options(self) -> dict[str, object]:
+        where = {"label_selector": self._nodes} if self._nodes else {}
+        return {"num_cpus": self.cpus_per_task, "max_retries": -1, **where}
+
+    def _task(self) -> RemoteFunction:
+        return ray.remote(num_returns="streaming", **self._options())(read_micro_batches)
+
+    def _move(self) -> RemoteFunction | None:
+        """The task for other nodes, where there are none left of those that read; else None."""
+        nodes = dict(self._elsewhere()) if self._elsewhere is not None else self._nodes
+        if nodes == self._nodes:
+            return None
+        self._nodes = nodes
+        for warming in self._warming:
+            ray.cancel(warming)
+        return self._task()
 
 
 def _warm_up(spec: ReaderSpec) -> None:
@@ -135,9 +152,10 @@ def _warm_up(spec: ReaderSpec) -> None:
 
 @dataclass
 class _Chunk:
-    """A task that was begun. amounts: of its works that have not been taken."""
+    """A task that was begun. works: all of it. amounts: of its works that have not been taken."""
 
     batches: ObjectRefGenerator
+    works: list[Work]
     amounts: deque[float]
     running: bool = True
 
@@ -152,8 +170,10 @@ class _Ahead:
         tasks: int,
         works: Iterator[Work],
         seconds: np.ndarray | Column,
+        move: Callable[[], RemoteFunction | None],
     ) -> None:
         self._task, self._spec, self._tasks, self._seconds = task, spec, tasks, seconds
+        self._move = move
         self._begun: deque[_Chunk] = deque()
         self._chunks = chunks(works, seconds, self._sizes())
         self._bytes: float | None = None  # the most for an amount of 1, of late
@@ -169,7 +189,14 @@ class _Ahead:
             return None
         self._wait()
         chunk = self._begun[0]
-        found = ray.get(next(chunk.batches))
+        reference = next(chunk.batches)
+        while True:
+            try:
+                found = ray.get(reference, timeout=NOTHING_S)
+                break
+            except ray.exceptions.GetTimeoutError:  # it was on a node that is lost
+                if self._moved():
+                    return self.take()
         if isinstance(found, Mistake):
             raise UserError(found.message)
         amount_of_it = chunk.amounts.popleft()
@@ -210,7 +237,7 @@ class _Ahead:
             if self._begun and not self._fits(sum(amounts)):
                 return
             batches = self._task.remote(self._spec, chunk)
-            self._begun.append(_Chunk(batches, amounts))
+            self._begun.append(_Chunk(batches, chunk, amounts))
             self._held += sum(amounts)
             self._pull()
 
@@ -219,16 +246,36 @@ class _Ahead:
             return len(self._begun) < BEGUN * self._tasks
         return (self._held + more) * self._bytes <= AHEAD * self._tasks
 
+    def _moved(self) -> bool:
+        """Whether other nodes read from now on: all that was begun is begun anew there, from what
+        was not taken on."""
+        task = self._move()
+        if task is None:
+            return False
+        self._task = task
+        for chunk in self._begun:
+            ray.cancel(chunk.batches)
+            left = chunk.works[len(chunk.works) - len(chunk.amounts) :]
+            chunk.batches, chunk.running = task.remote(self._spec, left), True
+        return True
+
     def _wait(self) -> None:
         """Until the oldest chunk's next micro-batch is there; meanwhile, as tasks end, begin
         others."""
+        begun = time.monotonic()
         while True:
             running = {chunk.batches.completed(): chunk for chunk in self._begun if chunk.running}
             head = self._begun[0].batches
             waited = [head, *running]
             ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
             if not ready:
-                ready, _ = ray.wait(waited, num_returns=1)
+                ready, _ = ray.wait(waited, num_returns=1, timeout=min(LOOK_S, NOTHING_S))
+            if ready:
+                begun = time.monotonic()
+            elif time.monotonic() - begun >= NOTHING_S:
+                begun = time.monotonic()
+                if self._moved():
+                    continue
             for reference in ready:
                 if reference is not head:
                     running[reference].running = False
