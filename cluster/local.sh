@@ -215,6 +215,6 @@ add() {
 }
 
 case "${1:-}" in
-start | stop | status | lose | add) "$@" ;;
+start | exports | stop | status | lose | add) "$@" ;;
 *) fail "usage: cluster/local.sh start | exports | status | stop | lose N | add N" ;;
 esac
