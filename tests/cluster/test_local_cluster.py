@@ -156,6 +156,15 @@ def test_a_submission_without_the_token_is_refused(
     assert cluster.run(*command).returncode == 0 and trace.exists()  # with it
 
 
+def test_raysft_comes_with_the_working_directory_and_is_nowhere_else(cluster: Cluster) -> None:
+    look = (PYTHON, "-c", "import raysft; print('from', raysft.__file__)")
+    # -P: without the folder that the cluster was started in, which is the source's here.
+    without = cluster.run(RAY, "job", "submit", "--", PYTHON, "-P", *look[1:])
+    assert without.returncode != 0 and "No module named 'raysft'" in without.stdout
+    done = cluster.run(RAY, "job", "submit", "--working-dir", ".", "--", *look)
+    assert re.search(r"from \S+/working_dir_files/\S+/raysft/__init__.py", done.stdout)
+
+
 def test_a_job_spreads_its_workers_over_both_nodes_and_shows_its_progress(
     cluster: Cluster, tmp_path: Path
 ) -> None:
