@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from raysft.config.schema import Config
 from raysft.config.strategies import Part, gradients_of, traits_of
 from raysft.models.base import SpeechModel
+from raysft.parallel.deepspeed_json import make_settings
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes. held: of the whole model, by part. sharded: parts of which a worker has its share
-    only. activations: of a micro-batch, which each worker has its own of."""
+    only. activations: of a micro-batch, which each worker has its own of. buffers: of the strategy,
+    whatever the model."""
 
     held: Mapping[Part, int]
     sharded: frozenset[Part]
     activations: float
+    buffers: float = 0.0
 
     def state(self, shares: int) -> float:
         """What a worker holds between steps, where the model is cut into `shares`."""
-        return sum(
+        return self.buffers + sum(
             size / (shares if part in self.sharded else 1) for part, size in self.held.items()
         )
 
@@ -51,4 +54,13 @@ def estimate(config: Config, speech_model: SpeechModel, workers: int) -> Estimat
         {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained},
         frozenset(sharded),
         kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers,
+        _buffers(config),
     )
+
+
+def _buffers(config: Config) -> float:
+    """Stage 3 of ZeRO reduces gradients in one buffer of float32, made beforehand."""
+    if traits_of(config.parallel.strategy).stage != 3:
+        return 0.0
+    elements = make_settings(config, pin_memory=False)["zero_optimization"]["reduce_bucket_size"]
+    return 4.0 * float(elements)

@@ -1,0 +1,113 @@
+"""The memory that --dry-run tells of is what workers hold: tensors counted in them, each once."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from raysft import worker
+from raysft.config import Config
+from raysft.data.encode import make_encoder
+from raysft.parallel import World, make_strategy
+from raysft.train.estimate import estimate
+from tests.support import worlds
+from tests.support.model_zoo import batch_of, sequences
+
+WORKERS = 2
+MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 2000,
+}
+
+
+def held() -> int:
+    """Bytes of all tensors of this process, and of their gradients."""
+    gc.collect()
+    sizes: dict[int, int] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [one for one in gc.get_objects() if type(one) in KINDS]
+        found += [one.grad for one in found if one.is_leaf and one.grad is not None]
+    for tensor in found:
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        storage = local.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+    sizes.pop(0, None)
+    return sum(sizes.values())
+
+
+KINDS = (torch.Tensor, torch.nn.Parameter, DTensor)
+
+
+def measure(rank: int, folder: Path, keys: dict[str, Any]) -> None:
+    """Two steps; writes what was held most of the time, and the estimate."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORKERS
+    )
+    before = held()
+    config = Config.model_validate(
+        {
+            "data": {"tokens_per_batch": 64, "lanes": WORKERS},
+            "model": {"tokenizer": "bytes", "config": MODEL},
+            **keys,
+        }
+    )
+    encoder = make_encoder(config.model, config.data, folder)
+    model, _ = worker.build_model(config, encoder, 10)
+    expected = estimate(config, model, WORKERS).state(WORKERS)
+    strategy = make_strategy(config, model.supervised, World.current())
+    seen = 0
+    for _ in range(2):
+        batch = model.collate(batch_of(*sequences(model, [9, 4])))
+        with strategy.accumulate(last=True):
+            with strategy.autocast():
+                loss = strategy.module(batch)[0].trained
+            strategy.backward(loss)
+        del loss, batch
+        seen = held()
+        strategy.step(0.1)
+    if rank == 0:
+        (folder / "seen.json").write_text(json.dumps([seen - before, expected]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+QUICK = [("fsdp", "none", "fp32"), ("fsdp", "lora", "bf16")]
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(
+        ("ddp", "fsdp", "zero1", "zero2", "zero3"), ("none", "lora"), ("fp32", "bf16")
+    )
+]
+
+
+@pytest.mark.parametrize(("strategy", "method", "precision"), CASES)
+def test_what_is_told_is_held(strategy: str, method: str, precision: str, tmp_path: Path) -> None:
+    """To 20%; of ddp and fsdp to 2%."""
+    keys = {
+        "parallel": {"strategy": strategy, "workers": WORKERS},
+        "train": {"precision": precision},
+        "peft": {"method": method, **({"r": 64} if method == "lora" else {})},
+    }
+    processes = [worlds.fork(measure, rank, tmp_path, keys) for rank in range(WORKERS)]
+    for process in processes:
+        process.join(200)
+    assert [process.exitcode for process in processes] == [0] * WORKERS
+    seen, expected = json.loads((tmp_path / "seen.json").read_text())
+    assert expected == pytest.approx(seen, rel=0.02 if strategy in ("ddp", "fsdp") else 0.2)
