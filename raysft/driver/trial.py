@@ -134,7 +134,7 @@ class Tuned(tune.Trainable):
                 if (error := ray.get(self._driver.error.remote())) is not None:
                     self._fail(*error)
                 self._set(status="finished")
-                self._driver = None
+                self._kill()
             else:
                 time.sleep(LOOK_S)
 
