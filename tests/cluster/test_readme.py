@@ -56,7 +56,8 @@ def do(block: Block, line: str, cwd: Path) -> None:
     first, *words = shlex.split(line, comments=True)
     assert first == "python", f"{block}: {line}"
     if words[0].startswith("jobs/"):
-        job, short = Path(words[0]).stem, SHORT if "sft.py" in line else []
+        job = Path(words[0]).stem
+        short = SHORT if job in ("sft", "sweep") else []
         done = jobs.call(job, *words[1:], *short, cwd=cwd)
     else:
         done = run(*words, cwd=cwd)
