@@ -23,7 +23,7 @@ from tests.support.documents import Block, blocks
 
 SHORT = ["train.max_steps=6", "evaluate.every=0", "evaluate.max_new_tokens=2"]
 SAME_RUN = ("README.md", "docs/evaluation.md", "docs/failures.md")  # they go on with one run
-TUTORIAL = "docs/tutorial.md"
+TUTORIAL, SWEEPS = "docs/tutorial.md", "docs/sweeps.md"
 
 pytestmark = pytest.mark.usefixtures("joined")
 
@@ -124,6 +124,16 @@ def test_the_commands_of_the_examples_run_as_written(page: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_sweep_and_its_best_run_as_written(here: Path) -> None:
+    short = ["train.max_steps=4", "evaluate.every=2", "evaluate.max_examples=2", "sweep.trials=2"]
+    for block, line in commands(blocks(SWEEPS, "sh")):
+        _, job, *words = shlex.split(line, comments=True)
+        done = jobs.call(Path(job).stem, *words, *short, "evaluate.max_new_tokens=2", cwd=here)
+        assert done.returncode == 0, f"{block}: {line}\n{done.stdout}{done.stderr}"
+    assert (here / "runs" / "digits_sweep_best" / "eval.jsonl").is_file()
+
+
+@pytest.mark.slow
 def test_the_library_does_what_its_page_shows(here: Path) -> None:
     (snippet,) = blocks("docs/library.md", "python")
     done = run("-c", snippet.text, cwd=here)
@@ -132,6 +142,6 @@ def test_the_library_does_what_its_page_shows(here: Path) -> None:
 
 
 def test_every_command_of_a_page_is_run_by_a_test_here() -> None:
-    covered = {*SAME_RUN, "docs/strategies.md", TUTORIAL, *documents.EXAMPLES}
+    covered = {*SAME_RUN, "docs/strategies.md", TUTORIAL, SWEEPS, *documents.EXAMPLES}
     for page in documents.pages():
         assert page in covered or not blocks(page, "sh"), f"no test runs the commands of {page}"
