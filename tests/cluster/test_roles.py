@@ -97,6 +97,7 @@ def told(done: subprocess.Popen[str]) -> dict[str, Any]:
     return json.loads(output.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_nothing_is_read_where_a_gpu_is_while_other_nodes_can(
     spawn: Callable[..., subprocess.Popen[str]],
 ) -> None:
