@@ -72,6 +72,7 @@ def starts(run: Path) -> int:
     return sum(line["event"] == "started" for line in read_lines(run / "events.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_grid_is_ranked_and_its_best_can_be_had_again(make: Callable[..., Path]) -> None:
     """One that cannot be trained is tried again, and then a row that says why."""
     space = {"optim.lr": [1e-4, 1e-2], "data.max_seconds": [None]}
