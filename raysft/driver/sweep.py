@@ -33,7 +33,7 @@ from raysft.driver.searcher import Trials
 from raysft.driver.trial import Tuned
 from raysft.errors import UserError, first_line
 from raysft.json_types import JsonObject
-from raysft.page import build as page
+from raysft.page.live import write_page
 from raysft.run.evaluations import metrics_of
 from raysft.run.folder import run_folder
 from raysft.run.ownership import Ownership
@@ -136,7 +136,7 @@ def run(config: Config, progress: Progress) -> Swept:
             if (best := table.best(found)) is not None:
                 table.write_best(folder / "best.yaml", config, sweep, best)
             if found:
-                page.write([folder])
+                write_page(folder)
     return Swept(folder, metric, found)
 
 
@@ -343,9 +343,8 @@ class Told(tune.Callback):
         self._sweep, self._metric, self._progress = sweep, metric, progress
 
     def _say(self, trial: tune.experiment.Trial, text: str) -> None:
-        number = trial.config["number"]
-        (known,) = [t for t in self._sweep.trials() if t.number == number]
-        self._progress({"doing": f"trial {known.name}: {text}"})
+        name = self._sweep.trial(trial.config["number"]).name
+        self._progress({"doing": f"trial {name}: {text}"})
 
     def on_trial_start(
         self, iteration: int, trials: list, trial: tune.experiment.Trial, **info: object
@@ -376,7 +375,5 @@ class Told(tune.Callback):
         self, iteration: int, trials: list, trial: tune.experiment.Trial, **info: object
     ) -> None:
         """See Tune's Callback."""
-        number = trial.config["number"]
-        (known,) = [t for t in self._sweep.trials() if t.number == number]
-        state = self._sweep.state(known)
+        state = self._sweep.state(self._sweep.trial(trial.config["number"]))
         self._say(trial, f"failed ({state.attempts} attempts): {state.reason}")

@@ -99,7 +99,7 @@ class Tuned(tune.Trainable):
         self._sweep, self._tree = SweepFolder(Path(folder)), tree
         self._metric, self._grace_s = metric, grace_s
         self._worst = WORST if mode == "min" else -WORST
-        (self._trial,) = [t for t in self._sweep.trials() if t.number == config["number"]]
+        self._trial = self._sweep.trial(config["number"])
         self._point: Point = {key: config[key] for key in self._trial.point}
         lineage = self._sweep.state(self._trial).lineage
         if lineage and self._point == self._trial.point:  # an earlier start has changed it
@@ -123,12 +123,12 @@ class Tuned(tune.Trainable):
             for line in self._sweep.evaluations(self._trial):
                 if line["step"] > self._told:
                     return self._result(line)
-            if self._sweep.state(self._trial).status in ("finished", "stopped"):
-                return self._end()
             if self._sweep.stopping.exists():
                 self._leave()
                 return self._end()
             if self._driver is None:
+                if self._sweep.state(self._trial).status in ("finished", "stopped"):
+                    return self._end()
                 self._start()
             elif ended:
                 if (error := ray.get(self._driver.error.remote())) is not None:
@@ -207,7 +207,7 @@ class Tuned(tune.Trainable):
         self._told, self._figure = facts["told"], facts["figure"]
         if facts["number"] == self._trial.number:
             return
-        (donor,) = [t for t in self._sweep.trials() if t.number == facts["number"]]
+        donor = self._sweep.trial(facts["number"])
         self._leave()
         config = validate(self._own_tree("pbt"), "pbt")
         step = inherit(self._sweep.run(donor), self._sweep.run(self._trial), config)

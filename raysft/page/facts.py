@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from raysft.json_types import JsonObject
 from raysft.run.folder import load_plugins, read_config, reopen
 from raysft.run.lines import read_lines, stream_lines
 from raysft.scorers import figure_of, of_losses
+
+log = logging.getLogger(__name__)
 
 RATE = 16_000  # Hz, of clips that the page cannot have as they are
 POINTS = 1500  # of a curve
@@ -59,7 +62,10 @@ def of_run(folder: Path, examples: bool = True) -> JsonObject:
     Raises UserError where there is no run, or where it has not logged a step.
     """
     config = read_config(folder)
-    load_plugins(folder)  # whose scorers say what their figures are
+    try:
+        load_plugins(folder)  # whose scorers say what their figures are
+    except UserError as error:
+        log.warning("%s; shown without it", error)
     metrics = read_lines(folder / "metrics.jsonl", {"step": int, "loss": float})
     if not metrics:
         raise UserError(f"{folder}: nothing to show, metrics.jsonl is missing or empty")

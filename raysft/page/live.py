@@ -14,17 +14,20 @@ log = logging.getLogger(__name__)
 
 
 def with_page(progress: Callable[[JsonObject], None], folder: Path) -> Callable[[JsonObject], None]:
-    """`progress`, which is told what a run reports, and the page of the run in `folder`.
-
-    What goes wrong with a page is warned of: it is no reason to end a run.
-    """
+    """`progress`, which is told what a run reports, and the page of the run in `folder`."""
 
     def shown(line: JsonObject) -> None:
         progress(line)
         if "eval" in line:
-            try:
-                build.write([folder])
-            except (UserError, OSError) as error:
-                log.warning("%s was not written: %s", build.NAME, error)
+            write_page(folder)
 
     return shown
+
+
+def write_page(folder: Path) -> None:
+    """Write the page of a run or a sweep; what goes wrong with it is warned of: it is no reason to
+    end either."""
+    try:
+        build.write([folder])
+    except (UserError, OSError) as error:
+        log.warning("%s was not written: %s", build.NAME, error)

@@ -24,11 +24,10 @@ from pathlib import Path
 import yaml
 
 from raysft import paths, plugins, remarks
-from raysft.config import Config, changed_keys, places, precision, to_yaml
+from raysft.config import Config, changed_keys, places, precision, to_tree, to_yaml
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.config.marks import Rule
 from raysft.config.resume import rule_of, rules
-from raysft.config.schema import Checkpoint
 from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -312,13 +311,9 @@ def _check_whole(config: Config, folder: Path) -> None:
 
 def reopen(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of the run in `folder` with overrides, wherever the folder has moved to."""
-    read_config(folder)
-    tree = _read_tree(folder / "config.yaml")
+    tree = to_tree(read_config(folder))
     here = folder.absolute()
     tree["run"] = {**tree["run"], "storage_path": str(here.parent), "name": here.name}
-    kept = tree.get("checkpoint") or {}
-    if kept.get("best_mode") == Checkpoint(best=kept.get("best")).best_mode:
-        del kept["best_mode"]  # nobody chose it: another metric has its own
     for override in overrides:
         apply_override(tree, override)
     return validate(tree, str(folder / "config.yaml"))

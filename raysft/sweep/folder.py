@@ -96,6 +96,11 @@ class SweepFolder:
         ]
         return sorted(found, key=lambda trial: trial.number)
 
+    def trial(self, number: int) -> Trial:
+        """The one with this number, which was begun."""
+        (found,) = (trial for trial in self.trials() if trial.number == number)
+        return found
+
     def add(self, trial: Trial) -> None:
         """Remember a trial that begins."""
         lines = Lines(self.path / "trials.jsonl")
