@@ -45,15 +45,13 @@ class Sweep(Section):
     max_concurrent: Free[PositiveInt | None] = Field(
         None, description="trials at a time, at most; default: as many as the cluster has room for"
     )
-    scheduler: Free[Literal["none", "asha", "pbt"]] = Field(
+    scheduler: Free[Literal["none", "asha"]] = Field(
         "none",
-        description="asha: ends trials that are behind the others at the same step; pbt: the worst "
-        "go on from the best, with their keys changed a little",
+        description="asha: ends trials that are behind the others at the same step",
     )
     grace: Free[PositiveInt | None] = Field(
         None,
-        description="asha: the step before which no trial is ended; pbt: steps between changes; "
-        "default: evaluate.every",
+        description="asha: the step before which no trial is ended; default: evaluate.every",
     )
     reduction: Free[int] = Field(
         3, ge=2, description="asha: one of so many trials goes on from a rung to the next"

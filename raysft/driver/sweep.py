@@ -19,7 +19,6 @@ from ray import tune
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
-    PopulationBasedTraining,
     TrialScheduler,
 )
 
@@ -92,24 +91,11 @@ def check(config: Config) -> list[Dimension]:
             f"sweep.scheduler: {sweep.scheduler} compares trials while they train: set "
             "evaluate.every, the steps between two evaluations"
         )
-    if sweep.scheduler == "pbt":
-        _check_pbt(config, dimensions)
     tree = trial_tree(config, SweepFolder(run_folder(config)), Trial(0, {}, 0, config.run.seed))
     if searcher_of(sweep, dimensions) != "optuna":
         for number, point in enumerate(points(sweep, dimensions, config.run.seed)):
             point_config(tree, point, f"sweep.space, point {number} ({point})")
     return dimensions
-
-
-def _check_pbt(config: Config, dimensions: list[Dimension]) -> None:
-    if config.sweep.seeds > 1 or config.checkpoint.path is not None:
-        raise UserError("sweep.scheduler: pbt goes with sweep.seeds=1 and without checkpoint.path")
-    for dimension in dimensions:
-        if dimension.key.split(".")[0] != "optim":
-            raise UserError(
-                f"sweep.space.{dimension.key}: pbt changes keys of a run that goes on, which only "
-                "keys of optim allow; use sweep.scheduler=asha for others"
-            )
 
 
 def run(config: Config, progress: Progress) -> Swept:
@@ -271,7 +257,7 @@ def _tune(
             search_alg=Trials(
                 sweep, _chooser(config, dimensions, mode), config.sweep.seeds, config.run.seed
             ),
-            scheduler=_scheduler(config, dimensions, steps),
+            scheduler=_scheduler(config, steps),
             num_samples=-1,
             max_concurrent_trials=at_once,
             reuse_actors=False,
@@ -309,7 +295,7 @@ def _chooser(config: Config, dimensions: list[Dimension], mode: str) -> Chooser:
     return Listed(points(sweep, dimensions, seed))
 
 
-def _scheduler(config: Config, dimensions: list[Dimension], steps: int) -> TrialScheduler:
+def _scheduler(config: Config, steps: int) -> TrialScheduler:
     sweep = config.sweep
     grace = sweep.grace or config.evaluate.every
     if sweep.scheduler == "asha":
@@ -319,19 +305,6 @@ def _scheduler(config: Config, dimensions: list[Dimension], steps: int) -> Trial
             max_t=max(steps, grace) + 1,
             grace_period=grace,
             reduction_factor=sweep.reduction,
-        )
-    if sweep.scheduler == "pbt":
-        return PopulationBasedTraining(
-            time_attr="step",
-            perturbation_interval=grace,
-            hyperparam_mutations={
-                dimension.key: list(dimension.values)
-                if dimension.finite
-                else tune.loguniform(dimension.low, dimension.high)
-                if dimension.kind == "loguniform"
-                else tune.uniform(dimension.low, dimension.high)
-                for dimension in dimensions
-            },
         )
     return FIFOScheduler()
 

@@ -11,7 +11,6 @@ A trial's state is its run's folder, and a file beside it; Tune keeps nothing of
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -33,15 +32,13 @@ from raysft.errors import UserError
 from raysft.failures import told
 from raysft.json_types import JsonObject
 from raysft.sweep.folder import State, SweepFolder
-from raysft.sweep.inherit import inherit, mend
-from raysft.sweep.space import Point, point_config
+from raysft.sweep.space import point_config
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 LEAVES_S = 60.0  # that a run may take to leave, beyond the time that it has to save
 WORST = 1e30  # of a figure that is no number
-DONOR = "donor.json"  # all that there is of a trial in Tune's checkpoint of it
 
 
 class Driver:
@@ -100,17 +97,11 @@ class Tuned(tune.Trainable):
         self._metric, self._grace_s = metric, grace_s
         self._worst = WORST if mode == "min" else -WORST
         self._trial = self._sweep.trial(config["number"])
-        self._point: Point = {key: config[key] for key in self._trial.point}
-        lineage = self._sweep.state(self._trial).lineage
-        if lineage and self._point == self._trial.point:  # an earlier start has changed it
-            self._point = lineage[-1]["point"]
         self._driver: ActorHandle | None = None
         self._told, self._figure = -1, self._worst
-        self._paused = False
 
     def step(self) -> JsonObject:
         """The next evaluation, or the end."""
-        self._paused = False
         try:
             return self._next()
         except ray.exceptions.RayActorError:
@@ -161,13 +152,14 @@ class Tuned(tune.Trainable):
 
     def _own_tree(self, where: str) -> JsonObject:
         run = {**self._tree["run"], "name": self._trial.name, "seed": self._trial.seed}
-        return point_config({**self._tree, "run": run}, self._point, where).model_dump(mode="json")
+        return point_config({**self._tree, "run": run}, self._trial.point, where).model_dump(
+            mode="json"
+        )
 
     def _start(self) -> None:
         attempts = self._sweep.state(self._trial).attempts + 1
         self._set(status="running", attempts=attempts, reason="")
         where = f"trial {self._trial.name}"
-        mend(self._sweep.run(self._trial))
         try:
             tree = self._own_tree(where)
         except UserError as error:
@@ -195,28 +187,8 @@ class Tuned(tune.Trainable):
             ray.kill(self._driver)
         self._driver = None
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Of pbt: which trial this is, for itself or one that goes on with its weights."""
-        self._paused = True
-        facts = {"number": self._trial.number, "told": self._told, "figure": self._figure}
-        (Path(checkpoint_dir) / DONOR).write_text(json.dumps(facts))
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Go on as the trial that saved it: this one, or another."""
-        facts = json.loads((Path(checkpoint_dir) / DONOR).read_bytes())
-        self._told, self._figure = facts["told"], facts["figure"]
-        if facts["number"] == self._trial.number:
-            return
-        donor = self._sweep.trial(facts["number"])
-        self._leave()
-        config = validate(self._own_tree("pbt"), "pbt")
-        step = inherit(self._sweep.run(donor), self._sweep.run(self._trial), config)
-        born = {"step": step, "of": donor.name, "point": self._point}
-        lineage = self._sweep.state(self._trial).lineage
-        self._set(lineage=(*lineage, born))
-
     def cleanup(self) -> None:
-        """Tune has no more use for it: it was ended early, or is to go on later."""
+        """Tune has no more use for it: it was ended early."""
         # Tune then ends this process by a signal, of which Ray's handler makes a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         if self._driver is None:
@@ -225,5 +197,5 @@ class Tuned(tune.Trainable):
         lines = self._sweep.evaluations(self._trial)
         if lines and lines[-1].get("final"):  # it had come to its end meanwhile
             self._set(status="finished")
-        elif not self._paused:
+        else:
             self._set(status="stopped", reason=f"behind others at step {self._told}")

@@ -57,13 +57,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class State:
-    """How far a trial is. attempts: starts of this and earlier commands; reason: of its failure;
-    lineage: of pbt, {"step", "of", "point"}: which trial's weights it went on with, and how."""
+    """How far a trial is. attempts: starts of this and earlier commands; reason: of its end."""
 
     status: Status = "waiting"
     attempts: int = 0
     reason: str = ""
-    lineage: tuple[JsonObject, ...] = ()
 
 
 def _short(value: Json) -> str:
@@ -113,9 +111,8 @@ class SweepFolder:
         if not path.is_file():
             return State()
         try:
-            found = json.loads(path.read_bytes())
-            return State(**{**found, "lineage": tuple(found["lineage"])})
-        except (ValueError, TypeError, KeyError) as error:
+            return State(**json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); delete it") from error
 
     def set_state(self, trial: Trial, **changes: object) -> State:

@@ -159,21 +159,6 @@ def test_a_sweep_that_is_interrupted_saves_and_says_how_to_go_on(
     assert not jobs.processes("RayTrainWorker")
 
 
-@pytest.mark.slow
-def test_the_worst_go_on_from_the_best_with_other_rates(make: Callable[..., Path]) -> None:
-    """Population based training: whose weights a trial took is written down; ledgers are whole."""
-    config = make("pbt", {"optim.lr": {"loguniform": [1e-6, 1e-1]}}, trials=3, scheduler="pbt")
-    done = jobs.call("sweep", config, "train.max_steps=12")
-    assert done.returncode == 0, done.stderr
-    sweep = SweepFolder(folder_of(config))
-    states = [sweep.state(trial) for trial in sweep.trials()]
-    assert [state.status for state in states] == ["finished"] * 3
-    assert any(state.lineage for state in states)
-    for trial in sweep.trials():
-        assert audit(sweep.run(trial)).clean
-        assert read_lines(sweep.run(trial) / "metrics.jsonl")[-1]["step"] == 12
-
-
 def test_another_space_is_not_put_into_the_folder_of_a_sweep(make: Callable[..., Path]) -> None:
     config = make("other", {"optim.lr": [1e-4]})
     (folder_of(config)).mkdir(parents=True)
