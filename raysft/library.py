@@ -57,11 +57,17 @@ def train(config: Config, progress: Progress = _silent) -> Outcome:
 
     preflight.check(config)
 
-    from raysft.driver import launch
-    from raysft.driver.session import destination, ray_session
+    from raysft.driver.session import destination, libraries, ray_session
 
     progress({"doing": destination()})
+    libraries()
     with ray_session():
+        from raysft.driver import warm
+
+        warm.processes(config)
+
+        from raysft.driver import launch
+
         return launch.run(config, progress)
 
 
@@ -109,10 +115,16 @@ def evaluate(
 
     config = preflight.check_evaluation(config, folder, step)
 
-    from raysft.driver import launch
-    from raysft.driver.session import ray_session
+    from raysft.driver.session import libraries, ray_session
 
+    libraries()
     with ray_session():
+        from raysft.driver import warm
+
+        warm.processes(config)
+
+        from raysft.driver import launch
+
         return launch.evaluate(config, folder.absolute(), progress, step)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from raysft import load_config, train
 from raysft.cli import ProgressLine, guarded
-from raysft.config import load_config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,14 +28,9 @@ def main(argv: Sequence[str]) -> None:
     overrides = [word for word in argv if not word.startswith("--")]
     config = load_config("examples/spoken_digits/asr.yaml", overrides)
 
-    from raysft.driver import launch
-    from raysft.driver import preflight as prepare
-    from raysft.driver.session import ray_session
     from raysft.report import draw
 
-    prepare.check(config)
-    with ray_session():
-        outcome = launch.run(config, ProgressLine())
+    outcome = train(config, ProgressLine())
     lines = (outcome.folder / "predictions" / f"step_{outcome.step}.jsonl").read_text().splitlines()
     said = [p for p in map(json.loads, lines) if p["source"] == "test"]
     print()

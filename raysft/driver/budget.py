@@ -18,7 +18,8 @@ from raysft import failures
 from raysft.config import Config
 from raysft.data.encode import Encoder
 from raysft.data.index.build import Index
-from raysft.driver.group import Settings, Shares, interruptible, join, make_trainer, reason_of
+from raysft.driver.group import Settings, interruptible, join, make_trainer, reason_of
+from raysft.driver.shares import Shares
 from raysft.errors import UserError
 
 

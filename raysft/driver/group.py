@@ -7,12 +7,10 @@ Imported by Ray's controller, which has no use for models: they are imported in 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +20,7 @@ import ray.train.torch
 
 from raysft import failures, patience, plugins, remarks
 from raysft.config import Config
-from raysft.driver.readers import CPUS_A_GPU, Readers
-from raysft.errors import UserError
+from raysft.driver.shares import Shares, worker_environment
 from raysft.run.ownership import ANYONE, Permit
 
 if TYPE_CHECKING:
@@ -32,72 +29,7 @@ if TYPE_CHECKING:
 # What the driver hands to workers, by name: whatever can be pickled, handles of actors included.
 Settings = dict[str, Any]
 GPU_BACKENDS = "cpu:gloo,cuda:nccl"  # offloaded parameters and counts travel as CPU tensors
-ALLOC, OLD_ALLOC = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # its name until torch 2.9
-# cuBLAS sums in one order where it has buffers of its own for each stream.
-CUBLAS_WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-GPU_THREADS = 8  # at most, for what a worker's host does: padding, copies, chores
 RESIZE_EVERY_S = 10.0  # how often an elastic group looks for nodes that came
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Who gets which part of the cluster: training workers, and data tasks.
-
-    threads: of a worker, for all that its CPU does. room: cores that a worker may use. readers:
-    nodes that data tasks are kept to.
-    """
-
-    gpu: bool
-    per_worker: dict[str, float]
-    threads: int
-    room: int
-    data_cpus: float
-    readers: Readers = field(default_factory=Readers)
-
-    @classmethod
-    def of(cls, config: Config) -> Shares:
-        """Divide the cluster's CPUs as the config says, or so that both sides can work."""
-        total = ray.cluster_resources()
-        cpus, gpus = total.get("CPU", 1.0), total.get("GPU", 0.0)
-        workers, device = config.parallel.max_workers, config.parallel.device
-        gpu = device == "cuda" or (device == "auto" and gpus >= 1)
-        if gpu and not gpus:
-            raise UserError(
-                "parallel.device: cuda, but no node of the cluster has a GPU; start it where there "
-                "is one (`nvidia-smi` lists those of a machine), or set parallel.device=cpu"
-            )
-        if gpu and gpus < config.parallel.min_workers:
-            raise UserError(
-                f"parallel.workers: {config.parallel.min_workers} workers need a GPU each and the "
-                f"cluster has {gpus:g}; use at most that many, or parallel.device=cpu"
-            )
-        # On CPU machines training is the larger part of the work: data tasks get a quarter.
-        free = cpus - workers if gpu else cpus / 4
-        readers = Readers.of(config, gpu)
-        if (readers.labels or readers.apart) and not config.data.cpus:
-            free = sum(readers.cpus().values())
-            if not free:
-                raise UserError(
-                    f"data.nodes: no node of the cluster has the labels {readers.labels} and a "
-                    "CPU; name those of one (`ray start --labels`), or set data.cpus to wait for "
-                    "such nodes"
-                )
-            if readers.grows:
-                free = max(free, CPUS_A_GPU * workers if gpu else cpus / 4)
-        data_cpus = float(config.data.cpus or max(1.0, free))
-        each = config.parallel.cpus_per_worker
-        if each is None:
-            whole = gpu or config.parallel.elastic  # Ray counts elastic workers in whole CPUs
-            each = 1.0 if whole else max(0.01, min(1.0, (cpus - data_cpus) / workers))
-        per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
-        room = max(1, int((cpus - data_cpus) / workers))
-        own = room
-        if gpu and readers.apart:  # workers have the cores beside their GPUs to themselves
-            own = max(2, min(GPU_THREADS, int((cpus - sum(readers.cpus().values())) / gpus)))
-        elif gpu:
-            # Data tasks may have most cores; what the host does there comes in bursts.
-            own = max(2, min(GPU_THREADS, int(cpus / gpus / 4)))
-        return cls(gpu, per_worker, config.parallel.threads or own, room, data_cpus, readers)
 
 
 def make_trainer(
@@ -167,29 +99,6 @@ def join(settings: Settings, log_folder: Path | None) -> tuple[Config, World]:
     world = World.current(worker.device_of(config, settings["gpu"]))
     torch.set_num_threads(settings["threads"])
     return config, world
-
-
-def worker_environment(config: Config, shares: Shares) -> dict[str, str]:
-    """Environment of a worker, where libraries read it before our code runs. What the user has set
-    stays.
-
-    A group on gloo (every run has some) would connect each worker with each, of a thousand a
-    million times: connected is who speaks to whom. On a CPU: OpenMP threads wait for each other by
-    spinning, millions of turns long: as soon as anything else wants a core, a step takes several
-    times as long. A short spin, then sleep, costs next to nothing on an idle machine. On a GPU:
-    torch's memory grows in place, where blocks of many sizes would lie beside each other half
-    empty; and Ray would give what the host does one thread.
-    """
-    settings = {"TORCH_GLOO_LAZY_INIT": "1"}
-    if not shares.gpu:
-        settings["GOMP_SPINCOUNT"] = "10000"
-    else:
-        settings["OMP_NUM_THREADS"] = str(shares.threads)
-        if OLD_ALLOC not in os.environ:
-            settings[ALLOC] = "expandable_segments:True"
-        if config.train.deterministic:
-            settings |= CUBLAS_WORKSPACE
-    return {k: os.environ.get(k, v) for k, v in settings.items()}
 
 
 def interruptible(

@@ -30,10 +30,17 @@ from raysft.data.example import Quarantined
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Cursor
 from raysft.data.quarantine import Known
-from raysft.driver import budget, entry, growing, precision, preflight, preview, readers
+from raysft.driver import (
+    budget,
+    entry,
+    growing,
+    precision,
+    preflight,
+    preview,
+    readers,
+)
 from raysft.driver.group import (
     Settings,
-    Shares,
     died,
     interruptible,
     make_trainer,
@@ -42,6 +49,7 @@ from raysft.driver.group import (
 from raysft.driver.monitor import Monitor
 from raysft.driver.placed import place
 from raysft.driver.preflight import Prepared
+from raysft.driver.shares import Shares, train_environment
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.page.live import with_page
@@ -69,7 +77,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[JsonObject], None]
-ROOM_WITHIN_S = 10.0
 
 
 @dataclass
@@ -362,14 +369,6 @@ def _fit(
     shares = Shares.of(config)
     if not shares.gpu and (line := tight(shares.threads, shares.room)) is not None:
         log.warning("%s", line)
-    # Ray's own watch over workers sees one that is frozen; `Watchdog` one whose thread is.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.parallel.timeout_s))
-    # How long to wait for room for all workers. An elastic run asks for as many as there seems to
-    # be room for, a moment after a node was lost for too many: soon it has to count again.
-    elastic = config.parallel.elastic
-    os.environ.setdefault(
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_WITHIN_S) if elastic else "300"
-    )
     settings = {
         **settings,
         "folder": str(folder),
@@ -378,6 +377,9 @@ def _fit(
         "readers": shares.readers,
         "monitor": monitor,
     }
+    for key, value in train_environment(config).items():
+        os.environ.setdefault(key, value)
+    elastic = config.parallel.elastic
     fewest, most = config.parallel.min_workers, config.parallel.max_workers
     trainer = make_trainer(
         "start",

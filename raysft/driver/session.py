@@ -9,6 +9,7 @@ temporary folder, however the process ends. Costs 4 to 6 s at the start and 1.5 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 import raysft
-from raysft import plugins
+from raysft import plugins, preload
 from raysft.driver.ray_folder import RayFolder
 from raysft.errors import UserError, first_line
 
@@ -44,8 +46,11 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _EMBEDDED_DEFAULTS = {
+    "RAY_preload_python_modules": "raysft.preloaded",  # see `warm`
     # Ray runs workers at nice 15: beside anything else on the machine training would crawl.
     "RAY_worker_niceness": "0",
+    # A process that is idle has what it imported: it is kept for the next of its kind.
+    "RAY_idle_worker_killing_time_threshold_ms": "120000",
     # A worker that is frozen cannot leave its process group: half a minute for nothing.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
@@ -140,6 +145,17 @@ def ray_session() -> Iterator[Session]:
             raise SystemExit(128 + received[0])
 
 
+def libraries() -> None:
+    """Import what every start needs, in a thread, while the main thread starts Ray: nothing of
+    Ray's, which would be imported in two threads then."""
+
+    def run() -> None:
+        for name in ("torch", "transformers", "raysft.models"):
+            importlib.import_module(name)
+
+    threading.Thread(target=run, daemon=True, name="libraries").start()
+
+
 def check_kept(**places: str | Path | None) -> None:
     """Refuse to write where nothing is kept: in a Ray job a relative path lies in Ray's unpacked
     copy of the working directory, which is each node's own, goes with the Ray session, and is
@@ -223,6 +239,7 @@ def _embedded(received: list[int]) -> Iterator[Session]:
     own = f"{ray.util.get_node_ip_address()}:{port}"
     before = os.environ.copy()
     os.environ.update(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=own, TMPDIR=str(folder.path))
+    os.environ[preload.MARK] = str(folder.path / "controller")
     try:
         _exit_on_sigterm(received)  # Ray puts a handler of its own in its place, and we again
         # address="local" starts a new Ray where None would look for one, also in the file a
@@ -252,7 +269,7 @@ def _embedded(received: list[int]) -> Iterator[Session]:
         raise
     finally:
         ray.shutdown()
-        _restore(before, "RAY_GCS_SERVER_PORT", "RAY_ADDRESS", "TMPDIR")
+        _restore(before, "RAY_GCS_SERVER_PORT", "RAY_ADDRESS", "TMPDIR", preload.MARK)
         if keep:
             folder.keep()
             log.warning("Ray's own logs of this run are kept in %s", folder.path)

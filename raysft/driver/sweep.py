@@ -26,9 +26,10 @@ from raysft.config import Config
 from raysft.config.load import validate
 from raysft.data.clips import speech_tokens
 from raysft.driver import growing, preflight
-from raysft.driver.group import Shares, interruptible
+from raysft.driver.group import interruptible
 from raysft.driver.launch import Progress
 from raysft.driver.searcher import Trials
+from raysft.driver.shares import Shares
 from raysft.driver.trial import Tuned
 from raysft.errors import UserError, first_line
 from raysft.json_types import JsonObject

@@ -27,7 +27,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft.config.load import validate
-from raysft.driver import launch, preflight
+from raysft.driver import launch, preflight, warm
 from raysft.errors import UserError
 from raysft.failures import told
 from raysft.json_types import JsonObject
@@ -56,6 +56,7 @@ class Driver:
             try:
                 config = validate(tree, where)
                 preflight.check(config)
+                warm.processes(config)
                 launch.run(config, lambda line: None, self._leave)
             except UserError as error:
                 self._error = (str(error), "")

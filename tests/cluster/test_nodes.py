@@ -17,7 +17,8 @@ from pathlib import Path
 import ray, ray.train, ray.train.torch
 from ray.cluster_utils import Cluster
 from raysft.config import Config
-from raysft.driver.group import Shares, make_trainer
+from raysft.driver.group import make_trainer
+from raysft.driver.shares import Shares
 from raysft.driver.placed import place
 from raysft.errors import UserError
 

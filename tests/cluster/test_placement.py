@@ -39,7 +39,8 @@ from pathlib import Path
 import ray, ray.train, ray.train.torch
 from ray.cluster_utils import Cluster
 from raysft.config import Config
-from raysft.driver.group import Shares, make_trainer
+from raysft.driver.group import make_trainer
+from raysft.driver.shares import Shares
 
 workers, gpus = int(os.environ["WORKERS"]), int(os.environ["GPUS"])
 cluster = Cluster()
@@ -86,7 +87,7 @@ from raysft.data.encode import make_encoder
 from raysft.data.index.build import build_index
 from raysft.data.read.reader import Work
 from raysft.data.read.stream import RayReader, ReaderSpec
-from raysft.driver.group import Shares
+from raysft.driver.shares import Shares
 from raysft.errors import UserError
 
 class Told:
@@ -179,7 +180,8 @@ from pathlib import Path
 import ray, ray.train, ray.train.torch
 from raysft.config import Config
 from raysft.driver import growing
-from raysft.driver.group import Shares, make_trainer
+from raysft.driver.group import make_trainer
+from raysft.driver.shares import Shares
 from raysft.errors import UserError
 
 growing.TELL_S = 2.0

@@ -32,7 +32,7 @@ from raysft.data.index.build import build_index
 from raysft.data.read import stream
 from raysft.data.read.reader import Work
 from raysft.data.read.stream import RayReader, ReaderSpec
-from raysft.driver.group import Shares
+from raysft.driver.shares import Shares
 
 class Told:
     def __init__(self, encoder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import alive, wait_until
+from tests.cluster.conftest import (
+    ROOT,
+    alive,
+    safe_cmdline,
+    wait_until,
+    without_ray_settings,
+)
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -156,3 +163,30 @@ def test_an_address_that_cannot_work_is_one_readable_line(
     assert out.count("\n") == 1
     assert said in out
     assert address in out
+
+
+def test_a_run_begins_in_processes_that_were_started_while_it_was_prepared(
+    tmp_path: Path,
+) -> None:
+    """Controller and worker: else each is started, and imports torch, when the one before has."""
+    words = ["examples/spoken_digits/asr.yaml", f"run.storage_path={tmp_path}"]
+    words += ["train.max_steps=1", "evaluate.at_end=false"]
+    with subprocess.Popen(
+        [sys.executable, "-u", "jobs/sft.py", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=without_ray_settings(),
+    ) as process:
+        assert process.stdout is not None
+        ahead: set[int] = set()
+        actors: dict[str, int] = {}
+        for line in process.stdout:
+            children = psutil.Process(process.pid).children(recursive=True)
+            if line.startswith("planning batches"):
+                ahead = {child.pid for child in children}
+            if line.startswith("building the model"):
+                actors = {"".join(safe_cmdline(child))[:14]: child.pid for child in children}
+    assert process.returncode == 0
+    assert actors["ray::TrainCont"] in ahead
+    assert actors["ray::RayTrainW"] in ahead

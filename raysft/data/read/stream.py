@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 
-from raysft import failures, patience, plugins
+from raysft import failures, patience, plugins, preload
 from raysft.data.clips.stalled import MOST_STUCK, stuck
 from raysft.data.example import MicroBatch
 from raysft.data.plan.generations import Column, Places, open_index
@@ -130,7 +130,10 @@ class RayReader:
 
     def _options(self) -> dict[str, object]:
         where = {"label_selector": self._nodes} if self._nodes else {}
-        return {"num_cpus": self.cpus_per_task, "max_retries": -1, **where}
+        # Else a process for it would import what its caller does.
+        environment = {"env_vars": preload.READER}
+        options = {"num_cpus": self.cpus_per_task, "max_retries": -1, "runtime_env": environment}
+        return {**options, **where}
 
     def _task(self) -> RemoteFunction:
         return ray.remote(num_returns="streaming", **self._options())(read_micro_batches)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from raysft.config import Config
-from raysft.driver.group import Shares, worker_environment
 from raysft.driver.precision import choose, settled
+from raysft.driver.shares import Shares, worker_environment
 from raysft.errors import UserError
 from raysft.models.experts import slow
 from raysft.parallel import precision
@@ -74,6 +74,7 @@ def environment(gpu: bool, **train: object) -> dict[str, str]:
     shares = Shares(gpu, {"CPU": 1.0}, threads=4, room=1, data_cpus=1.0)
     found = worker_environment(config(**train), shares)
     assert found.pop("TORCH_GLOO_LAZY_INIT") == "1"
+    assert found.pop("RAYSFT_PRELOAD").endswith("raysft.worker")
     assert not gpu or found.pop("OMP_NUM_THREADS") == "4"
     return found
 

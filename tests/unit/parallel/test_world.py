@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from raysft.config import Config
-from raysft.driver.group import Shares, worker_environment
+from raysft.driver.shares import Shares, worker_environment
 from raysft.parallel.ddp import share_of
 from raysft.parallel.strategy import State
 from raysft.parallel.world import World
