@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from raysft import paths
-from raysft.cli import Arguments, ProgressLine, guarded, parse
+from raysft.cli import Arguments, guarded, parse
 from raysft.errors import UserError
+from raysft.progress import ProgressLine
 
 SFT = """Train, or continue the run if its folder exists.
 
@@ -105,7 +106,7 @@ def sft(argv: Sequence[str], command: str = "raysft sft") -> None:
 
     config = library.load_config(arguments.positional[0], arguments.overrides)
     show = ProgressLine()
-    show.say(f"{arguments.positional[0]}: checking config, sources and model")
+    show({"doing": f"{arguments.positional[0]}: checking config, sources and model"})
     if "dry-run" in arguments.flags:
         print(library.dry_run(config, show, show=shown, colours=sys.stdout.isatty()))
     else:
@@ -120,7 +121,7 @@ def sweep(argv: Sequence[str], command: str = "raysft sweep") -> None:
 
     config = library.load_config(arguments.positional[0], arguments.overrides)
     show = ProgressLine()
-    show.say(f"{arguments.positional[0]}: checking config and space")
+    show({"doing": f"{arguments.positional[0]}: checking config and space"})
     print(library.sweep(config, show).describe())
 
 

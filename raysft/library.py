@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 Progress = Callable[[JsonObject], None]
-"""Called with each report of driver and workers: `raysft.cli.ProgressLine()` prints them."""
+"""Called with each report of driver and workers: `raysft.progress.ProgressLine()` prints them."""
 
 
 def _silent(line: JsonObject) -> None:

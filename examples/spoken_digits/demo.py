@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from raysft import load_config, train
-from raysft.cli import ProgressLine, guarded
+from raysft.cli import guarded
+from raysft.progress import ProgressLine
 
 
 def main(argv: Sequence[str]) -> None:

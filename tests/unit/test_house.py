@@ -30,6 +30,7 @@ ROOMS = (
         "transcribe",
         "reread",
         "cli",
+        "progress",
         "audit",
         "report",
         "page",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from raysft.cli import ProgressLine
 from raysft.driver.monitor import LONGEST_BACKOFF_S, Monitor
+from raysft.progress import ProgressLine
 from raysft.run.signals import LEAVE, SAVE
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from typing import Any
 
 import pytest
 
-from raysft.cli import ProgressLine, TimeLeft, step_line
+from raysft.progress import ProgressLine, TimeLeft, step_line
 
 
 def report(step: int = 150, total: int = 600, **changes: Any) -> dict[str, Any]:
@@ -34,6 +35,16 @@ def test_a_line_carries_step_loss_epoch_rate_speed_wait_and_time() -> None:
     )
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def rows(self) -> list[str]:
+        """All that was ever shown, without what moves the cursor or colours."""
+        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.getvalue())
+        return [row for row in re.split(r"[\r\n]+", plain) if row.strip()]
+
+
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize(
     "changes",
@@ -46,25 +57,80 @@ def test_a_line_carries_step_loss_epoch_rate_speed_wait_and_time() -> None:
     ],
 )
 def test_every_line_fits_80_columns_and_keeps_its_head_and_its_time(
-    changes: dict[str, Any], live: bool
+    changes: dict[str, Any], live: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Out(io.StringIO):
-        def isatty(self) -> bool:
-            return live
-
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
     line = report(**changes)
-    out = Out()
+    out = Terminal() if live else io.StringIO()
     show = ProgressLine(out, every_s=0.0)
     show(report(**{**changes, "step": line["step"] - 10, "at": 500.0}))
     show(line)
-    rows = [re.sub(r"\x1b\[2K", "", row) for row in re.split(r"[\r\n]+", out.getvalue()) if row]
-    rows = [row for row in rows if row]
-    assert len(rows) == 2
+    show.close()
+    rows = out.rows() if isinstance(out, Terminal) else out.getvalue().splitlines()
+    steps = [row for row in rows if row.startswith("step ")]
+    assert len({row.split("/")[0] for row in steps}) == 2
     for row in rows:
         assert len(row) < 80
+    for row in steps:
         assert re.match(r"step \d+/\d+  loss \S+  epoch \d+  ", row)
         assert "  eta " in row
-    assert out.getvalue().endswith("\n") is not live
+
+
+def test_a_terminal_keeps_phases_with_their_times_and_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    show = ProgressLine(out)
+    show({"doing": "loading the tokenizer [fast]"})
+    time.sleep(0.15)
+    show({"doing": "waiting for the first batch"})
+    assert "\x1b[?25l" in out.getvalue(), "the cursor is hidden while lines renew themselves"
+    show(report(step=1, total=2))
+    show(report(step=2, total=2))
+    show.close()
+    kept = [row for row in out.rows() if re.match(r" +\d\.\d s  ", row)]
+    assert re.fullmatch(r"   0\.[12] s  loading the tokenizer \[fast\] *", kept[0])
+    assert "waiting for the first batch" in out.getvalue()
+    assert any(row.startswith("first step after ") for row in out.rows())
+    assert any(row.startswith("step 2/2") for row in out.rows())
+    assert out.getvalue().endswith("\x1b[?25h"), "and seen again"
+
+
+def test_without_a_terminal_the_times_of_the_phases_follow_the_first_step() -> None:
+    out = io.StringIO()
+    show = ProgressLine(out, every_s=0.0)
+    show({"doing": "loading the tokenizer"})
+    time.sleep(0.15)
+    show({"doing": "a remark"})
+    show({"doing": "waiting for the first batch"})
+    time.sleep(0.15)
+    for step in (1, 2):
+        show(report(step=step, total=3))
+    lines = out.getvalue().splitlines()
+    assert lines[:3] == ["loading the tokenizer", "a remark", "waiting for the first batch"]
+    total = float(re.fullmatch(r"first step after (\S+) s", lines[4])[1])  # type: ignore[index]
+    phases = [re.fullmatch(r" +(\S+) s  (.+)", line) for line in lines[5:-1]]
+    took = {phase[2]: float(phase[1]) for phase in phases if phase}
+    assert list(took) == [
+        "starting Python",
+        "loading the tokenizer",
+        "waiting for the first batch",
+    ]
+    assert sum(took.values()) == pytest.approx(total, abs=0.3)
+    assert "first step" not in lines[-1]
+
+
+def test_a_terminal_that_cannot_renew_lines_gets_plain_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    out = Terminal()
+    show = ProgressLine(out)
+    show({"doing": "loading the tokenizer"})
+    show.close()
+    assert out.getvalue() == "loading the tokenizer\n"
 
 
 def test_the_time_left_is_not_told_before_it_can_be_right() -> None:

@@ -23,7 +23,6 @@ import pytest
 import torch
 
 from raysft import scorers as table
-from raysft.cli import ProgressLine
 from raysft.config.schema import Checkpoint, Data, Evaluate, Model, Source
 from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch
@@ -34,6 +33,7 @@ from raysft.evaluate.run import Corpus, evaluate
 from raysft.losses import Term
 from raysft.models.base import SpeechModel
 from raysft.parallel import World
+from raysft.progress import ProgressLine
 from raysft.report import draw
 from raysft.run.catalogue import Catalogue, Saved
 from raysft.run.evaluations import Measure, choose

@@ -20,7 +20,6 @@ import pytest
 import sacrebleu
 import torch
 
-from raysft.cli import ProgressLine
 from raysft.config import Config, load_config
 from raysft.config.combinations import contradictions
 from raysft.config.schema import Checkpoint, Data, Evaluate, Model, Source
@@ -35,6 +34,7 @@ from raysft.evaluate.run import Corpus, evaluate
 from raysft.losses import Term
 from raysft.models.base import SpeechModel
 from raysft.parallel import World
+from raysft.progress import ProgressLine
 from raysft.run.catalogue import Saved
 from raysft.run.evaluations import Evaluations, Measure, choose, metrics_of
 from raysft.run.folder import open_run, reopen, run_folder
