@@ -95,7 +95,7 @@ def test_a_terminal_keeps_phases_with_their_times_and_is_left_as_it_was(
     assert "waiting for the first batch" in out.getvalue()
     assert any(row.startswith("first step after ") for row in out.rows())
     assert any(row.startswith("step 2/2") for row in out.rows())
-    assert out.getvalue().endswith("\x1b[?25h"), "and seen again"
+    assert out.getvalue().rstrip("\r").endswith("\x1b[?25h"), "and seen again"
 
 
 def test_without_a_terminal_the_times_of_the_phases_follow_the_first_step() -> None:
