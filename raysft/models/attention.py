@@ -8,7 +8,9 @@ no state is kept outside the call and a layer recomputed in the backward pass se
 
 - CUDA in half precision: one variable-length flash kernel of torch for the whole row.
 - Elsewhere: causal sdpa on each document's slice; neighbours of equal length share one call.
-- Without boundaries (padded rows, generation, audio encoders): transformers' own sdpa.
+- Without boundaries (padded rows, generation): transformers' own sdpa.
+
+An encoder of clips packs them the same way, where each position sees all of its clip.
 
 Cost: sum(length^2) instead of T^2. On CPU, 80 documents of 25 to 80 tokens take 25 ms forward and
 backward sorted by length, 31 ms unsorted (4 heads of 32, 2 threads).
@@ -51,6 +53,7 @@ def document_mask(
     device: torch.device | None = None,
     windows: bool = False,
     real: torch.Tensor | None = None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """The attention "mask" of a packed row.
 
@@ -58,13 +61,15 @@ def document_mask(
     `device` (default: where `ends` is). The lengths are read here, once and not by layer: `ends`
     on a GPU cost a synchronisation, on the CPU nothing. windows: the model puts its sliding window
     into the mask that this one replaces, so layers take it from their config. real: [1, T], 1 where
-    there is a document, for what looks at tokens across them; None: everywhere.
+    there is a document, for what looks at tokens across them; None: everywhere. causal: False: a
+    position also sees those after it, in its document.
     """
     mask = ends.view(1, 1, 1, -1).to(device or ends.device, non_blocking=True)
     # Tensors take attributes; `segments_attention` reads these.
     mask.document_lengths = ends.diff().tolist()  # type: ignore[attr-defined]
     mask.windows = windows  # type: ignore[attr-defined]
     mask.counted = real  # type: ignore[attr-defined]
+    mask.causal = causal  # type: ignore[attr-defined]
     return mask
 
 
@@ -92,6 +97,7 @@ def segments_attention(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"packed attention does not support {name}")
     lengths: list[int] = attention_mask.document_lengths  # type: ignore[attr-defined]
+    causal: bool = attention_mask.causal  # type: ignore[attr-defined]
     if sliding_window is None and attention_mask.windows:  # type: ignore[attr-defined]
         sliding_window = _window_of(module)
     device = query.device.type
@@ -102,8 +108,9 @@ def segments_attention(
     if device == "cuda" and half and not dropout and query.shape[-1] == value.shape[-1] <= 256:
         ends = attention_mask.flatten()
         longest = 1 << (max(lengths) - 1).bit_length()  # few values, whatever lies in a row
-        return _varlen(query, key, value, ends, longest, scaling, sliding_window), None
-    return _by_document(query, key, value, lengths, dropout, scaling, sliding_window), None
+        return _varlen(query, key, value, ends, longest, scaling, sliding_window, causal), None
+    parts = _by_document(query, key, value, lengths, dropout, scaling, sliding_window, causal)
+    return parts, None
 
 
 def used(model: PreTrainedModel, device: torch.device, half: bool) -> str:
@@ -134,13 +141,17 @@ def _varlen(
     longest: int,
     scaling: float | None,
     window: int | None,
+    causal: bool,
 ) -> torch.Tensor:
     # Flash takes fewer heads of keys and values than of queries: repeated, they would be saved so.
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     # transformers' window counts the position itself, flash's counts the ones before it.
-    left = -1 if window is None else window - 1
+    left, right = -1 if window is None else window - 1, 0 if causal else -1
     out = varlen_attn(
-        q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(left, 0), **_GROUPED
+        *(q, k, v, ends, ends, longest, longest),
+        scale=scaling,
+        window_size=(left, right),
+        **_GROUPED,
     )
     return cast(torch.Tensor, out).unsqueeze(0)  # a pair where its log-sums are asked for
 
@@ -153,6 +164,7 @@ def _by_document(
     dropout: float,
     scaling: float | None,
     window: int | None,
+    causal: bool,
 ) -> torch.Tensor:
     runs = [(len(list(run)), length) for length, run in groupby(lengths) if length]
     # One split for all: its backward joins the gradients in one copy, where separate slices would
@@ -170,7 +182,7 @@ def _by_document(
             v,
             attn_mask=band,
             dropout_p=dropout,
-            is_causal=band is None,
+            is_causal=causal and band is None,
             scale=scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )

@@ -1,13 +1,16 @@
 """Qwen2-Audio's encoder over what there is to hear, not over the 30 s that it was trained on.
 
 transformers has it take rows of one length, of which its mask hides what lies behind a clip. Here
-rows are cut behind their clip, and clips of about one length go together (`one_length.alike`). What
-is left is the same: the positions that a mask hides are not seen by others, and the convolutions
-look two frames beyond a clip's end at most.
+the convolutions read rows that are cut behind their clip, clips of about one length together
+(`one_length.alike`); the layers read one row of all clips, the positions that are heard and no
+other, each seeing its own clip (`models.attention`). What comes out is the same: the positions that
+a mask hides are not seen by others, and the convolutions look two frames beyond a clip's end at
+most.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from types import MethodType
 
 import torch
@@ -15,14 +18,16 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
-from raysft.models.one_length import alike, calls, together
+from raysft.models import attention
+from raysft.models.one_length import alike
 
 BEYOND = 2  # frames behind a clip's last position that the convolutions look at
 
 
 def attach(tower: Qwen2AudioEncoder) -> None:
-    """Make `tower` take rows of any even number of frames, and cut them."""
+    """Make `tower` take rows of any even number of frames, cut them, and pack what is heard."""
     vars(tower)["forward"] = MethodType(_forward, tower)
+    tower.config._attn_implementation = attention.NAME
 
 
 def frames_of(frames: int, limit: int) -> int:
@@ -41,22 +46,26 @@ def _forward(
     heard; None: all of them."""
     clips, _, frames = input_features.shape
     heard = _heard(attention_mask, clips, frames // 2)
-    groups = alike(heard)
-
-    def call(number: int) -> torch.Tensor:
-        rows = groups[number]
-        cut = frames_of(2 * max(heard[row] for row in rows), frames)
-        mask = attention_mask
-        if mask is not None:
-            mask = mask[rows, : cut // 2] if mask.ndim == 2 else mask[rows]
-            mask = mask if mask.ndim == 2 else mask[..., : cut // 2, : cut // 2]
-        taken = input_features if len(rows) == clips else input_features[rows]
-        return encoded(tower, taken[..., :cut], mask, kwargs)
-
-    found, nothing = calls(tower, call, len(groups), input_features.device)
-    order = torch.tensor([row for rows in groups for row in rows], device=input_features.device)
-    made = found[0] if len(groups) == 1 else together(found).index_select(0, order.argsort())
-    return BaseModelOutput(last_hidden_state=made + nothing)
+    # Where a part of the weights is gathered each time that it is used, by all workers together.
+    whole = any(hasattr(parameter, "ds_id") for parameter in tower.conv1.parameters())
+    groups = [list(range(clips))] if whole else alike(heard)
+    rows = []
+    for group in groups:
+        longest = max(heard[row] for row in group)
+        taken = input_features if len(group) == clips else input_features[group]
+        made = _convolved(tower, taken[..., : frames_of(2 * longest, frames)])
+        places = _places([heard[row] for row in group], made.shape[1])
+        rows.append(made.flatten(0, 1).index_select(0, places.to(made.device)))
+    order = [row for group in groups for row in group]
+    lengths = [heard[row] for row in order]
+    hidden = nn.functional.dropout(torch.cat(rows), tower.dropout, tower.training)
+    hidden = _layers(tower, hidden.unsqueeze(0), lengths, kwargs)[0]
+    parts: list[torch.Tensor] = [hidden] * clips
+    longest = max(heard) + max(heard) % 2  # pairs of positions are averaged
+    for row, part in zip(order, hidden.split(lengths), strict=True):
+        parts[row] = nn.functional.pad(part, (0, 0, 0, longest - len(part)))
+    pooled = tower.avg_pooler(torch.stack(parts).transpose(1, 2)).transpose(1, 2)
+    return BaseModelOutput(last_hidden_state=tower.layer_norm(pooled))
 
 
 def _heard(mask: torch.Tensor | None, clips: int, positions: int) -> list[int]:
@@ -68,21 +77,31 @@ def _heard(mask: torch.Tensor | None, clips: int, positions: int) -> list[int]:
     return keys.sum(-1).tolist()
 
 
-def encoded(
-    tower: Qwen2AudioEncoder,
-    features: torch.Tensor,
-    mask: torch.Tensor | None,
-    kwargs: dict[str, object],
-) -> torch.Tensor:
-    """[clips, positions / 2, width]: two convolutions, layers, and pairs of positions averaged."""
+def _places(lengths: list[int], longest: int) -> torch.Tensor:
+    """Of clips one after the other, each of `longest` positions, those that they fill."""
+    filled = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return filled.flatten().nonzero().flatten()
+
+
+def _convolved(tower: Qwen2AudioEncoder, features: torch.Tensor) -> torch.Tensor:
+    """[clips, positions, width] of features [clips, mels, frames], with where each position is."""
     taken = features.to(tower.conv1.weight.dtype)
     hidden = nn.functional.gelu(tower.conv2(nn.functional.gelu(tower.conv1(taken))))
     hidden = hidden.transpose(1, 2)
-    hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
-    hidden = nn.functional.dropout(hidden, tower.dropout, tower.training)
+    return hidden + tower.embed_positions.weight[: hidden.shape[1]]
+
+
+def _layers(
+    tower: Qwen2AudioEncoder,
+    hidden: torch.Tensor,
+    lengths: list[int],
+    kwargs: dict[str, object],
+) -> torch.Tensor:
+    """[1, positions of all clips, width]. lengths: positions of each clip, in their order."""
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    mask = attention.document_mask(ends, hidden.device, causal=False)
     for layer in tower.layers:
         if tower.training and tower.layerdrop > 0 and torch.rand([]) < tower.layerdrop:
             continue
         hidden = layer(hidden, mask, **kwargs)
-    pooled = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
-    return tower.layer_norm(pooled)
+    return hidden

@@ -80,10 +80,13 @@ def test_what_is_heard_is_that_of_whole_rows(lengths: list[int], attention: str)
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_rows_are_no_longer_than_what_is_heard() -> None:
-    ours, seen = tower(), []
+def test_rows_are_no_longer_than_what_is_heard_and_layers_take_nothing_else() -> None:
+    ours, seen, packed = tower(), [], []
     cut.attach(ours)
     ours.conv1.register_forward_pre_hook(lambda part, args: seen.append(tuple(args[0].shape)))
+    for layer in ours.layers:
+        layer.register_forward_pre_hook(lambda part, args: packed.append(tuple(args[0].shape)))
     lengths = [190, *[20] * 9, 12]
     ours(clips(lengths)[..., :192], attention_mask=mask_of(ours, lengths, 192))
     assert seen == [(1, 12, 192), (10, 12, 22)]
+    assert packed == [(1, 95 + 9 * 10 + 6, 32)] * 2

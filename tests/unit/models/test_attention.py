@@ -126,18 +126,39 @@ def test_the_variable_length_kernel_is_given_keys_as_they_are(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *ends: object, **keys: object
     ) -> torch.Tensor:
         given.append([tuple(x.shape) for x in (q, k, v)])
-        assert keys.get("window_size") == (-1, 0)
+        assert keys.get("window_size") == (-1, 0), "no window, and nothing behind a position"
         qkv = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
         return dense(qkv, lengths, None)[0]
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     qkv = row(4, groups, 8, 8, lengths)
-    found = attention._varlen(*qkv, ends_of(lengths), 8, 0.3, None)
+    found = attention._varlen(*qkv, ends_of(lengths), 8, 0.3, None, True)
     assert given == [[(16, 4, 8), (16, groups, 8), (16, groups, 8)]]
     repeated = [qkv[0], *(x.repeat_interleave(4 // groups, dim=1) for x in qkv[1:])]
-    expected = attention._varlen(*repeated, ends_of(lengths), 8, 0.3, None)
+    expected = attention._varlen(*repeated, ends_of(lengths), 8, 0.3, None, True)
     torch.testing.assert_close(found, expected)
     assert given[1] == [(16, 4, 8)] * 3
+
+
+def test_a_row_of_clips_sees_all_of_each_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, given = [3, 8, 5, 5], []
+    qkv = row(4, 4, 8, 8, lengths)
+    mask = document_mask(ends_of(lengths), causal=False)
+    found, _ = segments_attention(MODULE, *qkv, mask, scaling=0.3)
+    first = 0
+    for length in lengths:
+        alone = [x[:, :, first : first + length] for x in qkv]
+        expected = torch.nn.functional.scaled_dot_product_attention(*alone, scale=0.3)
+        torch.testing.assert_close(found[0, first : first + length], expected[0].transpose(0, 1))
+        first += length
+
+    def kernel(q: torch.Tensor, *others: object, **keys: object) -> torch.Tensor:
+        given.append(keys["window_size"])
+        return q
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    attention._varlen(*qkv, ends_of(lengths), 8, 0.3, None, False)
+    assert given == [(-1, -1)]
 
 
 def test_the_attention_in_use_is_told() -> None:
