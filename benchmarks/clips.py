@@ -3,9 +3,9 @@
 A training step (forward, backward) of Qwen2-Audio from random weights, an encoder of 4 layers and a
 language model of 4, width 256, 80 mels, on 6 clips of one mean length (normal, a third of it as
 standard deviation, 0.5 to 30 s; the last of 30 s each), float32, one thread. Two ways in turn, on
-the same batch: convolutions over rows cut behind their clip and layers over one row of what is heard
-(raysft's); and transformers' own encoder over whole rows. A figure is the smallest processor time of the rounds.
-Full run: about 2 minutes on a core, 1.5 GB of memory.
+the same batch: layers over one row of what is heard (raysft's); and transformers' own encoder over
+whole rows. A figure is the smallest processor time of the rounds. Full run: about 2 minutes on a
+core, 1.5 GB of memory.
 """
 
 from __future__ import annotations

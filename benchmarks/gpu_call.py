@@ -7,13 +7,13 @@
     ceilings      products and copies: what the rest is measured against
     tests         tests/gpu
     attention     the variable-length kernel beside attention document by document
-    lora          Llama-3-8B with LoRA: as it is, and with each of what could make it faster
+    lora          Llama-3-8B with LoRA: as it is, longer rows, compiled
     experts       a layer of DeepSeek-V2-Lite's experts by each backend; adapters on experts, split
                   and as whole updates (the exchange of `ep` wants several GPUs, and is left out)
     experts_step  a whole step of a DeepSeek-V2 of that width, by each backend
     trainer       the 8B by transformers' Trainer (gpu_finetune.py)
     full          Llama-3.2-1B, all weights: ddp, fsdp, a checkpoint
-    audio         Qwen2-Audio's encoder, clips padded to 30 s and cut
+    audio         Qwen2-Audio's encoder, clips padded to 30 s and packed
     generate      answers of the 1B
     shapes        rows of the 1B as they are and filled up: speed, and memory that grows
 
@@ -45,7 +45,6 @@ from gpu_kernels import (
     failure,
     forget_peak,
     free,
-    grouped,
     half,
     matmul_tflops,
     peak_gb,
@@ -172,7 +171,6 @@ def lora() -> Found:
     compiled. Each with those before it."""
     import torch
 
-    from raysft.models import attention as ours
     from raysft.models.compiled import compile_blocks
     from raysft.parallel.blocks import blocks
 
@@ -182,18 +180,8 @@ def lora() -> Found:
     )
     strategy, world = wrapped(config, model)
     found: Found = {"build_s": built, "as_is": speed(strategy, world, model, row, 8)}
-    for module in model.model.modules():
-        if hasattr(module, "lora_A"):
-            module.cast_input_dtype_enabled = False
-    found["no_input_cast"] = speed(strategy, world, model, row, 8)
-    for parameter in model.model.parameters():
-        if not parameter.requires_grad and parameter.dtype == torch.float32:
-            parameter.data = parameter.data.bfloat16()
-    found["and_norms_in_half"] = speed(strategy, world, model, row, 8)
     if CPU:
         return found
-    ours._varlen = grouped
-    found["and_keys_not_repeated"] = speed(strategy, world, model, row, 8)
     kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds) as trace:
         speed(strategy, world, model, row, 8, 1)

@@ -152,13 +152,10 @@ def attention() -> Found:
     ends = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device())
     longest = max(lengths)
     ways: dict[str, Callable[..., torch.Tensor]] = {
-        "by_document": lambda q, k, v, w: ours._by_document(q, k, v, lengths, 0.0, None, w)
+        "by_document": lambda q, k, v, w: ours._by_document(q, k, v, lengths, 0.0, None, w, True)
     }
     if not CPU:
-        ways["varlen"] = lambda q, k, v, w: ours._varlen(q, k, v, ends, longest, None, w)
-        ways["varlen_keys_not_repeated"] = lambda q, k, v, w: grouped(
-            q, k, v, ends, longest, None, w
-        )
+        ways["varlen"] = lambda q, k, v, w: ours._varlen(q, k, v, ends, longest, None, w, True)
     found: Found = {"documents": len(lengths)}
     for size, window in ((128, None), (64, None), (80, None), (96, None), (256, None), (128, 512)):
         torch.manual_seed(0)
@@ -168,7 +165,7 @@ def attention() -> Found:
         ]
         back = torch.randn(1, positions, heads, size, device=device(), dtype=torch.bfloat16)
         exact = [x.float().requires_grad_() for x in inputs]
-        wanted = ours._by_document(*exact, lengths, 0.0, None, window)
+        wanted = ours._by_document(*exact, lengths, 0.0, None, window, True)
         wanted.backward(back.float())
         row: Found = {}
         for name, way in ways.items():
@@ -203,27 +200,9 @@ def attention() -> Found:
     return found
 
 
-def grouped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    ends: torch.Tensor,
-    longest: int,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """`raysft.models.attention._varlen`, with keys as few as they are."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    left = -1 if window is None else window - 1
-    lengths = (ends, ends, longest, longest)
-    return varlen_attn(*rows, *lengths, scale=scaling, window_size=(left, 0)).unsqueeze(0)
-
-
 def audio() -> Found:
-    """30 clips of 8 s through Qwen2-Audio's encoder: padded to 30 s by transformers', and cut to
-    the longest by ours."""
+    """30 clips of 8 s through Qwen2-Audio's encoder: padded to 30 s by transformers', and
+    packed by ours."""
     import torch
     from transformers import CONFIG_MAPPING
     from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
@@ -243,16 +222,18 @@ def audio() -> Found:
         tower = Qwen2AudioEncoder(config).to(half()).eval()
     mels = torch.randn(clips, 128, 3000, device=device(), dtype=half())
 
-    def cut(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return cut_rows.encoded(tower, features, mask, {})
+    cut_rows.attach(tower)
+
+    def packed(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return tower(features, mask).last_hidden_state
 
     def padded(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return tower(features, mask).last_hidden_state
+        return Qwen2AudioEncoder.forward(tower, features, mask).last_hidden_state
 
     found: Found = {}
     for trains in (False, True):
         tower.requires_grad_(trains)
-        for name, frames, forward in (("padded", 3000, padded), ("cut", 808, cut)):
+        for name, frames, forward in (("padded", 3000, padded), ("packed", 808, packed)):
             length = frames // 2
             mask = torch.zeros(clips, 1, length, length, device=device(), dtype=half())
             mask[..., 400:] = float("-inf")
