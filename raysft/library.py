@@ -83,11 +83,13 @@ def dry_run(
 
     checked = preflight.check(config, writes=False)
 
-    from raysft.driver import launch
-    from raysft.driver.session import destination, ray_session
+    from raysft.driver.session import destination, libraries, ray_session
 
     progress({"doing": destination()})
+    libraries()
     with ray_session():
+        from raysft.driver import launch
+
         return launch.dry_run(checked, progress, show, colours)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raysft.audit import audit
 from raysft.run.lines import read_lines
 from tests.cluster.conftest import PYTHON, ROOT, alive, wait_until, without_ray_settings
 
@@ -89,8 +90,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         temp.rmdir()  # fails unless it is empty
 
 
-def submit(cluster: Cluster, folder: Path, *options: str, steps: int) -> tuple[int, str]:
-    """Submit the recipe of the spoken digits; runs go to `folder`."""
+def submit(
+    cluster: Cluster, folder: Path, *options: str, steps: int, every: int = 500
+) -> tuple[int, str]:
+    """Submit the recipe of the spoken digits; runs go to `folder`. every: steps a checkpoint."""
     done = cluster.run(
         *(RAY, "job", "submit", "--working-dir", ".", *options),
         *(
@@ -101,7 +104,7 @@ def submit(cluster: Cluster, folder: Path, *options: str, steps: int) -> tuple[i
             f"train.max_steps={steps}",
         ),
         *(f"run.storage_path={folder}", "parallel.workers=2", "log.every=1", "data.eval=[]"),
-        *("evaluate.every=0",),
+        *("evaluate.every=0", f"checkpoint.every={every}"),
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -206,6 +209,28 @@ def test_stopping_a_job_leaves_no_worker_of_it(cluster: Cluster, tmp_path: Path)
     assert workers()
     assert cluster.run(RAY, "job", "stop", "long").returncode == 0
     assert wait_until(lambda: not workers(), 30), workers()
+
+
+@pytest.mark.slow
+def test_the_same_submission_goes_on_after_the_head_was_lost(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """What a RayJob does: another cluster, and the command again."""
+    code, said = submit(cluster, tmp_path, "--no-wait", steps=60, every=5)
+    assert code == 0, said
+    run = tmp_path / "spoken_digits_asr"
+    assert wait_until(lambda: (run / "checkpoints/step_10/COMMITTED").is_file(), 180)
+    assert cluster.run(SCRIPT, "lose", "0").returncode == 0
+    assert cluster.run(SCRIPT, "stop").returncode == 0
+    before = {line["step"] for line in read_lines(run / "metrics.jsonl")}
+    assert before and max(before) < 60
+    cluster.start()
+    code, said = submit(cluster, tmp_path, steps=60, every=5)
+    assert code == 0, said
+    resumed = [e for e in read_lines(run / "events.jsonl") if e["event"] == "continued"]
+    assert [event["step"] >= 10 for event in resumed] == [True]
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, 61))
+    assert audit(run).clean
 
 
 @pytest.mark.slow
