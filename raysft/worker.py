@@ -50,7 +50,7 @@ from raysft.run.storage import write_whole
 from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.feed import Feed, one_shape
 from raysft.train.flops import cost_of, formula_holds
-from raysft.train.loop import Job
+from raysft.train.job import Job
 from raysft.train.replicas import Copies
 from raysft.train.replicas import settled as settled_copies
 
@@ -339,7 +339,7 @@ def _extras(speech_model: SpeechModel, folder: Path) -> dict[str, bytes]:
 
 @dataclass
 class Evaluation:
-    """Evaluates what a strategy holds on `data.eval`: what `loop.Evaluate` asks for."""
+    """Evaluates what a strategy holds on `data.eval`: what `job.Evaluate` asks for."""
 
     config: Config
     world: World

@@ -42,7 +42,7 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # The controller answers reports and sees the end of workers at this interval (2 s by default).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # The driver looks for nodes about to be taken away itself (`launch.Watch`), once for all.
+    # The driver looks for nodes about to be taken away itself (`workers.Watch`), once for all.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _EMBEDDED_DEFAULTS = {

@@ -34,7 +34,8 @@ from raysft.models import build
 from raysft.parallel import World
 from raysft.run.folder import open_run
 from raysft.run.lines import read_lines
-from raysft.train.loop import Job, train
+from raysft.train.job import Job
+from raysft.train.loop import train
 from tests.support.model_zoo import CONFIGS
 from tests.support.models import AUDIO, CAUSAL
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import Replicate, Shard
 from tests.support import worlds
 
 if TYPE_CHECKING:
-    from raysft.train.loop import Job
+    from raysft.train.job import Job
 
 
 class AbandonedError(Exception):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from raysft.config import Config
     from raysft.parallel import World
     from raysft.run.ownership import Permit
-    from raysft.train.loop import Job
+    from raysft.train.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 _forks = multiprocessing.get_context("forkserver")

@@ -22,7 +22,8 @@ from raysft.driver import preview
 from raysft.export import export_run, prompts
 from raysft.parallel import World
 from raysft.run.lines import read_lines
-from raysft.train.loop import Job, train
+from raysft.train.job import Job
+from raysft.train.loop import train
 from tests.support import seq2seq as zoo
 from tests.support import whisper
 from tests.support.worlds import resolved, start

@@ -18,7 +18,8 @@ from raysft.parallel.ddp import Ddp
 from raysft.parallel.optim import parameter_groups
 from raysft.parallel.scale import LossScale
 from raysft.run.lines import read_lines
-from raysft.train.loop import Job, train
+from raysft.train.job import Job
+from raysft.train.loop import train
 from tests.support.worlds import start, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -21,7 +21,8 @@ from raysft.run.folder import check_run, initial_weights, open_run, read_config,
 from raysft.run.lines import read_lines
 from raysft.run.storage import open_storage
 from raysft.train.checkpoint import load_weights, newest_sound
-from raysft.train.loop import Job, train
+from raysft.train.job import Job
+from raysft.train.loop import train
 from tests.properties.test_world_sizes import ledger
 from tests.support.worlds import die_at, fork, start, tiny
 from tests.unit.train.test_checkpoint import ONE, flip

@@ -31,7 +31,8 @@ from raysft.errors import UserError
 from raysft.models import PREFIX
 from raysft.parallel import World
 from raysft.run.lines import read_lines
-from raysft.train.loop import Job, train
+from raysft.train.job import Job
+from raysft.train.loop import train
 from tests.support.models import AUDIO, CAUSAL
 
 torch.set_num_threads(1)

@@ -1,0 +1,164 @@
+"""What goes on beside the steps of the loop: saves, evaluations, and the watch over progress."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+
+import torch
+
+from raysft.config.schedule import asked
+from raysft.json_types import JsonObject
+from raysft.run.evaluations import Evaluation, progress_of
+from raysft.run.ownership import Permit
+from raysft.train.checkpoint import Saver
+from raysft.train.job import Job
+from raysft.train.record import Clock, Record, Totals
+from raysft.train.step import StepBatch
+from raysft.train.watchdog import Watchdog
+
+ABANDON_S = 10.0  # a save in flight may wait for workers that are gone
+
+
+class Keeper:
+    """What goes on beside the steps: saves, evaluations, and the watch over progress."""
+
+    def __init__(
+        self,
+        job: Job,
+        record: Record,
+        totals: Totals,
+        clock: Clock,
+        saved: int | None,
+        permit: Permit,
+    ) -> None:
+        """saved: the step that the run goes on from, where a checkpoint holds it. permit: asked
+        before a checkpoint is written."""
+        self.job, self.record = job, record
+        self.totals, self.clock = totals, clock
+        settings = job.config.checkpoint
+
+        def bests(steps: list[int]) -> set[int]:
+            if settings.best is None:
+                return set()
+            return record.evaluations.bests(settings.best, settings.best_mode, steps)
+
+        self.saver = Saver(
+            job.catalogue,
+            job.world,
+            settings.keep,
+            bests,
+            job.extras,
+            permit,
+            record.settle,
+            job.adapters.files if job.adapters is not None else None,
+            record.lease.name if record.lease is not None else "",
+        )
+        self.first = True  # before the first step of this start
+        self.saved = saved  # the last step that was saved, or is being
+        self.watchdog = None
+        if job.hung is not None:
+            self.watchdog = Watchdog(job.config.parallel.timeout_s, job.hung)
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog of progress."""
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
+
+    def turn(self, batch: StepBatch, number: int) -> None:
+        """A turn of a step begins: of many, each is progress."""
+        self.beat(f"in step {batch.step}, turn {number + 1} of {len(batch.turns)}")
+
+    def meet(self) -> None:
+        """Wait for workers that are busy with what only they do. A collective, and no hang: who is
+        busy is watched there."""
+        self.first = False
+        self.job.world.barrier(lambda: self.beat("waiting for the other workers"))
+
+    def save(self, step: int, cursor: JsonObject | None, wait: bool) -> None:
+        """Begin a checkpoint; with `wait` return when it is published."""
+        with self.clock.aside():
+            meta = {
+                "cursor": cursor,
+                "totals": self.totals.state(self.job.world),
+                "clock": self.clock.state(),
+                "world_size": self.job.world.size,
+                "total_steps": self.job.total_steps,
+                "asked": asked(self.job.config),
+                "strategy": self.job.strategy.facts(),
+                "time": time.time(),
+                "chain": self.record.heads(),
+                "run": self.job.identity or None,
+            }
+            more: dict[str, torch.Tensor] = {}
+            if self.job.adapters is not None:
+                meta["adapters"] = self.job.adapters.facts()
+                more = self.job.adapters.tensors()
+            self._saved()
+            self.saver.start(step, self.job.strategy, meta, more)
+            self.saved = step
+            if wait:
+                self._saved()
+
+    def _saved(self) -> None:
+        """Wait until no save is in flight. It may go to slow storage: that is no hang."""
+        self.saver.wait(lambda: self.beat("waiting for a checkpoint to be written"))
+        self.meet()  # rank 0 publishes, after the others have written
+
+    def look(self) -> None:
+        """Record saves that have ended. Raises UserError where one has failed."""
+        for save in self.saver.finished():
+            self.record.saved(save)
+
+    def evaluate(self, step: int, final: bool) -> None:
+        """Evaluate the model as it is, unless that was done before a restart. A collective."""
+        evaluate = self.job.evaluate
+        if evaluate is None:
+            return
+        measure = evaluate.measure(final)
+        if self.record.evaluations.known(step, measure):
+            return
+        with self.clock.aside():
+            self.job.strategy.module.eval()
+            shown = progress_of(self.job.progress)
+
+            def seen(done: int, total: int) -> None:
+                self.beat(f"in the evaluation at step {step}")
+                shown(done, total)
+
+            predictions = self.job.folder / "predictions" / f"step_{step}.jsonl"
+            lease = self.record.lease
+            own = predictions.with_name(f".{lease.name if lease else 'own'}.{predictions.name}")
+            values = evaluate(final, own, seen, partial(self._warn, step))
+            self.record.require()  # a worker that was frozen meanwhile may own nothing any more
+            if own.exists() and self.job.world.is_main:
+                os.replace(own, predictions)
+            self.job.strategy.module.train()
+        best = self.job.config.checkpoint.best
+        if best is not None and best not in values and self.job.world.is_main:
+            self._warn(step, f"checkpoint.best: {best} is in no figure of this evaluation")
+        found = Evaluation(step, values, measure, final)
+        self.record.evaluation(found, checkpoint=step == self.saved)
+        if best is not None:
+            self.saver.prune()
+        self.meet()
+
+    def _warn(self, step: int, reason: str) -> None:
+        self.record.event("warning", step=step, reason=reason)
+
+    def finish(self, step: int) -> None:
+        """All is saved and evaluated: wait for what is in flight."""
+        self._saved()
+        self.look()
+        if step == self.job.total_steps:
+            self.record.event("finished", step=step)
+
+    def abandon(self) -> None:
+        """Training has failed: let a save in flight end, whole or cleared away."""
+        self.saver.join(ABANDON_S)
+
+    def close(self) -> None:
+        """Stop the watch."""
+        if self.watchdog is not None:
+            self.watchdog.close()
