@@ -44,7 +44,9 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     metrics = read_lines(folder / "metrics.jsonl", {"step": int, "loss": float})
     if not metrics:
         raise UserError(f"{folder}: nothing to draw, metrics.jsonl is missing or empty")
-    evaluations = read_lines(folder / "eval.jsonl", {"step": int})
+    evaluations = sorted(
+        read_lines(folder / "eval.jsonl", {"step": int}), key=lambda line: line["step"]
+    )
     try:
         load_plugins(folder)  # whose scorers say what their figures are
     except UserError as error:

@@ -418,8 +418,10 @@ def evaluate_checkpoint(
     predictions: Path | None = None,
     seen: Callable[[int, int], None] = lambda done, total: None,
     tell: Callable[[str], None] = lambda text: None,
+    final: bool = True,
 ) -> dict[str, float]:
-    """Figures of the checkpoint of `step` (None: the newest sound one) on all of data.eval.
+    """Figures of the checkpoint of `step` (None: the newest sound one) on all of data.eval; not
+    final: on what is evaluated while training.
 
     A collective. Writes `predictions` and nothing else. Raises UserError where the checkpoint is
     damaged, or gone: the run that it belongs to may have deleted it meanwhile.
@@ -440,7 +442,7 @@ def evaluate_checkpoint(
             )
     load_weights(saved, job.strategy)
     job.strategy.module.eval()
-    return job.evaluate(True, predictions, seen, tell)
+    return job.evaluate(final, predictions, seen, tell)
 
 
 def device_of(config: Config, gpu: bool | None = None) -> torch.device:

@@ -100,6 +100,17 @@ def _run(config: Config) -> list[Mistake]:
             f"{config.evaluate.every}, but data.eval names no source; name one "
             "(data.eval=[dev.jsonl]), or set evaluate.every=0",
         )
+    if config.evaluate.beside and not config.evaluate.every:
+        found.add(
+            "evaluate.beside",
+            "there is nothing to evaluate while training goes on with evaluate.every: 0; set the "
+            "steps between evaluations, or leave it out",
+        )
+    if config.evaluate.workers != 1 and not config.evaluate.beside:
+        found.add(
+            "evaluate.workers",
+            "only evaluate.beside has workers that evaluate; set that, or leave it out",
+        )
     if config.evaluate.metrics.get("tts"):
         found.add(
             "evaluate.metrics.tts",

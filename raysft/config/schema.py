@@ -20,22 +20,17 @@ from pydantic import (
 )
 
 from raysft.config import families, strategies
-from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights, one_of
+from raysft.config.evaluation import Evaluate
+from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
 from raysft.config.moe import Moe
 from raysft.config.section import Section
 from raysft.config.sweep import Sweep
 from raysft.config.training import Optim, Peft, Train
 from raysft.json_types import JsonObject
-from raysft.scorers import by_task, figure_of, text_figures
+from raysft.scorers import figure_of
 
 _READ = PathKey(read=True)
 _MODEL = PathKey("model", read=True)
-
-Normalization = Literal[
-    "lower", "punctuation", "whitespace", "numbers", "whisper_basic", "whisper_english"
-]
-_MADE_EQUAL: tuple[Normalization, ...] = ("lower", "punctuation", "whitespace")
-_BLEU_WORDS = ("13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "none")  # sacrebleu's names
 
 
 class Run(Section):
@@ -398,55 +393,6 @@ class Checkpoint(Section):
         if self.best is not None and "best_mode" not in self.model_fields_set:
             self.best_mode = figure_of(self.best).better
         return self
-
-
-class Evaluate(Section):
-    """Evaluation on data.eval."""
-
-    every: Free[NonNegativeInt] = Field(0, description="steps between evaluations; 0: never")
-    at_end: Free[bool] = Field(True, description="evaluate after the last step")
-    tokens_per_batch: Free[PositiveInt] = Field(8192, description="budget of an evaluation batch")
-    max_examples: Free[PositiveInt | None] = Field(
-        None, description="examples of each source used while training (all at the end)"
-    )
-    max_new_tokens: Free[PositiveInt | None] = Field(
-        None,
-        description="longest answer generated; default: half as long again as the longest "
-        "reference of the batch",
-    )
-    generate: Free[bool] = Field(
-        True, description="generate answers and compare them with references, not only the loss"
-    )
-    metrics: Free[dict[str, list[Annotated[str, OneOf(text_figures)]]]] = Field(
-        default_factory=dict,
-        description="what answers are measured by, by task, e.g. {chat: [chrf], asr: [wer]}; tasks "
-        f"that are not named here: {by_task()}; others are not answered",
-    )
-    bleu_tokenize: Free[str | dict[str, str]] = Field(
-        "13a",
-        description="what words are for BLEU, as sacrebleu names it: zh or char for Chinese, "
-        "ja-mecab or ko-mecab where they are installed, else 13a or intl; or by source, e.g. "
-        "{en_zh: zh}, 13a for the others",
-    )
-    normalize: Free[list[Normalization]] = Field(
-        default_factory=lambda: list(_MADE_EQUAL),
-        description="what is made equal in both texts before WER, CER and accuracy: case, "
-        "punctuation, spaces; numbers: digits of any script, and English number words; or one of "
-        "Whisper's normalisers, alone",
-    )
-    spelling: Free[Annotated[str | None, _READ]] = Field(
-        None,
-        description="whisper_english: a JSON file {british: american, ...} of spellings made equal",
-    )
-
-    @field_validator("bleu_tokenize", mode="plain")
-    @classmethod
-    def _known_words(cls, value: Any) -> str | dict[str, str]:
-        names = list(value.values()) if isinstance(value, dict) else [value]
-        if not all(name in _BLEU_WORDS for name in names):
-            known = one_of([repr(name) for name in _BLEU_WORDS])
-            raise ValueError(f"{known}, or one of them by source")
-        return value
 
 
 class Log(Section):

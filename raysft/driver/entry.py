@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,9 +28,9 @@ from raysft.data.read.stream import RayReader, ReaderSpec
 from raysft.driver.group import Settings, join
 from raysft.driver.readers import Readers
 from raysft.json_types import JsonObject
-from raysft.run.evaluations import Evaluation, progress_of
+from raysft.run.evaluations import Evaluation, Made, predictions_of, progress_of
 from raysft.run.storage import write_whole
-from raysft.train.watchdog import Orphaned
+from raysft.train.watchdog import EXIT_CODE, Orphaned
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -38,6 +40,14 @@ if TYPE_CHECKING:
 
 Progress = Callable[[JsonObject], None]
 
+GENTLY_S = 5.0
+OVER_S = 60.0
+
+
+def trains(settings: Settings) -> bool:
+    """Whether these are of a group that trains, not of one that evaluates."""
+    return "evaluated" not in settings
+
 
 def work(settings: Settings) -> None:
     """What each Ray Train worker runs, at every (re)start."""
@@ -46,6 +56,8 @@ def work(settings: Settings) -> None:
         return  # started again after a mistake that no restart mends
     try:
         _train_or_evaluate(settings, monitor)
+    except Unwanted:
+        return
     except Exception as error:
         said = _final(error, monitor, settings["folder"])
         if said is not None:
@@ -77,7 +89,8 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
     from raysft import worker  # here, not above: the driver has no use for models
     from raysft.train.loop import train
 
-    config, world = join(settings, Path(settings["folder"]) if is_main else None)
+    logs = is_main and "steps" not in settings.get("evaluated", {})  # else they are training's
+    config, world = join(settings, Path(settings["folder"]) if logs else None)
     group, begun = world.share((group, begun))
     if "end" in begun:
         return  # failed too often; the driver says so
@@ -109,7 +122,7 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
         progress({"workers": world.size, "nodes": nodes})
     say("building the model" if config.model.path is None else f"loading {config.model.path}")
     folder = Path(settings["folder"])
-    if "evaluated" in settings:
+    if not trains(settings):
         _evaluate(config, settings, world, data, progress)
         return
     job = worker.build_job(config, folder, world, data, settings["total_steps"], progress)
@@ -124,6 +137,7 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
 
     job.hung = told
     job.signal = Signal(monitor) if world.is_main else job.signal
+    job.beside = Beside(monitor) if world.is_main and config.evaluate.apart else None
     job.lease = replace(settings["lease"], group=group)
     orphaned = Orphaned(job.lease, settings["driver"], told)
     try:
@@ -135,8 +149,13 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
 def _evaluate(
     config: Config, settings: Settings, world: World, data: Data, progress: Progress
 ) -> None:
-    """Evaluate the checkpoint that `settings` name, into the evaluation's own folder."""
+    """Evaluate the checkpoint that `settings` name, into the evaluation's own folder; or those, for
+    the training that goes on meanwhile."""
     from raysft.worker import build_evaluator, evaluate_checkpoint
+
+    if "steps" in settings["evaluated"]:
+        _evaluate_beside(config, settings, world, data)
+        return
 
     def tell(reason: str) -> None:
         progress({"event": "warning", "reason": reason})
@@ -150,6 +169,105 @@ def _evaluate(
         measure = evaluator.evaluate.measure(True)
         line = Evaluation(about["step"], values, measure, final=True).line(checkpoint=True)
         write_whole(folder / "eval.jsonl", (json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def _evaluate_beside(config: Config, settings: Settings, world: World, data: Data) -> None:
+    """Evaluate the checkpoints that `settings` name, one after the other; training records it."""
+    from raysft.worker import build_evaluator, evaluate_checkpoint
+
+    folder, about = Path(settings["folder"]), settings["evaluated"]
+    training, lease, monitor = about["training"], settings["lease"], settings["monitor"]
+
+    def told(reason: str) -> None:
+        ray.get(monitor.failed.remote(f"worker {world.rank}: {reason}", first=True))
+
+    orphaned = Orphaned(lease, settings["driver"], told)
+    ending = Ending(monitor)
+    try:
+        evaluator = build_evaluator(config, folder, world, data)
+        measure = evaluator.evaluate.measure(False)
+        for step in about["steps"]:
+            tried = step in ray.get(training.tried.remote()) if world.is_main else False
+            if world.share(tried):
+                continue  # before these workers were started again
+            predictions = predictions_of(folder, step, f"{lease.name}.beside")
+            warnings: list[str] = []
+            values = evaluate_checkpoint(
+                evaluator, step, predictions, ending.seen, warnings.append, final=False
+            )
+            if world.is_main:
+                found = Evaluation(step, values, measure)
+                ray.get(training.made.remote(Made(step, found, warnings, predictions)))
+    finally:
+        ending.close()
+        orphaned.close()
+
+
+class Unwanted(Exception):
+    """What this worker does is of no use any more: nothing has failed."""
+
+
+class Ending:
+    """Ends this worker when the driver wants its evaluation no more: between two batches, or, where
+    that takes longer than `GENTLY_S`, with its process."""
+
+    def __init__(self, monitor: ActorHandle) -> None:
+        self._monitor, self._ended = monitor, False
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="ending").start()
+
+    def seen(self, done: int, total: int) -> None:
+        """Called before each round of batches. Raises Unwanted."""
+        if self._ended:
+            raise Unwanted
+
+    def close(self) -> None:
+        """It has ended."""
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            try:
+                self._ended = ray.get(self._monitor.ended.remote()) is not None
+            except ray.exceptions.RayError:  # the driver is gone
+                self._ended = True
+            if self._ended:
+                if not self._stop.wait(GENTLY_S):
+                    os._exit(EXIT_CODE)
+                return
+
+
+class Beside:
+    """See `job.Beside`: the monitor has what was made."""
+
+    def __init__(self, monitor: ActorHandle) -> None:
+        self._monitor, self._found = monitor, list[Made]()
+        self._asked = monitor.unrecorded.remote()
+
+    def ready(self) -> int:
+        if not self._found and ray.wait([self._asked], timeout=0)[0]:
+            self._found = ray.get(self._asked)
+            if not self._found:
+                self._asked = self._monitor.unrecorded.remote()
+        return len(self._found)
+
+    def made(self) -> list[Made]:
+        return self._found
+
+    def recorded(self, step: int) -> None:
+        self._monitor.recorded.remote(step)
+        self._found = [made for made in self._found if made.step != step]
+        if not self._found:  # asked after that was said
+            self._asked = self._monitor.unrecorded.remote()
+
+    def end(self, waiting: Callable[[], None]) -> None:
+        """No longer than `OVER_S`: where the group cannot be ended, what it makes is not taken."""
+        ray.get(self._monitor.alone.remote())
+        begun = time.monotonic()
+        while not ray.get(self._monitor.is_over.remote()) and time.monotonic() - begun < OVER_S:
+            waiting()
+            time.sleep(0.2)
+        self._found = ray.get(self._monitor.unrecorded.remote())
 
 
 class Signal:
@@ -176,6 +294,7 @@ def _data_cpus(settings: Settings, workers: list[str]) -> float:
     if readers.grows or (readers.selector() and not cpus):
         return settings["data_cpus"]  # nodes that are yet to come
     held = settings["worker_cpus"] * sum(worker in cpus for worker in workers)
+    held += 0.0 if readers.selector() else settings["other_cpus"]
     return max(0.0, min(settings["data_cpus"], sum(cpus.values()) - held))
 
 

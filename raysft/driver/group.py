@@ -7,6 +7,7 @@ Imported by Ray's controller, which has no use for models: they are imported in 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import uuid
@@ -106,14 +107,15 @@ def interruptible(
     leave: Callable[[], bool] = lambda: False,
     grace_s: float = 0.0,
     permit: Permit = ANYONE,
-    asked: threading.Event | None = None,
+    asked: Callable[[], bool] = lambda: False,
+    leaves_s: float = math.inf,
 ) -> None:
     """Run `fit` beside the main thread: in it, Ray Train takes Ctrl-C for itself and leaves 0.
 
     On Ctrl-C or SIGTERM calls `leave`, which says whether workers have begun: they then have
     `grace_s` to save and leave; a second one leaves at once. permit: asked all the while; its
-    UserError ends the wait. asked: set by whoever wants the workers to save and leave, for whose
-    end it then waits.
+    UserError ends the wait. asked: whether someone wants the workers to save and leave; for their
+    end it then waits, at most for `leaves_s`.
     """
     failed: list[BaseException] = []
     done = threading.Event()
@@ -126,12 +128,12 @@ def interruptible(
         done.set()
 
     threading.Thread(target=target, daemon=True, name="fit").start()
-    told = False
+    told, until = False, math.inf
     try:
         # Not Thread.join: interrupted, Python takes the thread for ended (bpo-45274).
-        while not done.wait(0.2):
-            if asked is not None and asked.is_set() and not told:
-                told = True
+        while not done.wait(0.2) and time.monotonic() < until:
+            if not told and asked():
+                told, until = True, time.monotonic() + leaves_s
                 leave()
             with contextlib.suppress(OSError):  # this process writes nothing; workers ask as well
                 permit.require()

@@ -84,7 +84,7 @@ def gpus() -> float:
 def expected(config: Config) -> bool:
     """Whether the cluster has too few GPUs for `config`, and an autoscaler that may add some."""
     parallel = config.parallel
-    if parallel.device == "cpu" or gpus() >= parallel.min_workers:
+    if parallel.device == "cpu" or gpus() >= parallel.min_workers + config.evaluate.apart:
         return False
     return Autoscaler.now().grows
 
@@ -94,7 +94,7 @@ def held(config: Config) -> Iterator[PlacementGroup]:
     """GPUs for the workers of `config`, meanwhile this process's: asked for, and then kept from
     leaving as idle."""
     each = config.parallel.cpus_per_worker or 1.0
-    bundles = [{"CPU": each, "GPU": 1.0}] * config.parallel.min_workers
+    bundles = [{"CPU": each, "GPU": 1.0}] * (config.parallel.min_workers + config.evaluate.apart)
     group = placement_group(bundles, strategy="PACK")
     try:
         yield group
@@ -110,7 +110,7 @@ def wait(config: Config, say: Callable[[str], None], permit: Permit = ANYONE) ->
     """
     if not expected(config):
         return
-    wanted = config.parallel.min_workers
+    wanted = config.parallel.min_workers + config.evaluate.apart
     begun, told = time.monotonic(), -TELL_S
     with held(config) as group:
         while not group.wait(1.0):
@@ -129,10 +129,16 @@ def wait(config: Config, say: Callable[[str], None], permit: Permit = ANYONE) ->
     say(f"{gpus():g} GPUs are there")
 
 
+def _of_them(config: Config) -> str:
+    apart = config.evaluate.apart
+    return f" ({apart} of them evaluate.workers)" if apart else ""
+
+
 def _told_none(config: Config, wanted: int) -> None:
-    if gpus() or wanted > 1:
+    if gpus() or config.parallel.min_workers > 1:
         raise UserError(
-            f"parallel.workers: {wanted} workers need a GPU each, and the cluster's autoscaler "
+            f"parallel.workers: {wanted} workers{_of_them(config)} need a GPU each, and the "
+            "cluster's autoscaler "
             f"adds no more to the {gpus():g} there are; use fewer, or parallel.device=cpu"
         )
     if config.parallel.device == "auto":

@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -35,6 +37,7 @@ from raysft.driver import (
     readers,
     workers,
 )
+from raysft.driver.beside import Beside, alone
 from raysft.driver.placed import place
 from raysft.driver.preflight import Prepared
 from raysft.driver.shares import Shares
@@ -57,6 +60,9 @@ from raysft.run.lines import Lines, read_lines, stream_lines
 from raysft.run.ownership import ANYONE, Ownership, Permit, Process
 from raysft.run.threads import with_threads
 from raysft.train.metrics import quarantine_line
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +120,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
 
     Raises UserError where there is no such checkpoint, or nothing to evaluate it on.
     """
+    config = alone(config)
     _check_cluster(config)
     saved, skipped = choose(run, config.checkpoint, step, unreadable)
     for reason in skipped:
@@ -247,8 +254,13 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         "driver": Process.this(),
     }
     step, shown = saved.step if saved else -1, with_page(progress, folder)
+    leave = start.leave.is_set if start.leave is not None else lambda: False
+    meanwhile: Callable[[ActorHandle], AbstractContextManager[object]] = nullcontext
+    if config.evaluate.apart and prepared.eval is not None:
+        measure = Measure.taken(prepared.eval, config.evaluate, final=False)
+        meanwhile = Beside(config, folder, settings, measure, Shares.of(config), owner).meanwhile
     try:
-        workers.run(config, folder, settings, step, shown, owner, start.leave)
+        workers.run(config, folder, settings, step, shown, owner, leave, meanwhile)
     except UserError as error:
         # A full disk is what it may be about, or that the run is another's now.
         with contextlib.suppress(OSError, UserError):
@@ -285,6 +297,12 @@ def _nothing_left(prepared: Prepared, folder: Path, catalogue: Catalogue) -> boo
         return False
     if _evaluation_due(prepared.config, folder, newest.step, prepared.eval):
         return False
+    if prepared.config.evaluate.apart and prepared.eval is not None:
+        measure = Measure.taken(prepared.eval, prepared.config.evaluate, final=False)
+        steps = [saved.step for saved in catalogue.committed()]
+        every, total = prepared.config.evaluate.every, prepared.total_steps
+        if Evaluations.load(folder).pending(steps, every, total, measure):
+            return False
     sound, _ = catalogue.newest(Saved.damage)
     return sound is not None and sound.step == newest.step
 

@@ -7,9 +7,13 @@ worker groups, so it is where failures are counted. Knows nothing of Ray.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from raysft.json_types import JsonObject
 from raysft.run.signals import LEAVE, SAVE
+
+if TYPE_CHECKING:
+    from raysft.run.evaluations import Made
 
 LONGEST_BACKOFF_S = 60.0
 
@@ -36,9 +40,15 @@ class Monitor:
         self._failures = 0  # since the last new checkpoint
         self._saved = saved  # step of the newest checkpoint known here
         self._new = False  # whether this submission has written it
+        self._saves = 0
+        self._made: dict[int, Made] = {}  # beside training, and not recorded yet
+        self._tried: set[int] = set()  # steps evaluated beside training, or given up
+        self._alone = False  # nothing more is to be evaluated beside training
+        self._over = False  # nor is
 
     def report(self, line: JsonObject) -> None:
         """Called by rank 0: something to show. A new checkpoint renews the failure budget."""
+        self._saves += line.get("event") == "saved"
         if line.get("event") == "saved" and line["step"] > self._saved:
             self._saved, self._failures, self._new = line["step"], 0, True
             self._seen.clear()
@@ -84,7 +94,46 @@ class Monitor:
     def leave(self) -> bool:
         """Tell the workers to leave; returns whether any have begun: if not, nothing is to save."""
         self.tell(LEAVE)
+        if not self._training:  # they have nothing to save: see `entry.Unwanted`
+            self._mistake = self._mistake or "the evaluation was ended before it was done"
         return self._starts > 0
+
+    def made(self, one: Made) -> None:
+        """Called by who evaluates beside training: for rank 0 of training to record."""
+        self._made[one.step] = one
+        self._tried.add(one.step)
+
+    def unrecorded(self) -> list[Made]:
+        """What is to be recorded, lowest step first."""
+        return [self._made[step] for step in sorted(self._made)]
+
+    def recorded(self, step: int) -> None:
+        """What was made of `step` is in the run's files, or of no use to them."""
+        self._made.pop(step, None)
+
+    def tried(self) -> set[int]:
+        """Steps that were evaluated beside training by this submission, or given up."""
+        return self._tried
+
+    def saves(self) -> int:
+        """How often a checkpoint was written: a reason to look for one to evaluate."""
+        return self._saves
+
+    def alone(self) -> None:
+        """Called by rank 0 of training at its end: it does what is left of evaluations itself."""
+        self._alone = True
+
+    def wanted(self) -> bool:
+        """Whether evaluations beside training are still of use."""
+        return not self._alone and self._signal != LEAVE and self._mistake is None
+
+    def over(self) -> None:
+        """Called by the driver: nothing is evaluated beside training any more."""
+        self._over = True
+
+    def is_over(self) -> bool:
+        """Whether that is so."""
+        return self._over
 
     def failed(self, reason: str, first: bool = False) -> None:
         """A worker failed, or ended itself. `first`: this is the cause, others follow from it."""

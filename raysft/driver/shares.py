@@ -6,12 +6,13 @@ Light: the driver needs it before the libraries that a group of workers is made 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
 
 from raysft import preload
 from raysft.config import Config
+from raysft.driver.growing import Autoscaler
 from raysft.driver.readers import CPUS_A_GPU, Readers
 from raysft.errors import UserError
 
@@ -20,6 +21,7 @@ ALLOC, OLD_ALLOC = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # its name u
 CUBLAS_WORKSPACE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 GPU_THREADS = 8  # at most, for what a worker's host does: padding, copies, chores
 ROOM_WITHIN_S = 10.0
+LEAST = 0.01  # of a CPU, that a worker is given
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Shares:
     """Who gets which part of the cluster: training workers, and data tasks.
 
     threads: of a worker, for all that its CPU does. room: cores that a worker may use. readers:
-    nodes that data tasks are kept to.
+    nodes that data tasks are kept to. apart: CPUs of a worker that evaluates beside training.
     """
 
     gpu: bool
@@ -36,6 +38,7 @@ class Shares:
     room: int
     data_cpus: float
     readers: Readers = field(default_factory=Readers)
+    apart: float = 0.0
 
     @classmethod
     def of(cls, config: Config) -> Shares:
@@ -54,8 +57,15 @@ class Shares:
                 f"parallel.workers: {config.parallel.min_workers} workers need a GPU each and the "
                 f"cluster has {gpus:g}; use at most that many, or parallel.device=cpu"
             )
+        apart = config.evaluate.apart
+        if gpu and apart and gpus < workers + apart and not Autoscaler.now().grows:
+            raise UserError(
+                f"evaluate.beside: {workers} workers that train (parallel.workers) and {apart} "
+                "that evaluate meanwhile (evaluate.workers) need a GPU each, and the cluster has "
+                f"{gpus:g}; use fewer, or evaluate.beside=false"
+            )
         # On CPU machines training is the larger part of the work: data tasks get a quarter.
-        free = cpus - workers if gpu else cpus / 4
+        free = cpus - workers - apart if gpu else cpus / 4
         readers = Readers.of(config, gpu)
         if (readers.labels or readers.apart) and not config.data.cpus:
             free = sum(readers.cpus().values())
@@ -71,7 +81,7 @@ class Shares:
         each = config.parallel.cpus_per_worker
         if each is None:
             whole = gpu or config.parallel.elastic  # Ray counts elastic workers in whole CPUs
-            each = 1.0 if whole else max(0.01, min(1.0, (cpus - data_cpus) / workers))
+            each = 1.0 if whole else max(LEAST, min(1.0, (cpus - data_cpus) / (workers + apart)))
         per_worker = {"CPU": each, **({"GPU": 1.0} if gpu else {})}
         room = max(1, int((cpus - data_cpus) / workers))
         own = room
@@ -80,7 +90,28 @@ class Shares:
         elif gpu:
             # Data tasks may have most cores; what the host does there comes in bursts.
             own = max(2, min(GPU_THREADS, int(cpus / gpus / 4)))
-        return cls(gpu, per_worker, config.parallel.threads or own, room, data_cpus, readers)
+        beside = _beside(config, each, cpus) if apart else 0.0
+        threads = config.parallel.threads or own
+        return cls(gpu, per_worker, threads, room, data_cpus, readers, beside)
+
+    def beside(self) -> Shares:
+        """Of a group that evaluates while the one of these shares trains."""
+        return replace(self, per_worker={**self.per_worker, "CPU": self.apart})
+
+
+def _beside(config: Config, each: float, cpus: float) -> float:
+    """CPUs of a worker that evaluates beside training: as many as one that trains, `each`, or what
+    those leave of the cluster's."""
+    workers, apart = config.parallel.max_workers, config.evaluate.apart
+    left = (cpus - workers * each) / apart
+    if left >= LEAST or Autoscaler.now().grows:
+        return min(each, max(LEAST, left))
+    raise UserError(
+        f"evaluate.beside: {workers} workers that train (parallel.workers) with {each:g} CPUs each "
+        f"(parallel.cpus_per_worker) leave none of the cluster's {cpus:g} to {apart} that "
+        "evaluate meanwhile (evaluate.workers); use fewer, give them less, or set "
+        "evaluate.beside=false"
+    )
 
 
 def train_environment(config: Config) -> dict[str, str]:

@@ -158,7 +158,7 @@ def _prepare(
 
 @dataclass(frozen=True)
 class Need:
-    """What a trial takes of the cluster, at least."""
+    """What a trial takes of the cluster, at least. workers: with those that evaluate meanwhile."""
 
     workers: int
     each: float  # CPUs of a worker
@@ -168,7 +168,8 @@ class Need:
     def of(cls, config: Config) -> Need:
         """Of a trial's config."""
         each = config.parallel.cpus_per_worker or 1.0
-        return cls(config.parallel.max_workers, each, float(config.data.cpus or 1))
+        workers = config.parallel.max_workers + config.evaluate.apart
+        return cls(workers, each, float(config.data.cpus or 1))
 
     @property
     def cpus(self) -> float:

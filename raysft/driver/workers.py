@@ -4,9 +4,11 @@ has done what it is for, or it is known that it cannot."""
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,10 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[JsonObject], None]
 
+# That workers which evaluate take to end, once they were told to. Those that wait for room yet end
+# when they get it: see `entry.work`.
+ENDS_S = 15.0
+
 
 def run(
     config: Config,
@@ -40,12 +46,16 @@ def run(
     step: int,
     progress: Progress,
     permit: Permit = ANYONE,
-    leave: threading.Event | None = None,
+    leave: Callable[[], bool] = lambda: False,
+    meanwhile: Callable[[ActorHandle], AbstractContextManager[object]] = nullcontext,
+    shares: Shares | None = None,
 ) -> None:
     """Start workers, and start them again, until they have done what `settings` say.
 
     permit: asked meanwhile. step: of the checkpoint they begin with, -1 for none. leave: once it
-    is set, the workers save and leave, and this returns. Raises UserError where it cannot be done.
+    says so, the workers save and leave, and this returns. meanwhile: what goes on as long as they
+    do, of their monitor. shares: theirs; None: of a cluster that is theirs. Raises UserError where
+    it cannot be done.
     """
     # On this node: while the driver lives, so does the monitor, whatever other nodes are lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -54,13 +64,14 @@ def run(
         .options(num_cpus=0, scheduling_strategy=here)
         .remote(
             *(config.parallel.max_failures, config.parallel.backoff_s, step),
-            "evaluated" not in settings,
+            entry.trains(settings),
         )
     )
     watch = Watch(monitor, progress)
     progress({"doing": f"starting workers ({config.parallel.strategy})"})
     try:
-        _fit(config, folder, settings, monitor, permit, leave)
+        with meanwhile(monitor):
+            _fit(config, folder, settings, monitor, permit, leave, shares)
         _raise_mistake(monitor)
     finally:
         watch.close()
@@ -81,12 +92,15 @@ def _fit(
     settings: Settings,
     monitor: ActorHandle,
     permit: Permit,
-    leave: threading.Event | None,
+    leave: Callable[[], bool],
+    shares: Shares | None,
 ) -> None:
-    shares = Shares.of(config)
-    if not shares.gpu and (line := tight(shares.threads, shares.room)) is not None:
+    alone = shares is None
+    shares = shares or Shares.of(config)
+    if alone and not shares.gpu and (line := tight(shares.threads, shares.room)) is not None:
         log.warning("%s", line)
     settings = {
+        "other_cpus": shares.apart * config.evaluate.apart,
         **settings,
         "folder": str(folder),
         "data_cpus": shares.data_cpus,
@@ -112,8 +126,10 @@ def _fit(
         failures=Restarts(monitor, elastic or growing.Autoscaler.now().grows),
     )
     try:
-        grace_s = 0.0 if "evaluated" in settings else config.checkpoint.grace_s
-        interruptible(trainer.fit, lambda: ray.get(monitor.leave.remote()), grace_s, permit, leave)
+        grace_s = config.checkpoint.grace_s if entry.trains(settings) else 0.0
+        leaves_s = math.inf if entry.trains(settings) else ENDS_S
+        told = monitor.leave.remote
+        interruptible(trainer.fit, lambda: ray.get(told()), grace_s, permit, leave, leaves_s)
     except ray.train.TrainingFailedError as error:
         _raise_mistake(monitor)
         raise UserError(f"training cannot go on: {reason_of(error)}") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from raysft.config.schema import Evaluate
+from raysft.config.evaluation import Evaluate
 from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.example import Sequence as Encoded
 from raysft.data.plan import pack

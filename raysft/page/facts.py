@@ -20,6 +20,7 @@ from raysft.data.example import Audio
 from raysft.data.quarantine import kind_of_line
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
+from raysft.run.evaluations import predictions_of
 from raysft.run.folder import load_plugins, read_config, reopen
 from raysft.run.lines import read_lines, stream_lines
 from raysft.scorers import figure_of, of_losses
@@ -179,7 +180,7 @@ def _examples(folder: Path, steps: Sequence[int]) -> list[JsonObject]:
     lines: list[JsonObject] = []
     kinds = {"id": str, "reference": str, "hypothesis": str}
     for step in reversed(steps):
-        path = folder / "predictions" / f"step_{step}.jsonl"
+        path = predictions_of(folder, step)
         if path.is_file() and (lines := read_lines(path, kinds)):
             break
     marked = [(*_compared(line["reference"], line["hypothesis"]), line) for line in lines]

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from raysft.config.schema import Checkpoint, Evaluate
+from raysft.config.evaluation import Evaluate
+from raysft.config.schema import Checkpoint
 from raysft.data.index.table import Index
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -137,6 +138,31 @@ class Evaluation:
         return cls(line["step"], figures(line), measure, line.get("final", False))
 
 
+@dataclass(frozen=True)
+class Made:
+    """What an evaluation of a checkpoint, made beside training, has come to.
+
+    found: None where it failed. warnings: for the user. predictions: a file for `predictions/`.
+    """
+
+    step: int
+    found: Evaluation | None
+    warnings: list[str] = field(default_factory=list)
+    predictions: Path | None = None
+
+
+def predictions_of(run: Path, step: int, draft: str = "") -> Path:
+    """The file of what was answered at `step`; draft: by whom it is not finished yet."""
+    name = f"step_{step}.jsonl"
+    return run / "predictions" / (f".{draft}.{name}" if draft else name)
+
+
+def due(every: int, step: int, total: int) -> bool:
+    """Whether what is done every so many steps is done after `step` of `total`; not after the
+    last, which has its own."""
+    return bool(every) and step % every == 0 and 0 < step < total
+
+
 def figures(line: JsonObject) -> dict[str, float]:
     """The metrics of a line of eval.jsonl: wer/SOURCE, loss/TASK and their kind."""
     return {name: value for name, value in line.items() if "/" in name}
@@ -249,6 +275,10 @@ class Evaluations:
     def known(self, step: int, measure: Measure) -> bool:
         """Whether this was measured at `step` already."""
         return any(item.step == step and item.measure in (None, measure) for item in self.items)
+
+    def pending(self, steps: Iterable[int], every: int, total: int, measure: Measure) -> list[int]:
+        """Those of `steps` (those with a checkpoint) whose evaluation is due, and was not made."""
+        return [step for step in steps if due(every, step, total) and not self.known(step, measure)]
 
     def best(self, metric: str, mode: str, steps: Iterable[int]) -> int | None:
         """The best of `steps` (those with a checkpoint) by a metric; None where none is measured.

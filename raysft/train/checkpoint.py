@@ -93,6 +93,7 @@ class Saver:
         self._group = new_host_group() if dist.is_initialized() else None
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self._mark = b""  # of the save that is about to be published
+        self._pruning = threading.Lock()
         self._running: Save | None = None
         self._done: list[Save] = []
 
@@ -149,7 +150,8 @@ class Saver:
         """Delete what `keep` and `spare` do not hold (after an evaluation has changed the best)."""
         if self.world.is_main:
             self._permit.require()
-            self.catalogue.prune(self.keep, self._spare)
+            with self._pruning:  # the thread of a save does it too
+                self.catalogue.prune(self.keep, self._spare)
 
     def _finish(self) -> None:
         save, self._running = self._running, None

@@ -14,7 +14,7 @@ from raysft.json_types import JsonObject
 from raysft.models.routing import Routing
 from raysft.parallel import Strategy, World
 from raysft.run.catalogue import Catalogue, Saved
-from raysft.run.evaluations import Measure
+from raysft.run.evaluations import Made, Measure
 from raysft.run.ownership import Lease
 from raysft.train.flops import Cost
 from raysft.train.step import StepBatch
@@ -76,6 +76,26 @@ class Evaluate(Protocol):
         ...
 
 
+class Beside(Protocol):
+    """Evaluations that are made beside training, as rank 0 has them."""
+
+    def ready(self) -> int:
+        """How many are there to be recorded, as of a moment ago, without waiting."""
+        ...
+
+    def made(self) -> list[Made]:
+        """Those."""
+        ...
+
+    def recorded(self, step: int) -> None:
+        """That of `step` is in the run's files, or of no use to them."""
+        ...
+
+    def end(self, waiting: Callable[[], None]) -> None:
+        """Have no more made; calls `waiting` until that is so."""
+        ...
+
+
 @dataclass
 class Job:
     """What a worker needs to train, whoever built it.
@@ -89,6 +109,8 @@ class Job:
         asked for (time.time()), where it is the first of a submission: until then the run was idle.
     identity: what tells this run from others: where the ledger's chains begin, and what each of its
         checkpoints names; "": nobody asks.
+    beside: on rank 0, where evaluations are made beside training; None: of each due step those
+        that are left are made at the end.
     lease: the driver's, with this group's number; None: there is no driver, and rank 0 owns the run
         while it trains.
     """
@@ -107,6 +129,7 @@ class Job:
     signal: Callable[[], int] = lambda: 0
     weights: Saved | None = None
     adapters: AdapterState | None = None
+    beside: Beside | None = None
     cost: Cost | None = None
     routing: Routing | None = None
     extras: dict[str, bytes] = field(default_factory=dict)

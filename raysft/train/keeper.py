@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from raysft.config.schedule import asked
 from raysft.json_types import JsonObject
-from raysft.run.evaluations import Evaluation, progress_of
+from raysft.run.catalogue import Saved
+from raysft.run.evaluations import Evaluation, predictions_of, progress_of
 from raysft.run.ownership import Permit
-from raysft.train.checkpoint import Saver
+from raysft.train.checkpoint import Saver, load_weights
 from raysft.train.job import Job
 from raysft.train.record import Clock, Record, Totals
 from raysft.train.step import StepBatch
@@ -39,16 +41,17 @@ class Keeper:
         self.totals, self.clock = totals, clock
         settings = job.config.checkpoint
 
-        def bests(steps: list[int]) -> set[int]:
-            if settings.best is None:
-                return set()
-            return record.evaluations.bests(settings.best, settings.best_mode, steps)
+        def spared(steps: list[int]) -> set[int]:
+            found = set(self._left(steps))
+            if settings.best is not None:
+                found |= record.evaluations.bests(settings.best, settings.best_mode, steps)
+            return found
 
         self.saver = Saver(
             job.catalogue,
             job.world,
             settings.keep,
-            bests,
+            spared,
             job.extras,
             permit,
             record.settle,
@@ -111,8 +114,59 @@ class Keeper:
         for save in self.saver.finished():
             self.record.saved(save)
 
-    def evaluate(self, step: int, final: bool) -> None:
-        """Evaluate the model as it is, unless that was done before a restart. A collective."""
+    def _left(self, steps: list[int]) -> list[int]:
+        """Those of `steps` that are to be evaluated beside training, and were not yet."""
+        evaluate, settings = self.job.evaluate, self.job.config.evaluate
+        if evaluate is None or not settings.beside:
+            return []
+        done, measure = self.record.evaluations, evaluate.measure(False)
+        return done.pending(steps, settings.every, self.job.total_steps, measure)
+
+    def take_in(self, step: int) -> None:
+        """Record what was evaluated beside training, up to `step`. A collective."""
+        beside = self.job.beside
+        for made in self.job.world.share(beside.made() if beside is not None else []):
+            for reason in made.warnings:
+                self._warn(made.step, reason)
+            found = made.found  # of a step after this one: its checkpoint was damaged meanwhile
+            if found is not None and found.step <= step:
+                assert found.measure is not None  # it was made by this version
+                if not self.record.evaluations.known(found.step, found.measure):
+                    self._record(found, made.predictions, checkpoint=True)
+            if beside is not None:
+                beside.recorded(made.step)
+
+    def evaluate_left(self, step: int) -> None:
+        """At the end of training: no more is evaluated beside it; evaluate what is left. The model
+        is then as it was. A collective."""
+        job, world = self.job, self.job.world
+        if job.beside is not None:
+            job.beside.end(lambda: self.beat("waiting for the end of evaluations beside training"))
+        self._saved()
+        self.take_in(step)
+        steps: list[int] = []
+        if world.is_main:
+            steps = self._left([saved.step for saved in job.catalogue.committed()])
+        loaded = step
+        for left in world.share(steps):
+            self.beat(f"reading the checkpoint of step {left}")
+            saved = Saved(left, job.catalogue.storage)
+            found = world.gather(saved.damage(world.rank, world.size))
+            reason = next((reason for reason in found if reason), None)
+            if reason is not None:
+                self._warn(left, f"{saved.where}: cannot be evaluated: {reason}")
+                continue
+            load_weights(saved, job.strategy)
+            loaded = left
+            self.evaluate(left, final=False, checkpoint=True)
+        if loaded != step:
+            load_weights(Saved(step, job.catalogue.storage), job.strategy)
+
+    def evaluate(self, step: int, final: bool, checkpoint: bool = False) -> None:
+        """Evaluate the model as it is, unless that was done before a restart. A collective.
+
+        checkpoint: the model is that of one of this step, which is not the last.
+        """
         evaluate = self.job.evaluate
         if evaluate is None:
             return
@@ -127,22 +181,25 @@ class Keeper:
                 self.beat(f"in the evaluation at step {step}")
                 shown(done, total)
 
-            predictions = self.job.folder / "predictions" / f"step_{step}.jsonl"
             lease = self.record.lease
-            own = predictions.with_name(f".{lease.name if lease else 'own'}.{predictions.name}")
+            own = predictions_of(self.job.folder, step, lease.name if lease else "own")
             values = evaluate(final, own, seen, partial(self._warn, step))
-            self.record.require()  # a worker that was frozen meanwhile may own nothing any more
-            if own.exists() and self.job.world.is_main:
-                os.replace(own, predictions)
             self.job.strategy.module.train()
-        best = self.job.config.checkpoint.best
-        if best is not None and best not in values and self.job.world.is_main:
-            self._warn(step, f"checkpoint.best: {best} is in no figure of this evaluation")
         found = Evaluation(step, values, measure, final)
-        self.record.evaluation(found, checkpoint=step == self.saved)
-        if best is not None:
-            self.saver.prune()
+        self._record(found, own, checkpoint or step == self.saved)
         self.meet()
+
+    def _record(self, found: Evaluation, predictions: Path | None, checkpoint: bool) -> None:
+        """predictions: a file that is to be that of this evaluation, where it is there."""
+        self.record.require()  # a worker that was frozen meanwhile may own nothing any more
+        best, main = self.job.config.checkpoint.best, self.job.world.is_main
+        if main and predictions is not None and predictions.exists():
+            os.replace(predictions, predictions_of(self.job.folder, found.step))
+        if best is not None and best not in found.figures and main:
+            self._warn(found.step, f"checkpoint.best: {best} is in no figure of this evaluation")
+        self.record.evaluation(found, checkpoint)
+        if best is not None or self.job.config.evaluate.beside:
+            self.saver.prune()
 
     def _warn(self, step: int, reason: str) -> None:
         self.record.event("warning", step=step, reason=reason)

@@ -16,6 +16,7 @@ from raysft.json_types import JsonObject
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
 from raysft.run import place
+from raysft.run.evaluations import due
 from raysft.run.ownership import Permit
 from raysft.run.signals import LEAVE
 from raysft.train.checkpoint import load, load_weights, newest_sound
@@ -55,7 +56,8 @@ def train(job: Job) -> int:
     keeper = Keeper(job, record, totals, clock, saved, permit)
     signal = 0
     try:
-        if _due(config.evaluate.every, step, job.total_steps):
+        meanwhile = config.evaluate.beside  # then it is made up for, as others are
+        if due(config.evaluate.every, step, job.total_steps) and not meanwhile:
             keeper.evaluate(step, final=False)  # where it was interrupted after the step was saved
         batches = job.stream.open(cursor)
         while step < job.total_steps and signal != LEAVE:
@@ -65,7 +67,8 @@ def train(job: Job) -> int:
             if keeper.first:  # some have loaded, and read, for longer
                 keeper.meet()
             keeper.beat(f"in step {batch.step}")
-            counts, signal = _counts(world, batch, job.signal())
+            ready = job.beside.ready() if job.beside is not None else 0
+            counts, signal, ready = _counts(world, batch, job.signal(), ready)
             record.quarantine(batch, counts)
             sums = forward_backward(
                 strategy,
@@ -89,21 +92,26 @@ def train(job: Job) -> int:
             record.skipped(step, totals, found)
             if step % config.log.every == 0 or step == job.total_steps:
                 record.metrics(batch, totals, clock, rate * config.optim.lr, found.norm)
-            evaluate = _due(config.evaluate.every, step, job.total_steps)
-            best = evaluate and config.checkpoint.best is not None
-            if signal or best or _due(config.checkpoint.every, step, job.total_steps):
+            evaluate = due(config.evaluate.every, step, job.total_steps)
+            kept = evaluate and (meanwhile or config.checkpoint.best is not None)
+            if signal or kept or due(config.checkpoint.every, step, job.total_steps):
                 keeper.save(step, cursor, wait=bool(signal))
-            if evaluate and signal != LEAVE:
+            if evaluate and not meanwhile and signal != LEAVE:
                 keeper.evaluate(step, final=False)
+            if ready:
+                keeper.take_in(step)
             keeper.look()
         if keeper.saved != step:  # not asked of the storage: rank 0 may still be publishing
             keeper.save(step, cursor, wait=True)
         if signal == LEAVE and step < job.total_steps:
             record.event("stopped", step=step, reason="told to leave")
-        elif config.evaluate.at_end:
-            if config.checkpoint.best is not None and config.evaluate.every:
-                keeper.evaluate(step, final=False)  # what the steps before are compared by
-            keeper.evaluate(step, final=True)
+        else:
+            if meanwhile:
+                keeper.evaluate_left(step)
+            if config.evaluate.at_end:
+                if config.checkpoint.best is not None and config.evaluate.every:
+                    keeper.evaluate(step, final=False)  # what the steps before are compared by
+                keeper.evaluate(step, final=True)
         keeper.finish(step)
         record.ended()
     except (OSError, UserError):
@@ -114,10 +122,6 @@ def train(job: Job) -> int:
         keeper.close()
         record.close()
     return step
-
-
-def _due(every: int, step: int, total: int) -> bool:
-    return bool(every) and step % every == 0 and 0 < step < total
 
 
 def _permit(job: Job, record: Record) -> Permit:
@@ -176,11 +180,14 @@ def _restore(
     return step, cursor
 
 
-def _counts(world: World, batch: StepBatch, signal: int) -> tuple[dict[str, float], int]:
-    """What this step holds over all workers, and rank 0's signal; one small collective, before the
-    forward pass."""
+def _counts(
+    world: World, batch: StepBatch, signal: int, ready: int
+) -> tuple[dict[str, float], int, int]:
+    """What this step holds over all workers, and rank 0's signal and number of evaluations to
+    record; one small collective, before the forward pass."""
     local = batch.counts()
     if world.size == 1:  # all is there already: no way over its device and back
-        return local, signal
-    *found, told = world.sum([*local.values(), float(signal if world.is_main else 0)]).tolist()
-    return dict(zip(local, found, strict=True)), int(told)
+        return local, signal, ready
+    own = [float(signal), float(ready)] if world.is_main else [0.0, 0.0]
+    *found, told, there = world.sum([*local.values(), *own]).tolist()
+    return dict(zip(local, found, strict=True)), int(told), int(there)
