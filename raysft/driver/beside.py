@@ -3,8 +3,9 @@ evaluates the checkpoints that are due.
 
 What is left to evaluate is read from the run's files: committed checkpoints of due steps that
 evaluations.json does not know. So a start makes up for what the one before left. The oldest comes
-first. Figures go to the monitor of training, whose rank 0 alone writes the run's files; what fails
-here is warned of once, and is made at the end of training by the workers that trained.
+first; the group waits for the next with its model. Figures go to the monitor of training, whose
+rank 0 alone writes the run's files; what fails here is warned of once, and is made at the end of
+training by the workers that trained.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from raysft.driver import workers
 from raysft.driver.group import Settings
 from raysft.driver.shares import Shares
 from raysft.errors import UserError
-from raysft.run.catalogue import Catalogue
-from raysft.run.evaluations import Evaluations, Made, Measure
+from raysft.run.evaluations import Made, Measure, left
 from raysft.run.ownership import ANYONE, Permit
 
 if TYPE_CHECKING:
@@ -79,19 +79,15 @@ class Beside:
     def _run(self, training: ActorHandle) -> None:
         looked = -1
         try:
-            while not self._stop.wait(LOOK_S) and ray.get(training.wanted.remote()):
+            while not self._stop.wait(LOOK_S) and self._wanted(training):
                 saves = ray.get(training.saves.remote())
-                if saves == looked:
-                    continue
-                looked = saves
-                while (steps := self._left(training)) and self._wanted(training):
-                    self._evaluate(steps, training)
+                if saves == looked or not self._left(training):
+                    looked = saves
+                elif not self._evaluate(training):
+                    return
         except (ray.exceptions.RayError, OSError, UserError) as error:
             if not self._stop.is_set():
-                log.warning(
-                    "evaluate.beside: no more is evaluated beside training, but at its end: %s",
-                    str(error) or type(error).__name__,
-                )
+                log.warning("%s", self._given_up(str(error) or type(error).__name__))
         finally:
             with contextlib.suppress(ray.exceptions.RayError):
                 training.over.remote()
@@ -103,28 +99,32 @@ class Beside:
             return False
 
     def _left(self, training: ActorHandle) -> list[int]:
-        """Steps to evaluate, the oldest first."""
         given = ray.get(training.tried.remote())
-        committed = Catalogue.of(self.config.checkpoint, self.folder).committed()
-        every, total = self.config.evaluate.every, self.settings["total_steps"]
-        steps, done = [saved.step for saved in committed], Evaluations.load(self.folder)
-        left = done.pending(steps, every, total, self.measure)
-        return [step for step in left if step not in given]
+        return left(self.folder, self.config, self._total, self.measure, given)
 
-    def _evaluate(self, steps: list[int], training: ActorHandle) -> None:
-        """Have these evaluated by a group of workers; of the first that is not, say why."""
-        named = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} and {len(steps) - 1} later ones"
-        ray.get(training.report.remote({"doing": f"evaluating step {named} beside training"}))
+    @property
+    def _total(self) -> int:
+        return self.settings["total_steps"]
+
+    def _given_up(self, reason: str) -> str:
+        return (
+            "evaluate.beside: nothing more is evaluated beside training, but when it is at its "
+            f"end, or by the next start: {reason}"
+        )
+
+    def _evaluate(self, training: ActorHandle) -> bool:
+        """Have a group of workers evaluate what is due, until that is no longer wanted or fails;
+        returns whether another one might do better."""
         settings = {key: self.settings[key] for key in _HANDED_ON}
-        settings["evaluated"] = {"steps": steps, "training": training}
+        about = {"training": training, "total_steps": self._total}
         held = self.shares.per_worker["CPU"] * self.config.parallel.max_workers
-        reason = "it ended without figures"
+        reason = "its workers ended"
         try:
             workers.run(
                 evaluating(self.config),
                 self.folder,
-                {**settings, "other_cpus": held},
-                steps[-1],
+                {**settings, "evaluated": about, "other_cpus": held},
+                -1,
                 lambda line: None,
                 self.permit,
                 leave=lambda: not self._wanted(training),
@@ -133,12 +133,13 @@ class Beside:
         except UserError as error:
             reason = str(error)
         if not self._wanted(training):
-            return
-        tried = ray.get(training.tried.remote())
-        failed = next((step for step in steps if step not in tried), None)
-        if failed is not None:
-            warning = (
-                f"evaluate.beside: the evaluation of step {failed} failed: {reason}; it is made at "
-                "the end of training, or by the next start"
+            return False
+        step = ray.get(training.tried_last.remote())
+        said = self._given_up(reason)
+        if step is not None:  # they came so far
+            said = (
+                f"evaluate.beside: the evaluation of step {step} failed: {reason}; it is made when "
+                "training is at its end, or by the next start"
             )
-            ray.get(training.made.remote(Made(failed, None, [warning])))
+        ray.get(training.made.remote(Made(step or 0, None, [said])))
+        return step is not None

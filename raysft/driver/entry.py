@@ -28,7 +28,7 @@ from raysft.data.read.stream import RayReader, ReaderSpec
 from raysft.driver.group import Settings, join
 from raysft.driver.readers import Readers
 from raysft.json_types import JsonObject
-from raysft.run.evaluations import Evaluation, Made, predictions_of, progress_of
+from raysft.run.evaluations import Evaluation, Made, Measure, left, predictions_of, progress_of
 from raysft.run.storage import write_whole
 from raysft.train.watchdog import EXIT_CODE, Orphaned
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Progress = Callable[[JsonObject], None]
 
 GENTLY_S = 5.0
+LOOK_S = 0.5
 OVER_S = 60.0
 
 
@@ -89,7 +90,7 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
     from raysft import worker  # here, not above: the driver has no use for models
     from raysft.train.loop import train
 
-    logs = is_main and "steps" not in settings.get("evaluated", {})  # else they are training's
+    logs = is_main and "training" not in settings.get("evaluated", {})  # else they are training's
     config, world = join(settings, Path(settings["folder"]) if logs else None)
     group, begun = world.share((group, begun))
     if "end" in begun:
@@ -153,7 +154,7 @@ def _evaluate(
     the training that goes on meanwhile."""
     from raysft.worker import build_evaluator, evaluate_checkpoint
 
-    if "steps" in settings["evaluated"]:
+    if "training" in settings["evaluated"]:
         _evaluate_beside(config, settings, world, data)
         return
 
@@ -172,7 +173,7 @@ def _evaluate(
 
 
 def _evaluate_beside(config: Config, settings: Settings, world: World, data: Data) -> None:
-    """Evaluate the checkpoints that `settings` name, one after the other; training records it."""
+    """Evaluate checkpoints of the run as they come, the oldest first; training records it."""
     from raysft.worker import build_evaluator, evaluate_checkpoint
 
     folder, about = Path(settings["folder"]), settings["evaluated"]
@@ -186,10 +187,16 @@ def _evaluate_beside(config: Config, settings: Settings, world: World, data: Dat
     try:
         evaluator = build_evaluator(config, folder, world, data)
         measure = evaluator.evaluate.measure(False)
-        for step in about["steps"]:
-            tried = step in ray.get(training.tried.remote()) if world.is_main else False
-            if world.share(tried):
-                continue  # before these workers were started again
+        due = Due(folder, config, measure, about)
+        while True:
+            step, ended = world.share(
+                (due.next(), ending.ended) if world.is_main else (None, False)
+            )
+            if ended:
+                return
+            if step is None:
+                time.sleep(LOOK_S)
+                continue
             predictions = predictions_of(folder, step, f"{lease.name}.beside")
             warnings: list[str] = []
             values = evaluate_checkpoint(
@@ -198,9 +205,33 @@ def _evaluate_beside(config: Config, settings: Settings, world: World, data: Dat
             if world.is_main:
                 found = Evaluation(step, values, measure)
                 ray.get(training.made.remote(Made(step, found, warnings, predictions)))
+                monitor.report.remote({"event": "saved", "step": step})  # it gets on
     finally:
         ending.close()
         orphaned.close()
+
+
+class Due:
+    """Which checkpoint is to be evaluated beside training: the oldest of those that are left."""
+
+    def __init__(self, folder: Path, config: Config, measure: Measure, about: Settings) -> None:
+        self._folder, self._config, self._measure = folder, config, measure
+        self._total = about["total_steps"]
+        self._training, self._looked = about["training"], -1
+
+    def next(self) -> int | None:
+        """Tells training that it is evaluated now; None: there is none yet."""
+        saves = ray.get(self._training.saves.remote())
+        if saves == self._looked:
+            return None
+        given = ray.get(self._training.tried.remote())
+        steps = left(self._folder, self._config, self._total, self._measure, given)
+        if not steps:
+            self._looked = saves
+            return None
+        ray.get(self._training.trying.remote(steps[0]))
+        self._training.report.remote({"doing": f"evaluating step {steps[0]} beside training"})
+        return steps[0]
 
 
 class Unwanted(Exception):
@@ -212,13 +243,13 @@ class Ending:
     that takes longer than `GENTLY_S`, with its process."""
 
     def __init__(self, monitor: ActorHandle) -> None:
-        self._monitor, self._ended = monitor, False
+        self._monitor, self.ended = monitor, False
         self._stop = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="ending").start()
 
     def seen(self, done: int, total: int) -> None:
         """Called before each round of batches. Raises Unwanted."""
-        if self._ended:
+        if self.ended:
             raise Unwanted
 
     def close(self) -> None:
@@ -228,10 +259,10 @@ class Ending:
     def _watch(self) -> None:
         while not self._stop.wait(0.5):
             try:
-                self._ended = ray.get(self._monitor.ended.remote()) is not None
+                self.ended = ray.get(self._monitor.ended.remote()) is not None
             except ray.exceptions.RayError:  # the driver is gone
-                self._ended = True
-            if self._ended:
+                self.ended = True
+            if self.ended:
                 if not self._stop.wait(GENTLY_S):
                     os._exit(EXIT_CODE)
                 return

@@ -46,7 +46,7 @@ from raysft.json_types import JsonObject
 from raysft.page.live import with_page
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved, unreadable
-from raysft.run.evaluations import Evaluations, Measure, choose, table
+from raysft.run.evaluations import Evaluations, Measure, choose, left, table
 from raysft.run.folder import (
     check_run,
     new_evaluation,
@@ -299,9 +299,7 @@ def _nothing_left(prepared: Prepared, folder: Path, catalogue: Catalogue) -> boo
         return False
     if prepared.config.evaluate.apart and prepared.eval is not None:
         measure = Measure.taken(prepared.eval, prepared.config.evaluate, final=False)
-        steps = [saved.step for saved in catalogue.committed()]
-        every, total = prepared.config.evaluate.every, prepared.total_steps
-        if Evaluations.load(folder).pending(steps, every, total, measure):
+        if left(folder, prepared.config, prepared.total_steps, measure):
             return False
     sound, _ = catalogue.newest(Saved.damage)
     return sound is not None and sound.step == newest.step

@@ -43,6 +43,7 @@ class Monitor:
         self._saves = 0
         self._made: dict[int, Made] = {}  # beside training, and not recorded yet
         self._tried: set[int] = set()  # steps evaluated beside training, or given up
+        self._trying: int | None = None
         self._alone = False  # nothing more is to be evaluated beside training
         self._over = False  # nor is
 
@@ -102,6 +103,7 @@ class Monitor:
         """Called by who evaluates beside training: for rank 0 of training to record."""
         self._made[one.step] = one
         self._tried.add(one.step)
+        self._trying = None
 
     def unrecorded(self) -> list[Made]:
         """What is to be recorded, lowest step first."""
@@ -114,6 +116,14 @@ class Monitor:
     def tried(self) -> set[int]:
         """Steps that were evaluated beside training by this submission, or given up."""
         return self._tried
+
+    def trying(self, step: int) -> None:
+        """Called by who evaluates beside training, before it does."""
+        self._trying = step
+
+    def tried_last(self) -> int | None:
+        """The step that is being evaluated beside training, or was when that ended."""
+        return self._trying
 
     def saves(self) -> int:
         """How often a checkpoint was written: a reason to look for one to evaluate."""

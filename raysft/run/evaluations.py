@@ -15,14 +15,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from raysft.config.evaluation import Evaluate
-from raysft.config.schema import Checkpoint
+from raysft.config.schema import Checkpoint, Config
 from raysft.data.index.table import Index
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -326,6 +326,16 @@ class Evaluations:
             )
         }
         return best_step(same, metric, mode)
+
+
+def left(
+    run: Path, config: Config, total: int, measure: Measure, given: Collection[int] = ()
+) -> list[int]:
+    """Steps of which the run keeps a checkpoint whose evaluation is due, by `evaluate.every`, and
+    was not made; the oldest first. total: steps of the run. given: passed over."""
+    catalogue = Catalogue.of(config.checkpoint, run)
+    steps = [saved.step for saved in catalogue.committed() if saved.step not in given]
+    return Evaluations.load(run).pending(steps, config.evaluate.every, total, measure)
 
 
 def choose(

@@ -27,6 +27,16 @@ def found(**changes: Any) -> list[str]:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    # -- evaluation
+    (
+        {"evaluate__beside": True},
+        "evaluate.beside: there is nothing to evaluate while training goes on with "
+        "evaluate.every: 0",
+    ),
+    (
+        {"evaluate__workers": 2},
+        "evaluate.workers: only evaluate.beside has workers that evaluate",
+    ),
     # -- strategies
     (
         {

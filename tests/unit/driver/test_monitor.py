@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from raysft.driver.monitor import LONGEST_BACKOFF_S, Monitor
 from raysft.progress import ProgressLine
+from raysft.run.evaluations import Evaluation, Made
 from raysft.run.signals import LEAVE, SAVE
 
 
@@ -195,3 +197,41 @@ def test_the_user_is_shown_what_happened_in_a_line(line: dict[str, Any], shown: 
     out = io.StringIO()
     ProgressLine(out)(line)
     assert out.getvalue() == (f"{shown}\n" if shown else "")
+
+
+# -- evaluations beside training -----------------------------------------------------------------
+
+
+def test_what_was_evaluated_is_told_again_until_it_is_recorded() -> None:
+    """Rank 0 may die between hearing of it and writing it down."""
+    monitor = begun()
+    for step in (20, 10):
+        monitor.made(Made(step, Evaluation(step, {"wer/dev": 0.5})))
+    assert [made.step for made in monitor.unrecorded()] == [10, 20]
+    fail(monitor)
+    assert [made.step for made in monitor.unrecorded()] == [10, 20]
+    monitor.recorded(10)
+    monitor.recorded(10)
+    assert [made.step for made in monitor.unrecorded()] == [20]
+    assert monitor.tried() == {10, 20}  # neither is evaluated again by this submission
+
+
+@pytest.mark.parametrize("end", [Monitor.alone, Monitor.leave, lambda m: m.mistake("no room")])
+def test_evaluations_are_wanted_until_training_ends_or_leaves(
+    end: Callable[[Monitor], Any],
+) -> None:
+    monitor = begun()
+    monitor.tell(SAVE)
+    assert monitor.wanted() and not monitor.is_over()
+    end(monitor)
+    assert not monitor.wanted()
+    monitor.over()
+    assert monitor.is_over()
+
+
+def test_workers_that_evaluate_end_when_they_are_told_to_leave() -> None:
+    """They have nothing to save: neither they nor ones started for them go on."""
+    monitor = Monitor(3, 0.0, 40, training=False)
+    monitor.begin(1)
+    assert monitor.leave()
+    assert monitor.ended() == "the evaluation was ended before it was done"
