@@ -157,6 +157,14 @@ def predictions_of(run: Path, step: int, draft: str = "") -> Path:
     return run / "predictions" / (f".{draft}.{name}" if draft else name)
 
 
+def clear_drafts(run: Path, owner: str) -> None:
+    """Delete what is not finished of `predictions_of`, of all owners but the one whose drafts begin
+    so."""
+    for draft in (run / "predictions").glob(".*.jsonl"):
+        if not draft.name.startswith(f".{owner}"):
+            draft.unlink(missing_ok=True)
+
+
 def due(every: int, step: int, total: int) -> bool:
     """Whether what is done every so many steps is done after `step` of `total`; not after the
     last, which has its own."""

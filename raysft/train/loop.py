@@ -16,7 +16,7 @@ from raysft.json_types import JsonObject
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
 from raysft.run import place
-from raysft.run.evaluations import due
+from raysft.run.evaluations import clear_drafts, due
 from raysft.run.ownership import Permit
 from raysft.run.signals import LEAVE
 from raysft.train.checkpoint import load, load_weights, newest_sound
@@ -167,6 +167,8 @@ def _restore(
         job.catalogue.clear(step)
         permit.require()
         lost = cut_back_run(job.folder, step)
+        if record.lease is not None:
+            clear_drafts(job.folder, record.lease.name.partition(".")[0])
     job.world.barrier()
     record.open(step, job.identity, meta.get("chain"))
     for reason in skipped:
