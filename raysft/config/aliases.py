@@ -131,7 +131,12 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("evaluate.max_new_tokens", "", "generation_max_length max_generate_length gen_max_length"),
     ("log.every", "steps", "logging_steps log_interval logging_interval log_every_n_steps"),
     ("log.every", "steps", "log_steps print_interval log_every"),
-    ("log.tensorboard", "", "report_to with_tracking use_tensorboard"),
+    ("log.tensorboard", "beside it log.wandb, log.mlflow", "report_to with_tracking logger"),
+    ("log.tensorboard", "", "use_tensorboard"),
+    ("log.wandb.project", "", "wandb_project use_wandb wandb"),
+    ("log.wandb.entity", "", "wandb_entity"),
+    ("log.mlflow.tracking_uri", "", "mlflow_tracking_uri use_mlflow mlflow"),
+    ("log.mlflow.experiment", "", "mlflow_experiment_name"),
 )
 _KEYS = {name: (key, note) for key, note, names in _TABLE for name in names.split()}
 

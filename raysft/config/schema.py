@@ -21,6 +21,7 @@ from pydantic import (
 
 from raysft.config import families, strategies
 from raysft.config.evaluation import Evaluate
+from raysft.config.logs import Log
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
 from raysft.config.moe import Moe
 from raysft.config.section import Section
@@ -393,18 +394,6 @@ class Checkpoint(Section):
         if self.best is not None and "best_mode" not in self.model_fields_set:
             self.best_mode = figure_of(self.best).better
         return self
-
-
-class Log(Section):
-    """What is reported while training."""
-
-    every: Free[PositiveInt] = Field(10, description="steps between lines of metrics.jsonl")
-    tensorboard: Free[bool] = Field(True, description="write TensorBoard files into the run folder")
-    dead_experts: Free[PositiveInt | None] = Field(
-        500,
-        description="of a mixture: steps without a token after which an expert is warned of; null: "
-        "never",
-    )
 
 
 class Config(Section):

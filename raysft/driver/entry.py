@@ -28,6 +28,7 @@ from raysft.data.read.stream import RayReader, ReaderSpec
 from raysft.driver.group import Settings, join
 from raysft.driver.readers import Readers
 from raysft.json_types import JsonObject
+from raysft.loggers import check as loggers
 from raysft.run.evaluations import Evaluation, Made, Measure, left, predictions_of, progress_of
 from raysft.run.storage import write_whole
 from raysft.train.watchdog import EXIT_CODE, Orphaned
@@ -102,6 +103,8 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
     def reader(split: str, budget: int, seed: int | None) -> Read | None:
         return _reader(settings, split, budget, seed, data_cpus)
 
+    if "credentials" in settings:
+        loggers.take(ray.get(settings["credentials"]))
     data = worker.Data(
         examples=settings.get("examples", 0),
         eval=Index.load(settings["eval"][0][0]) if settings["eval"] else None,

@@ -43,6 +43,7 @@ from raysft.driver.preflight import Prepared
 from raysft.driver.shares import Shares
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.loggers import check as loggers
 from raysft.page.live import with_page
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved, unreadable
@@ -252,6 +253,8 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         "summary": preview.summary(prepared, folder),
         "lease": owner.lease,
         "driver": Process.this(),
+        # Not the text itself: Ray shows what workers are given.
+        "credentials": ray.put(loggers.credentials(config.log)),
     }
     step, shown = saved.step if saved else -1, with_page(progress, folder)
     leave = start.leave.is_set if start.leave is not None else lambda: False

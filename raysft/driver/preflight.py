@@ -41,6 +41,7 @@ from raysft.data.quarantine import summary as quarantined
 from raysft.driver.session import check_kept
 from raysft.driver.unknown import unknown_text
 from raysft.errors import BadExample, UserError
+from raysft.loggers import check as loggers
 from raysft.run import epochs, plans
 from raysft.run.catalogue import unreadable
 from raysft.run.evaluations import choose, metrics_of
@@ -91,6 +92,7 @@ def check(config: Config, writes: bool = True) -> Config:
     check_run(config)
     if writes:
         refuse_held(run_folder(config))
+    loggers.check(config.log, writes)
     _check_weights(config)
     if config.model.tokenizer not in (None, places.BYTES):
         hub.check(config.model.tokenizer, "model.tokenizer")

@@ -33,6 +33,7 @@ from raysft.driver.shares import Shares
 from raysft.driver.trial import Tuned
 from raysft.errors import UserError, first_line
 from raysft.json_types import JsonObject
+from raysft.loggers import check as loggers
 from raysft.page.live import write_page
 from raysft.run.evaluations import metrics_of
 from raysft.run.folder import run_folder
@@ -247,7 +248,13 @@ def _tune(
     grace_s = validate(base, "sweep").checkpoint.grace_s
     node = f"node:{ray.util.get_node_ip_address()}"
     trainable = tune.with_parameters(
-        Tuned, tree=base, folder=str(sweep.path), metric=metric, mode=mode, grace_s=grace_s
+        Tuned,
+        tree=base,
+        folder=str(sweep.path),
+        metric=metric,
+        mode=mode,
+        grace_s=grace_s,
+        credentials=loggers.credentials(config.log),
     )
     tuner = tune.Tuner(
         # On this node: while this process lives, so do its trials, whatever other nodes are lost.

@@ -31,6 +31,7 @@ from raysft.driver import launch, preflight, warm
 from raysft.errors import UserError
 from raysft.failures import told
 from raysft.json_types import JsonObject
+from raysft.loggers import check as loggers
 from raysft.sweep.folder import State, SweepFolder
 from raysft.sweep.space import point_config
 
@@ -49,8 +50,10 @@ class Driver:
         self._thread: threading.Thread | None = None
         self._error: tuple[str, str] | None = None
 
-    def train(self, tree: JsonObject, where: str) -> None:
-        """Begin, or go on with, the run of the config in `tree`. where: for messages."""
+    def train(self, tree: JsonObject, where: str, credentials: dict[str, str]) -> None:
+        """Begin, or go on with, the run of the config in `tree`. where: for messages; credentials:
+        of its loggers."""
+        loggers.take(credentials)
 
         def work() -> None:
             try:
@@ -91,9 +94,12 @@ class Tuned(tune.Trainable):
         metric: str,
         mode: str,
         grace_s: float,
+        credentials: dict[str, str],
     ) -> None:
         """tree: of the config that trials share: all but name, seed and point. folder: the sweep's.
-        metric: the figure; mode: min or max. grace_s: in which a run saves."""
+        metric: the figure; mode: min or max. grace_s: in which a run saves. credentials: for
+        loggers."""
+        self._credentials = credentials
         self._sweep, self._tree = SweepFolder(Path(folder)), tree
         self._metric, self._grace_s = metric, grace_s
         self._worst = WORST if mode == "min" else -WORST
@@ -171,7 +177,7 @@ class Tuned(tune.Trainable):
             .options(num_cpus=0, max_concurrency=4, scheduling_strategy=here)
             .remote()
         )
-        ray.get(self._driver.train.remote(tree, where))
+        ray.get(self._driver.train.remote(tree, where, self._credentials))
 
     def _leave(self) -> None:
         """Have the run save and end, if it is under way."""

@@ -7,19 +7,18 @@ import io
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jiwer
 import soundfile
 
 from raysft.config import Config
-from raysft.data import sources
 from raysft.data.clips.audio import Limits, load
 from raysft.data.example import Audio
 from raysft.data.quarantine import kind_of_line
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
+from raysft.run.answers import KINDS, clips_of, compared
 from raysft.run.evaluations import predictions_of
 from raysft.run.folder import load_plugins, read_config, reopen
 from raysft.run.lines import read_lines, stream_lines
@@ -32,7 +31,6 @@ POINTS = 1500  # of a curve
 EXAMPLES = 24
 CLIP_BYTES = 400_000  # of a file that is put into the page as it is
 CLIP_S = 60.0  # of one that is decoded
-LOOKED_THROUGH = 50_000  # examples of data.eval, for the clips of those that are shown
 PLAYED = {
     ".wav": "audio/wav",
     ".flac": "audio/flac",
@@ -178,12 +176,10 @@ def _examples(folder: Path, steps: Sequence[int]) -> list[JsonObject]:
     """Answers of the newest evaluation, half of them those with most errors, the others as they
     come; with their clips, where these can be read."""
     lines: list[JsonObject] = []
-    kinds = {"id": str, "reference": str, "hypothesis": str}
     for step in reversed(steps):
-        path = predictions_of(folder, step)
-        if path.is_file() and (lines := read_lines(path, kinds)):
+        if lines := read_lines(predictions_of(folder, step), KINDS):
             break
-    marked = [(*_compared(line["reference"], line["hypothesis"]), line) for line in lines]
+    marked = [(*compared(line["reference"], line["hypothesis"]), line) for line in lines]
     marked.sort(key=lambda one: -one[0])
     half = EXAMPLES // 2
     rest = sorted(marked[half:], key=lambda one: lines.index(one[2]))[:half]
@@ -201,50 +197,17 @@ def _examples(folder: Path, steps: Sequence[int]) -> list[JsonObject]:
     ]
 
 
-def _compared(reference: str, hypothesis: str) -> tuple[int, list[JsonObject]]:
-    """How many words differ, and the alignment: {"kind": equal, substitute, insert or delete,
-    "said", "heard"}; said is the reference's."""
-    if not reference.split():
-        return len(hypothesis.split()), [{"kind": "insert", "said": "", "heard": hypothesis}]
-    found = jiwer.process_words(reference, hypothesis)
-    said, heard = reference.split(), hypothesis.split()
-    parts = [
-        {
-            "kind": chunk.type,
-            "said": " ".join(said[chunk.ref_start_idx : chunk.ref_end_idx]),
-            "heard": " ".join(heard[chunk.hyp_start_idx : chunk.hyp_end_idx]),
-        }
-        for chunk in found.alignments[0]
-    ]
-    return found.substitutions + found.insertions + found.deletions, parts
-
-
 def _clips(folder: Path, ids: set[str]) -> dict[str, str]:
     """Clips of examples of the run's data.eval, as data URLs. Those that are gone are left out: a
     page is drawn long after, and elsewhere too."""
     found: dict[str, str] = {}
     try:
-        for name, clip in _found(reopen(folder), ids):
+        for name, clip in clips_of(reopen(folder), ids):
             if (url := _url(clip)) is not None:
                 found[name] = url
     except (UserError, OSError):
         return found
     return found
-
-
-def _found(config: Config, ids: set[str]) -> Iterator[tuple[str, Audio]]:
-    looked, wanted = 0, set(ids)
-    for source in sources.resolve_all(config.data.eval, "eval"):
-        for file in source.files:
-            for located in sources.scan(source, file):
-                looked += 1
-                if looked > LOOKED_THROUGH or not wanted:
-                    return
-                example = located.example
-                if example is not None and example.id in wanted:
-                    wanted.discard(example.id)
-                    if clips := example.audio():
-                        yield example.id, clips[0]
 
 
 def _url(clip: Audio) -> str | None:

@@ -190,6 +190,8 @@ _ITS_OWN = (
     "checkpoints",
     "ledger",
     "tensorboard",
+    "wandb",
+    "loggers.json",
     "predictions",
     "evaluations",
     "metrics.jsonl",

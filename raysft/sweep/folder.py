@@ -189,6 +189,7 @@ def trial_tree(config: Config, folder: SweepFolder, trial: Trial, **keys: Json) 
         "storage_path": str(folder.path / TRIALS),
         "seed": trial.seed,
     }
+    tree["log"]["group"] = tree["log"]["group"] or config.run.name
     if tree["data"]["index_path"] is None:  # made once for all
         tree["data"]["index_path"] = str(Path(paths.absolute(config.run.storage_path)) / "index")
     for key, value in keys.items():

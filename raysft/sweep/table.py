@@ -118,6 +118,7 @@ def write_best(path: Path, config: Config, sweep: SweepFolder, row: Row) -> None
         "storage_path": config.run.storage_path,
         "seed": trial.seed,
     }
+    tree["log"]["group"] = config.log.group
     # Sums of another number of threads have other last bits.
     tree["parallel"]["threads"] = read_config(sweep.run(trial)).parallel.threads
     for key, value in trial.point.items():

@@ -15,8 +15,9 @@ from raysft.run.catalogue import Saved
 from raysft.run.evaluations import Evaluation, predictions_of, progress_of
 from raysft.run.ownership import Permit
 from raysft.train.checkpoint import Saver, load_weights
+from raysft.train.clock import Clock
 from raysft.train.job import Job
-from raysft.train.record import Clock, Record, Totals
+from raysft.train.record import Record, Totals
 from raysft.train.step import StepBatch
 from raysft.train.watchdog import Watchdog
 
@@ -208,8 +209,11 @@ class Keeper:
         """All is saved and evaluated: wait for what is in flight."""
         self._saved()
         self.look()
-        if step == self.job.total_steps:
+        ended = step == self.job.total_steps
+        if ended:
             self.record.event("finished", step=step)
+        self.beat("waiting for loggers")
+        self.record.logged(step, "finished" if ended else "stopped")
 
     def abandon(self) -> None:
         """Training has failed: let a save in flight end, whole or cleared away."""

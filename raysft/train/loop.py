@@ -20,11 +20,12 @@ from raysft.run.evaluations import clear_drafts, due
 from raysft.run.ownership import Permit
 from raysft.run.signals import LEAVE
 from raysft.train.checkpoint import load, load_weights, newest_sound
+from raysft.train.clock import Clock
 from raysft.train.job import Job
 from raysft.train.keeper import Keeper
 from raysft.train.loads import Loads
 from raysft.train.metrics import cut_back_run, last_recorded, last_sign_of_life
-from raysft.train.record import Clock, Record, Totals
+from raysft.train.record import Record, Totals
 from raysft.train.step import StepBatch, forward_backward
 
 

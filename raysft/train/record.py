@@ -6,10 +6,11 @@ saved with it, and lines written after it are cut when a run continues.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,27 @@ from raysft.data.example import Quarantined
 from raysft.data.quarantine import Known, summary
 from raysft.errors import UserError
 from raysft.json_types import Json, JsonObject
+from raysft.loggers import Loggers, Sink
+from raysft.loggers.names import of_evaluation, of_metrics
 from raysft.losses.term import CROSS_ENTROPY, Sums
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
 from raysft.patience import patient
+from raysft.run.answers import Answers
 from raysft.run.evaluations import Evaluation, Evaluations
 from raysft.run.ledger import Ledger, genesis
 from raysft.run.lines import Lines, read_lines, stream_lines
 from raysft.run.ownership import Lease, Ownership, Process
 from raysft.train.checkpoint import Save
+from raysft.train.clock import Clock
 from raysft.train.flops import Cost, peak_flops
 from raysft.train.loads import FILE as EXPERTS
 from raysft.train.loads import Loads
 from raysft.train.memory import peak_memory
 from raysft.train.metrics import quarantine_line
 from raysft.train.step import StepBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,71 +107,6 @@ class Totals:
             self.loads.load(state["experts"], world)
 
 
-class Clock:
-    """Training time since the last logged line, the part of it spent waiting for data, and steps.
-
-    Evaluations and checkpoints are set aside: they are not what a step costs.
-    """
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-        self._seconds = self._waited = 0.0
-        self._steps = 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around the wait for a step's data."""
-        begun = time.monotonic()
-        yield
-        self._waited += time.monotonic() - begun
-        self._steps += 1
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around what is not training."""
-        now = time.monotonic()
-        self._seconds, self._since = self._seconds + now - self._since, now
-        yield
-        self._since = time.monotonic()
-
-    def state(self) -> dict[str, float]:
-        """For the checkpoint."""
-        now = time.monotonic()
-        seconds = self._seconds + now - self._since
-        return {"seconds": seconds, "waited": self._waited, "steps": self._steps}
-
-    def load(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint."""
-        self._since = time.monotonic()
-        self._seconds, self._waited = state["seconds"], state["waited"]
-        self._steps = int(state["steps"])
-
-    def lap(self) -> dict[str, float]:
-        """`state`, and start again."""
-        found = self.state()
-        self.load({"seconds": 0.0, "waited": 0.0, "steps": 0})
-        return found
-
-
-# Groups of TensorBoard for what metrics.jsonl holds; what is not named here is `train/`.
-_GROUPS = {
-    "speed": (
-        *("tokens_per_s", "tokens_per_s_worker", "supervised_tokens_per_s", "audio_seconds_per_s"),
-        *("tflops", "mfu", "peak_memory_gb", "data_wait", "seconds", "world_size"),
-    ),
-    "data": ("tokens", "supervised_tokens", "examples", "audio_seconds", "padding"),
-    "run": ("restarts", "steps_again", "lost_s"),
-}
-_GROUP_OF = {key: group for group, keys in _GROUPS.items() for key in keys}
-
-
-def _tag(key: str) -> str:
-    """TensorBoard's name for a key of metrics.jsonl: train/loss/asr, speed/tokens_per_s."""
-    if key.startswith("experts/"):
-        return key
-    return f"{_GROUP_OF.get(key, 'train')}/{key}"
-
-
 class Record:
     """The files of a run that the loop appends to; see `metrics`."""
 
@@ -193,6 +135,7 @@ class Record:
         self.known = Known()  # on rank 0
         self.evaluations = Evaluations()
         self.files: list[Any] = []
+        self.loggers: Loggers | None = None  # on rank 0
         self.lease: Lease | None = None
         self._owned: Ownership | None = None
         self._workers: list[Process] = []
@@ -264,6 +207,18 @@ class Record:
 
                 self.tensorboard = curves(self.folder / "tensorboard", step)
                 self.files.append(self.tensorboard)
+            self.loggers = Loggers(
+                self.config, self.folder, step, self.require, partial(self._shown, step)
+            )
+
+    def _shown(self, step: int, answers: Answers) -> list[Sink]:
+        """TensorBoard, of the answers of evaluations after `step`."""
+        writer, settings = self.tensorboard, self.config
+        if writer is None or not settings.data.eval or not settings.evaluate.generate:
+            return []
+        from raysft.loggers.to_tensorboard import ToTensorboard
+
+        return [ToTensorboard(writer, answers, step, heard=bool(self.evaluations.items))]
 
     def begun(
         self,
@@ -304,6 +259,8 @@ class Record:
             self.require()
             self._events.write(line)
             self._count(line)
+            if self.loggers is not None:
+                self.loggers.put("events", line)
         if self.progress is not None:
             self.progress(line)
 
@@ -438,7 +395,7 @@ class Record:
             self._metrics.write(line)
             if told is not None:
                 self._experts.write(told.line)
-            self._scalars({_tag(key): value for key, value in line.items()}, batch.step)
+            self._tell("metrics", line, of_metrics(line))
         if self.progress is not None:
             self.progress({**line, "steps": lap["steps"], "total_steps": self.total_steps})
         if told is not None and told.dead is not None:
@@ -460,21 +417,39 @@ class Record:
         self.evaluations.add(found)
         if self.world.is_main:
             self.require()
-            self._eval.write(found.line(checkpoint))
+            line = found.line(checkpoint)
+            self._eval.write(line)
             self.evaluations.save(self.folder)
-            self._scalars({f"eval/{k}": v for k, v in found.figures.items()}, found.step)
+            self._tell("eval", line, of_evaluation(line))
         if self.progress is not None:
             line = found.line(checkpoint)
             self.progress({"total_steps": self.total_steps, "eval": line, "step": found.step})
 
-    def _scalars(self, values: JsonObject, step: int) -> None:
+    def _tell(self, kind: str, line: JsonObject, figures: dict[str, float]) -> None:
+        """Give loggers a line of metrics or eval that was written, and TensorBoard its figures."""
         if self.tensorboard is not None:
-            for key, value in values.items():
-                if isinstance(value, int | float) and key != "train/step":
-                    self.tensorboard.add_scalar(key, value, step)
+            for key, value in figures.items():
+                self.tensorboard.add_scalar(key, value, line["step"])
+        if self.loggers is not None:
+            self.loggers.put(kind, line)
+            for reason in self.loggers.failures():
+                self.event("warning", step=line["step"], reason=reason)
+
+    def logged(self, step: int, outcome: str) -> None:
+        """All is recorded: let loggers take what they have not yet. outcome: finished or stopped,
+        at `step`."""
+        if self.loggers is not None:
+            self.loggers.close(outcome)
+            failures, self.loggers = self.loggers.failures(), None
+            for reason in failures:
+                self.event("warning", step=step, reason=reason)
 
     def close(self) -> None:
         """Close every file."""
+        if self.loggers is not None:  # it was not ended as it should
+            self.loggers.close("failed")
+            for reason in self.loggers.failures():
+                log.warning("%s", reason)
         for file in self.files:
             file.close()
         if self._owned is not None:

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow.tracking import MlflowClient
 
 from raysft.audit import audit
 from raysft.run.lines import read_lines
 from raysft.sweep.folder import SweepFolder
 from tests.support import jobs
 from tests.support.models import CAUSAL
+from tests.support.wandb_server import WandbServer
 
 pytestmark = [pytest.mark.usefixtures("joined"), pytest.mark.timeout(900)]
 STEPS, EVERY = 6, 2
@@ -92,6 +94,34 @@ def test_a_grid_is_ranked_and_its_best_can_be_had_again(make: Callable[..., Path
     assert again.returncode == 0, again.stderr
     best = read_lines(config.parent / "runs" / "grid_best" / "eval.jsonl")[-1]
     assert best["loss/chat"] == float(found[0]["loss/chat"])
+
+
+@pytest.mark.slow
+def test_trials_are_logged_as_a_group_of_the_sweeps_name(make: Callable[..., Path]) -> None:
+    config = make("told", {"optim.lr": [1e-4, 1e-2]})
+    tree, uri = yaml.safe_load(config.read_text()), f"sqlite:///{config.parent}/mlflow.db"
+    tree["log"] |= {"wandb": {"mode": "offline"}, "mlflow": {"tracking_uri": uri}}
+    config.write_text(yaml.safe_dump(tree))
+    done = jobs.call("sweep", config)
+    assert done.returncode == 0, done.stderr
+    trials = sorted((folder_of(config) / "trials").glob("0*"))
+    assert len(trials) == 2
+    with WandbServer() as server:
+        for trial in trials:
+            server.sync(trial)
+    about = server.given.values()
+    assert sorted(run["displayName"] for run in about) == [trial.name for trial in trials]
+    assert all(run["groupName"] == "told" and "told" in run["tags"] for run in about)
+    for rows in server.rows.values():
+        steps = [row["step"] for row in rows if "train/loss" in row]
+        assert steps == list(range(1, STEPS + 1))
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("raysft")
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(found) == [*(trial.name for trial in trials), "told"]
+    parent = found.pop("told").info.run_id
+    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {parent}
+    assert all(run.data.metrics["train/step"] == STEPS for run in found.values())
 
 
 @pytest.mark.slow

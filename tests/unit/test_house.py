@@ -23,6 +23,7 @@ ROOMS = (
     *("scorers", "config", "data", "losses", "parallel", "models", "adapters", "families"),
     *(
         "run",
+        "loggers",
         "train",
         "evaluate",
         "worker",

@@ -8,8 +8,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from raysft.config import Config
 from raysft.sweep import table
-from raysft.sweep.folder import SweepFolder, seeded
+from raysft.sweep.folder import SweepFolder, seeded, trial_tree
 
 METRIC = "wer/dev"
 
@@ -78,3 +81,20 @@ def test_points_with_several_seeds_are_ranked_by_their_mean(tmp_path: Path) -> N
 def test_a_sweep_where_nothing_finished_recommends_nothing(tmp_path: Path) -> None:
     sweep = make(tmp_path / "sweep", 1, ("stopped", {2: 0.1}), ("failed", {}))
     assert table.best(table.rows(sweep, METRIC, "min")) is None
+
+
+def test_trials_are_a_group_for_loggers_and_the_best_one_is_a_run_of_its_own(
+    tmp_path: Path,
+) -> None:
+    run = {"name": "mine", "storage_path": str(tmp_path)}
+    base: dict[str, Any] = {"data": {"train": [{"path": "/a.jsonl"}]}, "model": {"path": "/m"}}
+    config = Config.model_validate({**base, "run": run, "log": {"wandb": {"mode": "offline"}}})
+    sweep = make(tmp_path / "mine", 1, ("finished", {2: 0.2}))
+    (row,) = table.rows(sweep, METRIC, "min")
+    tree = trial_tree(config, sweep, row.trial)
+    assert tree["log"]["group"] == "mine" and tree["log"]["wandb"]["mode"] == "offline"
+    (sweep.run(row.trial) / "config.yaml").write_text(yaml.safe_dump(base))
+    table.write_best(tmp_path / "best.yaml", config, sweep, row)
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["log"]["group"] is None
+    named = Config.model_validate({**base, "run": run, "log": {"group": "all"}})
+    assert trial_tree(named, sweep, row.trial)["log"]["group"] == "all"
