@@ -132,7 +132,8 @@ def _fit(
         interruptible(trainer.fit, lambda: ray.get(told()), grace_s, permit, leave, leaves_s)
     except ray.train.TrainingFailedError as error:
         _raise_mistake(monitor)
-        raise UserError(f"training cannot go on: {reason_of(error)}") from error
+        work = "training" if entry.trains(settings) else "the evaluation"
+        raise UserError(f"{work} cannot go on: {reason_of(error)}") from error
 
 
 class Restarts(ray.train.FailureConfig):

@@ -78,7 +78,8 @@ def evaluators(run: Path) -> list[psutil.Process]:
     """Workers that do not train."""
     files = sorted((run / "owner").glob("*.group.json"))
     trainers = {w["pid"] for file in files for w in json.loads(file.read_text())["workers"]}
-    return [one for one in jobs.processes("RayTrainWorker") if one.pid not in trainers]
+    found = jobs.processes("RayTrainWorker") if trainers else []
+    return [one for one in found if one.pid not in trainers]
 
 
 def losses(run: Path, steps: int) -> list[tuple[float, float]]:
@@ -93,39 +94,49 @@ def test_training_goes_on_meanwhile_and_every_figure_is_as_if_it_had_stopped(
     path = tree(tmp_path, "beside")
     run = tmp_path / "runs" / "beside"
     job = jobs.start("sft", path)
-    until(job, lambda: len(evaluations(run)) >= 2)  # training has no end: nobody waits for it
+    until(job, lambda: bool(evaluations(run)))  # training has no end: nobody waits for it
     job.send_signal(signal.SIGINT)
+    # Without Ray, by one process that stops for its evaluations.
+    stops = {"evaluate__beside": False, "train__max_steps": EVERY + 1}
+    config = Config.model_validate(yaml.safe_load(tree(tmp_path, "other", **stops).read_text()))
+    train(worlds.start(config, World.current()))
+    other = run_folder(config)
+
     output, errors = job.communicate(timeout=120)
     assert job.returncode == 130, output + errors
     assert "Traceback" not in output + errors
     assert gone()
-    reached = read_lines(run / "metrics.jsonl")[-1]["step"]
+    assert losses(run, EVERY) == losses(other, EVERY)
+    line, stopped = evaluations(run)[0], evaluations(other)[0]
+    assert line["step"] == EVERY and line == {**stopped, "checkpoint": True}
+    answers = [predictions_of(one, EVERY).read_bytes() for one in (run, other)]
+    assert answers[0] == answers[1] != b""
+
+
+@pytest.mark.slow
+def test_the_next_start_makes_up_for_what_was_left(tmp_path: Path) -> None:
+    path = tree(tmp_path, "left")
+    run = tmp_path / "runs" / "left"
+    job = jobs.start("sft", path)
+    until(job, lambda: len(evaluations(run)) >= 2)
+    job.send_signal(signal.SIGTERM)
+    output, errors = job.communicate(timeout=120)
+    assert job.returncode == 143, output + errors
     steps = [line["step"] for line in evaluations(run)]
     assert steps == list(range(EVERY, EVERY * len(steps) + 1, EVERY))
-
+    reached = read_lines(run / "metrics.jsonl")[-1]["step"]
     done = jobs.call("sft", path, f"train.max_steps={reached + 1}")
     assert done.returncode == 0, done.stderr
     due = list(range(EVERY, reached + 1, EVERY))
     assert sorted(line["step"] for line in evaluations(run)) == [*due, reached + 1]
     assert evaluations(run)[-1]["final"]
-
     assert not list((run / "predictions").glob(".*"))
-
-    # Without Ray, by one process that stops for its evaluations.
-    stops = {"evaluate__beside": False, "train__max_steps": 2 * EVERY + 1}
-    path = tree(tmp_path, "stopping", **stops)
-    config = Config.model_validate(yaml.safe_load(path.read_text()))
-    train(worlds.start(config, World.current()))
-    other = run_folder(config)
-    assert losses(run, 2 * EVERY) == losses(other, 2 * EVERY)
-    by_step = {line["step"]: line for line in evaluations(run)}
-    for line in evaluations(other)[:2]:
-        assert by_step[line["step"]] == {**line, "checkpoint": True}
-        answers = [predictions_of(one, line["step"]).read_bytes() for one in (run, other)]
-        assert answers[0] == answers[1] != b""
-    assert [saved.step for saved in Catalogue.of(config.checkpoint, run).committed()] == [
-        reached + 1
-    ]
+    catalogue = Catalogue.of(
+        Config.model_validate(yaml.safe_load(path.read_text())).checkpoint, run
+    )
+    assert [saved.step for saved in catalogue.committed()] == [reached + 1]
+    again = jobs.call("sft", path, f"train.max_steps={reached + 1}")
+    assert again.returncode == 0 and "is finished" in again.stdout + again.stderr
 
 
 @pytest.mark.slow
@@ -133,7 +144,7 @@ def test_a_driver_that_is_killed_leaves_neither_group(tmp_path: Path) -> None:
     path = tree(tmp_path, "killed")
     run = tmp_path / "runs" / "killed"
     job = jobs.start("sft", path)
-    until(job, lambda: bool((run / "owner").is_dir() and evaluators(run)))
+    until(job, lambda: bool(evaluators(run)))
     job.kill()
     job.wait()
     assert gone()
@@ -146,7 +157,7 @@ def test_workers_that_are_lost_are_told_of_once_and_nothing_is_left_out(tmp_path
     job = jobs.start("sft", path)
 
     def kill() -> bool:
-        for process in evaluators(run) if (run / "owner").is_dir() else ():
+        for process in evaluators(run):
             process.kill()
         return bool(warnings(run))
 
@@ -200,8 +211,8 @@ from raysft.config import Config
 from raysft.driver.shares import Shares
 from raysft.errors import UserError
 
-def shares(workers, **evaluate):
-    tree = {"parallel": {"workers": workers}, "evaluate": {"every": 5, "beside": True, **evaluate}}
+def shares(training, **evaluate):
+    tree = {"parallel": {"workers": training}, "evaluate": {"every": 5, "beside": True, **evaluate}}
     try:
         return Shares.of(Config.model_validate(tree))
     except UserError as error:

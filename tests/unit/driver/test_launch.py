@@ -120,3 +120,28 @@ def test_the_summary_counts_clips_hours_and_what_is_unused_by_reason(
     ]
     stages = ["loading the tokenizer", "indexing data.train: 1 source", "planning batches"]
     assert [text for text in doing if text in stages] == stages
+
+
+def test_workers_that_evaluate_beside_training_count_and_share_no_model_of_its_workers(
+    tmp_path: Path,
+) -> None:
+    from raysft.driver.beside import alone, evaluating
+    from raysft.driver.sweep import Need
+
+    settings = tiny(
+        tmp_path,
+        parallel__workers=4,
+        parallel__strategy="fsdp",
+        parallel__replicate=2,
+        evaluate__every=5,
+        evaluate__beside=True,
+        evaluate__workers=3,
+    )
+    assert settings.evaluate.apart == 3
+    assert Need.of(settings).workers == 7  # what a trial of a sweep takes
+    second = evaluating(settings)
+    assert (second.parallel.workers, second.parallel.replicate) == (3, "auto")
+    assert second.evaluate.apart == alone(settings).evaluate.apart == 0
+    assert second.evaluate.every == 5
+    never = settings.evaluate.model_copy(update={"every": 0})
+    assert never.apart == 0

@@ -165,6 +165,9 @@ def test_a_checkpoint_that_waits_for_its_evaluation_is_kept_until_then(stopping:
     catalogue = Catalogue.of(settings.checkpoint, folder)
     assert [saved.step for saved in catalogue.committed()] == [*DUE, 10]
     assert evaluations(folder) == []
+    draft = predictions_of(folder, 9, "000000.killed")  # by workers of an earlier start
+    draft.parent.mkdir(exist_ok=True)
+    draft.write_text("half a")
     run(settings, lambda job: Group(job))  # the next start makes up for them, once each
     alike(folder, stopping)
     assert [saved.step for saved in catalogue.committed()] == [STEPS]
