@@ -26,7 +26,7 @@ from raysft.train.loop import train
 from tests.support import jobs, worlds
 
 pytestmark = [pytest.mark.usefixtures("joined"), pytest.mark.timeout(900)]
-EVERY = 100
+EVERY = 50
 FOR_EVER = 1_000_000
 
 
