@@ -88,6 +88,7 @@ def losses(run: Path, steps: int) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in lines]
 
 
+@pytest.mark.slow  # without Ray: tests/unit/train/test_beside.py
 def test_training_goes_on_meanwhile_and_every_figure_is_as_if_it_had_stopped(
     tmp_path: Path,
 ) -> None:
