@@ -70,14 +70,18 @@ class Resume:
     base: may name another place, with the same weights (`run.identity`).
     weights: it decides which weights there are, so that a start with a run's weights alone
         (checkpoint.resume: weights_only) keeps it too.
+    steps: of those that follow alone: a sweep may give a trial's run another one between two steps
+        (sweep.scheduler: pbt), and weights, optimizer, data and ledger so far stay what they are.
     """
 
     rule: Rule
     weights: bool = False
+    steps: bool = False
 
 
 Free = Annotated[_T, Resume("free")]
 Fixed = Annotated[_T, Resume("fixed")]
+Stepwise = Annotated[_T, Resume("fixed", steps=True)]
 Corpus = Annotated[_T, Resume("data")]
 Length = Annotated[_T, Resume("length")]
 Base = Annotated[_T, Resume("base", weights=True)]

@@ -28,6 +28,11 @@ def keys_with(rule: Rule) -> list[str]:
     return [key for key, mark in rules().items() if mark.rule == rule]
 
 
+def stepwise() -> list[str]:
+    """The dotted keys that a sweep may change between two steps of a trial's run."""
+    return [key for key, mark in rules().items() if mark.steps]
+
+
 @cache
 def rules() -> dict[str, Resume]:
     """Dotted key -> its rule. That of a list holds for its entries."""

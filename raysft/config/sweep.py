@@ -45,9 +45,10 @@ class Sweep(Section):
     max_concurrent: Free[PositiveInt | None] = Field(
         None, description="trials at a time, at most; default: as many as the cluster has room for"
     )
-    scheduler: Free[Literal["none", "asha"]] = Field(
+    scheduler: Free[Literal["none", "asha", "pbt"]] = Field(
         "none",
-        description="asha: ends trials that are behind the others at the same step",
+        description="asha: ends trials that are behind the others at the same step; pbt: those go "
+        "on from a better one's checkpoint, with its values changed a little",
     )
     grace: Free[PositiveInt | None] = Field(
         None,
@@ -55,6 +56,17 @@ class Sweep(Section):
     )
     reduction: Free[int] = Field(
         3, ge=2, description="asha: one of so many trials goes on from a rung to the next"
+    )
+    interval: Free[PositiveInt | None] = Field(
+        None,
+        description="pbt: steps between two comparisons of all trials, a multiple of "
+        "evaluate.every; default: evaluate.every",
+    )
+    quantile: Free[float] = Field(
+        0.25,
+        gt=0,
+        le=0.5,
+        description="pbt: the share of trials, the worst, that go on from one of as many best",
     )
     retries: Free[NonNegativeInt] = Field(
         1, description="times that a trial that failed is tried again, from its checkpoint"

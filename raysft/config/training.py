@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from raysft.config import losses as token_losses
-from raysft.config.marks import Fixed, Free, Length, OneOf, PathKey, Weights
+from raysft.config.marks import Fixed, Free, Length, OneOf, PathKey, Stepwise, Weights
 from raysft.config.section import Section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -31,15 +31,15 @@ class Optim(Section):
     optimizer: Fixed[Literal["adamw", "adamw8bit"]] = Field(
         "adamw", description="adamw: torch's, fused; adamw8bit: its state in 8 bits (torchao)"
     )
-    lr: Fixed[PositiveFloat] = Field(1e-5, description="peak learning rate")
-    betas: Fixed[list[float]] = Field(
+    lr: Stepwise[PositiveFloat] = Field(1e-5, description="peak learning rate")
+    betas: Stepwise[list[float]] = Field(
         [0.9, 0.95], min_length=2, max_length=2, description="AdamW betas"
     )
-    eps: Fixed[PositiveFloat] = Field(1e-8, description="AdamW epsilon")
-    weight_decay: Fixed[float] = Field(
+    eps: Stepwise[PositiveFloat] = Field(1e-8, description="AdamW epsilon")
+    weight_decay: Stepwise[float] = Field(
         0.0, ge=0, description="on matrices; norms and biases have none"
     )
-    groups: Fixed[list[OptimGroup]] = Field(
+    groups: Stepwise[list[OptimGroup]] = Field(
         default_factory=list, description="parameters with a rate or decay of their own"
     )
     schedule: Fixed[Literal["constant", "linear", "cosine", "wsd"]] = Field(
@@ -56,7 +56,7 @@ class Optim(Section):
         description="where train.max_steps or train.epochs of a run have changed, and with them "
         "the rates of steps it has done: go on with the new rates from here (else refused)",
     )
-    clip: Fixed[float] = Field(1.0, ge=0, description="maximal gradient norm; 0: no clipping")
+    clip: Stepwise[float] = Field(1.0, ge=0, description="maximal gradient norm; 0: no clipping")
     max_skipped: Free[NonNegativeInt] = Field(
         20,
         description="steps in a row whose gradient may be NaN or infinite; they change no weights; "
@@ -73,7 +73,7 @@ class Train(Section):
     epochs: Length[PositiveInt | None] = Field(
         None, description="passes over the data (default 1); beside max_steps: what ends first"
     )
-    task_weights: Fixed[dict[str, PositiveFloat]] = Field(
+    task_weights: Stepwise[dict[str, PositiveFloat]] = Field(
         default_factory=dict,
         description="weight of a task's tokens in the loss, e.g. {asr: 1.0, tts: 0.5}; default 1",
     )
@@ -119,7 +119,7 @@ class Peft(Section):
     )
     r: Weights[PositiveInt] = Field(16, description="rank (adalora: the mean rank it ends with)")
     alpha: Fixed[PositiveFloat] = Field(32, description="scale of the update: alpha / r")
-    dropout: Fixed[float] = Field(0.0, ge=0, lt=1, description="dropout before an adapter")
+    dropout: Stepwise[float] = Field(0.0, ge=0, lt=1, description="dropout before an adapter")
     rslora: Fixed[bool] = Field(False, description="scale by alpha / sqrt(r)")
     dora: Weights[bool] = Field(False, description="train magnitude and direction apart (DoRA)")
     target_modules: Weights[str | list[str]] = Field(

@@ -133,7 +133,7 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
     if world.is_main and not begun:
         progress({"summary": [*settings["summary"], worker.describe(job)]})
     say("waiting for the first batch")
-    job.submitted = None if begun else settings["submitted"]
+    job.submitted, job.until = None if begun else settings["submitted"], settings["until"]
     job.start = {**job.start, "nodes": nodes, **begun}
 
     def told(reason: str) -> None:

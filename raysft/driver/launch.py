@@ -88,13 +88,15 @@ class Outcome:
         return f"evaluation at step {self.evaluation['step']}\n{table(self.evaluation)}\n{folder}"
 
 
-def run(config: Config, progress: Progress, leave: threading.Event | None = None) -> Outcome:
+def run(
+    config: Config, progress: Progress, leave: threading.Event | None = None, until: int = 0
+) -> Outcome:
     """Train (or continue) the run, which this process owns meanwhile: see `run.ownership`.
 
     config: as it was asked for: what `resolve` makes of it is certain only once the folder is this
-    start's. leave: once it is set, the workers save and leave, and this returns. Raises UserError
-    where another start holds it. Ctrl-C and SIGTERM: saves, then raises KeyboardInterrupt or
-    SystemExit.
+    start's. leave: once it is set, the workers save and leave, and this returns. until: a step at
+    which they do so by themselves; 0: the last. Raises UserError where another start holds it.
+    Ctrl-C and SIGTERM: saves, then raises KeyboardInterrupt or SystemExit.
     """
     folder = run_folder(config)
     check_run(resolve(config, folder))  # nothing is left in a folder that is not for this run
@@ -104,7 +106,7 @@ def run(config: Config, progress: Progress, leave: threading.Event | None = None
 
     with Ownership.take(folder, say) as owner:
         config = resolve(config, folder)
-        start = Start(open_run(config, owner), owner, leave=leave)
+        start = Start(open_run(config, owner), owner, leave=leave, until=until)
         try:
             return _run(config, start, progress)
         except KeyboardInterrupt:
@@ -174,6 +176,7 @@ class Start:
     at: float = field(default_factory=time.time)
     total_steps: int | None = None  # once there is a plan
     leave: threading.Event | None = None  # see `run`
+    until: int = 0
 
     def left(self, config: Config) -> str:
         """Where the run stands, and what the same command does then."""
@@ -250,6 +253,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
         "total_steps": prepared.total_steps,
         "examples": len(prepared.train) + len(prepared.train.rejected),
         "submitted": start.at,
+        "until": start.until,
         "summary": preview.summary(prepared, folder),
         "lease": owner.lease,
         "driver": Process.this(),

@@ -21,6 +21,7 @@ from ray.tune.schedulers import (
     FIFOScheduler,
     TrialScheduler,
 )
+from ray.tune.search import Searcher
 
 from raysft.config import Config
 from raysft.config.load import validate
@@ -28,6 +29,7 @@ from raysft.data.clips import speech_tokens
 from raysft.driver import growing, preflight
 from raysft.driver.group import interruptible
 from raysft.driver.launch import Progress
+from raysft.driver.population import Generations
 from raysft.driver.searcher import Trials
 from raysft.driver.shares import Shares
 from raysft.driver.trial import Tuned
@@ -39,7 +41,7 @@ from raysft.run.evaluations import metrics_of
 from raysft.run.folder import run_folder
 from raysft.run.ownership import Ownership
 from raysft.scorers import figure_of
-from raysft.sweep import table
+from raysft.sweep import population, table
 from raysft.sweep.choose import Chooser, Listed, Optuna
 from raysft.sweep.folder import PREPARED, SweepFolder, Trial, open_sweep, trial_tree
 from raysft.sweep.space import (
@@ -93,6 +95,8 @@ def check(config: Config) -> list[Dimension]:
             f"sweep.scheduler: {sweep.scheduler} compares trials while they train: set "
             "evaluate.every, the steps between two evaluations"
         )
+    if sweep.scheduler == "pbt":
+        population.check(config, dimensions)
     tree = trial_tree(config, SweepFolder(run_folder(config)), Trial(0, {}, 0, config.run.seed))
     if searcher_of(sweep, dimensions) != "optuna":
         for number, point in enumerate(points(sweep, dimensions, config.run.seed)):
@@ -245,6 +249,12 @@ def _tune(
     for key, value in _TUNE.items():
         os.environ.setdefault(key, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    search: Searcher
+    if config.sweep.scheduler == "pbt":
+        search = Generations(config, sweep, dimensions, mode, steps, progress)
+    else:
+        chooser = _chooser(config, dimensions, mode)
+        search = Trials(sweep, chooser, config.sweep.seeds, config.run.seed)
     grace_s = validate(base, "sweep").checkpoint.grace_s
     node = f"node:{ray.util.get_node_ip_address()}"
     trainable = tune.with_parameters(
@@ -263,9 +273,7 @@ def _tune(
         tune_config=tune.TuneConfig(
             metric="figure",
             mode=mode,
-            search_alg=Trials(
-                sweep, _chooser(config, dimensions, mode), config.sweep.seeds, config.run.seed
-            ),
+            search_alg=search,
             scheduler=_scheduler(config, steps),
             num_samples=-1,
             max_concurrent_trials=at_once,
@@ -332,7 +340,8 @@ class Told(tune.Callback):
         self, iteration: int, trials: list, trial: tune.experiment.Trial, **info: object
     ) -> None:
         """See Tune's Callback."""
-        self._say(trial, "begins")
+        until = trial.config.get("until", 0)
+        self._say(trial, f"trains to step {until}" if until else "begins")
 
     def on_trial_result(
         self,
@@ -351,7 +360,8 @@ class Told(tune.Callback):
         self, iteration: int, trials: list, trial: tune.experiment.Trial, **info: object
     ) -> None:
         """See Tune's Callback."""
-        self._say(trial, "ends")
+        if not trial.config.get("until", 0):
+            self._say(trial, "ends")
 
     def on_trial_error(
         self, iteration: int, trials: list, trial: tune.experiment.Trial, **info: object

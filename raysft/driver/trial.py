@@ -33,6 +33,7 @@ from raysft.failures import told
 from raysft.json_types import JsonObject
 from raysft.loggers import check as loggers
 from raysft.sweep.folder import State, SweepFolder
+from raysft.sweep.population import Population
 from raysft.sweep.space import point_config
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,11 @@ class Driver:
         self._thread: threading.Thread | None = None
         self._error: tuple[str, str] | None = None
 
-    def train(self, tree: JsonObject, where: str, credentials: dict[str, str]) -> None:
+    def train(
+        self, tree: JsonObject, where: str, credentials: dict[str, str], until: int = 0
+    ) -> None:
         """Begin, or go on with, the run of the config in `tree`. where: for messages; credentials:
-        of its loggers."""
+        of its loggers; until: see `launch.run`."""
         loggers.take(credentials)
 
         def work() -> None:
@@ -60,7 +63,7 @@ class Driver:
                 config = validate(tree, where)
                 preflight.check(config)
                 warm.processes(config)
-                launch.run(config, lambda line: None, self._leave)
+                launch.run(config, lambda line: None, self._leave, until)
             except UserError as error:
                 self._error = (str(error), "")
             except BaseException as error:  # noqa: BLE001 - told to whoever asks
@@ -83,7 +86,8 @@ class Driver:
 
 
 class Tuned(tune.Trainable):
-    """See the module. Its config: {"number": of the trial, **its point}."""
+    """See the module. Its config: {"number": of the trial, **its point}; of a population also
+    "until", the step at which this part of the trial ends (0: with the run)."""
 
     def setup(
         self,
@@ -105,6 +109,7 @@ class Tuned(tune.Trainable):
         self._worst = WORST if mode == "min" else -WORST
         self._trial = self._sweep.trial(config["number"])
         self._driver: ActorHandle | None = None
+        self._until = config.get("until", 0)
         self._told, self._figure = -1, self._worst
 
     def step(self) -> JsonObject:
@@ -127,12 +132,18 @@ class Tuned(tune.Trainable):
             if self._driver is None:
                 if self._sweep.state(self._trial).status in ("finished", "stopped"):
                     return self._end()
+                if self._until and self._sweep.reached(self._trial, self._until):
+                    return self._end()
                 self._start()
             elif ended:
                 if (error := ray.get(self._driver.error.remote())) is not None:
                     self._fail(*error)
-                self._set(status="finished")
+                if self._until and not self._sweep.reached(self._trial, self._until):
+                    self._fail(f"it ended before step {self._until} was saved and evaluated")
+                self._set(status="waiting" if self._until else "finished")
                 self._kill()
+                if self._until:
+                    return self._end()
             else:
                 time.sleep(LOOK_S)
 
@@ -159,9 +170,8 @@ class Tuned(tune.Trainable):
 
     def _own_tree(self, where: str) -> JsonObject:
         run = {**self._tree["run"], "name": self._trial.name, "seed": self._trial.seed}
-        return point_config({**self._tree, "run": run}, self._trial.point, where).model_dump(
-            mode="json"
-        )
+        point = Population(self._sweep).point(self._trial)
+        return point_config({**self._tree, "run": run}, point, where).model_dump(mode="json")
 
     def _start(self) -> None:
         attempts = self._sweep.state(self._trial).attempts + 1
@@ -177,7 +187,8 @@ class Tuned(tune.Trainable):
             .options(num_cpus=0, max_concurrency=4, scheduling_strategy=here)
             .remote()
         )
-        ray.get(self._driver.train.remote(tree, where, self._credentials))
+        started = self._driver.train.remote(tree, where, self._credentials, self._until)
+        ray.get(started)
 
     def _leave(self) -> None:
         """Have the run save and end, if it is under way."""

@@ -247,9 +247,10 @@ function heat(one) {
 function sweep(parent, found) {
   make("h2", parent, {}, "Trials");
   const names = ["rank", "trial", "status", "step", found.metric,
-    ...found.keys, "seed", "seconds", "attempts", "reason"];
+    ...found.keys, "seed", "seconds", "attempts", "reason",
+    ...found.columns.filter((name) => name === "taken_over")];
   table(parent, names, found.rows, (cell, row, name) => {
-    if (name === "reason") cell.className = "text";
+    if (name === "reason" || name === "taken_over") cell.className = "text";
     const value = Number(row[name]);
     cell.textContent = name === found.metric && row[name] !== "" ? number(value) : row[name];
   }, true);

@@ -77,6 +77,11 @@ class Storage(Protocol):
         """Write a file durably: whole or not at all. Raises OSError."""
         ...
 
+    def copy(self, source: str, path: str) -> None:
+        """Put a file of another run's storage of this kind, named as `where` does, to a path where
+        there is none yet. Files of checkpoints never change, so it may be the same one."""
+        ...
+
 
 def open_storage(run: Path, place: str | None) -> Storage:
     """The run folder's `checkpoints`, or a folder of the run's name below `checkpoint.path` (where
@@ -171,6 +176,23 @@ class Folder:
         target = self.root / path
         patience.patiently(partial(target.parent.mkdir, parents=True, exist_ok=True), target)
         write_whole(target, content)
+
+    def copy(self, source: str, path: str) -> None:
+        """A second name for it, where the file system has that; else its content, synced."""
+        target = self.root / path
+        patience.patiently(partial(target.parent.mkdir, parents=True, exist_ok=True), target)
+
+        def copy() -> None:
+            try:
+                os.link(source, target)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                shutil.copyfile(source, target)
+                with open(target, "rb") as copied:
+                    os.fsync(copied.fileno())
+
+        patience.patiently(copy, target)
 
 
 class Store:
@@ -268,6 +290,16 @@ class Store:
             self._fs.pipe_file(target, content)
 
         patience.patiently(put, target)
+
+    def copy(self, source: str, path: str) -> None:
+        """Within the store, where it can do so."""
+        target = f"{self._path}/{path}"
+
+        def copy() -> None:
+            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.cp_file(self._fs._strip_protocol(source), target)
+
+        patience.patiently(copy, target)
 
 
 def write_whole(target: Path, content: bytes) -> None:

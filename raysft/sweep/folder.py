@@ -3,7 +3,9 @@
 sweep.yaml     the config as resolved: what varies, and all that does not
 trials.jsonl   a line a trial: its number, point and seed
 trials/NAME/   a trial's run, a folder as any run's
-states/NAME.json   how far it is: running, finished, stopped (ended early) or failed, and why
+states/NAME.json   how far it is: running, waiting (for others, at a step), finished, stopped (ended
+                   early) or failed, and why
+population.jsonl   of sweep.scheduler: pbt, see `sweep.population`
 prepared/      what all trials begin with: the tokenizer of speech units, the prompts' template
 results.csv    a row a trial, the best first
 best.yaml      the best one's config, for jobs/sft.py
@@ -24,6 +26,8 @@ from raysft.config.load import read_tree, validate
 from raysft.config.resume import rule_of
 from raysft.errors import UserError
 from raysft.json_types import Json, JsonObject
+from raysft.run.catalogue import Catalogue
+from raysft.run.folder import read_config
 from raysft.run.lines import Lines, read_lines
 from raysft.run.storage import write_whole
 from raysft.sweep.space import Point
@@ -131,6 +135,15 @@ class SweepFolder:
         lines = read_lines(self.run(trial) / "eval.jsonl", {"step": int})
         return sorted({line["step"]: line for line in lines}.values(), key=lambda one: one["step"])
 
+    def reached(self, trial: Trial, step: int) -> bool:
+        """Whether its run has saved and evaluated a step."""
+        run = self.run(trial)
+        if not (run / "config.yaml").is_file():
+            return False
+        newest, _ = Catalogue.of(read_config(run).checkpoint, run).newest()
+        saved = newest is not None and newest.step >= step
+        return saved and any(line["step"] == step for line in self.evaluations(trial))
+
 
 def open_sweep(config: Config, folder: Path) -> SweepFolder:
     """The sweep of `config` in `folder`, which is made, or held against it.
@@ -173,6 +186,11 @@ def _check_same(before: Config, now: Config, folder: Path) -> None:
             other = other or change.key == "run.seed"
         if other:
             wrong.append(str(change))
+    intervals = [config.sweep.interval or config.evaluate.every for config in (before, now)]
+    if now.sweep.scheduler == "pbt" and intervals[0] != intervals[1]:
+        wrong.append(
+            f"sweep.interval, by default evaluate.every (was {intervals[0]}, now {intervals[1]})"
+        )
     if wrong:
         raise UserError(
             f"{folder}: holds another sweep: {'; '.join(wrong)}. Set these back to continue it, "

@@ -107,6 +107,7 @@ class Job:
     routing: of a mixture whose routers are known.
     cost: FLOPs of what is counted, for the metrics; None: not known. submitted: when this start was
         asked for (time.time()), where it is the first of a submission: until then the run was idle.
+    until: a step at which it saves and leaves, evaluated where that is due; 0: the last one.
     identity: what tells this run from others: where the ledger's chains begin, and what each of its
         checkpoints names; "": nobody asks.
     beside: on rank 0, where evaluations are made beside training; None: of each due step those
@@ -135,6 +136,7 @@ class Job:
     extras: dict[str, bytes] = field(default_factory=dict)
     start: JsonObject = field(default_factory=dict)
     submitted: float | None = None
+    until: int = 0
     identity: str = ""
     lease: Lease | None = None
     hung: Callable[[str], None] | None = None

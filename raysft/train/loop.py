@@ -55,13 +55,13 @@ def train(job: Job) -> int:
     strategy.module.train()
     saved = step if cursor is not None else None
     keeper = Keeper(job, record, totals, clock, saved, permit)
-    signal = 0
+    signal, last = 0, min(job.until or job.total_steps, job.total_steps)
     try:
         meanwhile = config.evaluate.beside  # then it is made up for, as others are
         if due(config.evaluate.every, step, job.total_steps) and not meanwhile:
             keeper.evaluate(step, final=False)  # where it was interrupted after the step was saved
         batches = job.stream.open(cursor)
-        while step < job.total_steps and signal != LEAVE:
+        while step < last and signal != LEAVE:
             keeper.beat("waiting for data")
             with clock.waiting():
                 batch = next(batches)
@@ -95,6 +95,7 @@ def train(job: Job) -> int:
                 record.metrics(batch, totals, clock, rate * config.optim.lr, found.norm)
             evaluate = due(config.evaluate.every, step, job.total_steps)
             kept = evaluate and (meanwhile or config.checkpoint.best is not None)
+            kept = kept or step == last < job.total_steps
             if signal or kept or due(config.checkpoint.every, step, job.total_steps):
                 keeper.save(step, cursor, wait=bool(signal))
             if evaluate and not meanwhile and signal != LEAVE:
@@ -109,7 +110,9 @@ def train(job: Job) -> int:
         else:
             if meanwhile:
                 keeper.evaluate_left(step)
-            if config.evaluate.at_end:
+            if step < job.total_steps:
+                record.event("stopped", step=step, reason=f"to go no further than step {last}")
+            elif config.evaluate.at_end:
                 if config.checkpoint.best is not None and config.evaluate.every:
                     keeper.evaluate(step, final=False)  # what the steps before are compared by
                 keeper.evaluate(step, final=True)

@@ -68,7 +68,7 @@ def die_at(operation: int) -> None:
 
         return call
 
-    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+    for name in ("fsync", "replace", "rename", "link", "unlink", "rmdir", "mkdir"):
         setattr(os, name, watched(getattr(os, name)))
 
 
