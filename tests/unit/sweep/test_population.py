@@ -297,8 +297,11 @@ def settled(folder: Path, dies_at: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_at_any_moment_it_is_done_again_and_once(tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_is_done_again_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In place of each change of a file or a name that a takeover makes."""
+    monkeypatch.setattr("raysft.run.ownership.SETTLE_S", 0.1)  # there are no workers to wait for
     _, sweep = begun(tmp_path)
     Population(sweep).write(AT, VALUES, [TAKEN])
     aside = tmp_path / "aside"
