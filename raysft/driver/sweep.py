@@ -44,6 +44,7 @@ from raysft.scorers import figure_of
 from raysft.sweep import population, table
 from raysft.sweep.choose import Chooser, Listed, Optuna
 from raysft.sweep.folder import PREPARED, SweepFolder, Trial, open_sweep, trial_tree
+from raysft.sweep.live import Live
 from raysft.sweep.space import (
     Dimension,
     check_size,
@@ -257,6 +258,7 @@ def _tune(
         search = Trials(sweep, chooser, config.sweep.seeds, config.run.seed)
     grace_s = validate(base, "sweep").checkpoint.grace_s
     node = f"node:{ray.util.get_node_ip_address()}"
+    live = Live(sweep, metric, mode)
     trainable = tune.with_parameters(
         Tuned,
         tree=base,
@@ -285,7 +287,7 @@ def _tune(
             verbose=0,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=config.sweep.retries),
-            callbacks=[Told(sweep, metric, progress)],
+            callbacks=[Told(sweep, metric, progress, live)],
         ),
     )
 
@@ -303,6 +305,8 @@ def _tune(
         raise
     except tune.TuneError as error:
         raise UserError(f"the sweep cannot go on: {first_line(error)}") from error
+    finally:
+        live.close()
 
 
 def _chooser(config: Config, dimensions: list[Dimension], mode: str) -> Chooser:
@@ -327,10 +331,10 @@ def _scheduler(config: Config, steps: int) -> TrialScheduler:
 
 
 class Told(tune.Callback):
-    """Shows what trials do, one line each."""
+    """Shows what trials do, one line each, and sees to the sweep's page."""
 
-    def __init__(self, sweep: SweepFolder, metric: str, progress: Progress) -> None:
-        self._sweep, self._metric, self._progress = sweep, metric, progress
+    def __init__(self, sweep: SweepFolder, metric: str, progress: Progress, live: Live) -> None:
+        self._sweep, self._metric, self._progress, self._live = sweep, metric, progress, live
 
     def _say(self, trial: tune.experiment.Trial, text: str) -> None:
         name = self._sweep.trial(trial.config["number"]).name
@@ -352,6 +356,7 @@ class Told(tune.Callback):
         **info: object,
     ) -> None:
         """See Tune's Callback."""
+        self._live.new()
         if not result["done"]:
             shown = figure_of(self._metric).shown(result["figure"])
             self._say(trial, f"step {result['step']}: {self._metric} {shown}")
@@ -360,6 +365,7 @@ class Told(tune.Callback):
         self, iteration: int, trials: list, trial: tune.experiment.Trial, **info: object
     ) -> None:
         """See Tune's Callback."""
+        self._live.new()
         if not trial.config.get("until", 0):
             self._say(trial, "ends")
 
@@ -367,5 +373,6 @@ class Told(tune.Callback):
         self, iteration: int, trials: list, trial: tune.experiment.Trial, **info: object
     ) -> None:
         """See Tune's Callback."""
+        self._live.new()
         state = self._sweep.state(self._sweep.trial(trial.config["number"]))
         self._say(trial, f"failed ({state.attempts} attempts): {state.reason}")

@@ -291,7 +291,7 @@ function sweep(parent, found) {
         : { type: "category", data: kinds(key), axisLabel: { color: theme.soft } },
       yAxis: { type: "value", scale: true, axisLabel: { color: theme.soft, formatter: number }, splitLine: { lineStyle: { color: theme.line } } },
       series: [{ name: "finished", type: "scatter", data: at(true) },
-        { name: "ended early or failed", type: "scatter", symbol: "diamond", data: at(false) }],
+        { name: "not finished", type: "scatter", symbol: "diamond", data: at(false) }],
     }));
   }
 }

@@ -181,6 +181,13 @@ def test_a_sweep_that_is_interrupted_saves_and_says_how_to_go_on(
         time.sleep(0.2)
     run = sweep.run(sweep.trials()[0])
     jobs.wait_for_step(job, run, 8)
+    page = folder_of(config) / "report.html"
+    while not page.is_file():  # its first trial has been evaluated, at step 5
+        assert job.poll() is None and time.monotonic() < end + 60, job.communicate()
+        time.sleep(0.2)
+    (row,) = [row for row in rows(config) if row["status"] == "running"]
+    assert row["trial"] == run.name and row["loss/chat"]
+    assert f'"name": "{run.name}"' in page.read_text()
     job.send_signal(signal.SIGINT)
     _, said = job.communicate(timeout=120)
     assert job.returncode == 130

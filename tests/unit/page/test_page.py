@@ -139,9 +139,11 @@ SEEN = """
     orders.push(rows().map((row) => row.children[place].textContent));
   }
   const audio = document.querySelector("audio");
+  const table = [...document.querySelectorAll("table:first-of-type tr")]
+    .map((row) => [...row.children].map((cell) => cell.textContent));
   const tell = () => {
     document.body.dataset.seen = JSON.stringify({
-      inked, orders, errors, seconds: audio ? audio.duration : null,
+      inked, orders, errors, table, seconds: audio ? audio.duration : null,
       wide: document.documentElement.scrollWidth > innerWidth,
     });
   };
@@ -193,15 +195,20 @@ def test_the_table_of_a_sweep_sorts_by_numbers(run: Path, tmp_path: Path) -> Non
     sweep = tmp_path / "sweep"
     rates = [0.001, 1e-05, 0.01, 0.0002]
     head = "rank,trial,status,step,wer/dev,mean_over_seeds,loss/asr,optim.lr,peft.r,"
-    text = [head + "seed,seconds,attempts,folder,reason"]
+    text = [head + "seed,seconds,attempts,folder,reason,taken_over"]
     for rank, rate in enumerate(rates):
         name = f"{rank:04d}_lr{rate}"
         shutil.copytree(run, sweep / "trials" / name)
         figure = "" if rank == 3 else f"{0.1 * rank + 0.05}"
-        text.append(f"{rank + 1},{name},finished,4,{figure},,1.0,{rate},8,0,1.0,1,trials/{name},")
+        text.append(f"{rank + 1},{name},finished,4,{figure},,1.0,{rate},8,0,1.0,1,trials/{name},,")
+        text[-1] += "step 2 from 0000" * (rank == 2)
     (sweep / "results.csv").write_text("\n".join(text) + "\n")
     found = seen(report([sweep]), "1280,900", tmp_path)
     assert (sweep / NAME).is_file()
     up, down = ([float(cell) for cell in order] for order in found["orders"])
     assert up == sorted(rates) and down == sorted(rates, reverse=True)
+    titles, *rows = found["table"]
+    place = [title.rstrip(" ▲▼") for title in titles].index("taken_over")
+    taken = {row[1][:4]: row[place] for row in rows}
+    assert taken == {"0000": "", "0001": "", "0002": "step 2 from 0000", "0003": ""}
     assert found["errors"] == [] and all(found["inked"])
