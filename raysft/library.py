@@ -60,11 +60,12 @@ def train(config: Config, progress: Progress = _silent) -> Outcome:
     from raysft.driver.session import destination, libraries, ray_session
 
     progress({"doing": destination()})
-    libraries()
+    imported = libraries()
     with ray_session():
         from raysft.driver import warm
 
         warm.processes(config)
+        imported()
 
         from raysft.driver import launch
 
@@ -86,8 +87,10 @@ def dry_run(
     from raysft.driver.session import destination, libraries, ray_session
 
     progress({"doing": destination()})
-    libraries()
+    imported = libraries()
     with ray_session():
+        imported()
+
         from raysft.driver import launch
 
         return launch.dry_run(checked, progress, show, colours)
@@ -119,11 +122,12 @@ def evaluate(
 
     from raysft.driver.session import libraries, ray_session
 
-    libraries()
+    imported = libraries()
     with ray_session():
         from raysft.driver import warm
 
         warm.processes(config)
+        imported()
 
         from raysft.driver import launch
 

@@ -9,6 +9,7 @@ temporary folder, however the process ends. Costs 4 to 6 s at the start and 1.5 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -19,7 +20,7 @@ import socket
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,15 +146,23 @@ def ray_session() -> Iterator[Session]:
             raise SystemExit(128 + received[0])
 
 
-def libraries() -> None:
-    """Import what every start needs, in a thread, while the main thread starts Ray: nothing of
-    Ray's, which would be imported in two threads then."""
+def libraries() -> Callable[[], None]:
+    """Import what every start needs, in a thread, while the main thread starts Ray; what is
+    returned waits for it, and is to be called before any of it is imported elsewhere.
+
+    Nothing of Ray's, which the main thread imports meanwhile. Two threads cannot import the same:
+    transformers puts another module in its own place when it has been imported, and whoever waited
+    for it has the first one, in which there is nothing.
+    """
 
     def run() -> None:
-        for name in ("torch", "transformers", "raysft.models"):
-            importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # the main thread will say so
+            for name in ("torch", "transformers", "raysft.models"):
+                importlib.import_module(name)
 
-    threading.Thread(target=run, daemon=True, name="libraries").start()
+    thread = threading.Thread(target=run, daemon=True, name="libraries")
+    thread.start()
+    return thread.join
 
 
 def check_kept(**places: str | Path | None) -> None:
