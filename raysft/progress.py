@@ -48,6 +48,8 @@ class ProgressLine:
             self._event(line)
         elif "workers" in line:
             self.say(f"{line['workers']} worker(s) started on node(s) {', '.join(line['nodes'])}")
+        elif "began" in line:
+            self._began()
         elif "eval" in line:
             self.say(f"evaluation at step {line['step']}\n{table(line['eval'])}")
         else:
@@ -84,6 +86,11 @@ class ProgressLine:
         elif last or now - self._printed >= self._every:
             self._printed = now
             self.say(step_line(line, left))
+
+    def _began(self) -> None:
+        """The first step is done: what the time until then went to, once."""
+        if self._view is not None:
+            self._view.phase("")
         if self._phases is not None:
             self.say(self._phases.told(total_only=self._view is not None))
             self._phases = None

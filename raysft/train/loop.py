@@ -56,6 +56,7 @@ def train(job: Job) -> int:
     saved = step if cursor is not None else None
     keeper = Keeper(job, record, totals, clock, saved, permit)
     signal, last = 0, min(job.until or job.total_steps, job.total_steps)
+    first = step + 1
     try:
         meanwhile = config.evaluate.beside  # then it is made up for, as others are
         if due(config.evaluate.every, step, job.total_steps) and not meanwhile:
@@ -91,6 +92,8 @@ def train(job: Job) -> int:
             totals.add(sums, counts, found.skipped)
             record.ledger(batch)
             record.skipped(step, totals, found)
+            if step == first:
+                record.began(step)
             if step % config.log.every == 0 or step == job.total_steps:
                 record.metrics(batch, totals, clock, rate * config.optim.lr, found.norm)
             evaluate = due(config.evaluate.every, step, job.total_steps)

@@ -339,6 +339,11 @@ class Record:
                 f"{found[-1][1].id}: {found[-1][1].reason}; all are named in {path}"
             )
 
+    def began(self, step: int) -> None:
+        """Show that the first step of this start is done."""
+        if self.progress is not None:
+            self.progress({"began": step})
+
     def skipped(self, step: int, totals: Totals, found: Stepped) -> None:
         """Tell of a step whose gradient was not finite; fail when too many follow each other."""
         if not found.skipped:
