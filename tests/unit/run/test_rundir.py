@@ -290,6 +290,7 @@ def set_aside(config: Config, operation: int) -> None:
     open_run(config)
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_moves_weights_only_still_begins_with_the_weights(
     trained: Path, tmp_path: Path
 ) -> None:

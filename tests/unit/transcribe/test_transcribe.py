@@ -256,14 +256,16 @@ def test_folders_and_manifests_are_clips_in_their_order(heard: Run, tmp_path: Pa
 
 def test_a_conversation_is_answered_where_its_last_turn_is(heard: Run, tmp_path: Path) -> None:
     turns = [
-        {"role": "user", "content": f"{INSTRUCTION}\n<audio>"},
+        {"role": "user", "content": f"{INSTRUCTION}<audio>"},
         {"role": "assistant", "content": "whatever is right"},
     ]
     line = {"id": "c", "messages": turns, "audios": [heard.clips[0]], "task": "asr"}
     (tmp_path / "talk.jsonl").write_text(json.dumps(line) + "\n")
     (found,) = list(library.transcribe(heard.folder, [tmp_path / "talk.jsonl"]))
     assert (found.id, found.reference) == ("c", "whatever is right")
-    assert found.text == next(iter(heard.said.values()))
+    # What the run asks of a clip, to the token; alone, for beside others rounding may decide.
+    (alone,) = list(library.transcribe(heard.folder, heard.clips[:1]))
+    assert found.text == alone.text
     with pytest.raises(UserError, match=r"--prompt: .*talk\.jsonl holds conversations \(c\)"):
         library.transcribe(heard.folder, [tmp_path / "talk.jsonl"], prompt="Say it.")
 
