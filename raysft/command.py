@@ -105,12 +105,13 @@ def sft(argv: Sequence[str], command: str = "raysft sft") -> None:
     from raysft import library
 
     config = library.load_config(arguments.positional[0], arguments.overrides)
-    show = ProgressLine()
-    show({"doing": f"{arguments.positional[0]}: checking config, sources and model"})
-    if "dry-run" in arguments.flags:
-        print(library.dry_run(config, show, show=shown, colours=sys.stdout.isatty()))
-    else:
-        print(library.train(config, show).describe())
+    with ProgressLine() as show:
+        show({"doing": f"{arguments.positional[0]}: checking config, sources and model"})
+        if "dry-run" in arguments.flags:
+            text = library.dry_run(config, show, show=shown, colours=sys.stdout.isatty())
+        else:
+            text = library.train(config, show).describe()
+    print(text)
 
 
 def sweep(argv: Sequence[str], command: str = "raysft sweep") -> None:
@@ -120,9 +121,10 @@ def sweep(argv: Sequence[str], command: str = "raysft sweep") -> None:
     from raysft import library
 
     config = library.load_config(arguments.positional[0], arguments.overrides)
-    show = ProgressLine()
-    show({"doing": f"{arguments.positional[0]}: checking config and space"})
-    print(library.sweep(config, show).describe())
+    with ProgressLine() as show:
+        show({"doing": f"{arguments.positional[0]}: checking config and space"})
+        swept = library.sweep(config, show)
+    print(swept.describe())
 
 
 def report(argv: Sequence[str], command: str = "raysft report") -> None:
@@ -155,13 +157,14 @@ def evaluate(argv: Sequence[str], command: str = "raysft evaluate") -> None:
 
     from raysft import library
 
-    outcome = library.evaluate(
-        arguments.positional[0],
-        arguments.overrides,
-        data=str(arguments.flags["data"]) if "data" in arguments.flags else None,
-        step=str(arguments.flags.get("step", "last")),
-        progress=ProgressLine(),
-    )
+    with ProgressLine() as show:
+        outcome = library.evaluate(
+            arguments.positional[0],
+            arguments.overrides,
+            data=str(arguments.flags["data"]) if "data" in arguments.flags else None,
+            step=str(arguments.flags.get("step", "last")),
+            progress=show,
+        )
     print(outcome.describe())
 
 

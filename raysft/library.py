@@ -10,7 +10,8 @@ said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,22 @@ def _silent(line: JsonObject) -> None:
     """For a program that nobody watches."""
 
 
+@contextmanager
+def _session(starts: Config | None = None) -> Iterator[None]:
+    """Ray, started while this process imports what is needed. starts: of workers that will be, for
+    which processes are started at once."""
+    from raysft.driver.session import libraries, ray_session
+
+    imported = libraries()
+    with ray_session():
+        if starts is not None:
+            from raysft.driver import warm
+
+            warm.processes(starts)
+        imported()
+        yield
+
+
 def train(config: Config, progress: Progress = _silent) -> Outcome:
     """Train, or continue the run if its folder exists; returns how it ended.
 
@@ -57,16 +74,10 @@ def train(config: Config, progress: Progress = _silent) -> Outcome:
 
     preflight.check(config)
 
-    from raysft.driver.session import destination, libraries, ray_session
+    from raysft.driver.session import destination
 
     progress({"doing": destination()})
-    imported = libraries()
-    with ray_session():
-        from raysft.driver import warm
-
-        warm.processes(config)
-        imported()
-
+    with _session(config):
         from raysft.driver import launch
 
         return launch.run(config, progress)
@@ -84,13 +95,10 @@ def dry_run(
 
     checked = preflight.check(config, writes=False)
 
-    from raysft.driver.session import destination, libraries, ray_session
+    from raysft.driver.session import destination
 
     progress({"doing": destination()})
-    imported = libraries()
-    with ray_session():
-        imported()
-
+    with _session():
         from raysft.driver import launch
 
         return launch.dry_run(checked, progress, show, colours)
@@ -120,15 +128,7 @@ def evaluate(
 
     config = preflight.check_evaluation(config, folder, step)
 
-    from raysft.driver.session import libraries, ray_session
-
-    imported = libraries()
-    with ray_session():
-        from raysft.driver import warm
-
-        warm.processes(config)
-        imported()
-
+    with _session(config):
         from raysft.driver import launch
 
         return launch.evaluate(config, folder.absolute(), progress, step)

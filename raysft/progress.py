@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 import psutil
 
@@ -63,8 +63,15 @@ class ProgressLine:
         self._out.write(text + "\n")
         self._out.flush()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Leave the terminal as it was. A process that ends does so by itself."""
+        """Leave the terminal as it was: before anything else is printed there. A process that ends
+        does so by itself."""
         if self._view is not None:
             self._view.close()
 

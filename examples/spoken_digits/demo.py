@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
 
     from raysft.report import draw
 
-    outcome = train(config, ProgressLine())
+    with ProgressLine() as show:
+        outcome = train(config, show)
     lines = (outcome.folder / "predictions" / f"step_{outcome.step}.jsonl").read_text().splitlines()
     said = [p for p in map(json.loads, lines) if p["source"] == "test"]
     print()

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, field_validator
 from raysft.config.marks import Free
 from raysft.config.section import Section
 
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"  # a tracking_uri that is a file
 
 
 class Wandb(Section):
@@ -48,14 +48,14 @@ class Mlflow(Section):
             return None
         if "://" not in value:
             raise ValueError("a URL: http://HOST:5000, or sqlite:///FOLDER/mlflow.db for a file")
-        if not value.startswith(_SQLITE):
+        if not value.startswith(SQLITE):
             if urlsplit(value).username is not None:
                 raise ValueError(
                     "a URL without name and password: set MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD"
                 )
             return value
-        return _SQLITE + str(Path(value.removeprefix(_SQLITE)).expanduser().absolute())
+        return SQLITE + str(Path(value.removeprefix(SQLITE)).expanduser().absolute())
 
 
 class Log(Section):

@@ -8,11 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from raysft.config.logs import Log, Mlflow, Wandb
+from raysft.config.logs import SQLITE, Log, Mlflow, Wandb
 from raysft.errors import UserError
 
 _WANDB = "https://api.wandb.ai"
-_SQLITE = "sqlite:///"
 
 
 def check(log: Log, writes: bool = True) -> None:
@@ -89,7 +88,7 @@ def _check_uri(settings: Mlflow, writes: bool) -> None:
             "log.mlflow.tracking_uri: says nothing, nor does MLFLOW_TRACKING_URI: set one, e.g. to "
             "http://HOST:5000, or sqlite:///FOLDER/mlflow.db for a file"
         )
-    if uri.startswith(_SQLITE):
+    if uri.startswith(SQLITE):
         _require("log.mlflow", "mlflow", "sqlalchemy")
         _require("log.mlflow", "mlflow", "alembic")
     if not writes or urlsplit(uri).scheme in ("http", "https", "databricks"):
@@ -97,8 +96,8 @@ def _check_uri(settings: Mlflow, writes: bool) -> None:
     from raysft.loggers.to_mlflow import client_of, experiment_id
 
     try:
-        if uri.startswith(_SQLITE):
-            Path(uri.removeprefix(_SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+        if uri.startswith(SQLITE):
+            Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
         experiment_id(client_of(settings), settings.experiment, uri)
     except Exception as error:  # whatever it is: this place takes no runs
         why = " ".join(str(error).split())[:300]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import soundfile
 
 from raysft.config import Config, to_tree
-from raysft.config.logs import Mlflow
+from raysft.config.logs import SQLITE, Mlflow
 from raysft.json_types import Json, JsonObject
 from raysft.loggers.apart import Apart
 from raysft.loggers.names import of_evaluation, of_metrics
@@ -35,7 +35,6 @@ PARAMS = 100  # parameters of one
 LETTERS = 500  # of a parameter
 _ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 GROUP = "raysft.group"  # a tag
-SQLITE = "sqlite:///"
 
 
 def client_of(settings: Mlflow) -> MlflowClient:

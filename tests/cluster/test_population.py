@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from raysft.sweep.folder import SweepFolder
 from raysft.sweep.population import NAME, Population
 from tests.support import jobs
 from tests.support.models import CAUSAL
+from tests.support.swept import write_texts
 
 pytestmark = [pytest.mark.usefixtures("joined"), pytest.mark.timeout(1500), pytest.mark.slow]
 STEPS, EVERY = 6, 2
@@ -26,13 +26,7 @@ BAD = 1e-7  # a rate that learns nothing
 
 def written(folder: Path) -> Path:
     """The config of a sweep of a small text model."""
-    for name, count in (("train", 80), ("dev", 8)):
-        lines = [
-            {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": w}]}
-            for n in range(count)
-            for w in ["yes it is" if n % 2 else "no"]
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_texts(folder)
     tree: dict[str, Any] = {
         "run": {"name": "population", "storage_path": str(folder / "runs")},
         "data": {

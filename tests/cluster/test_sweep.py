@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from raysft.run.lines import read_lines
 from raysft.sweep.folder import SweepFolder
 from tests.support import jobs
 from tests.support.models import CAUSAL
+from tests.support.swept import write_texts
 from tests.support.wandb_server import WandbServer
 
 pytestmark = [pytest.mark.usefixtures("joined"), pytest.mark.timeout(900)]
@@ -29,13 +29,7 @@ STEPS, EVERY = 6, 2
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A config of a small text model, and of the sweep that is asked for."""
     folder = tmp_path_factory.mktemp("sweeps")
-    for name, count in (("train", 80), ("dev", 8)):
-        lines = [
-            {"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": w}]}
-            for n in range(count)
-            for w in ["yes it is" if n % 2 else "no"]
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_texts(folder)
 
     def made(name: str, space: dict[str, Any], **sweep: Any) -> Path:
         tree = {

@@ -82,15 +82,14 @@ def test_a_terminal_keeps_phases_with_their_times_and_is_left_as_it_was(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
-    show = ProgressLine(out)
-    show({"doing": "loading the tokenizer [fast]"})
-    time.sleep(0.15)
-    show({"doing": "waiting for the first batch"})
-    assert "\x1b[?25l" in out.getvalue(), "the cursor is hidden while lines renew themselves"
-    show({"began": 1})
-    show(report(step=1, total=2))
-    show(report(step=2, total=2))
-    show.close()
+    with ProgressLine(out) as show:
+        show({"doing": "loading the tokenizer [fast]"})
+        time.sleep(0.15)
+        show({"doing": "waiting for the first batch"})
+        assert "\x1b[?25l" in out.getvalue(), "the cursor is hidden while lines renew themselves"
+        show({"began": 1})
+        show(report(step=1, total=2))
+        show(report(step=2, total=2))
     kept = [row for row in out.rows() if re.match(r" +\d\.\d s  ", row)]
     assert re.fullmatch(r"   0\.[12] s  loading the tokenizer \[fast\] *", kept[0])
     assert "waiting for the first batch" in out.getvalue()
