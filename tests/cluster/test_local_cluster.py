@@ -36,12 +36,13 @@ def holders(folder: Path) -> list[psutil.Process]:
 
 
 class Cluster:
-    """local.sh with ports and a folder of this test."""
+    """local.sh with ports and a folder of this test. bare: a folder on the path, see BARE; None:
+    raysft is installed, as it is here."""
 
-    def __init__(self, temp: Path, bare: Path) -> None:
+    def __init__(self, temp: Path, bare: Path | None = None) -> None:
         self.environ = {
             **without_ray_settings(),
-            "PYTHONPATH": str(bare),
+            **({"PYTHONPATH": str(bare)} if bare is not None else {}),
             "TMPDIR": str(temp),
             "RAYSFT_PORT_BASE": "26000",
             "RAYSFT_DASHBOARD_PORT": "25999",
