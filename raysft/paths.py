@@ -3,7 +3,8 @@
     relative        from the folder the command runs in; `wav_path`: from the folder of its file
     ~, ~name        a home folder
     file:///a%20b   the file /a b
-    s3://..., data: refused by name, for these are no files (checkpoint.path takes a store's URL)
+    s3://..., data: refused by name, for these are no files; but data itself, its clips and
+                    `checkpoint.path` may lie in a store
     $DIR/x          not expanded (a shell does that): refused by name, unless there is such a file
     a link, then .. the system's meaning: as open() goes there
 
@@ -42,6 +43,23 @@ def absolute(given: str, folder: str | None = None) -> str:
             f"{given!r} holds {found[0]}, and variables are not expanded: write the path itself"
         )
     return text
+
+
+def of_data(given: str, folder: str | None = None) -> str:
+    """As `absolute`, of a data file or a clip, which may lie in a store: its URL as it is.
+
+    folder: where relative paths begin; of a store its URL. Raises UserError as `absolute`.
+    """
+    if folder is not None and _PLAIN.fullmatch(given):  # nearly every clip's
+        return f"{folder}/{given}"
+    if is_store(given):
+        return given
+    if folder is not None and is_store(folder) and not given.startswith(("/", "~", "file:")):
+        scheme, _, place = folder.partition("://")
+        host, _, below = place.partition("/")
+        joined = os.path.normpath(f"/{below}/{_local(given)}")
+        return f"{scheme}://{host}{joined}"
+    return absolute(given, folder)
 
 
 def argument(given: str, name: str) -> Path:
@@ -116,8 +134,8 @@ def _local(given: str) -> str:
         raise UserError(f"{given[:40]!r} holds the bytes themselves (a data: URI), not a path")
     if scheme := _SCHEME.match(given):
         raise UserError(
-            f"{given!r} is a URL ({scheme[1]}://), and only files are read: mount the store, or "
-            "copy what it names to a folder that all nodes see"
+            f"{given!r} is a URL ({scheme[1]}://), and only files are read here: mount the store, "
+            "or copy what it names to a folder that all nodes see"
         )
     if given.startswith("~"):
         home = os.path.expanduser(given)

@@ -16,11 +16,12 @@ from pydantic_core import CoreSchema, core_schema
 class PathKey:
     """Marks a key whose text is a path: `places` makes it absolute, by the rule of raysft.paths.
 
-    kind: file; model: a folder, or a hub id; store: a folder, or the URL of a store.
+    kind: file; data: a file or folder, or the URL of one in a store; model: a folder, or a hub id;
+        store: a folder, or the URL of a store to write to.
     read: whether something has to be there already.
     """
 
-    kind: Literal["file", "model", "store"] = "file"
+    kind: Literal["file", "data", "model", "store"] = "file"
     read: bool = False
 
 

@@ -59,8 +59,12 @@ def _place(given: str, mark: PathKey, key: str, beside: Path | None) -> str:
             return given
         place = paths.absolute(given)
         return place if given.startswith(("/", "~", "file:")) else given
+    if mark.kind == "data" and paths.is_store(given):
+        return given
     place = paths.model(given) if mark.kind == "model" else paths.absolute(given)
-    folder_only = mark.kind == "file" or paths.looks_local(given)  # else it may be a hub id
+    folder_only = mark.kind in ("file", "data") or paths.looks_local(
+        given
+    )  # else it may be a hub id
     relative = folder_only and not os.path.isabs(os.path.expanduser(given))
     if mark.read and beside is not None and relative:
         here = paths.absolute(given)

@@ -31,6 +31,7 @@ from raysft.json_types import JsonObject
 from raysft.scorers import figure_of
 
 _READ = PathKey(read=True)
+_DATA = PathKey("data", read=True)
 _MODEL = PathKey("model", read=True)
 
 
@@ -53,8 +54,9 @@ class Run(Section):
 class Source(Section):
     """One entry of data.train or data.eval; a plain path is short for {path: ...}."""
 
-    path: Annotated[str, _READ] = Field(
-        description="a file, or a folder for formats that read folders"
+    path: Annotated[str, _DATA] = Field(
+        description="a file, or a folder for formats that read folders; or its URL in a store "
+        "(s3://, gs://, hf://, https://)"
     )
     format: str = Field("auto", description="auto, or a source format: messages, ming_jsonl, ...")
     task: str | None = Field(None, description="overrides the task the data says (asr, tts, ...)")
@@ -65,6 +67,25 @@ class Source(Section):
     )
     name: str | None = Field(
         None, description="name in metrics such as wer/NAME; default: the file's name"
+    )
+    root: Annotated[str | None, _DATA] = Field(
+        None,
+        description="folder (or its URL) where relative paths of clips begin; default: as the "
+        "format has it, mostly the data file's folder",
+    )
+    tars: str | None = Field(
+        None,
+        description="nemo: tar archives with the clips of a manifest, beside it or as a path; "
+        "audio_{0..127}.tar means 128 of them",
+    )
+    columns: dict[Literal["audio", "text", "id", "speaker", "start", "stop"], str] | None = Field(
+        None,
+        description="table, parquet: which column holds what, as {audio: path, text: sentence}",
+    )
+    commands: bool = Field(
+        False,
+        description="kaldi: run the commands in wav.scp that end in |; they run as you, on the "
+        "node that lists the source, and their output is kept beside the index",
     )
 
 

@@ -15,15 +15,38 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
+class Within:
+    """A clip's file inside of another: bytes [offset, offset + size) of `file` (a path, or the URL
+    of an object), as a tar has its members."""
+
+    file: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A clip's file as a cell of Parquet: of row `row` of row group `group` in `file`, the column
+    of bytes with the dotted name `column`."""
+
+    file: str
+    group: int
+    row: int
+    column: str
+
+
+@dataclass(frozen=True, slots=True)
 class Audio:
-    """A clip, still to be decoded: a file (absolute path), a part of one, or what a record carries.
+    """A clip, still to be decoded: a file (absolute path, or the URL of an object in a store), a
+    part of one, or what a record carries.
 
     stated: the seconds its record says it has, held against what it has when it is measured.
     start, stop: of a part, seconds from the file's beginning, as records have them; None: to its
         end. The samples nearest to them are taken at the file's own rate: sample n is n / rate.
     channel: of the file, from 0; None: all of them, mixed.
-    bytes: the file's content, where a record carries it (a row of Parquet, a member of a tar). The
-        path is then no file's, but what messages call it, and its alone.
+    bytes: the file's content, where a record carries it. The path is then no file's, but what
+        messages call it, and its alone.
+    held: where its file lies in another; the path is then what messages call it, as with bytes.
     """
 
     path: str
@@ -32,6 +55,14 @@ class Audio:
     stop: float | None = None
     channel: int | None = None
     bytes: bytes | None = field(default=None, repr=False)
+    held: Within | Cell | None = None
+
+    @property
+    def stored(self) -> str | None:
+        """The file or object that has to be there for it; None where its record carries it."""
+        if self.bytes is not None:
+            return None
+        return self.path if self.held is None else self.held.file
 
     @property
     def part(self) -> bool:
@@ -41,7 +72,7 @@ class Audio:
     @property
     def file(self) -> Audio:
         """All of its file."""
-        return Audio(self.path, bytes=self.bytes)
+        return Audio(self.path, bytes=self.bytes, held=self.held)
 
     @property
     def sound(self) -> Audio:
@@ -98,6 +129,7 @@ class Example:
     `instruction` is None where the source has none: `data.prompts` then supplies it by task.
     `text` is what an answer is held against in evaluation: the plain transcript, of a conversation
     the last turn that is learnt (None: there is nothing to hold it against).
+    `speaker`: who speaks in it, where the source says so.
     `variants` are what it may be instead (another rated dimension, another rater): at each step of
     training one is drawn, itself as likely as each of them, under its own id, task, lang and text.
     It is measured at its longest, and evaluation takes itself. They have none of their own.
@@ -113,6 +145,7 @@ class Example:
     variants: tuple[Example, ...] = ()
     turns: tuple[Turn, ...] = ()
     tools: str = ""
+    speaker: str | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -434,7 +434,7 @@ def clips_of(config: Config) -> Iterator[np.ndarray]:
     seen = 0
     for source in sources.resolve_all(config.data.train, "train"):
         for file in source.files:
-            for located in sources.scan(source, file):
+            for located in sources.scan(source, file, keep=_cache(config) / "commands"):
                 for audio in located.example.audio() if located.example else ():
                     seen += 1
                     if len(chosen) < settings.fit_clips:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "raysft"
 # From the bottom up. A folder, or a module beside them; "" is the package itself.
 ROOMS = (
     *("json_types", "errors", "remarks", "environment", "", "offered"),
-    *("paths", "patience", "failures", "hub", "plugins", "preload", "preloaded"),
+    *("paths", "stores", "patience", "failures", "hub", "plugins", "preload", "preloaded"),
     *("scorers", "config", "data", "losses", "parallel", "models", "adapters", "families"),
     *(
         "run",

@@ -75,8 +75,6 @@ def test_every_key_reads_a_path_the_same_way(here: Path, config: Path, key: str)
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("s3://bucket/x", "'s3://bucket/x' is a URL (s3://), and only files are read"),
-        ("https://host/x.json", "is a URL (https://)"),
         ("$DATA/x", "holds $DATA, and variables are not expanded"),
         ("${DATA}/x", "holds ${DATA}, and variables"),
         ("file://host/x", "names the machine 'host'"),
@@ -199,9 +197,9 @@ def test_clips_follow_the_rule_of_every_path(here: Path) -> None:
     assert clip_of(manifest, "~/a.wav") == str(home / "a.wav")
     assert clip_of(manifest, "file:///data/a%20b.wav") == "/data/a b.wav"
     assert clip_of(manifest, "é #1: {x}.wav") == str(here / "set" / "é #1: {x}.wav")
-    for given, says in (("s3://b/a.wav", "a URL"), ("$D/a.wav", r"\$D"), ("gs://b/a", "a URL")):
-        with pytest.raises(BadExample, match=rf"t.jsonl line 1: field 'wav_path': .*{says}"):
-            clip_of(manifest, given)
+    assert clip_of(manifest, "s3://b/a b.wav") == "s3://b/a b.wav"
+    with pytest.raises(BadExample, match=r"t.jsonl line 1: field 'wav_path': .*\$D"):
+        clip_of(manifest, "$D/a.wav")
 
 
 def test_without_a_home_the_tilde_says_so(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

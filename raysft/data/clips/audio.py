@@ -36,12 +36,12 @@ from typing import NamedTuple
 import numpy as np
 import soxr
 
-from raysft import patience
+from raysft import patience, stores
 from raysft.config.schema import Data
 from raysft.data.clips import open_track
 from raysft.data.clips.cut import Shared, bounds, length, sample_at
 from raysft.data.clips.file import File, Piece, Track, decoding, resampled_length
-from raysft.data.example import Audio
+from raysft.data.example import Audio, Within
 from raysft.errors import BadExample
 
 __all__ = [
@@ -257,7 +257,7 @@ def _clip(clip: Audio | str) -> Audio:
 @contextmanager
 def _opened(clip: Audio, hold: bool = False) -> Iterator[File]:
     """A file to decode. Raises OSError where a read of it failed, whatever was made of that."""
-    with closing(File(clip.path, hold, clip.bytes)) as file:
+    with closing(File(clip.path, hold, clip.bytes, clip.held)) as file:
         try:
             yield file
         except Exception as error:
@@ -271,8 +271,10 @@ def _opened(clip: Audio, hold: bool = False) -> Iterator[File]:
 def _status(clip: Audio, indexed: bool = False) -> tuple[int, int]:
     """The file's bytes, and its time of change (ns). Raises BadExample where opening it makes no
     sense."""
-    state = _state(clip.path, indexed) if clip.bytes is None else (len(clip.bytes), 0)
-    if state[0] == 0:
+    stored = clip.stored
+    state = _state(stored, indexed) if stored is not None else (len(clip.bytes or b""), 0)
+    size = clip.held.size if isinstance(clip.held, Within) else state[0]
+    if size == 0:
         raise BadExample(f"{clip.path}: empty file", "empty")
     if clip.path.lower().endswith(".raw"):
         raise BadExample(
@@ -283,9 +285,13 @@ def _status(clip: Audio, indexed: bool = False) -> tuple[int, int]:
 
 def _state(path: str, indexed: bool) -> tuple[int, int]:
     try:
+        if stores.is_remote(path):
+            return stores.status(path)
         status = os.stat(path)
     except ValueError as error:  # a NUL in the path
         raise BadExample(f"{path}: cannot be read ({error})", "unreadable") from None
+    except IsADirectoryError:
+        raise BadExample(f"{path}: a folder, not a file", "folder") from None
     except OSError as error:
         if not patience.momentary(error):
             raise BadExample(

@@ -20,11 +20,15 @@ from typing import cast
 import numpy as np
 import soundfile
 
+from raysft import stores
+from raysft.data.clips import cells
+from raysft.data.example import Cell, Within
 from raysft.errors import BadExample
 
 MISSING_SHARE = 0.05  # of the samples a header promises that may be absent without complaint
 ENDLESS = 1 << 40  # libsndfile says 2^63 - 1 where a stream was written without a length
 _HELD = 1 << 26  # bytes of the largest file that is held in memory while it is decoded
+_ASKED = 1 << 18  # bytes of an object that are asked for at least: a round trip takes as long
 _AHEAD = 1 << 12  # bytes
 _BLOCK = 1 << 18  # samples, of all channels, decoded at once where the length is not known
 
@@ -33,29 +37,52 @@ Piece = tuple[np.ndarray, int]
 
 
 class File:
-    """A regular file, read at any place. Raises OSError where the system refuses.
+    """A regular file, an object in a store, or a file inside of another, read at any place. Raises
+    OSError where the system or the store refuses.
 
     error: of the first read that failed, or that ended before the file does.
     """
 
-    def __init__(self, path: str, hold: bool = False, content: bytes | None = None) -> None:
-        """hold: read it once, as it will be needed whole, unless it is very large. content: all of
-        it, where it is no file of the system's."""
+    def __init__(
+        self,
+        path: str,
+        hold: bool = False,
+        content: bytes | None = None,
+        held: Within | Cell | None = None,
+    ) -> None:
+        """path: of the file, or what messages call it. hold: read it once, as it will be needed
+        whole, unless it is very large. content: all of it, where it is no file of the system's.
+        held: where it lies in another file."""
         self.path = path
         self.error: OSError | None = None
         self._content = content
         self._handle: int | None = None
+        self._place, self._base = path, 0
+        self._ahead, self._ahead_at = b"", 0  # of an object: what was fetched last
+        within = held if isinstance(held, Within) else None
+        if isinstance(held, Cell):
+            self._content = content = cells.read(held)
         if content is not None:
             self.size = len(content)
             return
-        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if within is not None:
+            self._place, self._base = within.file, within.offset
+        self._remote = stores.is_remote(self._place)
+        if not self._remote:
+            self._handle = os.open(self._place, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.size = os.fstat(self._handle).st_size
-            if hold and self.size <= _HELD:
+            self.size = self._whole() if within is None else within.size
+            if (hold and self.size <= _HELD) or (self._remote and self.size <= _ASKED):
                 self._content = self.read(0, self.size)
         except OSError:
             self.close()
             raise
+
+    def _whole(self) -> int:
+        """Bytes of a file that lies in no other."""
+        if self._handle is not None:
+            return os.fstat(self._handle).st_size
+        return stores.status(self._place).size
 
     @property
     def held(self) -> bool:
@@ -66,19 +93,33 @@ class File:
         """Up to `count` bytes from `offset` on: fewer only at the end of the file."""
         if self._content is not None:
             return self._content[offset : offset + max(0, count)]
-        parts = []
+        count = max(0, min(count, self.size - offset))
         try:
-            handle = cast(int, self._handle)  # it is not closed
-            while count > 0 and (part := os.pread(handle, count, offset)):
-                parts.append(part)
-                offset, count = offset + len(part), count - len(part)
-            if count > 0 and offset < self.size:
-                told = f"ends at byte {offset:,} of {self.size:,}"
+            data = self._fetched(offset, count) if self._remote else self._stored(offset, count)
+            if len(data) < count:
+                told = f"ends at byte {offset + len(data):,} of {self.size:,}"
                 raise OSError(errno.EIO, told, self.path)
         except OSError as error:
             self.error = self.error or error
             raise
+        return data
+
+    def _stored(self, offset: int, count: int) -> bytes:
+        parts = []
+        handle, offset = cast(int, self._handle), self._base + offset  # it is not closed
+        while count > 0 and (part := os.pread(handle, count, offset)):
+            parts.append(part)
+            offset, count = offset + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _fetched(self, offset: int, count: int) -> bytes:
+        """Of an object: headers and the like are read in small pieces, asked for together."""
+        inside = offset - self._ahead_at
+        if not 0 <= inside <= inside + count <= len(self._ahead):
+            wanted = min(max(count, _ASKED), self.size - offset)
+            self._ahead = stores.read(self._place, self._base + offset, wanted)
+            self._ahead_at, inside = offset, 0
+        return self._ahead[inside : inside + count]
 
     def view(
         self, start: int = 0, stop: int | None = None, patches: dict[int, bytes] | None = None

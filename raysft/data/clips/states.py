@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from raysft import patience
+from raysft import patience, stores
 from raysft.data.clips.audio import Limits
 from raysft.data.clips.stalled import IN_A_ROW, ClipReader
 from raysft.data.example import Audio
@@ -119,6 +119,8 @@ def state_of(path: str) -> tuple[int, int] | None:
     """Size and time of change (ns); None where there is no such file. Raises OSError where its
     storage does not say."""
     try:
+        if stores.is_remote(path):
+            return stores.status(path)
         found = os.stat(path)
     except ValueError:
         return None

@@ -28,6 +28,7 @@ from raysft.data.index.chunks import fit
 from raysft.data.index.fan_out import Progress, fan_out
 from raysft.data.index.hope import Hope
 from raysft.data.index.known import Known
+from raysft.data.index.listing import listed
 from raysft.data.index.part import Job, Part
 from raysft.data.index.table import Index, IndexedSource, join
 from raysft.data.sources import ResolvedSource
@@ -64,7 +65,7 @@ def build_index(
     if not sources:
         raise UserError(f"data.{split} is empty; give it at least one source")
     folder = Path(folder).absolute()
-    resolved = formats.resolve_all(sources, split)
+    resolved = listed(formats.resolve_all(sources, split), folder, workers)
     files = [(source, file) for source in resolved for file in source.files]
     sizes = [patience.known(file.stat, file).st_size for _, file in files]
     if old := [file for source, file in files if parts.of_before(source, file, folder)]:

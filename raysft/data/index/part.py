@@ -42,7 +42,7 @@ from raysft.data.clips.states import Piece, States, at_once, changed
 from raysft.data.encode import Encoder
 from raysft.data.example import Audio, Example
 from raysft.data.sources import ResolvedSource
-from raysft.data.sources.base import Chunk, Format, Item, Survey, default_id
+from raysft.data.sources.base import Chunk, Format, Item, Survey, default_id, origin
 from raysft.data.sources.fields import check_duration
 from raysft.data.sources.records import OpenFile, Place, fetch
 from raysft.errors import BadExample, UserError
@@ -229,6 +229,7 @@ def measure(job: Job, encoder: Encoder) -> Part:
         return list(_read_again(form, job))
 
     items = patience.known(read, job.file)
+    file = origin(job.file)
     kept: list[tuple[Item, Example]] = []
     rejected: list[Rejected] = []
     for item in items:
@@ -237,18 +238,16 @@ def measure(job: Job, encoder: Encoder) -> Part:
             kept.append((item, found.example))
         else:
             assert found.error is not None
-            rejected.append(
-                _rejected(item, found.id, str(job.file), found.error, False, found.kind)
-            )
+            rejected.append(_rejected(item, found.id, str(file), found.error, False, found.kind))
     lengths = _probe_all({clip.sound for _, ex in kept for clip in ex.audio()}, encoder)
     tasks = sorted({example.task for _, example in kept})
     rows: list[tuple[int | float, ...]] = []
     states = States()
     for item, example in kept:
-        place = f"{job.file.name} {form.noun} {item.line}"
+        place = f"{file.name} {form.noun} {item.line}"
         clips = [lengths[clip.sound] for clip in example.audio()] if lengths else []
         bad = next((clip for clip in clips if clip.reason), None)
-        path = example.audio()[0].path if clips else str(job.file)
+        path = example.audio()[0].path if clips else str(file)
         try:
             if bad is not None:
                 path = bad.path
@@ -270,8 +269,8 @@ def measure(job: Job, encoder: Encoder) -> Part:
         place_of = (item.offset, item.size, item.line, zlib.crc32(item.raw), own)
         rows.append((tokens, seconds, tasks.index(example.task), *place_of, heard))
         for audio_of, clip in zip(example.audio(), clips):
-            if audio_of.bytes is None:  # else the record's checksum tells
-                states.add(item.line, clip.path, clip.size, clip.mtime_ns)
+            if audio_of.stored is not None:  # else the record's checksum tells
+                states.add(item.line, audio_of.stored, clip.size, clip.mtime_ns)
     chunks = ((job.chunk, tuple(tasks)),) if job.chunk is not None else ()
     return Part(np.array(rows, ROW), tasks, rejected, Piece.of(states), chunks)
 

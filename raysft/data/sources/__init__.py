@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from raysft import paths, patience
+from raysft import paths, patience, stores
 from raysft.config.schema import Source
-from raysft.data.sources import causes, json_lines
+from raysft.data.sources import causes, json_lines, tars
 from raysft.data.sources.base import (
     Chunk,
     Format,
@@ -25,7 +27,9 @@ from raysft.data.sources.base import (
     ResolvedSource,
     Split,
     default_id,
+    origin,
 )
+from raysft.data.sources.layout import Layout
 from raysft.errors import BadExample, UserError
 
 __all__ = ["ResolvedSource", "formats", "get", "read", "register", "resolve", "resolve_all", "scan"]
@@ -37,8 +41,8 @@ _registered: dict[str, Format] = {}
 def register(form: Format) -> None:
     """Add a format from outside, in every process that reads sources or makes an index.
 
-    Where a file looks like several formats, `auto` takes the one that came first. Raises UserError
-    for a name that another has.
+    Where a file looks like several formats, `auto` takes the one of the least `rank`, of equals
+    the one that came first. Raises UserError for a name that another has.
     """
     if _registered.get(form.name) is form:
         return
@@ -88,21 +92,21 @@ def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSou
 
 def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
     try:
-        path = Path(paths.absolute(source.path))
-        there = paths.exists(path)
+        places = [_place(paths.of_data(one)) for one in tars.expanded(source.path)]
     except UserError as error:
         raise UserError(f"{key}.path: {error}") from None
-    if not there:
-        raise UserError(f"{key}.path: {path} does not exist{paths.nearest(path)}")
-    if not path.is_dir() and not path.is_file():
-        raise UserError(f"{key}.path: {path} is neither a file nor a folder")
+    path = places[0]
+    files: list[Path] = []
     try:
-        if path.is_file() and path.stat().st_size == 0:
-            raise UserError(f"{path} is an empty file; expected examples in it")
+        for place in places:
+            if place.is_file() and stores.state(place).size == 0:
+                raise UserError(f"{place} is an empty file; expected examples in it")
         form = get(source.format) if source.format != AUTO else _recognise(path)
-        files = form.files(path, split)
+        _check_options(source, form)
+        for place in places:
+            files += form.files(place, split)
         for file in files if form.text else ():
-            if what := causes.binary(json_lines.head(file)):
+            if file.is_file() and (what := causes.binary(json_lines.head(file))):
                 raise UserError(f"{file} is {what}")
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
@@ -114,7 +118,27 @@ def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
         task=_task(source.task),
         weight=source.weight,
         files=tuple(files),
+        given=source,
     )
+
+
+def _place(given: str) -> Path:
+    """A file or folder that is there. Raises UserError."""
+    path = stores.at(given)
+    if not (path.exists() if stores.is_remote(path) else paths.exists(path)):
+        near = "" if stores.is_remote(path) else paths.nearest(path)
+        raise UserError(f"{path} does not exist{near}")
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is neither a file nor a folder")
+    return path
+
+
+def _check_options(source: Source, form: Format) -> None:
+    """Keys of an entry that its format does not read."""
+    for name in ("root", "tars", "columns", "commands"):
+        if getattr(source, name) and name not in getattr(form, "options", ()):
+            takers = [f.name for f in formats().values() if name in getattr(f, "options", ())]
+            raise UserError(f"{name}: format {form.name} does not read it; {', '.join(takers)} do")
 
 
 def _task(given: str | None) -> str | None:
@@ -142,15 +166,14 @@ def resolve_all(sources: list[Source], split: Split) -> list[ResolvedSource]:
         while name in names:
             name, number = f"{base}_{number}", number + 1
         names.append(name)
-    fields = ("key", "path", "format", "task", "weight", "files")
-    return [
-        ResolvedSource(name=name, **{field: getattr(item, field) for field in fields})
-        for name, item in zip(names, found, strict=True)
-    ]
+    return [replace(item, name=name) for name, item in zip(names, found, strict=True)]
 
 
 def read(form: Format, item: Item, file: Path, task: str | None = None) -> Located:
-    """One item as an example, or as the reason (naming file and line) why it is none."""
+    """One item as an example, or as the reason (naming file and line) why it is none.
+
+    file: that it was read from; of a listing, what was listed is named."""
+    file = origin(file) if not stores.is_remote(file) else file
     try:
         if item.raw is None:
             raise BadExample(item.error or "")
@@ -162,18 +185,31 @@ def read(form: Format, item: Item, file: Path, task: str | None = None) -> Locat
     return Located(item.offset, item.size, item.line, example.id, example, None)
 
 
-def scan(source: ResolvedSource, file: Path, chunk: Chunk | None = None) -> Iterator[Located]:
-    """The items of one of the source's files (or of a chunk of it), read one by one, in order."""
+def scan(
+    source: ResolvedSource, file: Path, chunk: Chunk | None = None, keep: Path | None = None
+) -> Iterator[Located]:
+    """The items of one of the source's files (or of a chunk of it), read one by one, in order, as
+    the index would have them. keep: see `Layout.records`."""
     form = get(source.format)
-    for item in form.items(file, chunk):
+    for item in _items(form, source, file, chunk, keep):
         yield read(form, item, file, source.task)
+
+
+def _items(
+    form: Format, source: ResolvedSource, file: Path, chunk: Chunk | None, keep: Path | None
+) -> Iterator[Item]:
+    if isinstance(form, Layout) and source.given is not None and form.lists(source.given):
+        for number, record in enumerate(form.records(file, source.given, keep), 1):
+            yield Item(0, 0, number, json.dumps(record, ensure_ascii=False).encode())
+    else:
+        yield from form.items(file, chunk)
 
 
 def _recognise(path: Path) -> Format:
     known = formats()
     head = b"" if path.is_dir() else json_lines.head(path)
     what = causes.binary(head)
-    for form in known.values():
+    for form in sorted(known.values(), key=lambda form: form.rank):
         if not (what and form.text) and form.sniff(path):
             return form
     readable = "; ".join(f"{form.name}: {form.describe}" for form in known.values())
@@ -190,5 +226,5 @@ def _found(path: Path) -> str:
         return f"a folder with {', '.join(names[:5]) or 'nothing in it'}" + ", ..." * (
             len(names) > 5
         )
-    with path.open("rb") as stream:
+    with stores.opened(path) as stream:
         return f"a file that begins with {stream.read(60)!r}"

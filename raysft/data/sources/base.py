@@ -9,6 +9,7 @@ bytes of items by their places.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import zlib
@@ -17,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from raysft import paths, stores
+from raysft.config.schema import Source
 from raysft.data.example import Example
 from raysft.data.sources.json_errors import explain
 from raysft.data.sources.records import OpenFile, Place, byte_ranges
-from raysft.errors import BadExample
+from raysft.errors import BadExample, UserError
 from raysft.json_types import Json, JsonObject
 
 Split = Literal["train", "eval"]
@@ -112,6 +115,9 @@ class Format(Protocol):
     """What it reads, in a few words: the list a user sees when no format matches."""
     noun: str
     """What an item is called in messages: line, item."""
+    rank: int = 0
+    """Of the formats that a file looks like, that of the least rank is taken, the first of equals.
+    Those of other programs have 1, those that much looks like 2."""
     text: bool = True
     """Whether its files are text in UTF-8: others are refused then, with what they are."""
 
@@ -154,6 +160,37 @@ class ResolvedSource:
     task: str | None
     weight: float
     files: tuple[Path, ...]
+    given: Source | None = None
+    """The entry itself."""
+
+
+ORIGIN = "raysft-origin.json"
+"""Beside a listing: what was listed. See index/listing.py."""
+
+
+@functools.lru_cache(maxsize=4096)
+def origin(file: Path) -> Path:
+    """The file that a listing was made of, as paths in it and messages mean it; else itself."""
+    try:
+        note = json.loads((file.parent / ORIGIN).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return file
+    return stores.at(note["origin"]) if note.get("listing") == file.name else file
+
+
+@functools.lru_cache(maxsize=64)
+def folder_of(file: Path) -> str:
+    """Where relative paths in a data file begin; of an object its URL without the name."""
+    return str(file.parent if stores.is_remote(file) else file.parent.absolute()).rstrip("/")
+
+
+def clip_path(given: str, file: Path, root: str | None = None) -> str:
+    """The path of a clip that a record of `file` names. root: where relative ones begin; None: at
+    the file's folder. Raises BadExample (without the field's name)."""
+    try:
+        return paths.of_data(given, root or folder_of(file))
+    except UserError as error:
+        raise BadExample(str(error), "malformed record") from None
 
 
 def default_id(file: Path, line: int) -> str:

@@ -53,23 +53,8 @@ _UNPACK = {"gzip": "gunzip", "zstd": "zstd -d", "xz": "unxz", "bzip2": "bunzip2"
 
 # Other programs' records: fields that tell them, whose they are, and what to do.
 _RECORDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (
-        ("audio_filepath",),
-        "a NeMo manifest",
-        "name audio_filepath wav_path, and set the entry's task: asr",
-    ),
-    (("recording", "supervisions"), "lhotse cuts", "write one line a cut, from audio cut to it"),
-    (("key", "wav", "txt"), "a WeNet list", "name wav wav_path and txt text; task: asr"),
-    (("wav", "txt"), "a WeNet list", "name wav wav_path and txt text; task: asr"),
-    (("wav", "text"), "an Emilia-like list", "name wav wav_path, and set the entry's task"),
-    (("source", "target"), "a FunASR list", "name source wav_path and target text; task: asr"),
     (("prompt", "response"), "pairs", "name them instruction and output, with an empty input"),
     (("prompt", "completion"), "pairs", "name them instruction and output, with an empty input"),
-    (("file_name",), "an audiofolder's metadata", "name file_name wav_path and the text text"),
-    (("audio", "sentence"), "a data set of Hugging Face", "name audio wav_path, sentence text"),
-    (("audio", "text"), "a data set of Hugging Face", "name audio wav_path; task: asr"),
-    (("path", "sentence"), "a Common Voice list", "name path wav_path and sentence text"),
-    (("audio_path", "text"), "a list of clips", "name audio_path wav_path; task: asr"),
 )
 
 # Formats' names that people give, and what is near.
@@ -79,8 +64,18 @@ FORMATS = {
     "json": "most_json, or ming_jsonl for lines with wav_path and text",
     "most": "most_json",
     "alpaca": "most_json (instruction, input, output)",
-    "nemo": "ming_jsonl: name audio_filepath wav_path, and set task: asr",
-    "wenet": "ming_jsonl: name wav wav_path and txt text, and set task: asr",
+    "espnet": "kaldi",
+    "shar": "lhotse",
+    "tar": "webdataset",
+    "csv": "table",
+    "tsv": "table",
+    "common_voice": "table",
+    "commonvoice": "table",
+    "huggingface": "parquet",
+    "hf": "parquet",
+    "arrow": "parquet",
+    "audiofolder": "clips_jsonl, or table for metadata.csv",
+    "step": "clips_jsonl",
 }
 
 
@@ -213,12 +208,13 @@ def _of_table(path: Path, lines: list[str]) -> str:
             columns = next(csv.reader(lines[:1], delimiter=mark))
             shown = ", ".join(column.strip()[:30] for column in columns[:6])
             return (
-                f"it looks like a table with {name} between its columns ({shown}): write its rows "
-                "as JSON lines"
+                f"it looks like a table with {name} between its columns ({shown}): say which are "
+                "the clip's and the text's (format: table, columns: {audio: NAME, text: NAME}), or "
+                "write its rows as JSON lines"
             )
     first = lines[0].split()
     if len(first) > 1 and ("/" in first[1] or path.name in ("wav.scp", "text", "utt2spk")):
-        return "it looks like a list of Kaldi's: write its clips as JSON lines"
+        return "it looks like a list of Kaldi's: name the folder, with its wav.scp and text"
     if path.suffix.lower() in (".yaml", ".yml"):
         return "it is YAML, not data: name the files with examples"
     return ""

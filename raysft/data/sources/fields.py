@@ -156,6 +156,11 @@ def _names_audio(name: str) -> bool:
     return bool(_AUDIO_WORDS & set(words)) and words[-1] in _AUDIO_ENDS
 
 
+def names_audio_file(text: str) -> bool:
+    """Whether a text ends as the name of an audio file does."""
+    return _AUDIO_FILE.search(text.strip()) is not None
+
+
 def refuse_placeholders(text: str, name: str) -> None:
     """Raise BadExample where a text has a place for audio (<audio>) that nothing fills."""
     if found := _PLACEHOLDER.search(text):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from raysft import stores
 from raysft.data.sources import json_items, json_lines
 from raysft.data.sources.base import BOM, Chunk, Format, Item, Split, Survey
 from raysft.errors import UserError
@@ -53,8 +53,7 @@ def first_records(file: Path) -> Iterator[JsonObject]:
 
 def _is_lines(file: Path) -> bool:
     """Whether a file is a record a line."""
-    state = os.stat(file)
-    return _are_lines(file, state.st_size, state.st_mtime_ns)
+    return _are_lines(file, *stores.state(file))
 
 
 @functools.lru_cache(maxsize=256)  # asked for every chunk, and a first line may be long

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from raysft import stores
 from raysft.data.sources.base import (
     BOM,
     CHUNK_BYTES,
@@ -148,8 +149,8 @@ class _Scanner:
             self.item += 1
 
 
-def _document(scanner: _Scanner) -> Iterator[Item]:
-    """The items of a whole file in any of the three shapes."""
+def _document(scanner: _Scanner, key: str = "data") -> Iterator[Item]:
+    """The items of a whole file in any of the three shapes; key: of the list in an object."""
     if scanner.more() and scanner.buffer.startswith(BOM):
         scanner.at = len(BOM)
     first = scanner.peek()
@@ -169,7 +170,7 @@ def _document(scanner: _Scanner) -> Iterator[Item]:
                 shown = name[1:-1][:40].decode("utf-8", "replace")
                 raise scanner.broken(f"has no ':' after {shown!r}")
             scanner.at += 1
-            if scanner.peek() == b"[" and name == b'"data"':
+            if scanner.peek() == b"[" and name == b'"%s"' % key.encode():
                 yield from _closed_list(scanner)
                 return
             scanner.value()
@@ -198,7 +199,7 @@ def _one_object(scanner: _Scanner, start: int) -> Item:
     size = scanner.position - start
     if size > MAX_ITEM_BYTES:
         raise scanner.broken(f"is one object of more than {MAX_ITEM_BYTES >> 20} MiB")
-    with open(scanner.file, "rb") as stream:
+    with stores.opened(scanner.file) as stream:
         stream.seek(start)
         return Item(start, size, 1, stream.read(size))
 
@@ -209,7 +210,7 @@ def survey(file: Path, chunk_bytes: int = CHUNK_BYTES, chunk_items: int = CHUNK_
     """
     chunks: list[Chunk] = []
     own, start, stop, first = chunk_digest(0), 0, 0, 0
-    with open(file, "rb") as stream:
+    with stores.opened(file) as stream:
         scanner = _Scanner(file, stream)
         for item in _document(scanner):
             assert item.raw is not None
@@ -228,10 +229,11 @@ def survey(file: Path, chunk_bytes: int = CHUNK_BYTES, chunk_items: int = CHUNK_
     return Survey(scanner.digest.hexdigest(), size, tuple(chunks))
 
 
-def items(file: Path, chunk: Chunk | None = None) -> Iterator[Item]:
-    """The items of a chunk of `survey`, or of the whole file, in order."""
-    with open(file, "rb") as stream:
+def items(file: Path, chunk: Chunk | None = None, key: str = "data") -> Iterator[Item]:
+    """The items of a chunk of `survey`, or of the whole file, in order. key: of their list, where
+    the file is an object that holds it."""
+    with stores.opened(file) as stream:
         if chunk is None:
-            yield from _document(_Scanner(file, stream))
+            yield from _document(_Scanner(file, stream), key)
         else:
             yield from _Scanner(file, stream, chunk.start, chunk.stop).listed(chunk.first)

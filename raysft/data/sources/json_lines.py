@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from raysft import stores
 from raysft.data.sources.base import (
     BOM,
     CHUNK_BYTES,
@@ -50,7 +51,7 @@ def survey(file: Path, chunk_bytes: int = CHUNK_BYTES) -> Survey:
     chunks: list[Chunk] = []
     start, first, lines, size = 0, 1, 0, 0
     begun = b""  # the end of the line that the last block left open
-    with open(file, "rb") as stream:
+    with stores.opened(file) as stream:
         while block := stream.read(chunk_bytes):
             digest.update(block)
             at = 0
@@ -87,7 +88,7 @@ def items(
 ) -> Iterator[Item]:
     """The lines that are not blank. One longer than `max_bytes` is given without its bytes."""
     offset, line = (chunk.start, chunk.first) if chunk else (0, 1)
-    with open(file, "rb") as stream:
+    with stores.opened(file) as stream:
         stream.seek(offset)
         while chunk is None or offset < chunk.stop:
             raw = stream.readline(max_bytes)
@@ -109,7 +110,7 @@ def items(
 def first_lines(file: Path, limit: int = 1 << 16) -> list[bytes]:
     """The first lines that are not blank, of `limit` bytes; the first of them whole (up to
     `MAX_ITEM_BYTES`), unless it begins a list."""
-    with open(file, "rb") as stream:
+    with stores.opened(file) as stream:
         start = stream.read(limit)
         first = start.removeprefix(BOM).lstrip()
         if b"\n" not in first and len(start) == limit and not first.startswith(b"["):
@@ -120,5 +121,5 @@ def first_lines(file: Path, limit: int = 1 << 16) -> list[bytes]:
 
 def head(file: Path, limit: int = 1 << 16) -> bytes:
     """The first `limit` bytes of a file: what formats are recognised by."""
-    with open(file, "rb") as stream:
+    with stores.opened(file) as stream:
         return stream.read(limit)

@@ -23,19 +23,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from raysft import paths
 from raysft.data.example import ASSISTANT, Audio, Example, Part, Turn
-from raysft.data.sources.base import id_field, kind, load_record
+from raysft.data.sources.base import clip_path, id_field, kind, load_record
 from raysft.data.sources.fields import refuse_placeholders, refuse_unread, stated_seconds
 from raysft.data.sources.json_files import JsonFiles, first_records
 from raysft.data.sources.most_json import split_units
-from raysft.errors import BadExample, UserError
+from raysft.errors import BadExample
 from raysft.json_types import Json, JsonObject
 
 TASK = "chat"
@@ -62,7 +60,6 @@ FLAGS = ("loss", "weight", "train", "loss_scale")
 IN_MESSAGE = frozenset(["role", "from", "content", "value", "tool_calls", "tool_call_id", *FLAGS])
 IN_AUDIO = frozenset(["type", "audio", "audio_url", "url", "path", "input_audio", "format", "data"])
 _URI = re.compile(r"data:[^,;]*(?:;[^,;]*)*;base64,")
-_REMOTE = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 class Messages(JsonFiles):
@@ -178,15 +175,9 @@ class _Clips:
         if uri := _URI.match(value):
             name = f"{self.file}:{self.line}, clip {self.count}"
             return Audio(name, stated, bytes=_decoded(value[uri.end() :], where))
-        path = value.removeprefix("file://")
-        if _REMOTE.match(path):
-            raise BadExample(
-                f"{where} is {value[:80]!r}: clips are read from files; fetch it first",
-                "malformed record",
-            )
         try:
-            return Audio(paths.absolute(path, _folder(self.file)), stated)
-        except UserError as error:
+            return Audio(clip_path(value.removeprefix("file://"), self.file), stated)
+        except BadExample as error:
             raise BadExample(f"{where}: {error}", "malformed record") from None
 
 
@@ -358,11 +349,6 @@ def _task(record: JsonObject) -> str:
     if not isinstance(task, str) or not task.strip():
         raise BadExample("field 'task' is not a text", "malformed record")
     return task.strip().lower()
-
-
-@functools.lru_cache(maxsize=64)
-def _folder(file: Path) -> str:
-    return str(file.parent.absolute())
 
 
 FORMAT = Messages()

@@ -10,14 +10,12 @@ Other fields are metadata, or refused: see fields.py. A source is one file.
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
-from raysft import paths
 from raysft.data.example import Audio, Example
 from raysft.data.sources import json_lines
-from raysft.data.sources.base import Split, id_field, kind, load_record, text_field
+from raysft.data.sources.base import Split, clip_path, id_field, kind, load_record, text_field
 from raysft.data.sources.fields import refuse_unread, stated_seconds
 from raysft.errors import BadExample, UserError
 
@@ -77,8 +75,8 @@ class MingJsonl(json_lines.JsonLines):
             raise BadExample("field 'text' is empty", "malformed record")
         given = text_field(record, "wav_path")
         try:
-            path = paths.absolute(given, _folder(file))
-        except UserError as error:
+            path = clip_path(given, file)
+        except BadExample as error:
             raise BadExample(f"field 'wav_path': {error}", "malformed record") from None
         lang = record.get("lang")
         if lang is not None and not isinstance(lang, str):
@@ -94,11 +92,6 @@ class MingJsonl(json_lines.JsonLines):
             lang=(lang or None) if asr else None,
             text=text,
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _folder(file: Path) -> str:
-    return str(file.parent.absolute())
 
 
 FORMAT = MingJsonl()

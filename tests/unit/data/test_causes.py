@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import random
 from pathlib import Path
 
@@ -54,13 +54,17 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.csv", b"path,text\na.wav,hello\nb.wav,x\n", "a table with commas .*path, text"),
-        ("a.tsv", b"client_id\tpath\tsentence\n1\ta.mp3\thi\n", "a table with tabs"),
+        (
+            "a.csv",
+            b"clip,said\na.wav,hello\nb.wav,x\n",
+            "a table with commas .*clip, said.*columns",
+        ),
+        ("a.tsv", b"who\tclip\tsaid\n1\ta.mp3\thi\n", "a table with tabs .*columns"),
         ("metadata.csv", b"LJ1|hello|hello\nLJ2|x|x\n", "a table with bars"),
-        ("a.parquet", b"PAR1" + bytes(50), "is Parquet, which is not read"),
-        ("a.jsonl.gz", gzip.compress(lines(ASR)), r"packed by gzip: unpack it \(gunzip\)"),
+        ("a.h5", b"\x89HDF\r\n" + bytes(50), "is HDF5, which is not read"),
+        ("a.jsonl.xz", lzma.compress(lines(ASR)), r"packed by xz: unpack it \(unxz\)"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
-        ("wav.scp", b"utt1 /data/a.wav\nutt2 /data/b.wav\n", "a list of Kaldi's"),
+        ("clips.scp", b"utt1 /data/a.wav\nutt2 /data/b.wav\n", "a list of Kaldi's"),
         ("a.jsonl", b"<!DOCTYPE html>\n<html>", "an HTML page"),
         ("a.safetensors", save({"a": np.zeros(9)}), "a binary file"),
         ("a.jsonl", b"{'task_type': 'asr'}\n", "single quotes, JSON has double ones"),
@@ -77,7 +81,7 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(
         ("a.jsonl", json.dumps(ASR, indent=1).encode() * 2, r"those of ming_jsonl, .*jq -c '\.'"),
         ("a.jsonl", lines(ASR, ASR).replace(b"\n", b"\r"), r"end with \\r alone, .*tr '\\r' '\\n'"),
         ("a.jsonl", lines(ASR).replace(b"hello", b"h\xe9"), "not in UTF-8 .*iconv -f CODE"),
-        ("a.csv", b"path,text\na.wav,h\xe9\n", "not in UTF-8"),
+        ("a.csv", b"clip,said\na.wav,h\xe9\n", "not in UTF-8"),
         ("a.json", json.dumps([{"foo": "y" * 70_000}]).encode(), r"no whole record.*seen: foo\)"),
         ("a.json", json.dumps({"x": [{"a": "y" * 99}] * 2000}).encode(), "no whole record"),
         ("a.json", json.dumps([["é", "b"]] * 9000, ensure_ascii=False).encode(), "no whole record"),
@@ -119,15 +123,7 @@ def test_audio_given_as_data_is_named(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        (
-            {"audio_filepath": "a.wav", "duration": 1.0, "text": "x"},
-            "a NeMo manifest .*: name audio_filepath wav_path, and set the entry's task: asr",
-        ),
-        ({"key": "u", "wav": "a.wav", "txt": "x"}, "a WeNet list .*name wav wav_path"),
-        ({"id": "u", "wav": "a.mp3", "text": "x", "duration": 2}, "name wav wav_path"),
-        ({"key": "u", "source": "a.wav", "target": "x"}, "a FunASR list"),
-        ({"file_name": "a.wav", "transcription": "x"}, "an audiofolder's metadata"),
-        ({"id": "c", "start": 0, "recording": {}, "supervisions": []}, "lhotse cuts"),
+        ({"prompt": "a", "response": "b"}, "pairs .*: name them instruction and output"),
         ({"sentence": "x", "clip": "y"}, "its records have the fields sentence, clip"),
     ],
 )
@@ -145,10 +141,10 @@ def test_records_of_other_programs_are_named_with_what_to_do(
 @pytest.mark.parametrize(
     ("form", "says"),
     [
-        ("nemo", "near is ming_jsonl: name audio_filepath wav_path"),
+        ("espnet", "near is kaldi"),
         ("alpaca", "near is most_json"),
         ("ming_json", "did you mean ming_jsonl?"),
-        ("parquet", "there are: auto, messages, ming_jsonl, most_json"),
+        ("xml", "there are: auto, aishell, clip_folder, clips_jsonl, emilia, "),
     ],
 )
 def test_a_format_there_is_not_names_the_nearest(tmp_path: Path, form: str, says: str) -> None:

@@ -162,7 +162,6 @@ def test_roles_of_tools_and_what_they_say_are_kept() -> None:
         ({"messages": TOLD, "audios": ["a", "b", "c"]}, "has 2 <audio> tags and 3 clips"),
         ({"messages": TOLD, "audios": ["a", 3]}, r"audios\[1\] is a number, expected the path"),
         ({"messages": TOLD, "audios": ["a", ""]}, r"audios\[1\] is an empty text"),
-        ({"messages": TOLD, "audios": ["a", "https://x.y/z.wav"]}, "clips are read from files"),
         ({"messages": TOLD, "audios": ["a", "data:audio/wav;base64,###"]}, "is no base64"),
         ({"messages": TOLD, "audios": CLIPS, "audio": "a"}, "both 'audios' and 'audio'"),
         ({"messages": TOLD, "audios": CLIPS, "images": ["x.png"]}, "names pictures"),

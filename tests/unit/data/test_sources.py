@@ -436,7 +436,7 @@ def test_paths_that_hold_nothing_readable_are_refused_by_key(tmp_path):
         (
             "a.jsonl",
             "most",
-            "no source format 'most'; near is most_json; there are: auto, messages, ming_jsonl",
+            "no source format 'most'; near is most_json; there are: auto, aishell, ",
         ),
     ):
         good = Source(path=str(tmp_path / "a.jsonl"))

@@ -1,0 +1,65 @@
+"""Clips in cells of Parquet: read by groups of rows, as Parquet lets them be read.
+
+Stands under clips/file.py. A cell is in a page that is compressed together with its neighbours', so
+that a group of rows is decoded for it; what was decoded last is kept, for neighbours are read one
+after the other. Shards that raysft writes need none of this: see sources/shards.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raysft import stores
+from raysft.data.example import Cell
+
+KEPT = 1 << 28  # bytes of columns that are kept
+
+_lock = threading.Lock()
+_columns: OrderedDict[tuple[object, ...], list[bytes | None]] = OrderedDict()
+
+
+def read(cell: Cell) -> bytes:
+    """The bytes of a cell. Raises OSError: its file does not have it, or cannot be read."""
+    state = stores.state(stores.at(cell.file))
+    key = (cell.file, state, cell.group, cell.column)
+    with _lock:
+        column = _columns.get(key)
+        if column is None:
+            column = _read_column(cell)
+            _columns[key] = column
+            while len(_columns) > 1 and sum(map(_size, _columns.values())) > KEPT:
+                _columns.popitem(last=False)
+        _columns.move_to_end(key)
+    found = column[cell.row] if cell.row < len(column) else None
+    if found is None:
+        raise OSError(errno.EIO, f"row {cell.row} of group {cell.group} is not there", cell.file)
+    return found
+
+
+def _read_column(cell: Cell) -> list[bytes | None]:
+
+    place = stores.at(cell.file)
+    with stores.asking(place), stores.random_access(place) as stream:
+        table = pq.ParquetFile(stream).read_row_group(cell.group, columns=[cell.column])
+    column = table.column(0)
+    for name in cell.column.split(".")[1:]:
+        column = pc.struct_field(column, name)
+    return column.to_pylist()
+
+
+def _size(column: list[bytes | None]) -> int:
+    return sum(len(cell) for cell in column if cell is not None)
+
+
+def _forget() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,77 @@
+"""GigaSpeech's metadata: one JSON file of recordings and their segments.
+
+    {"audios": [{"aid": "A1", "path": "audio/a.opus", "segments":
+        [{"sid": "S1", "begin_time": 1.5, "end_time": 3.5, "text_tn": "HELLO <PERIOD>"}]}]}
+
+A segment is an example; of its tags, <COMMA>, <PERIOD>, <QUESTIONMARK> and <EXCLAMATIONPOINT>
+become the marks they name, and one that is all <SIL>, <MUSIC>, <NOISE> or <OTHER> is none. Paths
+begin at the file's folder, or at `root`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from raysft.config.schema import Source
+from raysft.data.sources import json_items, json_lines
+from raysft.data.sources.base import clip_path, folder_of, load_record
+from raysft.data.sources.layout import Layout, below, fault, listed, seconds
+from raysft.errors import BadExample
+from raysft.json_types import JsonObject
+
+_MARKS = {" <COMMA>": ",", " <PERIOD>": ".", " <QUESTIONMARK>": "?", " <EXCLAMATIONPOINT>": "!"}
+_GARBAGE = frozenset(["<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"])
+_TAG = re.compile(r"<[A-Z]+>")
+
+
+class GigaSpeech(Layout):
+    """The format `gigaspeech`."""
+
+    name = "gigaspeech"
+    options = ("root",)
+    describe = "GigaSpeech's JSON: audios with path and segments"
+    tags = _GARBAGE
+
+    def sniff(self, path: Path) -> bool:
+        """Whether its head has the names."""
+        if path.is_dir():
+            return False
+        head = json_lines.head(path)
+        return head.lstrip()[:1] == b"{" and all(
+            name in head for name in (b'"audios"', b'"segments"', b'"begin_time"')
+        )
+
+    def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
+        """A segment each."""
+        folder = Path(folder_of(file))
+        for item in json_items.items(file, key="audios"):
+            audio = load_record(item.raw or b"")
+            for segment in audio.get("segments") or []:
+                name = str(segment.get("sid"))
+                try:
+                    path = clip_path(str(audio.get("path")), file, given.root)
+                    start, stop = seconds(segment, "begin_time"), seconds(segment, "end_time")
+                    if start is None or stop is None:
+                        raise BadExample("has no begin_time or no end_time")
+                    text = _text(str(segment.get("text_tn") or ""))
+                except BadExample as error:
+                    yield fault(name, str(error), f"{file.name}: {audio.get('aid')}")
+                    continue
+                clip: JsonObject = {"path": below(path, folder), "start": start, "stop": stop}
+                speaker = segment.get("speaker") or audio.get("speaker")
+                speaker = None if speaker in (None, "N/A") else str(speaker)
+                yield listed(name, text, [clip], speaker=speaker, at=f"{file.name}: {name}")
+
+
+def _text(text: str) -> str:
+    for tag, mark in _MARKS.items():
+        text = text.replace(tag, mark)
+    unknown = [tag for tag in _TAG.findall(text) if tag not in _GARBAGE]
+    if unknown:
+        raise BadExample(f"holds {unknown[0]}, a tag that is not known")
+    return text
+
+
+FORMAT = GigaSpeech()

@@ -1,0 +1,156 @@
+"""Corpora whose examples lie in several files, or in files that are no text: listed once.
+
+A layout says which records a file or folder holds, one by one, as plain JSON; they are written into
+a file of lines below the index's folder (index/listing.py), which is then indexed and read as any
+other. A record of a listing:
+
+    {"listed": 1, "id": "a1", "text": "hello", "speaker": "s1", "audio": [CLIP, ...]}
+    {"listed": 1, "id": "a1", "fault": "has no line in wav.scp", "at": "text:7"}
+
+CLIP: a path, relative ones from the folder of what was listed; or an object with `path` and, where
+they are meant, `start`, `stop` (seconds), `channel`, `seconds` (that it is said to have), `within`
+[file, offset, size], or `cell` [file, row group, row, column].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from raysft import paths
+from raysft.config.schema import Source
+from raysft.data.example import Audio, Cell, Example, Within
+from raysft.data.sources import json_lines
+from raysft.data.sources.base import (
+    clip_path,
+    folder_of,
+    id_field,
+    kind,
+    load_record,
+    text_field,
+)
+from raysft.data.sources.transcripts import transcript
+from raysft.errors import BadExample
+from raysft.json_types import Json, JsonObject
+
+LISTED = "listed"
+
+
+class Layout(json_lines.JsonLines):
+    """What formats that are listed have in common; a source is a file of `files` each."""
+
+    noun = "record"
+    rank = 1
+    options: tuple[str, ...] = ()
+    """The keys of an entry beyond those that all have, which it reads."""
+    tags: frozenset[str] = frozenset()
+    """Texts that are none; see `transcript`."""
+
+    def lists(self, given: Source) -> bool:
+        """Whether a source of this entry has to be listed: else its files are lines that `parse`
+        reads as they are."""
+        return True
+
+    def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
+        """The records of one of `files`, in a fixed order. keep: a folder for files that it has to
+        make. Raises UserError where its structure is broken, and OSError."""
+        raise NotImplementedError
+
+    def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
+        """The other files that its records come from: where none of these and itself has changed,
+        it is not listed again. None: that cannot be told without listing."""
+        return []
+
+    def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
+        """The example of a listed record, or of a line of the file's own."""
+        record = load_record(raw)
+        if LISTED in record:
+            return self._listed(record, file, line, task)
+        return self.own(record, file, line, task)
+
+    def own(self, record: JsonObject, file: Path, line: int, task: str | None) -> Example:
+        """The example of a record as the file has it. Raises BadExample."""
+        raise BadExample("is no record of a listing", "malformed record")
+
+    def _listed(self, record: JsonObject, file: Path, line: int, task: str | None) -> Example:
+        at = f" ({record['at']})" if record.get("at") else ""
+        if "fault" in record:
+            raise BadExample(f"{record['fault']}{at}", "malformed record")
+        speaker, text = record.get("speaker"), record.get("text")
+        try:
+            return transcript(
+                id_field(record, file, line),
+                [_clip(clip, file) for clip in record.get("audio") or []],
+                text if isinstance(text, str) else "",
+                task or record.get("task"),
+                speaker if isinstance(speaker, str) else None,
+                self.tags,
+            )
+        except BadExample as error:
+            raise BadExample(f"{error}{at}", error.kind) from None
+
+
+def listed(name: str | None, text: str, clips: Sequence[Json], **more: Json) -> JsonObject:
+    """A record of a listing."""
+    return {LISTED: 1, "id": name, "text": text, "audio": list(clips), **more}
+
+
+def fault(name: str, reason: str, at: str) -> JsonObject:
+    """A record that is no example. at: file and line, for people."""
+    return {LISTED: 1, "id": name, "fault": reason, "at": at}
+
+
+def inside(file: Path, member: str, place: Sequence[int], folder: Path) -> JsonObject:
+    """A clip that is `member` of `file`, at place (offset, bytes); folder: of what is listed."""
+    path = below(str(file), folder)
+    return {"path": f"{path}::{member}", "within": [path, *place]}
+
+
+def below(path: str, folder: Path) -> str:
+    """`path` from `folder` on, where it lies below it: a corpus that moves is still the same."""
+    start = f"{folder}/"
+    return path[len(start) :] if path.startswith(start) else path
+
+
+def _clip(clip: Json, file: Path) -> Audio:
+    if isinstance(clip, str):
+        return Audio(clip_path(clip, file))
+    if not isinstance(clip, dict):
+        raise BadExample(f"audio is {kind(clip)}, expected a path or an object", "malformed record")
+    path, folder = text_field(clip, "path"), folder_of(file)
+    held: Within | Cell | None = None
+    try:
+        if place := clip.get("within"):
+            held = Within(paths.of_data(place[0], folder), int(place[1]), int(place[2]))
+        elif place := clip.get("cell"):
+            held = Cell(
+                paths.of_data(place[0], folder), int(place[1]), int(place[2]), str(place[3])
+            )
+    except (TypeError, ValueError, IndexError, AttributeError):
+        raise BadExample(
+            f"audio lies in {place!r}, which is no place", "malformed record"
+        ) from None
+    shown = f"{folder}/{path}" if not path.startswith("/") else path
+    return Audio(
+        shown if held else clip_path(path, file),
+        clip.get("seconds"),
+        seconds(clip, "start") or 0.0,
+        seconds(clip, "stop"),
+        clip.get("channel"),
+        held=held,
+    )
+
+
+def seconds(record: JsonObject, name: str | None) -> float | None:
+    """A field that is a time in seconds, where it is there. Raises BadExample."""
+    value = record.get(name) if name else None
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise BadExample(
+            f"field {name!r} is {value!r}, expected seconds", "malformed record"
+        ) from None

@@ -1,0 +1,191 @@
+"""lhotse's cuts (a manifest of JSON lines) and Shar (a folder of cuts.*.jsonl.gz and archives).
+
+    {"id": "c1", "start": 1.5, "duration": 2.0, "channel": 0, "recording": {...},
+     "supervisions": [{"text": "hello", "speaker": "s1"}], "type": "MonoCut"}
+
+A cut is one example: its part of the recording, and the texts of its supervisions, by their time.
+Sources of recordings are files or URLs; relative ones begin at the folder the command runs in, as
+lhotse's own do, or at `root`. Read here is what needs no lhotse; cuts that are mixed, padded, of
+features alone, or of recordings that are to be transformed are refused: lhotse writes those as
+clips (`CutSet.save_audios`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from raysft import stores
+from raysft.config.schema import Source
+from raysft.data.sources import json_lines, tars
+from raysft.data.sources.base import Split, clip_path, default_id, folder_of, load_record
+from raysft.data.sources.fields import refuse_unread
+from raysft.data.sources.json_files import first_records
+from raysft.data.sources.layout import Layout, below, fault, inside, listed
+from raysft.errors import BadExample, UserError
+from raysft.json_types import Json, JsonObject
+
+_CUT = frozenset(
+    [
+        "id",
+        "start",
+        "duration",
+        "channel",
+        "supervisions",
+        "recording",
+        "custom",
+        "type",
+        "features",
+    ]
+)
+_SUPERVISION = frozenset(
+    [
+        "id",
+        "recording_id",
+        "start",
+        "duration",
+        "channel",
+        "text",
+        "language",
+        "speaker",
+        "gender",
+        "custom",
+        "alignment",
+    ]
+)
+
+
+class Lhotse(Layout):
+    """The format `lhotse`."""
+
+    name = "lhotse"
+    options = ("root",)
+    describe = "lhotse cuts (JSON lines with recording and supervisions), or a Shar folder"
+
+    def sniff(self, path: Path) -> bool:
+        """Whether it is a folder of Shar, or one of the first lines is a cut."""
+        if path.is_dir():
+            return next(path.glob("cuts.*.jsonl*"), None) is not None
+        return any("supervisions" in record for record in first_records(path))
+
+    def files(self, path: Path, split: Split) -> list[Path]:
+        """The manifests."""
+        if not path.is_dir():
+            return [path]
+        found = sorted(path.glob("cuts.*.jsonl*"))
+        for file in found:
+            if not _archive(file).is_file():
+                raise UserError(f"{path} has {file.name} and no {_archive(file).name}")
+        return found
+
+    def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
+        """Of Shar the archive of recordings."""
+        return [_archive(file)] if _is_shar(file) else []
+
+    def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
+        """A cut each."""
+        members = _members(_archive(file)) if _is_shar(file) else None
+        root = given.root or (folder_of(file) if stores.is_remote(file) else os.getcwd())
+        for item in json_lines.items(file):
+            at = f"{file.name}:{item.line}"
+            name = default_id(file, item.line)
+            try:
+                cut = load_record(item.raw or b"")
+                name = str(cut.get("id") or name)
+                text, speaker = _said(cut)
+                if members is None:
+                    clip = _of_recording(cut, root, file)
+                elif name in members:
+                    archive = _archive(file)
+                    clip = inside(
+                        archive, members[name].name, members[name][1:], Path(folder_of(file))
+                    )
+                else:
+                    raise BadExample(f"{name} is not in {_archive(file).name}")
+            except BadExample as error:
+                yield fault(name, str(error), at)
+                continue
+            yield listed(name, text, [clip], speaker=speaker, at=at)
+
+
+def _is_shar(file: Path) -> bool:
+    return file.name.startswith("cuts.") and file.parent.joinpath(_archive(file).name).is_file()
+
+
+def _archive(file: Path) -> Path:
+    """cuts.000001.jsonl.gz -> recording.000001.tar."""
+    number = file.name.split(".")[1] if file.name.count(".") > 1 else ""
+    return file.with_name(f"recording.{number}.tar")
+
+
+def _members(archive: Path) -> dict[str, tars.Member]:
+    found = {}
+    for member in tars.members(archive):
+        path = PurePosixPath(member.name)
+        if path.suffix not in (".json", ".nometa", ".nodata"):
+            found[member.name.removesuffix(path.suffix)] = member
+    return found
+
+
+def _said(cut: JsonObject) -> tuple[str, str | None]:
+    """Text and speaker of a cut. Raises BadExample where it is no plain one."""
+    kind = cut.get("type", "MonoCut")
+    if kind not in ("MonoCut", "MultiCut"):
+        raise BadExample(f"is a {kind}: MonoCut and MultiCut are read; write its audio anew")
+    refuse_unread(cut, _CUT)
+    custom = cut.get("custom")
+    if isinstance(custom, dict):
+        refuse_unread(custom, frozenset(["texts", "shar_origin", "shar_epoch", "shard_origin"]))
+    supervisions = sorted(cut.get("supervisions") or [], key=lambda one: one.get("start") or 0)
+    if not supervisions:
+        raise BadExample("has no supervision, which holds its text")
+    texts, end = [], 0.0
+    for one in supervisions:
+        refuse_unread(one, _SUPERVISION)
+        start = one.get("start") or 0.0
+        if start < end - 0.01:
+            raise BadExample(
+                "has supervisions that overlap: cut it to one each (trim_to_supervisions)"
+            )
+        end = start + (one.get("duration") or 0.0)
+        text = one.get("text")
+        more = one.get("custom")
+        if text is None and isinstance(more, dict) and more.get("texts"):
+            text = more["texts"][0]  # LibriHeavy's: the transcript with case and punctuation first
+        if not isinstance(text, str):
+            raise BadExample("has a supervision without text")
+        texts.append(text.strip())
+    speakers = {one.get("speaker") for one in supervisions}
+    speaker = speakers.pop() if len(speakers) == 1 else None
+    return " ".join(texts), None if speaker is None else str(speaker)
+
+
+def _of_recording(cut: JsonObject, root: str, file: Path) -> JsonObject:
+    recording = cut.get("recording")
+    if not isinstance(recording, dict):
+        raise BadExample("has no recording (cuts of features are not read)")
+    if recording.get("transforms"):
+        raise BadExample("has a recording with transforms: write its audio anew")
+    sources = recording.get("sources") or []
+    if len(sources) != 1:
+        raise BadExample(f"has a recording of {len(sources)} sources: write it as one file")
+    kind = sources[0].get("type")
+    if kind not in ("file", "url"):
+        raise BadExample(f"has a recording that is a {kind}: files and URLs are read")
+    path = clip_path(str(sources[0].get("source")), file, root)
+    clip: dict[str, Json] = {"path": below(path, Path(folder_of(file)))}
+    whole = recording.get("duration")
+    start, length = cut.get("start") or 0.0, cut.get("duration")
+    if start or (length is not None and whole is not None and abs(length - whole) > 1e-3):
+        clip |= {"start": start, "stop": None if length is None else start + length}
+    channels, channel = sources[0].get("channels") or [0], cut.get("channel", 0)
+    wanted = channel if isinstance(channel, list) else [channel]
+    if set(wanted) != set(channels):
+        if len(wanted) != 1 or wanted[0] not in channels:
+            raise BadExample(f"is of the channels {wanted} of {channels}: one, or all, are read")
+        clip["channel"] = channels.index(wanted[0])
+    return clip
+
+
+FORMAT = Lhotse()

@@ -1,0 +1,106 @@
+"""MuST-C: a YAML list of segments, and a file of lines beside it for each language.
+
+    - {duration: 3.5, offset: 1.5, speaker_id: spk.1, wav: ted_1.wav}      train.yaml
+    hello there                                                            train.en, train.de
+
+The clips lie in ../wav, or below `root`; with several languages `columns: {text: de}` in the entry
+says whose lines are the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from raysft import stores
+from raysft.config.schema import Source
+from raysft.data.sources import json_lines
+from raysft.data.sources.base import clip_path, folder_of
+from raysft.data.sources.layout import Layout, below, fault, listed, seconds
+from raysft.data.sources.lines import lines
+from raysft.errors import BadExample, UserError
+from raysft.json_types import JsonObject
+
+
+class MustC(Layout):
+    """The format `mustc`."""
+
+    name = "mustc"
+    options = ("root", "columns")
+    describe = (
+        "MuST-C: a YAML list of segments (duration, offset, wav), and .en, .de, ... beside it"
+    )
+
+    def sniff(self, path: Path) -> bool:
+        """Whether its first line is a segment's."""
+        if path.is_dir() or path.suffix not in (".yaml", ".yml"):
+            return False
+        head = json_lines.head(path, 1 << 12)
+        return head.startswith(b"- {") and b"offset:" in head and b"wav:" in head
+
+    def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
+        """The texts."""
+        return [self._texts(file, given)]
+
+    def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
+        """A segment each."""
+        texts = [text.strip() for _, text in _all_lines(self._texts(file, given))]
+        with stores.opened(file) as stream:
+            segments = [
+                item
+                for line in stream.read().decode("utf-8").splitlines()
+                if line.strip()
+                for item in yaml.safe_load(line)
+            ]
+        if len(texts) != len(segments):
+            raise UserError(
+                f"{file} has {len(segments):,} segments, {self._texts(file, given).name} "
+                f"{len(texts):,} lines: they are to be as many"
+            )
+        root = given.root or str(Path(folder_of(file)).parent / "wav")
+        counts: dict[str, int] = {}
+        for number, (segment, text) in enumerate(zip(segments, texts), 1):
+            at = f"{file.name}:{number}"
+            try:
+                wav = str(segment.get("wav"))
+                path = clip_path(wav, file, root)
+                start, length = seconds(segment, "offset"), seconds(segment, "duration")
+                if start is None or length is None:
+                    raise BadExample("has no offset or no duration")
+            except BadExample as error:
+                yield fault(f"{file.stem}_{number}", str(error), at)
+                continue
+            counts[wav] = counts.get(wav, -1) + 1
+            name = f"{Path(wav).stem}_{counts[wav]}"
+            clip: JsonObject = {"path": below(path, Path(folder_of(file))), "start": start}
+            clip["stop"] = start + length
+            speaker = segment.get("speaker_id")
+            yield listed(
+                name, text, [clip], speaker=None if speaker is None else str(speaker), at=at
+            )
+
+    def _texts(self, file: Path, given: Source) -> Path:
+        found = [one for one in sorted(file.parent.glob(f"{file.stem}.*")) if one != file]
+        wanted = (given.columns or {}).get("text")
+        if wanted is not None:
+            found = [one for one in found if one.suffix == f".{wanted}"]
+        if len(found) != 1:
+            names = ", ".join(one.suffix[1:] for one in found) or "none"
+            raise UserError(
+                f"{file}: languages beside it: {names}; say whose lines are learnt: "
+                "columns: {text: de}"
+            )
+        return found[0]
+
+
+def _all_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Also those that are blank: they count."""
+    known = dict(lines(file))
+    with stores.opened(file) as stream:
+        for number, _ in enumerate(stream, 1):
+            yield number, known.get(number, "")
+
+
+FORMAT = MustC()

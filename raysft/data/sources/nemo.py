@@ -1,0 +1,120 @@
+"""NeMo manifests: JSON lines with audio_filepath, text and duration; `offset` begins a part.
+
+    {"audio_filepath": "a.wav", "offset": 1.5, "duration": 2.0, "text": "hello", "lang": "en"}
+
+A clip is a path, from the manifest's folder where it is relative, or a list of them. With `tars` in
+the entry (`audio_{0..127}.tar`) the clips are members of these archives: of the one that `shard_id`
+numbers, else of any. `-sub1` before the ending is another part of the member without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from raysft import stores
+from raysft.config.schema import Source
+from raysft.data.sources import tars
+from raysft.data.sources.base import clip_path, default_id, folder_of, load_record
+from raysft.data.sources.fielded import Fielded, told
+from raysft.data.sources.layout import fault, inside, listed
+from raysft.errors import BadExample, UserError
+from raysft.json_types import JsonObject
+
+_SUB = re.compile(r"-sub\d+$")
+_Members = dict[str, tuple[Path, tars.Member]]
+
+
+class Nemo(Fielded):
+    """The format `nemo`."""
+
+    name = "nemo"
+    options = ("root", "tars")
+    describe = "NeMo manifests: JSON lines with audio_filepath, duration, text; tarred with tars"
+    told_by = ("audio_filepath",)
+    audio = ("audio_filepath",)
+    said = ("text", "answer")
+    start = "offset"
+    length = "duration"
+    harmless = (
+        "lang",
+        "sampling_rate",
+        "shard_id",
+        "taskname",
+        "pnc",
+        "source_lang",
+        "target_lang",
+    )
+
+    def lists(self, given: Source) -> bool:
+        """Where clips are elsewhere than a line says."""
+        return given.tars is not None or super().lists(given)
+
+    def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
+        """The archives."""
+        return [] if given.tars is None else _archives(file, given.tars)
+
+    def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
+        """Its lines, their clips from `root` on, or in the archives."""
+        if given.tars is None:
+            yield from super().records(file, given, keep)
+            return
+        archives = _archives(file, given.tars)
+        by_shard: dict[int | None, _Members] = {}
+        for item in self.items(file):
+            at = f"{file.name}:{item.line}"
+            try:
+                record = load_record(item.raw or b"")
+                name, clips, text, speaker = self.read(record, file, item.line)
+                shard = record.get("shard_id")
+                if shard not in by_shard:
+                    by_shard[shard] = _members(archives, shard)
+                told_clips = []
+                for given_path, clip in zip(self.paths(record), clips, strict=True):
+                    archive, member = _found(by_shard[shard], given_path)
+                    place = inside(archive, member.name, member[1:], Path(folder_of(file)))
+                    told_clips.append({**told(clip), **place})
+            except BadExample as error:
+                yield fault(default_id(file, item.line), str(error), at)
+                continue
+            yield listed(name, text, told_clips, speaker=speaker, at=at)
+
+
+def _archives(file: Path, pattern: str) -> list[Path]:
+    """The archives of a manifest, in order. Raises UserError where one is not there."""
+    found = []
+    for one in tars.expanded(pattern):
+        try:
+            place = stores.at(clip_path(one, file))
+        except BadExample as error:
+            raise UserError(f"tars: {error}") from None
+        if not place.is_file():
+            raise UserError(f"tars: {place} does not exist")
+        found.append(place)
+    return found
+
+
+def _members(archives: list[Path], shard: object) -> _Members:
+    """Members by name: of archive number `shard`, or of all."""
+    if isinstance(shard, int) and not 0 <= shard < len(archives):
+        raise BadExample(f"shard_id is {shard}, and tars names {len(archives)} archives")
+    some = archives if not isinstance(shard, int) else [archives[shard]]
+    found: _Members = {}
+    for archive in some:
+        for member in tars.members(archive):
+            found.setdefault(member.name.removeprefix("./"), (archive, member))
+            found.setdefault(PurePosixPath(member.name).name, (archive, member))
+    return found
+
+
+def _found(members: _Members, path: str) -> tuple[Path, tars.Member]:
+    name = PurePosixPath(path)
+    whole = name.with_name(_SUB.sub("", name.stem) + name.suffix)
+    for one in (str(name), name.name, str(whole), whole.name):
+        if one in members:
+            return members[one]
+    raise BadExample(f"field 'audio_filepath': {path} is in none of its tars")
+
+
+FORMAT = Nemo()

@@ -1,0 +1,199 @@
+"""Rows of Parquet and Arrow: data sets of Hugging Face, and tables of one's own.
+
+    audio: {bytes, path} or a path or bytes, text: string        columns as table.py knows them
+
+A source is a file, or a folder with *.parquet (of a data set of the hub: hf://datasets/NAME/data),
+or one that `datasets` saved (data-*.arrow). Files named train-... are for training, test-... and
+validation-... for evaluation, where there are such. Clips in the rows are read out of the file:
+Parquet by groups of rows, Arrow by their place; shards that `jobs/prepare.py` writes by their place
+too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysft import stores
+from raysft.config.schema import Source
+from raysft.data.sources import json_lines
+from raysft.data.sources.base import Split, folder_of
+from raysft.data.sources.layout import Layout, below, fault
+from raysft.data.sources.table import chosen, row_of
+from raysft.errors import BadExample, UserError
+from raysft.json_types import JsonObject
+
+_SPLITS = {"train": ("train",), "eval": ("test", "validation", "eval", "dev", "valid")}
+
+
+class Parquet(Layout):
+    """The format `parquet`."""
+
+    name = "parquet"
+    options = ("columns", "root")
+    describe = "Parquet or Arrow with audio (bytes, or a path) and text; a data set of Hugging Face"
+    text = False
+
+    def sniff(self, path: Path) -> bool:
+        """Whether it is such a file, or a folder that holds some."""
+        if path.is_dir():
+            return bool(_files(path))
+        return json_lines.head(path, 16).startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
+
+    def files(self, path: Path, split: Split) -> list[Path]:
+        """Of a folder those of the split, where their names say which they are of."""
+        if not path.is_dir():
+            return [path]
+        found = _files(path)
+        if not found:
+            raise UserError(f"{path} holds no .parquet and no .arrow file")
+        of: dict[Path, str | None] = {file: _split(file, path) for file in found}
+        if not any(of.values()):
+            return found
+        wanted = next((name for name in _SPLITS[split] if name in of.values()), None)
+        if wanted is None:
+            splits = ", ".join(sorted({name for name in of.values() if name}))
+            raise UserError(
+                f"{path} has no files for {split}; its splits: {splits}: name one's file"
+            )
+        return [file for file, name in of.items() if name == wanted]
+
+    def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
+        """A row each."""
+        arrow = json_lines.head(file, 4) != b"PAR1"
+        yield from (_arrow if arrow else _parquet)(file, given)
+
+
+def _files(path: Path) -> list[Path]:
+    found = sorted(path.glob("*.parquet")) or sorted(path.glob("*/*.parquet"))
+    return found or sorted(path.glob("*.arrow")) or sorted(path.glob("*/*.arrow"))
+
+
+def _split(file: Path, top: Path) -> str | None:
+    inner = below(str(file), top)
+    names = [name for some in _SPLITS.values() for name in some]
+    return next((n for n in names if re.match(rf"(?:data/)?{n}(?:[-_./]|$)", inner)), None)
+
+
+def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
+    folder = Path(folder_of(file))
+    try:
+        with stores.asking(file), stores.random_access(file) as stream:
+            whole = pq.ParquetFile(stream)
+            columns = chosen(whole.schema_arrow.names, given, file)
+            audio = whole.schema_arrow.field(columns["audio"]).type
+            rest = [name for name in whole.schema_arrow.names if name != columns["audio"]]
+            inner = _bytes_in(audio, columns["audio"])
+            shown = rest + ([f"{columns['audio']}.path"] if inner.endswith(".bytes") else [])
+            shown += [columns["audio"]] if not inner else []
+            number = 0
+            for group in range(whole.num_row_groups):
+                rows = whole.read_row_group(group, columns=shown).to_pylist()
+                if not rows:
+                    rows = [{}] * whole.metadata.row_group(group).num_rows
+                for row, record in enumerate(rows):
+                    number += 1
+                    cell = [below(str(file), folder), group, row, inner] if inner else None
+                    yield _row(record, columns, file, number, given, {"cell": cell} if cell else {})
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{file}: damaged, or no Parquet: {error}") from None
+
+
+def _bytes_in(kind: pa.DataType, name: str) -> str:
+    """The column of a clip's bytes; "": it holds paths. Raises UserError where it is neither."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return f"{name}.bytes"
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return name
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return ""
+    raise UserError(f"columns.audio: column {name!r} is {kind}, expected a path, bytes, or both")
+
+
+def _row(
+    record: JsonObject,
+    columns: dict[str, str],
+    file: Path,
+    number: int,
+    given: Source,
+    place: JsonObject,
+) -> JsonObject:
+    at = f"{file.name}: row {number}"
+    record = {name: value for name, value in record.items() if value is not None}
+    audio = record.get(columns["audio"])
+    shown = audio.get("path") if isinstance(audio, dict) else None
+    name = str(record.get(columns.get("id", ""), f"{file.stem}:{number}"))
+    clip = None
+    if place:
+        record[columns["audio"]] = shown
+        clip = {"path": f"{file.name}::{shown or number}", **place}
+    try:
+        return row_of(record, name, columns, at, file, given.root, clip)
+    except BadExample as error:
+        return fault(name, str(error), at)
+
+
+def _arrow(file: Path, given: Source) -> Iterator[JsonObject]:
+    """Of an Arrow stream (as `datasets` writes) or file: a clip's bytes lie in it as they are."""
+    if stores.is_remote(file):
+        raise UserError(f"{file}: Arrow is read from files of this system: copy it, or use Parquet")
+    folder = Path(folder_of(file))
+    with pa.memory_map(str(file)) as mapped:
+        base = pa.py_buffer(mapped.read_buffer()).address
+        mapped.seek(0)
+        try:
+            form = pa.ipc.open_file if json_lines.head(file, 6) == b"ARROW1" else pa.ipc.open_stream
+            reader = form(mapped)
+            batches = (
+                (reader.get_batch(i) for i in range(reader.num_record_batches))
+                if hasattr(reader, "num_record_batches")
+                else reader
+            )
+            columns = chosen(reader.schema.names, given, file)
+            inner = _bytes_in(reader.schema.field(columns["audio"]).type, columns["audio"])
+            number = 0
+            for batch in batches:
+                places = _places(batch.column(columns["audio"]), inner, base)
+                rest = batch.drop_columns([columns["audio"]]).to_pylist()
+                shown = _shown(batch.column(columns["audio"]), inner)
+                for row in range(batch.num_rows):
+                    number += 1
+                    record = {**(rest[row] if rest else {}), columns["audio"]: shown[row]}
+                    place = places[row] if inner else None
+                    within = [below(str(file), folder), *place] if place else None
+                    yield _row(
+                        record, columns, file, number, given, {"within": within} if within else {}
+                    )
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{file}: damaged, or no Arrow: {error}") from None
+
+
+def _shown(column: pa.Array, inner: str) -> list[object]:
+    if inner.endswith(".bytes"):
+        names = column.type.get_field_index("path") >= 0 and column.field("path").to_pylist()
+        return [{"path": name} for name in names] if names else [{}] * len(column)
+    return column.to_pylist() if not inner else [None] * len(column)
+
+
+def _places(column: pa.Array, inner: str, base: int) -> list[tuple[int, int] | None]:
+    """(offset in the file, bytes) of each cell of a column of bytes."""
+    if not inner:
+        return []
+    array = column.field("bytes") if inner.endswith(".bytes") else column
+    _, ends, data = array.buffers()
+    wide = pa.types.is_large_binary(array.type)
+    offsets = np.frombuffer(ends, np.int64 if wide else np.int32)[array.offset :][: len(array) + 1]
+    valid = array.is_valid().to_pylist()
+    start = data.address - base if data is not None else 0
+    return [
+        (start + int(offsets[i]), int(offsets[i + 1] - offsets[i])) if valid[i] else None
+        for i in range(len(array))
+    ]
+
+
+FORMAT = Parquet()

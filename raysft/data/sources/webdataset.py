@@ -1,0 +1,137 @@
+"""Tar archives of clips and their texts: WebDataset's, WeNet's shards, Emilia's.
+
+    a1.flac  a1.txt         a1.flac  a1.json  ({"text": "hello", "speaker": "s1"})
+
+Members that follow each other and differ in their ending alone are one record: a clip, and its text
+as `txt` (or lab, trn, transcript), or in `json` under text, txt, transcript, transcription or
+sentence. A source is an archive, a pattern (a{000..127}.tar), a folder of archives, or a list of
+their paths, one a line. Clips are read out of the archives by their place; each archive is read
+through once, for its headers and texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+
+from raysft import stores
+from raysft.config.schema import Source
+from raysft.data.sources import json_lines, tars
+from raysft.data.sources.base import Split, clip_path, folder_of, load_record
+from raysft.data.sources.fields import names_audio_file, refuse_placeholders, refuse_unread
+from raysft.data.sources.layout import Layout, fault, inside, listed, seconds
+from raysft.data.sources.tars import Member
+from raysft.errors import BadExample, UserError
+from raysft.json_types import JsonObject
+
+TEXTS = ("txt", "lab", "trn", "transcript", "text")
+SAID = ("text", "txt", "transcript", "transcription", "sentence")
+READ = frozenset([*SAID, "id", "key", "__key__", "utt", "speaker", "spk", "speaker_id"])
+
+
+class WebDataset(Layout):
+    """The format `webdataset`."""
+
+    name = "webdataset"
+    describe = "tar archives (or a list of their paths) of a clip with txt or json each"
+    text = False
+
+    def sniff(self, path: Path) -> bool:
+        """Whether it is an archive, a folder that holds some, or a list of their paths."""
+        if path.is_dir():
+            return next(path.glob("*.tar"), None) is not None and not _is_shar(path)
+        head = json_lines.head(path, 1 << 13)
+        if tars.is_tar(head):
+            return True
+        lines = head.split(b"\n")[:2]
+        return bool(lines[0].strip()) and all(
+            line.strip().endswith(b".tar") and not line.lstrip().startswith((b"{", b"["))
+            for line in lines
+            if line.strip()
+        )
+
+    def files(self, path: Path, split: Split) -> list[Path]:
+        """The archives."""
+        if path.is_dir():
+            return sorted(path.glob("*.tar"))
+        if tars.is_tar(json_lines.head(path, 512)):
+            return [path]
+        with stores.opened(path) as stream:
+            lines = stream.read().decode("utf-8").splitlines()
+        found = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            for one in tars.expanded(line.strip()):
+                try:
+                    place = stores.at(clip_path(one, path))
+                    there = place.is_file()
+                except BadExample as error:
+                    raise UserError(f"{path}:{number}: {error}") from None
+                if not there:
+                    raise UserError(f"{path}:{number}: {place} does not exist")
+                found.append(place)
+        return found
+
+    def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
+        """The records of an archive."""
+        for key, group in groupby(tars.members(file), lambda member: _stem(member.name)):
+            members = list(group)
+            try:
+                yield self._record(file, key, members)
+            except BadExample as error:
+                yield fault(key, str(error), f"{file.name}::{members[0].name}")
+
+    def _record(self, file: Path, key: str, members: list[Member]) -> JsonObject:
+        clips = [member for member in members if names_audio_file(member.name)]
+        others = {_ending(member.name): member for member in members if member not in clips}
+        if not clips:
+            names = ", ".join(member.name for member in members[:4])
+            raise BadExample(f"no clip among {names}")
+        if len(clips) > 1:
+            raise BadExample(f"{len(clips)} clips of one name: {clips[0].name}, {clips[1].name}")
+        text = next((_text(file, others[end]) for end in TEXTS if end in others), None)
+        record: JsonObject = {}
+        if "json" in others:
+            record = load_record(tars.read(file, others["json"]))
+            refuse_unread(record, READ, clip=clips[0].name)
+            said = next((record[name] for name in SAID if isinstance(record.get(name), str)), None)
+            if text is not None and said is not None and text != said.strip():
+                raise BadExample(f"its txt says {text[:40]!r}, its json {said[:40]!r}")
+            text = said if text is None else text
+        if text is None:
+            found = ", ".join(member.name for member in members)
+            raise BadExample(f"no text: expected {key}.txt or {key}.json with text; found {found}")
+        refuse_placeholders(text, "text")
+        clip = inside(file, clips[0].name, clips[0][1:], Path(folder_of(file)))
+        if (stated := seconds(record, "duration")) is not None:
+            clip["seconds"] = stated
+        speaker = next((record[n] for n in ("speaker", "spk", "speaker_id") if record.get(n)), None)
+        name = next((record[n] for n in ("id", "utt") if record.get(n)), PurePosixPath(key).name)
+        return listed(str(name), text, [clip], speaker=None if speaker is None else str(speaker))
+
+
+def _is_shar(path: Path) -> bool:
+    return next(path.glob("cuts.*.jsonl*"), None) is not None
+
+
+def _stem(name: str) -> str:
+    """Without the ending: what members of one record have in common."""
+    return name.removesuffix(f".{_ending(name)}")
+
+
+def _ending(name: str) -> str:
+    return PurePosixPath(name).suffix[1:].lower() if "." in PurePosixPath(name).name else ""
+
+
+def _text(file: Path, member: Member) -> str:
+    try:
+        return tars.read(file, member).decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadExample(
+            f"{member.name} is not valid UTF-8: {error.reason} at byte {error.start}"
+        ) from None
+
+
+FORMAT = WebDataset()

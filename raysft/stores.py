@@ -1,0 +1,219 @@
+"""Where data lies: files of this system, and objects in stores (s3://, gs://, hf://, https://).
+
+Stands under everything that reads data. Stores are fsspec's: whatever protocol it knows, with the
+credentials and end points of the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, HF_TOKEN,
+GOOGLE_APPLICATION_CREDENTIALS), never of a config or of data. Whatever goes wrong while a store is
+asked is the store's, and an OSError as of a disk, so that `patience` decides what becomes of it:
+FileNotFoundError where it says that there is no such object.
+
+Costs a round trip a call: what is read is to be asked for in few, large pieces, several at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
+
+from raysft.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+_NEEDS = {
+    "s3": "raysft[s3]",
+    "s3a": "raysft[s3]",
+    "gs": "raysft[gcs]",
+    "gcs": "raysft[gcs]",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
+"""What is to be installed for a protocol beside fsspec."""
+
+_BLOCK = 1 << 22  # bytes fetched at once of an object that is read from its beginning
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+
+class Status(NamedTuple):
+    """Bytes of a file or object, and when it changed (ns; a number made of its entity tag where a
+    store keeps no times; 0: it tells neither)."""
+
+    size: int
+    mtime_ns: int
+
+
+def is_remote(place: str | Path) -> bool:
+    """Whether `place` (absolute) is an object in a store."""
+    return "://" in (place if isinstance(place, str) else str(place))
+
+
+def at(place: str) -> Path:
+    """`place` (absolute, or a URL) as a path: what `Path` does, of objects too.
+
+    Raises UserError where a store's protocol is not known, or what it needs is not installed.
+    """
+    if not is_remote(place):
+        return Path(place)
+    from upath import UPath
+
+    protocol = place.partition("://")[0]
+    try:
+        found = UPath(place)
+        with asking(place):
+            _ = found.fs
+    except (ImportError, ValueError) as error:
+        needs = _NEEDS.get(protocol)
+        remedy = f": pip install '{needs}' on every node" if needs else ""
+        raise UserError(
+            f"{place}: {protocol}:// cannot be read here{remedy} ({first_line(error)})"
+        ) from None
+    return cast(Path, found)
+
+
+@contextlib.contextmanager
+def asking(place: str | Path) -> Iterator[None]:
+    """What a store's library raises becomes an OSError that names `place`."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # of whatever kind: it is the store's
+        detail = first_line(error) or type(error).__name__
+        raise OSError(errno.EIO, f"{type(error).__name__}: {detail}", str(place)) from error
+
+
+def status(place: str) -> Status:
+    """Of an object. Raises OSError; IsADirectoryError where it is a folder of objects."""
+    with asking(place):
+        path = _path(place)
+        info = path.fs.info(path.path)
+    if info.get("type") == "directory":
+        raise IsADirectoryError(errno.EISDIR, "is a folder", place)
+    return _status(info)
+
+
+def state(file: Path) -> Status:
+    """Of a file or object. Raises OSError."""
+    if is_remote(file):
+        return status(str(file))
+    found = file.stat()
+    return Status(found.st_size, found.st_mtime_ns)
+
+
+def _status(info: dict[str, object]) -> Status:
+    size = info.get("size")
+    changed = next(
+        (info[k] for k in ("LastModified", "mtime", "updated", "created") if info.get(k)), None
+    )
+    if isinstance(changed, datetime):
+        mtime = int(changed.timestamp() * 1_000_000) * 1000
+    elif isinstance(changed, int | float):
+        mtime = int(changed * 1e9)
+    else:
+        tag = changed or info.get("ETag") or info.get("etag") or info.get("oid") or ""
+        mtime = zlib.crc32(str(tag).encode()) if tag else 0
+    return Status(size if isinstance(size, int) else -1, mtime)
+
+
+def read(place: str, offset: int, count: int) -> bytes:
+    """Bytes [offset, offset + count) of an object, fewer where it ends. Raises OSError."""
+    if count <= 0:
+        return b""
+    with asking(place):
+        path = _path(place)
+        return bytes(path.fs.cat_file(path.path, start=offset, end=offset + count))
+
+
+@functools.lru_cache(maxsize=65536)
+def _path(place: str) -> UPath:
+    return cast("UPath", at(place))
+
+
+def opened(file: Path) -> BinaryIO:
+    """A file or object, to be read from its beginning; unpacked where it is gzip's or zstd's, by
+    its first bytes. Raises OSError; UserError where zstd's unpacker is not installed."""
+    stream = random_access(file)
+    head = stream.read(4)
+    stream.seek(0)
+    if head.startswith(_GZIP):
+        return cast(BinaryIO, gzip.open(stream))
+    if head == _ZSTD:
+        return _unpacked_zstd(file, stream)
+    return stream
+
+
+def random_access(file: Path) -> BinaryIO:
+    """A file or object, to be read anywhere, as it is. Raises OSError."""
+    if is_remote(file):
+        with asking(file):
+            return cast(BinaryIO, io.BufferedReader(_Object(file), 1 << 20))
+    return open(file, "rb")
+
+
+def packed(file: Path) -> bool:
+    """Whether `opened` unpacks it. Raises OSError."""
+    if is_remote(file):
+        head = read(str(file), 0, 4)
+    else:
+        with open(file, "rb") as stream:
+            head = stream.read(4)
+    return head.startswith(_GZIP) or head == _ZSTD
+
+
+def _unpacked_zstd(file: Path, stream: BinaryIO) -> BinaryIO:
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(
+            f"{file} is packed with zstd: pip install zstandard on every node, or unpack it "
+            "(zstd -d)"
+        ) from None
+    return cast(BinaryIO, zstandard.open(stream, "rb"))
+
+
+class _Object(io.RawIOBase):
+    """An object read block by block, each with a request of its own: what fails can be tried again
+    by whoever reads, at the place it stands."""
+
+    def __init__(self, file: Path) -> None:
+        self._place = str(file)
+        self._size = status(self._place).size
+        self._at = 0
+        self._block, self._start = b"", 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As of any file."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill `buffer`, or what is left of the block."""
+        inside = self._at - self._start
+        if not 0 <= inside < len(self._block):
+            self._block = read(self._place, self._at, max(_BLOCK, len(buffer)))
+            self._start, inside = self._at, 0
+        data = self._block[inside : inside + len(buffer)]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
