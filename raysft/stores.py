@@ -16,6 +16,7 @@ import errno
 import functools
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from datetime import datetime
@@ -78,12 +79,24 @@ def at(place: str) -> Path:
     return cast(Path, found)
 
 
+def refresh(file: Path) -> None:
+    """Forget what a store was heard to hold: it is asked anew."""
+    if is_remote(file):
+        cast("UPath", file).fs.invalidate_cache()
+
+
 @contextlib.contextmanager
 def asking(place: str | Path) -> Iterator[None]:
     """What a store's library raises becomes an OSError that names `place`."""
     try:
         yield
-    except (OSError, ImportError, MemoryError):
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        kinds = ((FileNotFoundError, errno.ENOENT), (PermissionError, errno.EACCES))
+        number = next((number for kind, number in kinds if isinstance(error, kind)), errno.EIO)
+        raise OSError(number, first_line(error) or os.strerror(number), str(place)) from error
+    except (ImportError, MemoryError, UserError):
         raise
     except Exception as error:  # of whatever kind: it is the store's
         detail = first_line(error) or type(error).__name__
@@ -211,7 +224,8 @@ class _Object(io.RawIOBase):
         """Fill `buffer`, or what is left of the block."""
         inside = self._at - self._start
         if not 0 <= inside < len(self._block):
-            self._block = read(self._place, self._at, max(_BLOCK, len(buffer)))
+            left = max(0, self._size - self._at)  # behind the end a store refuses to read
+            self._block = read(self._place, self._at, min(left, max(_BLOCK, len(buffer))))
             self._start, inside = self._at, 0
         data = self._block[inside : inside + len(buffer)]
         buffer[: len(data)] = data

@@ -68,7 +68,10 @@ def _needed(source: ResolvedSource, file: Path) -> bool:
 
 
 def _size(file: Path) -> int:
-    return max(1, patience.known(lambda: stores.state(file), file).size)
+    def size() -> int:
+        return 1 if file.is_dir() else max(1, stores.state(file).size)
+
+    return patience.known(size, file)
 
 
 def _listing(job: tuple[ResolvedSource, Path, Path], _: None) -> Path:
@@ -133,7 +136,8 @@ def _states(source: ResolvedSource, file: Path) -> list[list[str | int]] | None:
         others = form.beside(file, source.given)
     if others is None:
         return None
-    return [[str(one), *stores.state(one)] for one in (file, *others)]
+    own = [] if file.is_dir() else [file]
+    return [[str(one), *stores.state(one)] for one in (*own, *others)]
 
 
 def _racy(states: list[list[str | int]]) -> bool:

@@ -125,6 +125,7 @@ def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
 def _place(given: str) -> Path:
     """A file or folder that is there. Raises UserError."""
     path = stores.at(given)
+    stores.refresh(path)
     if not (path.exists() if stores.is_remote(path) else paths.exists(path)):
         near = "" if stores.is_remote(path) else paths.nearest(path)
         raise UserError(f"{path} does not exist{near}")

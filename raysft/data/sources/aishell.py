@@ -50,7 +50,7 @@ class Aishell(Layout):
             for _, line in lines(transcript):
                 name, *words = line.split()
                 texts[name] = "".join(words)
-        folder = Path(folder_of(file))
+        folder = folder_of(file)
         for clip in sorted(file.rglob("*.wav")):
             path = below(str(clip), folder)
             if clip.stem not in texts:

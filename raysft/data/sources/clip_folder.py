@@ -48,12 +48,12 @@ class ClipFolder(Layout):
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A clip each; the first folder on the way to it is its speaker, else what is before the
         first `_` of its name."""
-        folder = Path(folder_of(file))
+        folder = folder_of(file)
         for clip in sorted(file.rglob("*")):
             if clip.name.startswith(".") or not names_audio_file(clip.name):
                 continue
             path = below(str(clip), folder)
-            inner = PurePosixPath(below(str(clip), file)).parts
+            inner = PurePosixPath(below(str(clip), str(file))).parts
             text = _text_of(clip)
             if text is None:
                 yield fault(clip.stem, "has no text beside it (txt, lab, trans, text)", path)

@@ -45,7 +45,7 @@ class GigaSpeech(Layout):
 
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A segment each."""
-        folder = Path(folder_of(file))
+        folder = folder_of(file)
         for item in json_items.items(file, key="audios"):
             audio = load_record(item.raw or b"")
             for segment in audio.get("segments") or []:

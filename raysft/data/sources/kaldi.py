@@ -77,7 +77,7 @@ class Kaldi(Layout):
             except BadExample as error:
                 yield fault(name, f"{name} {error}", f"{file}:{number}")
                 continue
-            clip: dict[str, Json] = {"path": below(path, Path(folder_of(file)))}
+            clip: dict[str, Json] = {"path": below(path, folder_of(file))}
             if start is not None:
                 clip |= {"start": start, "stop": stop}
             yield listed(

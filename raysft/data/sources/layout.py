@@ -100,13 +100,13 @@ def fault(name: str, reason: str, at: str) -> JsonObject:
     return {LISTED: 1, "id": name, "fault": reason, "at": at}
 
 
-def inside(file: Path, member: str, place: Sequence[int], folder: Path) -> JsonObject:
+def inside(file: Path, member: str, place: Sequence[int], folder: str) -> JsonObject:
     """A clip that is `member` of `file`, at place (offset, bytes); folder: of what is listed."""
     path = below(str(file), folder)
     return {"path": f"{path}::{member}", "within": [path, *place]}
 
 
-def below(path: str, folder: Path) -> str:
+def below(path: str, folder: str) -> str:
     """`path` from `folder` on, where it lies below it: a corpus that moves is still the same."""
     start = f"{folder}/"
     return path[len(start) :] if path.startswith(start) else path

@@ -98,9 +98,7 @@ class Lhotse(Layout):
                     clip = _of_recording(cut, root, file)
                 elif name in members:
                     archive = _archive(file)
-                    clip = inside(
-                        archive, members[name].name, members[name][1:], Path(folder_of(file))
-                    )
+                    clip = inside(archive, members[name].name, members[name][1:], folder_of(file))
                 else:
                     raise BadExample(f"{name} is not in {_archive(file).name}")
             except BadExample as error:
@@ -174,7 +172,7 @@ def _of_recording(cut: JsonObject, root: str, file: Path) -> JsonObject:
     if kind not in ("file", "url"):
         raise BadExample(f"has a recording that is a {kind}: files and URLs are read")
     path = clip_path(str(sources[0].get("source")), file, root)
-    clip: dict[str, Json] = {"path": below(path, Path(folder_of(file)))}
+    clip: dict[str, Json] = {"path": below(path, folder_of(file))}
     whole = recording.get("duration")
     start, length = cut.get("start") or 0.0, cut.get("duration")
     if start or (length is not None and whole is not None and abs(length - whole) > 1e-3):

@@ -46,7 +46,7 @@ class LibriSpeech(Layout):
                 for name in transcript.parent.iterdir()
                 if name.suffix in _CLIPS
             }
-            folder = below(str(transcript.parent), Path(folder_of(file)))
+            folder = below(str(transcript.parent), folder_of(file))
             for number, line in lines(transcript):
                 name, _, text = line.strip().partition(" ")
                 at = f"{transcript.name}:{number}"

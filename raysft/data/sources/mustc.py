@@ -59,7 +59,7 @@ class MustC(Layout):
                 f"{file} has {len(segments):,} segments, {self._texts(file, given).name} "
                 f"{len(texts):,} lines: they are to be as many"
             )
-        root = given.root or str(Path(folder_of(file)).parent / "wav")
+        root = given.root or f"{folder_of(file).rpartition('/')[0]}/wav"
         counts: dict[str, int] = {}
         for number, (segment, text) in enumerate(zip(segments, texts), 1):
             at = f"{file.name}:{number}"
@@ -74,7 +74,7 @@ class MustC(Layout):
                 continue
             counts[wav] = counts.get(wav, -1) + 1
             name = f"{Path(wav).stem}_{counts[wav]}"
-            clip: JsonObject = {"path": below(path, Path(folder_of(file))), "start": start}
+            clip: JsonObject = {"path": below(path, folder_of(file)), "start": start}
             clip["stop"] = start + length
             speaker = segment.get("speaker_id")
             yield listed(

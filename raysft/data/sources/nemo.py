@@ -73,7 +73,7 @@ class Nemo(Fielded):
                 told_clips = []
                 for given_path, clip in zip(self.paths(record), clips, strict=True):
                     archive, member = _found(by_shard[shard], given_path)
-                    place = inside(archive, member.name, member[1:], Path(folder_of(file)))
+                    place = inside(archive, member.name, member[1:], folder_of(file))
                     told_clips.append({**told(clip), **place})
             except BadExample as error:
                 yield fault(default_id(file, item.line), str(error), at)

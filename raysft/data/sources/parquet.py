@@ -75,13 +75,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def _split(file: Path, top: Path) -> str | None:
-    inner = below(str(file), top)
+    inner = below(str(file), str(top))
     names = [name for some in _SPLITS.values() for name in some]
     return next((n for n in names if re.match(rf"(?:data/)?{n}(?:[-_./]|$)", inner)), None)
 
 
 def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
-    folder = Path(folder_of(file))
+    folder = folder_of(file)
     try:
         with stores.asking(file), stores.random_access(file) as stream:
             whole = pq.ParquetFile(stream)
@@ -142,7 +142,7 @@ def _arrow(file: Path, given: Source) -> Iterator[JsonObject]:
     """Of an Arrow stream (as `datasets` writes) or file: a clip's bytes lie in it as they are."""
     if stores.is_remote(file):
         raise UserError(f"{file}: Arrow is read from files of this system: copy it, or use Parquet")
-    folder = Path(folder_of(file))
+    folder = folder_of(file)
     with pa.memory_map(str(file)) as mapped:
         base = pa.py_buffer(mapped.read_buffer()).address
         mapped.seek(0)

@@ -113,7 +113,7 @@ def row_of(
     if clip is None:
         if not isinstance(path, str) or not path.strip():
             raise BadExample(f"column {columns['audio']!r} holds no path")
-        clip = {"path": below(clip_path(path, file, root), Path(folder_of(file)))}
+        clip = {"path": below(clip_path(path, file, root), folder_of(file))}
     for what in ("start", "stop"):
         if (value := seconds(record, columns.get(what))) is not None:
             clip[what] = value

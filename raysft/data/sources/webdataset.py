@@ -104,7 +104,7 @@ class WebDataset(Layout):
             found = ", ".join(member.name for member in members)
             raise BadExample(f"no text: expected {key}.txt or {key}.json with text; found {found}")
         refuse_placeholders(text, "text")
-        clip = inside(file, clips[0].name, clips[0][1:], Path(folder_of(file)))
+        clip = inside(file, clips[0].name, clips[0][1:], folder_of(file))
         if (stated := seconds(record, "duration")) is not None:
             clip["seconds"] = stated
         speaker = next((record[n] for n in ("speaker", "spk", "speaker_id") if record.get(n)), None)
