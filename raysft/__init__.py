@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from raysft.library import export as export
     from raysft.library import load_config as load_config
     from raysft.library import modality_routing as modality_routing
+    from raysft.library import prepare as prepare
     from raysft.library import report as report
     from raysft.library import sweep as sweep
     from raysft.library import train as train
@@ -26,6 +27,7 @@ _OFFERED = ("dry_run", "export", "load_config", "modality_routing")
 _PACKAGES = (
     "evaluate",
     "report",
+    "prepare",
     "sweep",
     "train",
     "transcribe",

@@ -56,6 +56,17 @@ best.yaml (a config for sft), and below trials/ a run's folder each. The same co
 sweep that was interrupted: finished trials are not run again, others go on.
 """
 
+PREPARE = """\
+Corpora into shards: Parquet with a clip in each row, which the format shards reads fast.
+
+{command} CONFIG.yaml [key=value ...] [--debug]
+
+What is prepared is data.train, in any format; how, is in the config's section prepare:
+prepare.path (the folder), prepare.rows, prepare.audio, and data.speech_tokens for speech tokens.
+The same command goes on with a preparation that was interrupted. Train on it with
+data.train=[{{path: FOLDER/data.list}}].
+"""
+
 REPORT = """\
 One page of a run, a sweep, or several runs beside each other: report.html, a file for itself.
 
@@ -87,6 +98,7 @@ What is asked is what the run was trained with (its data.prompts by task, its ch
 USAGE = """usage: raysft COMMAND ... (raysft COMMAND --help says more)
 
   raysft sft CONFIG.yaml [key=value ...]   train, or continue a run
+  raysft prepare CONFIG.yaml [key=value .] corpora into shards
   raysft sweep CONFIG.yaml [key=value ...] try values of keys, ranked by an evaluation
   raysft evaluate RUN                      WER, CER and losses of a checkpoint
   raysft export RUN OUT                    a folder for from_pretrained
@@ -125,6 +137,22 @@ def sweep(argv: Sequence[str], command: str = "raysft sweep") -> None:
         show({"doing": f"{arguments.positional[0]}: checking config and space"})
         swept = library.sweep(config, show)
     print(swept.describe())
+
+
+def prepare(argv: Sequence[str], command: str = "raysft prepare") -> None:
+    """Make the shards that are not there, and say what there is."""
+    arguments = parse(argv, PREPARE.format(command=command), positional=1)
+
+    from raysft import library
+
+    config = library.load_config(arguments.positional[0], arguments.overrides, model=False)
+    with ProgressLine() as show:
+        made = library.prepare(config, show)
+    left = f"; {made.rejected:,} left out (quarantine.jsonl)" if made.rejected else ""
+    print(
+        f"{made.path}: {made.rows:,} utterances, {made.seconds / 3600:.2f} h in {made.shards:,} "
+        f"shards, {made.made:,} of them made now{left}"
+    )
 
 
 def report(argv: Sequence[str], command: str = "raysft report") -> None:
@@ -256,6 +284,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": export,
     "transcribe": transcribe,
     "report": report,
+    "prepare": prepare,
     "audit": _module("audit"),
 }
 

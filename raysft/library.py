@@ -1,5 +1,5 @@
-"""The jobs as functions: `from raysft import load_config, train, sweep, evaluate, export, dry_run,
-transcribe`.
+"""The jobs as functions: `from raysft import load_config, prepare, train, sweep, evaluate, export,
+dry_run, transcribe`.
 
 The jobs call these and nothing else, so that a program does what a command line does: the same
 checks, the same folders, the same UserError with the same line for whatever a user can mend. Each
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from raysft.driver.launch import Outcome
     from raysft.driver.sweep import Swept
+    from raysft.prepare.run import Prepared
     from raysft.transcribe.run import Transcripts
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "load_config",
     "modality_routing",
+    "prepare",
     "report",
     "sweep",
     "train",
@@ -152,6 +154,25 @@ def export(run: str | Path, out: str | Path, *, step: str = "last", merge: bool 
 
     remarks.quiet()
     return export_run(folder, target, merge=merge, step=step)
+
+
+def prepare(config: Config, progress: Progress = _silent) -> Prepared:
+    """Write `config.data.train` as shards into the folder `config.prepare.path`, or go on with a
+    preparation that was interrupted; returns what there is.
+
+    Raises UserError; KeyboardInterrupt, or SystemExit on SIGTERM: shards that are whole stay.
+    """
+    from raysft.prepare import check
+
+    check.check(config)
+
+    from raysft.driver.session import destination
+
+    progress({"doing": destination()})
+    with _session():
+        from raysft.prepare import run
+
+        return run.run(config, progress)
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:

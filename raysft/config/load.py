@@ -40,8 +40,12 @@ __all__ = [
 ]
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: typing.Sequence[str] = (), *, model: bool = True
+) -> Config:
     """Read a config file and apply `key=value` overrides (overrides.py: what a value means).
+
+    model: whether the config has to name one: to prepare data none is needed.
 
     Raises UserError listing every problem: unknown keys (with the nearest one), wrong types, paths
     that are none, contradictions.
@@ -50,14 +54,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     tree = _read(file)
     for override in overrides:
         apply_override(tree, override)
-    return validate(tree, str(path), file.parent)
+    return validate(tree, str(path), file.parent, model)
 
 
-def validate(tree: JsonObject, where: str, beside: Path | None = None) -> Config:
+def validate(
+    tree: JsonObject, where: str, beside: Path | None = None, model: bool = True
+) -> Config:
     """Check a plain tree against the schema; `where` names its origin in errors.
 
     beside: the folder of a config file, where a user may have meant relative paths to begin, and
-    plugins to lie.
+    plugins to lie. model: see `load_config`.
     """
     tree = _expand(tree)
     named = tree.get("plugins")
@@ -80,7 +86,7 @@ def validate(tree: JsonObject, where: str, beside: Path | None = None) -> Config
             problems += [one.text for one in others if not _concerns(one.key, wrong)]
     if config is not None:
         config, problems = places.absolute(config, beside)
-        problems += [one.text for one in contradictions(config)]
+        problems += [one.text for one in contradictions(config) if model or one.key != "model"]
     if problems:
         problems = list(dict.fromkeys(problems))
         if len(problems) == 1:

@@ -24,6 +24,7 @@ from raysft.config.evaluation import Evaluate
 from raysft.config.logs import Log
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
 from raysft.config.moe import Moe
+from raysft.config.prepare import Prepare
 from raysft.config.section import Section
 from raysft.config.sweep import Sweep
 from raysft.config.training import Optim, Peft, Train
@@ -436,6 +437,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     log: Log = Field(default_factory=Log)
     sweep: Sweep = Field(default_factory=Sweep)
+    prepare: Prepare = Field(default_factory=Prepare)
 
     @property
     def patience_s(self) -> float:

@@ -36,6 +36,15 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """What whoever wrote a clip measured of it: samples of a channel, Hz, channels."""
+
+    samples: int
+    rate: int
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
 class Audio:
     """A clip, still to be decoded: a file (absolute path, or the URL of an object in a store), a
     part of one, or what a record carries.
@@ -47,6 +56,7 @@ class Audio:
     bytes: the file's content, where a record carries it. The path is then no file's, but what
         messages call it, and its alone.
     held: where its file lies in another; the path is then what messages call it, as with bytes.
+    measured: of its file, where that is written beside it: it is then not opened for its length.
     """
 
     path: str
@@ -56,6 +66,7 @@ class Audio:
     channel: int | None = None
     bytes: bytes | None = field(default=None, repr=False)
     held: Within | Cell | None = None
+    measured: Measured | None = None
 
     @property
     def stored(self) -> str | None:
@@ -72,7 +83,7 @@ class Audio:
     @property
     def file(self) -> Audio:
         """All of its file."""
-        return Audio(self.path, bytes=self.bytes, held=self.held)
+        return Audio(self.path, bytes=self.bytes, held=self.held, measured=self.measured)
 
     @property
     def sound(self) -> Audio:

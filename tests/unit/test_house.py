@@ -37,11 +37,16 @@ ROOMS = (
         "page",
         "sweep",
     ),
-    *("driver", "library", "command"),
+    *("driver", "prepare", "library", "command"),
 )
 OFFERED = ("raysft", "raysft.library")  # for type checkers alone: what it gives is loaded by name
 DATA = ("clips", "sources", "encode", "index", "plan", "read")  # in data/, after its own modules
-RAY = ("raysft.driver.", "raysft.data.read.stream", "raysft.data.index.fan_out")
+RAY = (
+    "raysft.driver.",
+    "raysft.data.read.stream",
+    "raysft.data.index.fan_out",
+    "raysft.prepare.run",
+)
 WITHOUT_TORCH = ("raysft.config", "raysft.scorers", "raysft.run", "raysft.families")
 LINES = 500
 ANY = 100

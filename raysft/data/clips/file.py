@@ -72,9 +72,16 @@ class File:
             self._handle = os.open(self._place, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.size = self._whole() if within is None else within.size
+            if within is not None and self._handle is not None:
+                there = os.fstat(self._handle).st_size
+                if there < within.offset + within.size:
+                    raise BadExample(
+                        f"{path}: cut off: its file has {there:,} bytes, and it lies behind them",
+                        "truncated",
+                    )
             if (hold and self.size <= _HELD) or (self._remote and self.size <= _ASKED):
                 self._content = self.read(0, self.size)
-        except OSError:
+        except (OSError, BadExample):
             self.close()
             raise
 

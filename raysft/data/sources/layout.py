@@ -9,7 +9,7 @@ other. A record of a listing:
 
 CLIP: a path, relative ones from the folder of what was listed; or an object with `path` and, where
 they are meant, `start`, `stop` (seconds), `channel`, `seconds` (that it is said to have), `within`
-[file, offset, size], or `cell` [file, row group, row, column].
+[file, offset, size], or `cell` [file, row group, row, column]; `measured`: [samples, Hz, channels].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from raysft import paths
 from raysft.config.schema import Source
-from raysft.data.example import Audio, Cell, Example, Within
+from raysft.data.example import Audio, Cell, Example, Measured, Within
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import (
     clip_path,
@@ -138,6 +138,7 @@ def _clip(clip: Json, file: Path) -> Audio:
         seconds(clip, "stop"),
         clip.get("channel"),
         held=held,
+        measured=Measured(*clip["measured"]) if clip.get("measured") else None,
     )
 
 
