@@ -1,4 +1,4 @@
-"""The section `prepare`: what jobs/prepare.py makes of data.train."""
+"""The section `prepare`: what the job of that name makes of data.train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raysft.config.section import Section
 
 
 class Prepare(Section):
-    """Shards of data.train (jobs/prepare.py); a run takes no notice of it."""
+    """Shards of data.train, by the job prepare; a run takes no notice of it."""
 
     path: Free[Annotated[str | None, PathKey()]] = Field(
         None, description="folder the shards and their data.list are written to"

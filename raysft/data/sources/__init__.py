@@ -213,11 +213,11 @@ def _recognise(path: Path) -> Format:
     for form in sorted(known.values(), key=lambda form: form.rank):
         if not (what and form.text) and form.sniff(path):
             return form
-    readable = "; ".join(f"{form.name}: {form.describe}" for form in known.values())
     cause = f": it is {what}" if what else causes.foreign(path, head) if head else ""
     raise UserError(
         f"{path} is in no format that is known{': ' * (not what and bool(cause))}{cause}. Formats "
-        f"(set the entry's format where it is one of these): {readable}. Found: {_found(path)}"
+        f"(docs/formats.md shows a line of each; set the entry's format where it is one of these): "
+        f"{', '.join(known)}. Found: {_found(path)}"
     )
 
 

@@ -174,9 +174,23 @@ def _of_fields(record: JsonObject) -> str:
             except BadExample as error:
                 remedy += f" (mind that {error})"
             return f"it looks like {whose} (fields {names}): {remedy}"
+    clip = next((name for name in _CLIPS if isinstance(record.get(name), str)), None)
+    said = next((name for name in _TEXTS if isinstance(record.get(name), str)), None)
+    if clip is not None and said is None:
+        return (
+            f"its records name a clip ({clip}) and have no text under a name that is known "
+            f"({', '.join(_TEXTS)}); their fields: {names}"
+        )
+    if said is not None and clip is None:
+        return (
+            f"its records have a text ({said}) and name no clip under a name that is known "
+            f"({', '.join(_CLIPS)}); their fields: {names}"
+        )
     return f"its records have the fields {names}"
 
 
+_CLIPS = ("wav", "audio_filepath", "audio_path", "path", "file_name", "audio", "source", "wav_path")
+_TEXTS = ("text", "txt", "sentence", "transcription", "transcript", "target")
 _KEYS = re.compile(r'"([^"\\\x00-\x1f]{1,40})"\s*:')
 _HANDLED = frozenset(["messages", "conversations", "conversation", "recording", "supervisions"])
 

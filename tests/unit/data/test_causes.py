@@ -124,7 +124,9 @@ def test_audio_given_as_data_is_named(tmp_path: Path, suffix: str) -> None:
     ("record", "says"),
     [
         ({"prompt": "a", "response": "b"}, "pairs .*: name them instruction and output"),
-        ({"sentence": "x", "clip": "y"}, "its records have the fields sentence, clip"),
+        ({"sentence": "x", "clip": "y"}, r"a text \(sentence\) and name no clip .*: sentence, clip"),
+        ({"wav": "a.wav", "words": "y"}, r"a clip \(wav\) and have no text .*fields: wav, words"),
+        ({"foo": "x"}, "its records have the fields foo"),
     ],
 )
 @pytest.mark.parametrize("shape", ["lines", "list"])
@@ -135,7 +137,7 @@ def test_records_of_other_programs_are_named_with_what_to_do(
     text = said(tmp_path, "a.json", content)
     with pytest.raises(UserError, match=says):
         raise UserError(text)
-    assert "ming_jsonl: JSON lines with task_type" in text
+    assert "ming_jsonl, most_json, " in text
 
 
 @pytest.mark.parametrize(

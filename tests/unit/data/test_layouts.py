@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from raysft.config.schema import Source
 from raysft.data import sources
 from raysft.data.clips import audio
 from raysft.data.index.build import Index, build_index
+from raysft.errors import UserError
 from tests.support.indexes import Encoder
 from tests.support.layouts import LAYOUTS, RATE, Layout, corpus
 
@@ -67,3 +69,85 @@ def test_a_second_index_is_the_first_and_lists_nothing(
 
         monkeypatch.setattr(form, "records", unexpected)
     assert indexed(path, layout, tmp_path / "index").hash == first.hash
+
+
+# --- wrong twins: one line, which names the place and what to do
+
+
+def damage(path: Path, old: str, new: str, code: str = "utf-8") -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_bytes(text.replace(old, new).encode(code))
+
+
+def spoilt(name: str, wrong: str, top: Path) -> tuple[Path, str, str]:
+    """Makes the wrong twin of a layout below `top`: its path; whether the whole source is refused,
+    or a record; and what is said of it."""
+    layout = LAYOUTS[name]
+    path = source = layout.write(top / "data" / name, US)
+    folder = path if path.is_dir() else path.parent
+    texts = {
+        "nemo": (path, '"text"'),
+        "wenet": (path, '"txt"'),
+        "funasr": (path, '"target"'),
+        "emilia": (path, '"text"'),
+        "step": (path, '"text"'),
+        "common_voice": (path, "sentence"),
+        "table": (path, "said"),
+        "audiofolder": (path, "transcription"),
+    }
+    if wrong == "path":
+        if name == "kaldi":
+            damage(folder / "wav.scp", "kaldi_audio", "elsewhere")
+            return source, "source", r"s0-10-0000\.flac: no such file"
+        if name in ("librispeech", "aishell", "clip_folder", "ljspeech", "common_voice"):
+            clip = next(path for end in ("flac", "wav") for path in sorted(top.rglob(f"*.{end}")))
+            clip.unlink()
+            return source, "record", "no clip|no such file|" + clip.stem
+        damage(texts[name][0], f"{US[0].id}.", f"gone/{US[0].id}.")
+        return source, "record", rf"{US[0].id}\.\w+: no such file"
+    if wrong == "column":
+        file, text_field = texts[name]
+        damage(file, text_field, text_field.replace(text_field.strip('"'), "words"))
+        return (
+            source,
+            "source",
+            "(text|txt|target|said|sentence|transcription).*(missing|column)|is in no format",
+        )
+    if name == "kaldi":
+        path = folder / "text"
+    elif name == "librispeech":
+        path = next(top.rglob("*.trans.txt"))
+    elif name == "aishell":
+        path = next(top.rglob("aishell_transcript*"))
+    elif name == "ljspeech":
+        path = folder / "metadata.csv"
+    elif name == "clip_folder":
+        path = next(top.rglob("*.lab"))
+    path.write_bytes("é".join(path.read_text()).encode("latin-1", "replace"))
+    return source, "source", "(UTF-8|utf-8).*(iconv|byte)"
+
+
+TWINS = [
+    *((name, "column") for name in ("nemo", "wenet", "funasr", "emilia", "step")),
+    *((name, "column") for name in ("common_voice", "table", "audiofolder")),
+    *((name, "path") for name in ("nemo", "kaldi", "wenet", "funasr", "emilia", "step", "table")),
+    *((name, "path") for name in ("librispeech", "ljspeech", "common_voice", "audiofolder")),
+    *((name, "encoding") for name in ("nemo", "kaldi", "wenet", "common_voice", "table")),
+    *((name, "encoding") for name in ("librispeech", "aishell", "ljspeech", "clip_folder")),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), TWINS)
+def test_a_wrong_twin_is_one_line_with_what_to_do(tmp_path: Path, name: str, wrong: str) -> None:
+    path, kind, says = spoilt(name, wrong, tmp_path)
+    layout = LAYOUTS[name]
+    try:
+        index = indexed(path, layout, tmp_path / "index")
+        assert kind == "record"
+        assert index.rejected
+        text = index.rejected[0].reason
+    except UserError as error:
+        text = str(error)
+    assert "\n" not in text
+    assert re.search(says, text), text
