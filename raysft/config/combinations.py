@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raysft.config.deepspeed import check as check_deepspeed
 from raysft.config.deepspeed import wrong_stage
-from raysft.config.families import AUTO, named, owner
+from raysft.config.families import AUTO, any_text, named, owner
 from raysft.config.modality import read_groups
 from raysft.config.schema import Config, Optim, Peft, Section
 from raysft.config.strategies import names, traits_of
@@ -49,6 +49,7 @@ def contradictions(config: Config) -> list[Mistake]:
         *_experts(config),
         *_optim(config),
         *_kinds(config),
+        *_augment(config),
     ]
 
 
@@ -298,6 +299,37 @@ def _kinds(config: Config) -> list[Mistake]:
             "model.moe.modality.from",
             f"one_router, but with peft.method: {method} routers do not train, so they would stay "
             "copies of one; name them in peft.modules_to_save (gate), or train all weights",
+        )
+    return found
+
+
+def _augment(config: Config) -> list[Mistake]:
+    """What varies clips that a model is not given, as far as the config alone tells it."""
+    augment, found = config.data.augment, _Found()
+    if augment is None or not augment.given:
+        return found
+    kind = (config.model.config or {}).get("model_type")
+    row = None if config.model.family == AUTO else named(config.model.family)
+    if row is None and kind is not None:
+        row = owner(kind) or any_text()
+    if row is None or row.hears:
+        pass  # which features it reads, its encoder knows
+    elif config.data.speech_tokens is None:
+        found.add(
+            "data.augment",
+            f"{', '.join(augment.given)}: {row.name} is given no clips to vary; set "
+            "data.speech_tokens, use a model that hears, or leave it out",
+        )
+    elif augment.spec is not None:
+        found.add(
+            "data.augment.spec", f"masks a spectrogram, and {row.name} reads units; leave it out"
+        )
+    band = augment.band
+    if band is not None and band.low_hz is not None and band.low_hz[1] >= band.high_hz[0]:
+        found.add(
+            "data.augment.band.low_hz",
+            f"up to {band.low_hz[1]:g} Hz, but high_hz begins at {band.high_hz[0]:g}: nothing "
+            "would pass; keep them apart",
         )
     return found
 

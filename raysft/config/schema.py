@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from raysft.config import families, strategies
+from raysft.config.augment import Augment
 from raysft.config.evaluation import Evaluate
 from raysft.config.logs import Log
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
@@ -202,6 +203,10 @@ class Data(Section):
     )
     unit_noise: Fixed[float] = Field(
         0.0, ge=0, lt=1, description="share of input units replaced at random in training"
+    )
+    augment: Fixed[Augment | None] = Field(
+        None,
+        description="how clips that the model hears are varied in training; default: not at all",
     )
     cpus: Free[PositiveInt | None] = Field(
         None,

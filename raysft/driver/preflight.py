@@ -38,6 +38,7 @@ from raysft.data.plan.generations import Generations
 from raysft.data.plan.plan import Cursor, Plan
 from raysft.data.quarantine import OVER_BUDGET, kind_of
 from raysft.data.quarantine import summary as quarantined
+from raysft.driver import pools
 from raysft.driver.session import check_kept
 from raysft.driver.unknown import unknown_text
 from raysft.errors import BadExample, UserError
@@ -266,8 +267,10 @@ def _check_task_weights(config: Config, tasks: list[str]) -> None:
 def read_train(
     config: Config, folder: Path, say: Say = silent, permit: Permit = ANYONE
 ) -> tuple[Encoder, Index]:
-    """Encoder and index of the training data; writes the index cache, and a speech tokenizer."""
+    """Encoder and index of the training data; writes the index cache, a speech tokenizer, and which
+    recordings clips are varied with."""
     patience.allow(config.patience_s)
+    recordings = pools.listed(config, folder, say)
     units = config.data.speech_tokens
     if units is not None:
         if not speech_tokens.location(units, folder).exists():
@@ -280,7 +283,12 @@ def read_train(
     _keep_template(encoder, folder)
     say("proving that batches are exact for this model")
     _prove(config, encoder)
-    return encoder, _index(config, "train", encoder, say)
+    index = _index(config, "train", encoder, say)
+    if recordings is not None and encoder.augment is not None:
+        recordings = pools.voices(config, recordings, index)
+        pools.keep(recordings, folder, permit)
+        encoder.augment = encoder.augment.with_pools(recordings)
+    return encoder, index
 
 
 def _prove(config: Config, encoder: Encoder) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from raysft.config import Config
 from raysft.config.strategies import traits_of
+from raysft.data.clips.recordings import FILE, Pools
 from raysft.data.encode import TEMPLATE, Encoder, kept_template
 from raysft.data.index.build import Index
 from raysft.data.plan.plan import Summary
@@ -74,6 +75,9 @@ def _as_the_run(config: Config, scratch: Path) -> None:
     kept = kept_template(run_folder(config))
     if kept is not None and is_trained(config):
         (scratch / TEMPLATE).write_text(kept, encoding="utf-8")
+        recordings = Pools.load(run_folder(config))
+        if recordings.recordings:
+            (scratch / FILE).write_bytes(recordings.to_bytes())
 
 
 def summary(prepared: Prepared, folder: Path) -> list[str]:

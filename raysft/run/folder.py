@@ -4,6 +4,7 @@ config.yaml   the config as resolved, the versions of the packages it ran with, 
               which base it stands upon (see `run.identity`)
 owner.json, owner/   who may write here: see `run.ownership`
 chat_template.jinja   the template of its prompts, as it was when the run began
+augment.json  the recordings with which its clips are varied (`data.augment`)
 evaluations/  folders of jobs/evaluate.py, each with its own config.yaml
 experts.json  what model.moe.experts: auto means in this run, with what was measured
 weights.json  which checkpoint a run with checkpoint.resume=weights_only begins with
@@ -28,6 +29,7 @@ from raysft.config import Config, changed_keys, places, precision, to_tree, to_y
 from raysft.config.load import apply_override, read_tree, validate
 from raysft.config.marks import Rule
 from raysft.config.resume import rule_of, rules
+from raysft.data.clips import recordings
 from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -76,7 +78,8 @@ def open_run(config: Config, permit: Permit = ANYONE) -> Path:
     if before is not None and (other := threads.difference(config, before)) is not None:
         log.warning("%s", other)
     if not is_trained(config):  # nothing stands upon its prompts: they are those of this start
-        (folder / TEMPLATE).unlink(missing_ok=True)
+        for name in (TEMPLATE, recordings.FILE):
+            (folder / name).unlink(missing_ok=True)
     permit.require()
     write_config(config, folder, run_id(folder) or place.new_id())
     return folder
@@ -204,6 +207,7 @@ _ITS_OWN = (
     EXPERTS,
     remarks.LOG,
     TEMPLATE,
+    recordings.FILE,
     "weights.json",
     "report.png",
     "report.html",

@@ -12,6 +12,7 @@ from typing import Protocol
 from raysft import patience
 from raysft.config.schema import Data, Model
 from raysft.data.clips.audio import Limits
+from raysft.data.clips.augment import Augmentation
 from raysft.data.encode.base import Encoder
 from raysft.data.encode.families import model_family, net_class
 from raysft.errors import UserError
@@ -47,11 +48,28 @@ def make_encoder(model: Model, data: Data, run_folder: str | Path) -> Encoder:
 
     A speech tokenizer must have been fitted before (`speech_tokens.fit_or_load`): it is looked
     for in `run_folder`, or at data.speech_tokens.path. The chat template is that of `run_folder`,
-    where the run has one. Clips that stall are remembered there. Raises UserError.
+    where the run has one. Clips that stall are remembered there; what varies clips in training is
+    looked for there (`data.clips.recordings.FILE`). Raises UserError.
     """
     encoder = _encoder(model, data, Path(run_folder))
     encoder.limits = Limits.of(data, Path(run_folder))
+    encoder.augment = Augmentation.of(data, Path(run_folder))
+    if encoder.augment is not None:
+        _check_heard(encoder, encoder.augment)
     return encoder
+
+
+def _check_heard(encoder: Encoder, augment: Augmentation) -> None:
+    """Whether there is anything of the model's that can be varied."""
+    if encoder.sample_rate is None:
+        raise UserError(
+            f"data.augment: {', '.join(augment.settings.given)}: this model is given no clips to "
+            "vary: leave it out, or use a model that hears, or data.speech_tokens"
+        )
+    if augment.settings.spec is not None and encoder.spectrogram is None:
+        raise UserError(
+            "data.augment.spec: masks a spectrogram, and this model reads none: leave it out"
+        )
 
 
 def _encoder(model: Model, data: Data, run_folder: Path) -> Encoder:

@@ -9,16 +9,21 @@ Costs 0.04 ms an example to measure, 0.06 ms to encode text and units, 0.5 ms a 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from raysft.data.clips.audio import SHORTEST_S, Limits
+from raysft.data.clips.augment import Augmentation
+from raysft.data.clips.effects import length_at
+from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import Audio, Example, Sequence, Units
 from raysft.data.text import Rendered, Segment
@@ -43,6 +48,16 @@ class Encoded:
     ids: np.ndarray
     seconds: float = 0.0
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Varied:
+    """How the clips that an example hears are varied. rng: of the example. factors: of speed, for
+    which there is room."""
+
+    by: Augmentation
+    rng: np.random.Generator
+    factors: tuple[float, ...]
 
 
 class Renders(Protocol):
@@ -78,6 +93,8 @@ class Encoder(ABC):
     units: which unit tokens are used and which are new, in words; "" where there are none.
     says_language: whether the answer of an asr example begins with its lang.
     kinds: of a mixture whose experts are for kinds of tokens: of each token id, -1 where of none.
+    augment: how clips are varied in training; None: they are not.
+    spectrogram: where a clip's features are among its arrays; None: the model reads none.
     """
 
     sample_rate: int | None
@@ -90,6 +107,9 @@ class Encoder(ABC):
     units: str = ""
     says_language: bool = True
     kinds: np.ndarray | None = None
+    augment: Augmentation | None = None
+    spectrogram: Spectrogram | None = None
+    _slower: tuple[float, ...] = ()  # factors of speed with which examples are measured
 
     @property
     def tokenizer(self):
@@ -118,7 +138,18 @@ class Encoder(ABC):
         Raises BadExample (this example cannot be used) or UserError (none of its kind can).
         """
         forms = example.forms if example.variants else [example]
-        return max(self._measured(form, example.of_form(form, samples)) for form in forms)
+        return max(self._measured(form, [*example.of_form(form, samples)]) for form in forms)
+
+    def lengthened(self) -> Encoder:
+        """The same, but examples of training are measured: at the slowest that their clips may be
+        played (`data.augment.speed`); itself where they are never played slower."""
+        told = self.augment.lengthens if self.augment is not None else ""
+        if not told or self.augment is None:
+            return self
+        other = copy.copy(self)
+        other._slower = tuple(self.augment.settings.slower)
+        other.fingerprint = f"{self.fingerprint}, {told}"
+        return other
 
     def computed(self, samples: int) -> float:
         """Seconds that the model's encoder computes for a clip of so many samples: with what it is
@@ -129,18 +160,33 @@ class Encoder(ABC):
         """Seconds that the model's encoder computes for the example, at the most; samples: as in
         `measure`."""
         forms = example.forms if example.variants else [example]
-        return max(sum(map(self.computed, example.of_form(form, samples))) for form in forms)
+        return max(self._workload(form, [*example.of_form(form, samples)]) for form in forms)
 
-    def _measured(self, example: Example, samples: Iterable[int]) -> int:
+    def _measured(self, example: Example, samples: Items[int]) -> int:
         rendered = self.template.render(example)
-        lengths = iter(samples)
-        found = sum(
-            self._length(segment, lengths, learnt)
-            for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
-        )
+        found = self._positions(rendered, samples)
         for segment in rendered.segments:
             if isinstance(segment, np.ndarray):
                 self._check_kinds(segment)
+        self._check_positions(rendered, found)
+        slower = self._slowest(rendered, samples)
+        return found if slower is None else max(found, self._positions(rendered, samples, slower))
+
+    def _workload(self, example: Example, samples: Items[int]) -> float:
+        factor = None
+        if self._slower:
+            factor = self._slowest(self.template.render(example), samples)
+        return sum(self.computed(length_at(count, factor or 1.0)) for count in samples)
+
+    def _positions(self, rendered: Rendered, samples: Iterable[int], factor: float = 1.0) -> int:
+        """Of an example whose clips, those that it hears, are played so fast."""
+        lengths = iter(samples)
+        return sum(
+            self._length(segment, lengths, learnt, factor)
+            for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
+        )
+
+    def _check_positions(self, rendered: Rendered, found: int) -> None:
         limited = self._limited(rendered, found)
         if self.positions is not None and limited > self.positions:
             raise BadExample(
@@ -148,7 +194,25 @@ class Encoder(ABC):
                 "it, or use a model with more",
                 "beyond learned positions",
             )
-        return found
+
+    def _slowest(self, rendered: Rendered, samples: Items[int]) -> float | None:
+        """The slowest that its clips may be played, where that is slower than they are."""
+        return next((f for f in self._slower if self._room(rendered, samples, f)), None)
+
+    def _room(
+        self, rendered: Rendered, samples: Items[int], factor: float, promised: int | None = None
+    ) -> bool:
+        """Whether an example with its clips played so fast can be used: by the model, within a
+        micro-batch, and within the positions `promised` for it."""
+        assert self.augment is not None
+        try:
+            found = self._positions(rendered, samples, factor)
+            self._check_positions(rendered, found)
+        except BadExample:
+            return False
+        heard = sum(self.computed(length_at(count, factor)) for count in samples)
+        limits = ((found, self.augment.budget), (found, promised), (heard, self.augment.heard))
+        return all(most is None or taken <= most for taken, most in limits)
 
     def _limited(self, rendered: Rendered, found: int) -> int:
         """Of the positions `found` those that the model may have no more of than `positions`."""
@@ -183,15 +247,22 @@ class Encoder(ABC):
     ) -> Sequence:
         """The sequence to learn: clips of example.audio(), float32 [samples] at sample_rate.
 
-        rng: draws one of its forms, and augments the input, in training; None in evaluation.
-        promised: what `measure` said; a sequence more than 2% longer is a BadExample, for its
-        micro-batch has no room for it.
+        rng: draws one of its forms, and augments the input, in training (`augment`: on Philox);
+        None in evaluation. promised: what `measure` said; a sequence more than 2% longer is a
+        BadExample, for its micro-batch has no room for it.
         """
         form = example.drawn(rng)
         rendered = self.template.render(form)
-        rest = iter(example.of_form(form, clips))
+        own = [*example.of_form(form, clips)]
+        varied = None
+        if rng is not None and self.augment is not None and own:
+            lengths = [len(clip) for clip in own]
+            room = partial(self._room, rendered, lengths, promised=promised)
+            factors = tuple(filter(room, self.augment.factors))
+            varied = Varied(self.augment, rng, factors)
+        rest = iter(enumerate(own))
         parts = [
-            self._encoded(segment, rest, None if learnt else rng, learnt)
+            self._encoded(segment, rest, None if learnt else rng, learnt, varied)
             for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
         ]
         sequence = self._joined(example, parts, rendered.learnt)
@@ -211,36 +282,48 @@ class Encoder(ABC):
 
         clips: those of the input; clips of the output may follow and are not used.
         """
-        rest = iter(clips)
+        rest = iter(enumerate(clips))
         segments = self.template.prompt(example)
         parts = [self._encoded(segment, rest, None, answer=False) for segment in segments]
         return self._joined(example, parts, [False] * len(parts))
 
-    def _length(self, segment: Segment, samples: Iterator[int], answer: bool) -> int:
+    def _length(self, segment: Segment, samples: Iterator[int], answer: bool, factor: float) -> int:
         if isinstance(segment, np.ndarray):
             return len(segment)
         if isinstance(segment, Units):
             return self.part_length(segment, 0, answer)
         count = next(samples, 0)  # 0: nothing was measured, for this encoder takes no clips
+        if factor != 1 and not answer:
+            count = length_at(count, factor)
         self._check_length(count)
         return self.part_length(segment, count, answer)
 
     def _encoded(
         self,
         segment: Segment,
-        clips: Iterator[np.ndarray],
+        clips: Iterator[tuple[int, np.ndarray]],
         rng: np.random.Generator | None,
         answer: bool,
+        varied: Varied | None = None,
     ) -> Encoded:
         if isinstance(segment, np.ndarray):
             self._check_kinds(segment)
             return Encoded(segment)
-        clip = next(clips, None) if isinstance(segment, Audio) else None
+        number, clip = next(clips, (0, None)) if isinstance(segment, Audio) else (0, None)
+        if answer or clip is None:
+            varied = None
+        if varied is not None and clip is not None and self.sample_rate is not None:
+            rate, factors = self.sample_rate, varied.factors
+            clip = varied.by.varied(clip, rate, varied.rng, number, factors, self.limits)
         if clip is not None:
             self._check_length(len(clip))
         self.part_length(segment, 0 if clip is None else len(clip), answer)  # for its refusals
         found = self.part_encoded(segment, clip, rng)
         self._check_kinds(found.ids)
+        if varied is not None and clip is not None and self.spectrogram is not None:
+            where = self.spectrogram
+            arrays = varied.by.masked(found.arrays, where, len(clip), varied.rng, number)
+            found = replace(found, arrays=arrays)
         return found
 
     def _check_most(self, samples: int, most: float | None) -> None:

@@ -64,6 +64,8 @@ def build_index(
     """
     if not sources:
         raise UserError(f"data.{split} is empty; give it at least one source")
+    if split == "train":
+        encoder = encoder.lengthened()
     folder = Path(folder).absolute()
     resolved = listed(formats.resolve_all(sources, split), folder, workers)
     files = [(source, file) for source in resolved for file in source.files]

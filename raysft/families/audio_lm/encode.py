@@ -18,6 +18,7 @@ import numpy as np
 
 from raysft.config.schema import Data, Model
 from raysft.data.clips.features import Fbank, FrontEnd, LogMel, ModelExtractor, load_extractor
+from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.encode.families import model_family, model_type
 from raysft.data.example import Audio, Units
@@ -67,6 +68,7 @@ class AudioLMEncoder(Encoder):
                 f"{audio.num_mel_bins} mels (audio_config.num_mel_bins)"
             )
         self.sample_rate = self.front_end.sample_rate
+        self.spectrogram = Spectrogram(FEATURES, tail=self.front_end.tail)
         tokenizer = load_tokenizer(model, 0)
         names = [
             getattr(tokenizer, "audio_bos_token", None) or "<|audio_bos|>",

@@ -24,6 +24,7 @@ import numpy as np
 
 from raysft.config.schema import Data, Model
 from raysft.data.clips.features import LogMel
+from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.text import Template, load_tokenizer
@@ -72,6 +73,7 @@ class ProcessorEncoder(Encoder):
         tokenizer = load_tokenizer(model, 0)
         self._processor: Processor | None = self._hearing.processor(tokenizer)
         self.sample_rate = self._hearing.extractor.sampling_rate
+        self.spectrogram = self._spectrogram()
         self._arguments = _arguments(self._processor, self._hearing.extractor, tokenizer)
         if row.interleaved:
             self._arguments["return_tensors"] = "pt"
@@ -101,6 +103,14 @@ class ProcessorEncoder(Encoder):
         settings += [self._hearing.extractor.to_dict(), self._hearing.settings, self._arguments]
         told = json.dumps(settings, sort_keys=True, default=str)
         self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+
+    def _spectrogram(self) -> Spectrogram | None:
+        if not self.row.stacked:
+            return None
+        extractor = self._hearing.extractor
+        hop = extractor.hop_length if self.row.layout == "rows" else 0
+        stacked: int = getattr(extractor, "num_frames_lfr", self.row.stacked)
+        return Spectrogram(FEATURES, stacked, hop=hop)
 
     @property
     def processor(self) -> Processor:

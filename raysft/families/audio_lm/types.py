@@ -76,6 +76,8 @@ class AudioType:
     says_language: whether the answer of an asr example begins with its lang.
     package: what transformers needs beside itself to build the model: its name, and the extra of
         raysft that has it.
+    stacked: frames of mels beside each other in one of its features, where its extractor does not
+        say so itself (num_frames_lfr); 0: those are samples.
     cost: what its encoder computes; None: no formula is right, its runs have no `tflops`.
     """
 
@@ -102,6 +104,7 @@ class AudioType:
     interleaved: bool = False
     says_language: bool = True
     package: tuple[str, str] | None = None
+    stacked: int = 1
     cost: costs.EncoderCost | None = None
 
 
@@ -277,6 +280,7 @@ TYPES: dict[str, AudioType] = {
         time=1,
         counted=_granite_windows,
         tower="model.encoder",
+        stacked=2,
         cost=costs.GRANITE,
     ),
     "phi4_multimodal": AudioType(
@@ -300,6 +304,7 @@ TYPES: dict[str, AudioType] = {
         processor="transformers:Gemma4UnifiedProcessor",
         tokens=_gemma4_unified,
         time=1,
+        stacked=0,
     ),
     "moss_transcribe_diarize": AudioType(
         processor="transformers:MossTranscribeDiarizeProcessor",

@@ -21,6 +21,7 @@ import numpy as np
 from raysft.config.schema import Data, Model
 from raysft.data import remote_code
 from raysft.data.clips.features import load_extractor
+from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.segments import Rendered
@@ -57,6 +58,7 @@ class ClipEncoder(Encoder):
         extractor = _extractor(model, kind, row.settings(config))
         self._extractor: Extractor | bytes = extractor
         self.sample_rate = extractor.sampling_rate
+        self.spectrogram = Spectrogram(FEATURES) if row.spectrogram else None
         tokenizer: PreTrainedTokenizerFast = resolve_name(row.tokenizer)(model)
         self._pad_id: int = tokenizer.pad_token_id
         self._framing, self._encoding = row.framing(extractor), row.encoder(config)

@@ -19,6 +19,7 @@ import numpy as np
 
 from raysft.config.schema import Data, Model
 from raysft.data.clips.features import FrontEnd, LogMel, ModelExtractor, load_extractor
+from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.text import load_tokenizer
@@ -67,6 +68,7 @@ class WhisperEncoder(Encoder):
         self.feature_settings: JsonObject = extractor.to_dict()
         self.front_end = _front_end(extractor)
         self.sample_rate = self.front_end.sample_rate
+        self.spectrogram = Spectrogram(FEATURES, tail=self.front_end.tail)
         tokenizer = load_tokenizer(model, 0)
         self._pad_id: int = tokenizer.pad_token_id
         generation = generation_settings(model)

@@ -73,6 +73,7 @@ class ClipType:
     features: their name among the model's inputs.
     text: the part of the config that has the decoder's vocabulary; None: the config itself.
     tokenizer: (model) -> its tokenizer, "module:function".
+    spectrogram: whether its features are one; else they are samples.
     """
 
     processor: str
@@ -85,6 +86,7 @@ class ClipType:
     features: str = "input_features"
     text: str | None = None
     tokenizer: str = "raysft.families.seq2seq.clip_encode:plain_tokenizer"
+    spectrogram: bool = True
 
 
 def _hops(extractor: Extractor) -> tuple[Step, ...]:
@@ -150,6 +152,7 @@ TYPES: dict[str, ClipType] = {
         most=None,
         settings=lambda config: {"do_normalize": False, "return_attention_mask": True},
         features="input_values",
+        spectrogram=False,
     ),
     "cohere_asr": ClipType(
         "transformers:CohereAsrProcessor",

@@ -1,0 +1,168 @@
+"""The recordings with which a run varies its clips: listed once, before it starts, and kept.
+
+Runs on the driver, before anything is indexed; voices of the training data itself are drawn from
+its index. Costs a header of each recording, once; then a look at each file at every start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from raysft import paths, patience
+from raysft.config import Config
+from raysft.config.augment import Augment
+from raysft.config.schema import Source
+from raysft.data import sources
+from raysft.data.clips.audio import ANY, Limits, probe
+from raysft.data.clips.recordings import FILE, Pools, Recording
+from raysft.data.clips.states import at_once, state_of
+from raysft.data.example import Audio
+from raysft.data.index.build import Index
+from raysft.errors import BadExample, UserError
+from raysft.run.ownership import Permit
+from raysft.run.storage import write_whole
+from raysft.transcribe.asked import SUFFIXES
+
+KINDS = ("reverb", "babble", "noise")
+VOICES = 1000  # of the training data, from which babble is made
+
+Say = Callable[[str], None]
+
+
+def listed(config: Config, folder: Path, say: Say) -> Pools | None:
+    """The recordings that data.augment names; those of the run in `folder`, where it has them.
+
+    None where there is no data.augment. Voices of the training data come later (`voices`). Raises
+    UserError: nothing there, no audio, a recording that cannot be read, or that is not as it was.
+    """
+    settings = config.data.augment
+    if settings is None:
+        return None
+    kept, limits = Pools.load(folder), Limits.of(config.data)
+    found: dict[str, tuple[Recording, ...]] = {}
+    asked: dict[str, str | None] = {}
+    for kind, path in _places(settings):
+        if kept.asked.get(kind, "") == path:
+            found[kind] = _unchanged(kind, kept.recordings[kind], limits)
+        elif path is not None:
+            found[kind] = _measured(kind, _below(kind, path), limits)
+        else:
+            continue
+        asked[kind] = path
+        seconds = sum(one.samples / one.rate for one in found[kind])
+        say(f"data.augment.{kind}: {len(found[kind]):,} recordings, {seconds / 60:,.1f} minutes")
+    return Pools(found, asked)
+
+
+def voices(config: Config, pools: Pools, index: Index) -> Pools:
+    """`pools`, with voices of the training data where babble is to be made of these: up to `VOICES`
+    of its clips, any as likely as any other. Raises UserError where there is none."""
+    settings = config.data.augment
+    babble = settings.babble if settings is not None else None
+    if babble is None or babble.path is not None or "babble" in pools.asked:
+        return pools
+    heard = np.flatnonzero(index.seconds > 0)
+    rng = np.random.default_rng(config.run.seed)
+    rows = np.sort(rng.permutation(heard)[:VOICES])
+    clips = [example.audio()[0] for example in index.examples(rows)]
+    files = sorted({clip.sound for clip in clips if clip.bytes is None}, key=_place)
+    if not files:
+        raise UserError(
+            "data.augment.babble: data.train has no clips in files of their own to make it of; set "
+            "data.augment.babble.path to a folder of recordings"
+        )
+    found = _measured("babble", files, Limits.of(config.data))
+    return Pools({**pools.recordings, "babble": found}, {**pools.asked, "babble": None})
+
+
+def keep(pools: Pools, folder: Path, permit: Permit) -> None:
+    """Write them into the run's folder. Raises UserError where it cannot be written."""
+    path, content = folder / FILE, pools.to_bytes()
+    permit.require()
+    try:
+        if not path.is_file() or path.read_bytes() != content:
+            patience.patiently(lambda: write_whole(path, content), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _places(settings: Augment) -> list[tuple[str, str | None]]:
+    """Kinds that take recordings, and where those are."""
+    found = [(kind, getattr(settings, kind)) for kind in KINDS]
+    places = [(kind, about.path) for kind, about in found if about is not None]
+    return [(kind, path) for kind, path in places if path is not None or kind == "babble"]
+
+
+def _below(kind: str, path: str) -> list[Audio]:
+    """All clips of a folder, or of data; of rooms the first channel."""
+    key = f"data.augment.{kind}"
+    place = Path(paths.absolute(path))
+    found: set[Audio] = set()
+    if place.is_dir():
+        files = patience.known(lambda: list(place.rglob("*")), place)
+        found = {Audio(str(file)) for file in files if _is_clip(file, place)}
+    elif place.suffix.lower() in SUFFIXES and place.is_file():
+        found = {Audio(str(place))}
+    if not found:
+        source = sources.resolve(Source(path=path), "train", key)
+        for file in source.files:
+            for item in sources.scan(source, file):
+                clips = item.example.audio() if item.example is not None else []
+                found |= {clip.sound for clip in clips if clip.bytes is None}
+    if not found:
+        raise UserError(f"{key}.path: {place} names no recordings in files of their own")
+    if kind == "reverb":
+        found = {replace(clip, channel=clip.channel or 0) for clip in found}
+    return sorted(found, key=_place)
+
+
+def _is_clip(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.suffix.lower() in SUFFIXES
+
+
+def _place(clip: Audio) -> tuple[str, float, float, int]:
+    """By which recordings are sorted."""
+    stop = float("inf") if clip.stop is None else clip.stop
+    return clip.path, clip.start, stop, -1 if clip.channel is None else clip.channel
+
+
+def _measured(kind: str, clips: list[Audio], limits: Limits) -> tuple[Recording, ...]:
+    """Their lengths. Raises UserError naming the first that cannot be read."""
+    asked = at_once(lambda clip: probe(clip, ANY), clips, limits)
+    found, broken = [], []
+    for clip in clips:
+        about = asked[clip]
+        if isinstance(about, BadExample):
+            broken.append(str(about))
+        else:
+            found.append(Recording(clip, about.samples, about.rate, about.size))
+    if broken:
+        raise UserError(
+            f"data.augment.{kind}.path: {len(broken):,} of {len(clips):,} recordings cannot be "
+            f"used; the first: {broken[0]}: repair it, or take it away"
+        )
+    return tuple(found)
+
+
+def _unchanged(
+    kind: str, recordings: tuple[Recording, ...], limits: Limits
+) -> tuple[Recording, ...]:
+    """Those of a run that goes on. Raises UserError where one is not as it was."""
+    files = sorted({one.audio.path for one in recordings})
+    now = at_once(state_of, files, limits)
+    for one in recordings:
+        state = now[one.audio.path]
+        if isinstance(state, BadExample):
+            continue  # nothing is known of it: reading it will tell
+        if state is None or state[0] != one.size:
+            what = "is gone" if state is None else f"has {state[0]:,} bytes, had {one.size:,}"
+            raise UserError(
+                f"data.augment.{kind}.path: {one.audio.path} {what}: a run draws from the "
+                "recordings that it began with: put it back as it was, or begin another run"
+            )
+    return recordings
