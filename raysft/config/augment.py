@@ -79,7 +79,7 @@ class Speed(Kind):
     factors: Fixed[Factors] = Field(
         default_factory=lambda: [0.9, 1.0, 1.1],
         description="one of these is drawn; below 1: slower, and so longer; examples are planned "
-        "at their slowest, and a clip is given none that model or micro-batch have no room for",
+        "at their slowest; one that model or micro-batch have no room for leaves the clip as it is",
     )
 
 

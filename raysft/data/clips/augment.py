@@ -108,8 +108,8 @@ class Augmentation:
         was where nothing is drawn.
 
         clip: float32 [samples] at `rate` Hz. rng: of its example. number: of the clip there.
-        factors: of speed, for which there is room. limits: how long reading may take. Raises
-        UserError where a recording cannot be read.
+        factors: of speed, for which there is room: another one leaves the clip as it is. limits:
+        how long reading may take. Raises UserError where a recording cannot be read.
         """
         mixed = partial(self._mixed, rate=rate, limits=limits)
         found = clip
@@ -118,8 +118,9 @@ class Augmentation:
             if kind == "spec" or draws is None:
                 continue
             if kind == "speed":
-                if factors:
-                    found = effects.at_speed(found, factors[int(draws.integers(len(factors)))])
+                factor = self.factors[int(draws.integers(len(self.factors)))]
+                if factor in factors:
+                    found = effects.at_speed(found, factor)
             elif kind == "reverb":
                 found = effects.in_room(found, self._response(draws, rate, limits))
             elif kind in ("noise", "babble"):
@@ -127,6 +128,11 @@ class Augmentation:
             else:
                 found = self._through(found, kind, rate, draws)
         return clip if found is clip else effects.unclipped(found)
+
+    def tried(self, clip: np.ndarray, rate: int, seed: int) -> np.ndarray:
+        """The clip as it may be heard, to listen to: another one for each seed. As `varied`."""
+        rng = np.random.Generator(np.random.Philox(key=seed))
+        return self.varied(clip, rate, rng, 0, self.factors, Limits())
 
     def masked(
         self,
