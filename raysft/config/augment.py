@@ -64,7 +64,7 @@ Seconds = Annotated[_Two, AfterValidator(_decay)]
 Share = Annotated[_Two, AfterValidator(_share)]
 Voices = Annotated[list[int], Field(min_length=2, max_length=2), AfterValidator(_voices)]
 Factors = Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_factors)]
-_READ = PathKey(read=True)
+_READ = PathKey("data", read=True)
 
 
 class Kind(Section):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from raysft import paths, patience
+from raysft import paths, patience, stores
 from raysft.config import Config
 from raysft.config.augment import Augment
 from raysft.config.schema import Source
@@ -33,11 +34,25 @@ VOICES = 1000  # of the training data, from which babble is made
 Say = Callable[[str], None]
 
 
-def listed(config: Config, folder: Path, say: Say) -> Pools | None:
+def check(config: Config) -> None:
+    """Whether what data.augment names is there, without looking into it. Raises UserError."""
+    settings = config.data.augment
+    for kind, path in _places(settings) if settings is not None else []:
+        if path is None or stores.is_remote(path):
+            continue
+        place = Path(paths.absolute(path))
+        if not patience.patiently(partial(paths.exists, place), place):
+            raise UserError(
+                f"data.augment.{kind}.path: {place} does not exist{paths.nearest(place)}"
+            )
+
+
+def listed(config: Config, folder: Path, cache: Path, say: Say) -> Pools | None:
     """The recordings that data.augment names; those of the run in `folder`, where it has them.
 
-    None where there is no data.augment. Voices of the training data come later (`voices`). Raises
-    UserError: nothing there, no audio, a recording that cannot be read, or that is not as it was.
+    cache: folder of what is indexed. None where there is no data.augment. Voices of the training
+    data come later (`voices`). Raises UserError: nothing there, no audio, a recording that cannot
+    be read, or that is not as it was.
     """
     settings = config.data.augment
     if settings is None:
@@ -49,7 +64,7 @@ def listed(config: Config, folder: Path, say: Say) -> Pools | None:
         if kept.asked.get(kind, "") == path:
             found[kind] = _unchanged(kind, kept.recordings[kind], limits)
         elif path is not None:
-            found[kind] = _measured(kind, _below(kind, path), limits)
+            found[kind] = _measured(kind, _below(kind, path, cache), limits)
         else:
             continue
         asked[kind] = path
@@ -69,10 +84,10 @@ def voices(config: Config, pools: Pools, index: Index) -> Pools:
     rng = np.random.default_rng(config.run.seed)
     rows = np.sort(rng.permutation(heard)[:VOICES])
     clips = [example.audio()[0] for example in index.examples(rows)]
-    files = sorted({clip.sound for clip in clips if clip.bytes is None}, key=_place)
+    files = sorted({clip.sound for clip in clips if clip.stored is not None}, key=_place)
     if not files:
         raise UserError(
-            "data.augment.babble: data.train has no clips in files of their own to make it of; set "
+            "data.augment.babble: data.train has no clips in files or archives to make it of; set "
             "data.augment.babble.path to a folder of recordings"
         )
     found = _measured("babble", files, Limits.of(config.data))
@@ -97,12 +112,14 @@ def _places(settings: Augment) -> list[tuple[str, str | None]]:
     return [(kind, path) for kind, path in places if path is not None or kind == "babble"]
 
 
-def _below(kind: str, path: str) -> list[Audio]:
+def _below(kind: str, path: str, cache: Path) -> list[Audio]:
     """All clips of a folder, or of data; of rooms the first channel."""
     key = f"data.augment.{kind}"
-    place = Path(paths.absolute(path))
+    place = stores.at(paths.of_data(path))
     found: set[Audio] = set()
-    if place.is_dir():
+    if stores.is_remote(place):
+        pass  # data that lists its clips
+    elif place.is_dir():
         files = patience.known(lambda: list(place.rglob("*")), place)
         found = {Audio(str(file)) for file in files if _is_clip(file, place)}
     elif place.suffix.lower() in SUFFIXES and place.is_file():
@@ -110,11 +127,11 @@ def _below(kind: str, path: str) -> list[Audio]:
     if not found:
         source = sources.resolve(Source(path=path), "train", key)
         for file in source.files:
-            for item in sources.scan(source, file):
+            for item in sources.scan(source, file, keep=cache / "commands"):
                 clips = item.example.audio() if item.example is not None else []
-                found |= {clip.sound for clip in clips if clip.bytes is None}
+                found |= {clip.sound for clip in clips if clip.stored is not None}
     if not found:
-        raise UserError(f"{key}.path: {place} names no recordings in files of their own")
+        raise UserError(f"{key}.path: {place} names no recordings in files or archives")
     if kind == "reverb":
         found = {replace(clip, channel=clip.channel or 0) for clip in found}
     return sorted(found, key=_place)
@@ -125,10 +142,11 @@ def _is_clip(file: Path, folder: Path) -> bool:
     return not hidden and file.suffix.lower() in SUFFIXES
 
 
-def _place(clip: Audio) -> tuple[str, float, float, int]:
+def _place(clip: Audio) -> tuple[str, str, float, float, int]:
     """By which recordings are sorted."""
     stop = float("inf") if clip.stop is None else clip.stop
-    return clip.path, clip.start, stop, -1 if clip.channel is None else clip.channel
+    channel = -1 if clip.channel is None else clip.channel
+    return clip.path, repr(clip.held), clip.start, stop, channel
 
 
 def _measured(kind: str, clips: list[Audio], limits: Limits) -> tuple[Recording, ...]:
@@ -153,16 +171,16 @@ def _unchanged(
     kind: str, recordings: tuple[Recording, ...], limits: Limits
 ) -> tuple[Recording, ...]:
     """Those of a run that goes on. Raises UserError where one is not as it was."""
-    files = sorted({one.audio.path for one in recordings})
-    now = at_once(state_of, files, limits)
-    for one in recordings:
-        state = now[one.audio.path]
+    files = [one.audio.stored or one.audio.path for one in recordings]
+    now = at_once(state_of, sorted(set(files)), limits)
+    for file, one in zip(files, recordings, strict=True):
+        state = now[file]
         if isinstance(state, BadExample):
             continue  # nothing is known of it: reading it will tell
         if state is None or state[0] != one.size:
             what = "is gone" if state is None else f"has {state[0]:,} bytes, had {one.size:,}"
             raise UserError(
-                f"data.augment.{kind}.path: {one.audio.path} {what}: a run draws from the "
+                f"data.augment.{kind}.path: {file} {what}: a run draws from the "
                 "recordings that it began with: put it back as it was, or begin another run"
             )
     return recordings

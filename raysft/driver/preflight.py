@@ -103,6 +103,7 @@ def check(config: Config, writes: bool = True) -> Config:
     _check_experts(config)
     _check_names(config)
     sources.resolve_all(config.data.train, "train")
+    pools.check(config)
     _check_evaluation_data(config)
     return config
 
@@ -270,7 +271,7 @@ def read_train(
     """Encoder and index of the training data; writes the index cache, a speech tokenizer, and which
     recordings clips are varied with."""
     patience.allow(config.patience_s)
-    recordings = pools.listed(config, folder, say)
+    recordings = pools.listed(config, folder, _cache(config), say)
     units = config.data.speech_tokens
     if units is not None:
         if not speech_tokens.location(units, folder).exists():

@@ -76,7 +76,7 @@ def run_with(corpus: Path, folder: Path, **augment: Any) -> tuple[Reader, Pools,
     data = {"train": [{"path": str(corpus)}], "augment": augment}
     config = Config.model_validate({"data": data, "model": AUDIO})
     folder.mkdir(exist_ok=True)
-    found = pools.listed(config, folder, said.append)
+    found = pools.listed(config, folder, folder, said.append)
     assert found is not None
     encoder = make_encoder(config.model, config.data, folder)
     index = build_index(config.data.train, "train", encoder, corpus.parent / "index")

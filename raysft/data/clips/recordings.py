@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from raysft import patience
-from raysft.data.example import Audio
+from raysft.data.example import Audio, Cell, Within
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
@@ -18,7 +18,8 @@ FILE = "augment.json"
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A clip to vary others with. samples: that it has, at its own `rate` Hz. size: of its file."""
+    """A clip to vary others with. samples: that it has, at its own `rate` Hz. size: of the file
+    that has to be there for it."""
 
     audio: Audio
     samples: int
@@ -44,8 +45,9 @@ class Pools:
             for one in recordings:
                 sound = one.audio
                 place = {"path": sound.path, "start": sound.start, "stop": sound.stop}
+                held = None if sound.held is None else asdict(sound.held)
                 about = {"samples": one.samples, "rate": one.rate, "size": one.size}
-                lines.append({**place, "channel": sound.channel, **about})
+                lines.append({**place, "channel": sound.channel, "held": held, **about})
             found[kind] = {"path": self.asked[kind], "recordings": lines}
         return json.dumps(found, indent=0).encode("utf-8", "surrogatepass")
 
@@ -69,5 +71,8 @@ class Pools:
 
 
 def _recording(about: JsonObject) -> Recording:
-    place = Audio(about["path"], start=about["start"], stop=about["stop"], channel=about["channel"])
-    return Recording(place, about["samples"], about["rate"], about["size"])
+    held = about["held"]
+    if held is not None:
+        held = Cell(**held) if "row" in held else Within(**held)
+    named = {name: about[name] for name in ("path", "start", "stop", "channel")}
+    return Recording(Audio(**named, held=held), about["samples"], about["rate"], about["size"])

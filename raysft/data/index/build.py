@@ -64,8 +64,6 @@ def build_index(
     """
     if not sources:
         raise UserError(f"data.{split} is empty; give it at least one source")
-    if split == "train":
-        encoder = encoder.lengthened()
     folder = Path(folder).absolute()
     resolved = listed(formats.resolve_all(sources, split), folder, workers)
     files = [(source, file) for source in resolved for file in source.files]
@@ -80,6 +78,8 @@ def build_index(
     surveyed = fan_out(_survey, [(*entry, folder) for entry in files], sizes, None, workers)
     surveys = [survey for survey, _ in surveyed]
     digests = [survey.digest for survey in surveys]
+    if split == "train":
+        encoder = encoder.lengthened()
     places = [parts.part_path(source, file, encoder, folder) for source, file in files]
     known = Known.of(files, digests, places, encoder, folder)
     before = known.index()

@@ -3,6 +3,8 @@ needed."""
 
 from __future__ import annotations
 
+import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import soundfile
 
 from raysft.config.schema import Config, Data, Model
 from raysft.data.clips import effects
+from raysft.data.clips.recordings import FILE, Pools, Recording
+from raysft.data.example import Audio, Cell, Within
 from raysft.driver import pools
 from raysft.errors import UserError
 from raysft.run.folder import write_config
@@ -77,7 +81,7 @@ def test_noise_is_that_of_its_file_from_any_place(tmp_path: Path) -> None:
     settings = {"p": 1.0, "path": str(tmp_path / "noise")}
     data = Data(augment={"noise": settings})
     config = Config(data=data, model=Model(**AUDIO))
-    found = pools.listed(config, tmp_path, lambda text: None)
+    found = pools.listed(config, tmp_path, tmp_path, lambda text: None)
     clip = 0.3 * tone(1.0, RATE, 300)
     touched = [
         varied({"noise": settings}, clip, step, pools=found) is not clip for step in range(200)
@@ -127,6 +131,46 @@ def test_recordings_may_be_what_data_train_takes(corpus: Path, tmp_path: Path) -
     noise = {"p": 1.0, "path": str(corpus)}
     _, found, _ = run_with(corpus, tmp_path / "run", noise=noise)
     assert len(found.recordings["noise"]) == CLIPS
+
+
+def test_recordings_may_lie_in_an_archive(corpus: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "noise.tar", "w") as archive:
+        for number in range(3):
+            name = corpus.parent / f"clip{number:04d}.wav"
+            archive.add(name, f"{number}.wav")
+            (tmp_path / "text").write_text("one")
+            archive.add(tmp_path / "text", f"{number}.txt")
+    noise = {"p": 1.0, "path": str(tmp_path / "noise.tar"), "snr_db": [3, 3]}
+    reader, found, _ = run_with(corpus, tmp_path / "run", noise=noise)
+    kept = Pools.load(tmp_path / "run")
+    assert kept == found
+    assert all(one.audio.held is not None for one in found.recordings["noise"])
+    files = {"p": 1.0, "path": str(tmp_path / "files"), "snr_db": [3, 3]}
+    (tmp_path / "files").mkdir()
+    for number in range(3):
+        shutil.copy(corpus.parent / f"clip{number:04d}.wav", tmp_path / "files" / f"{number}.wav")
+    other, _, _ = run_with(corpus, tmp_path / "other", noise=files)
+    assert differences(everything(reader), everything(other)) == []
+
+
+def test_what_lies_in_parquet_is_kept_by_its_place(tmp_path: Path) -> None:
+    places = (Cell("a.parquet", 1, 2, "audio.bytes"), Within("a.tar", 512, 1000), None)
+    clips = [Audio("a.wav", start=0.5, stop=1.5, channel=1, held=held) for held in places]
+    recordings = tuple(Recording(clip, 16000, 16000, 9) for clip in clips)
+    found = Pools({"noise": recordings, "babble": recordings[:1]}, {"noise": "n", "babble": None})
+    (tmp_path / FILE).write_bytes(found.to_bytes())
+    assert Pools.load(tmp_path) == found
+
+
+def test_a_path_that_is_not_there_is_said_before_anything_is_begun(tmp_path: Path) -> None:
+    (tmp_path / "noises").mkdir()
+    data = Data(augment={"noise": {"p": 0.5, "path": str(tmp_path / "noise")}})
+    with pytest.raises(UserError) as caught:
+        pools.check(Config(data=data, model=Model(**AUDIO)))
+    assert str(caught.value).startswith(
+        f"data.augment.noise.path: {tmp_path / 'noise'} does not exist"
+    )
+    pools.check(Config(data=Data(augment={"babble": {"p": 1}, "reverb": {"p": 1}})))
 
 
 @pytest.mark.parametrize(
