@@ -68,12 +68,11 @@ def listed(config: Config, folder: Path, cache: Path, say: Say) -> Pools | None:
         else:
             continue
         asked[kind] = path
-        seconds = sum(one.samples / one.rate for one in found[kind])
-        say(f"data.augment.{kind}: {len(found[kind]):,} recordings, {seconds / 60:,.1f} minutes")
+        say(_told(kind, found[kind]))
     return Pools(found, asked)
 
 
-def voices(config: Config, pools: Pools, index: Index) -> Pools:
+def voices(config: Config, pools: Pools, index: Index, say: Say) -> Pools:
     """`pools`, with voices of the training data where babble is to be made of these: up to `VOICES`
     of its clips, any as likely as any other. Raises UserError where there is none."""
     settings = config.data.augment
@@ -91,6 +90,7 @@ def voices(config: Config, pools: Pools, index: Index) -> Pools:
             "data.augment.babble.path to a folder of recordings"
         )
     found = _measured("babble", files, Limits.of(config.data))
+    say(_told("babble", found))
     return Pools({**pools.recordings, "babble": found}, {**pools.asked, "babble": None})
 
 
@@ -103,6 +103,11 @@ def keep(pools: Pools, folder: Path, permit: Permit) -> None:
             patience.patiently(lambda: write_whole(path, content), path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _told(kind: str, recordings: tuple[Recording, ...]) -> str:
+    minutes = sum(one.samples / one.rate for one in recordings) / 60
+    return f"data.augment.{kind}: {len(recordings):,} recordings, {minutes:,.1f} minutes"
 
 
 def _places(settings: Augment) -> list[tuple[str, str | None]]:

@@ -286,7 +286,7 @@ def read_train(
     _prove(config, encoder)
     index = _index(config, "train", encoder, say)
     if recordings is not None and encoder.augment is not None:
-        recordings = pools.voices(config, recordings, index)
+        recordings = pools.voices(config, recordings, index, say)
         pools.keep(recordings, folder, permit)
         encoder.augment = encoder.augment.with_pools(recordings)
     return encoder, index

@@ -54,7 +54,7 @@ def dry_run(
             *assumed,
             f"examples        {len(index):,} usable, {len(prepared.rejected):,} unusable"
             + (f": {quarantined(map(kind_of, prepared.rejected))}" if prepared.rejected else ""),
-            f"audio           {_duration(index.seconds)}{_computed(index)}",
+            f"audio           {_duration(index.seconds)}{_computed(index, config)}",
             *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
             f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
@@ -112,12 +112,15 @@ def _examples(count: int) -> str:
     return f"{count:,} example" + ("" if count == 1 else "s")
 
 
-def _computed(index: Index) -> str:
+def _computed(index: Index, config: Config) -> str:
     """What the encoder computes, where that is more than there is."""
+    augment = config.data.augment
+    slow = ", at their slowest," if augment is not None and augment.slower else ","
     heard, seconds = (float(np.sum(c, dtype=np.float64)) for c in (index.heard, index.seconds))
     if heard < 1.005 * seconds:
         return ""
-    return f"; with what clips are padded to, the encoder computes {_duration(index.heard)}"
+    computed = _duration(index.heard)
+    return f"; with what clips are padded to{slow} the encoder computes {computed}"
 
 
 def _duration(lengths: np.ndarray) -> str:

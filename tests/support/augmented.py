@@ -80,7 +80,7 @@ def run_with(corpus: Path, folder: Path, **augment: Any) -> tuple[Reader, Pools,
     assert found is not None
     encoder = make_encoder(config.model, config.data, folder)
     index = build_index(config.data.train, "train", encoder, corpus.parent / "index")
-    found = pools.voices(config, found, index)
+    found = pools.voices(config, found, index, said.append)
     pools.keep(found, folder, ANYONE)
     encoder = make_encoder(config.model, config.data, folder)
     return Reader(index, encoder, 10**6, 0), found, said
