@@ -124,7 +124,8 @@ def coded(clip: np.ndarray, rate: int, kind: str, compression: float) -> np.ndar
     """Through a codec and back, by libsndfile, in memory.
 
     kind: mulaw, gsm (at 8 kHz, as on the telephone), mp3, opus or vorbis at the clip's rate, or the
-    next that opus has. compression: of these, from 0 (best) to below 1 (smallest).
+    next that opus has. compression: of these, from 0 (best) to below 1 (smallest). A clip so quiet
+    that nothing would be left of it stays as it is.
     """
     container, subtype = _FILES[kind]
     own = rate
@@ -142,6 +143,8 @@ def coded(clip: np.ndarray, rate: int, kind: str, compression: float) -> np.ndar
             file.write(sent[first : first + BLOCK])
     memory.seek(0)
     heard = soundfile.read(memory, dtype="float32")[0]
+    if not heard.any():
+        return clip
     if own != rate:
         heard = soxr.resample(heard, own, rate, quality="HQ")
     return fitted(heard, len(clip))
