@@ -41,7 +41,7 @@ class ProgressLine:
     def __call__(self, line: JsonObject) -> None:
         """Show one report: of the driver before there are workers, then of a worker."""
         if "doing" in line:
-            self._phase(line["doing"])
+            self._phase(line["doing"], line.get("share"))
         elif "summary" in line:
             self.say("\n".join(line["summary"]))
         elif "event" in line:
@@ -75,13 +75,17 @@ class ProgressLine:
         if self._view is not None:
             self._view.close()
 
-    def _phase(self, text: str) -> None:
-        if self._phases is not None:
+    def _phase(self, text: str, share: float | None = None) -> None:
+        """share: that is done of the phase, under this text; None: it begins."""
+        if self._phases is not None and share is None:
             self._phases.begin(text)
         if self._view is not None:
-            self._view.phase(text)
-        else:
+            self._view.phase(text, share)
+        elif share is None:
             self.say(text)
+        elif time.monotonic() - self._printed >= self._every:
+            self._printed = time.monotonic()
+            self.say(f"{text}: {share:.0%}")
 
     def _step(self, line: JsonObject) -> None:
         now = time.monotonic()
@@ -167,6 +171,8 @@ class View:
 
         self._console = console
         self._text, self._since = "", time.monotonic()
+        self._told = ""  # what of it is done just now, and how much of that
+        self._share: float | None = None
         self._steps: JsonObject | None = None
         self._left: float | None = None
         self._live = Live(
@@ -181,10 +187,14 @@ class View:
         """A line that stays, above."""
         self._console.print(text, soft_wrap=True)
 
-    def phase(self, text: str) -> None:
-        """What is being done from here on."""
-        self._over()
-        self._text, self._since = text, time.monotonic()
+    def phase(self, text: str, share: float | None = None) -> None:
+        """What is being done from here on; or how far it is, under this text."""
+        if share is None:
+            self._over()
+            self._text, self._since = text, time.monotonic()
+        else:
+            self._told = text
+        self._share = share
         self._show()
 
     def step(self, line: JsonObject, left: float | None, last: bool) -> None:
@@ -206,6 +216,7 @@ class View:
     def _over(self) -> None:
         """The phase is."""
         text, self._text = self._text, ""
+        self._share = None
         took = time.monotonic() - self._since
         if text:
             self.print(took_line(text, took) if took >= SHORTEST_S else text)
@@ -233,7 +244,13 @@ class View:
             rows += [bar, Text(step_line(self._steps, self._left), overflow="crop", no_wrap=True)]
         if self._text:
             took = _clock(time.monotonic() - self._since)
-            rows.append(Spinner("dots", Text(f"{self._text}  {took}", overflow="ellipsis")))
+            text = self._text if self._share is None else self._told
+            rows.append(Spinner("dots", Text(f"{text}  {took}", overflow="ellipsis")))
+            if self._share is not None:
+                bar = Table.grid(padding=(0, 1))
+                share = Text(f"{self._share:.0%}", style="bold")
+                bar.add_row(ProgressBar(total=1, completed=self._share, width=40), share)
+                rows.append(bar)
         return Group(*rows)
 
 

@@ -88,7 +88,9 @@ class Audio:
     @property
     def sound(self) -> Audio:
         """The same, whatever is stated of it."""
-        return self if self.stated is None else replace(self, stated=None)
+        if self.stated is None:
+            return self
+        return Audio(self.path, None, self.start, self.stop, self.channel, self.bytes, self.held)
 
 
 @dataclass(frozen=True, slots=True)

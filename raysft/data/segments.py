@@ -57,18 +57,19 @@ def cut(
     are not as many as `others`.
     """
     row = np.array(ids, np.int32)
-    holes = np.zeros(len(ids), bool) if hole is None else row == hole
-    places = np.flatnonzero(holes)
+    places: list[int] = []
+    while hole is not None and len(places) < ids.count(hole):
+        places.append(ids.index(hole, places[-1] + 1 if places else 0))
     if len(places) != len(others):
         raise BadExample(
             f"the chat template shows {len(places)} of its {len(others)} clips or rows of units"
         )
-    edges = np.flatnonzero(np.diff(learnt)) + 1
-    cuts = sorted({0, len(ids), *edges.tolist(), *places.tolist(), *(places + 1).tolist()})
+    edges = (learnt[1:] != learnt[:-1]).nonzero()[0] + 1
+    cuts = sorted({0, len(ids), *edges.tolist(), *places, *(place + 1 for place in places)})
     rest = iter(others)
     segments: list[Segment] = []
     flags: list[bool] = []
     for start, stop in pairwise(cuts):
-        segments.append(next(rest) if holes[start] else row[start:stop])
+        segments.append(next(rest) if start in places else row[start:stop])
         flags.append(bool(learnt[start]))
     return Rendered(segments, flags)

@@ -30,6 +30,7 @@ from raysft.data.segments import Rendered, Segment, bare, cut
 from raysft.data.tokenizer import (
     add_units,
     byte_tokenizer,
+    last_token,
     load_tokenizer,
     template_of,
     unit_ids,
@@ -148,8 +149,9 @@ class Template:
         self._altering = re.compile("|".join(altering)) if altering else None
         whole = tokenizer.added_tokens_decoder.values()
         self._stop = next((t.content for t in whole if t.special and not t.rstrip), "")
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, tuple[list[int], int, int]] = {}
         self._expected: dict[Frame, Counter[int]] = {}
+        self._fine: set[tuple[tuple[str, ...], int, tuple[int, ...]]] = set()
         self._refuse_control_in_prompts()
         if self.chat:
             self._refuse_unknown(first)
@@ -229,7 +231,9 @@ class Template:
         return self._tokenizer
 
     def __getstate__(self) -> dict[str, object]:
-        state = dict(self.__dict__, _backend=self._backend.to_str(), _known={}, _expected={})
+        state = dict(
+            self.__dict__, _backend=self._backend.to_str(), _known={}, _expected={}, _fine=set()
+        )
         if not isinstance(self._tokenizer, bytes):
             state["_tokenizer"] = remote_code.packed(self._tokenizer, "AutoTokenizer")
         return state
@@ -281,9 +285,11 @@ class Template:
             answer = f"{example.lang}\t{answer}"
         prompt = self._begin + frame.prompt(texts)
         ids, rest = self._ids(prompt, f"{frame.answer(answer)}{self._end}")
-        self._refuse_steering(ids + rest, frame, len(asked))
-        learnt = np.repeat([False, True], [len(ids), len(rest)])
-        return cut(ids + rest, learnt, asked + told, self._hole_id)
+        whole = ids + rest
+        self._refuse_steering(whole, kinds, len(asked))
+        learnt = np.zeros(len(whole), bool)
+        learnt[len(ids) :] = True
+        return cut(whole, learnt, asked + told, self._hole_id)
 
     def prompt(self, example: Example) -> list[Segment]:
         """What a model is given to answer it: of a conversation, all before the last turn that is
@@ -382,12 +388,14 @@ class Template:
 
     def _ids(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Ids of a prompt, and of the answer as the whole conversation has it."""
-        ids = self._known.get(prompt)
-        if ids is None:
+        known = self._known.get(prompt)
+        if known is None:
             ids = self._encode(prompt)
+            known = (ids, *last_token(self._backend, prompt))
             if len(self._known) < _KNOWN:
-                self._known[prompt] = ids
-        whole = self._encode(prompt + answer)
+                self._known[prompt] = known
+        ids, before, at = known
+        whole = ids[:before] + self._encode(prompt[at:] + answer)
         if whole[: len(ids)] == ids:
             return ids, whole[len(ids) :]
         return ids, self._rest(ids, whole, answer)
@@ -423,23 +431,31 @@ class Template:
         except Exception as error:  # `tokenizers` raises nothing more special
             raise BadExample(f"its text cannot be tokenized: {error}", "bad text") from error
 
-    def _refuse_steering(self, ids: list[int], frame: Frame, clips: int) -> None:
+    def _refuse_steering(self, ids: list[int], kinds: tuple[str, ...], clips: int) -> None:
         """Raises BadExample where text became a control token by other ways than its name: by
         being unknown, or by what the tokenizer makes of it first."""
+        steers = self._steers(ids)
+        seen = kinds, clips, tuple(steers)
+        if seen in self._fine:
+            return
+        frame = self._frame(kinds)
         if frame not in self._expected:
             prompt, answer = frame.prompt([""] * (len(frame.pieces) - 1)), frame.answer("")
             bare = self._encode(f"{self._begin}{prompt}{answer}{self._end}")
             self._expected[frame] = Counter(self._steers(bare))
-        surplus = Counter(self._steers(ids)) - self._expected[frame]
+        surplus = Counter(steers) - self._expected[frame]
         if surplus and not self._parts:  # clips are written into the text
             for token, count in Counter(self._steers(self._encode(self._markup))).items():
                 surplus[token] -= count * clips
         if more := [token for token, count in surplus.items() if count > 0]:
             name = self._backend.id_to_token(more[0])
             raise BadExample(f"its text becomes {name}, a token that steers the model")
+        if len(self._fine) < _KNOWN:
+            self._fine.add(seen)
 
     def _steers(self, ids: list[int]) -> list[int]:
-        return [token for token in ids if token in self._steering]
+        steering = self._steering
+        return [token for token in ids if token in steering]
 
 
 def _begin(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -19,6 +19,7 @@ from raysft.config.schema import Model
 from raysft.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 UNIT = "<|unit{}|>"
@@ -147,6 +148,32 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     specials = {f"{name}_token": f"<|{name}|>" for name in ("bos", "eos", "pad")}
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in specials.values()])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
+
+
+def last_token(backend: Tokenizer, text: str) -> tuple[int, int]:
+    """Where a text can be cut, so that the ids of whatever it begins are those of what is before
+    and those of the rest: ids before it, and characters. (0, 0): nowhere.
+
+    That is before the last added token in it: a tokenizer looks for those first, and each stretch
+    between two is read for itself. Not one that takes in what is beside it, that is looked for in
+    normalised text, or that is part of another.
+    """
+    if backend.padding or backend.truncation:
+        return 0, 0
+    added = backend.get_added_tokens_decoder()
+    encoding = backend.encode(text, add_special_tokens=False)
+    for place in reversed(range(len(encoding.ids))):
+        token = added.get(encoding.ids[place])
+        if token is None or token.normalized or token.lstrip or token.rstrip or token.single_word:
+            continue
+        start, stop = encoding.offsets[place]
+        if text[start:stop] != token.content:
+            continue
+        if any(token.content in one.content for one in added.values() if one is not token):
+            continue
+        rest = backend.encode(text[start:], add_special_tokens=False).ids
+        return (place, start) if encoding.ids[place:] == rest else (0, 0)
+    return 0, 0
 
 
 def template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:

@@ -101,8 +101,7 @@ def run(
     folder = run_folder(config)
     check_run(resolve(config, folder))  # nothing is left in a folder that is not for this run
 
-    def say(text: str) -> None:
-        progress({"doing": text})
+    say = preflight.saying(progress)
 
     with Ownership.take(folder, say) as owner:
         config = resolve(config, folder)
@@ -129,8 +128,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
     for reason in skipped:
         log.warning("skipped: %s", reason)
 
-    def say(text: str) -> None:
-        progress({"doing": text})
+    say = preflight.saying(progress)
 
     say(f"evaluating step {saved.step} of {run}")
     folder = new_evaluation(run, saved.step, config)
@@ -164,7 +162,7 @@ def dry_run(config: Config, progress: Progress, show: int = 0, colours: bool = F
     placed = None
     if gpu and traits_of(config.parallel.strategy).replicates:
         placed = place(config.parallel.min_workers)
-    return preview.dry_run(config, lambda text: progress({"doing": text}), show, colours, placed)
+    return preview.dry_run(config, preflight.saying(progress), show, colours, placed)
 
 
 @dataclass
@@ -204,8 +202,7 @@ def _run(config: Config, start: Start, progress: Progress) -> Outcome:
     assert owner is not None
     catalogue = Catalogue.of(config.checkpoint, folder)
 
-    def say(text: str) -> None:
-        progress({"doing": text})
+    say = preflight.saying(progress)
 
     _wait_for_nodes(config, say, owner)
     shares = Shares.of(config)  # a cluster that cannot do it says so before hours of indexing

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from raysft.driver import pools
 from raysft.driver.session import check_kept
 from raysft.driver.unknown import unknown_text
 from raysft.errors import BadExample, UserError
+from raysft.json_types import JsonObject
 from raysft.loggers import check as loggers
 from raysft.run import epochs, plans
 from raysft.run.catalogue import unreadable
@@ -54,6 +55,7 @@ from raysft.scorers.normalize import read_spelling
 
 log = logging.getLogger(__name__)
 
+SHOWN_S = 1.0  # between two reports of how far something is
 MOST_TIMES = 100  # that a source's examples are seen in an epoch
 
 
@@ -70,12 +72,24 @@ class Prepared:
     rejected: list[Quarantined]
 
 
-Say = Callable[[str], None]
-"""Shown to the user while something lasts."""
+class Say(Protocol):
+    """Shown to the user while something lasts."""
+
+    def __call__(self, text: str, share: float | None = None) -> None:
+        """share: of it that is done; None: it begins."""
 
 
-def silent(text: str) -> None:
+def silent(text: str, share: float | None = None) -> None:
     """For callers that nobody watches."""
+
+
+def saying(progress: Callable[[JsonObject], None]) -> Say:
+    """As reports of `progress`."""
+
+    def say(text: str, share: float | None = None) -> None:
+        progress({"doing": text} if share is None else {"doing": text, "share": share})
+
+    return say
 
 
 def check(config: Config, writes: bool = True) -> Config:
@@ -319,14 +333,14 @@ def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, sa
     say(f"indexing data.{split}: {count}")
     told = time.monotonic()
 
-    def progress(done: int, total: int) -> None:
+    def stages(stage: str, done: int, total: int) -> None:
         nonlocal told
-        if done < total and time.monotonic() - told >= 5:
+        if done < total and time.monotonic() - told >= SHOWN_S:
             told = time.monotonic()
-            say(f"indexing data.{split}: {done / total:.0%} of {total / 2**20:,.0f} MiB")
+            say(f"indexing data.{split}: {stage}", share=done / total)
 
     most = config.data.max_quarantined
-    index = build_index(given, split, encoder, _cache(config), progress=progress, most=most)
+    index = build_index(given, split, encoder, _cache(config), most=most, stages=stages)
     for line in unknown_text(encoder, index):
         log.warning("data.%s: %s", split, line)
     if split == "eval":

@@ -111,8 +111,7 @@ def run(config: Config, progress: Progress) -> Swept:
     dimensions = check(config)
     folder = run_folder(config)
 
-    def say(text: str) -> None:
-        progress({"doing": text})
+    say = preflight.saying(progress)
 
     with Ownership.take(folder, say) as owner:
         sweep = open_sweep(config, folder)

@@ -18,8 +18,7 @@ from raysft.errors import BadExample
 _HEAD = 64
 # What libsndfile calls them.
 _READ = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "NIST", "CAF", "FLAC", "OGG", "MP3")
-# By a pattern of the first bytes.
-_OPENERS: tuple[tuple[bytes, Callable[[File], Track]], ...] = (
+_BY_PATTERN: tuple[tuple[bytes, Callable[[File], Track]], ...] = (
     *(
         (magic, partial(chunked.track, find=chunked.riff))
         for magic in (b"RIFF....WAVE", b"RIFX....WAVE", b"RF64....WAVE", b"BW64....WAVE")
@@ -35,6 +34,8 @@ _OPENERS: tuple[tuple[bytes, Callable[[File], Track]], ...] = (
     (rb"caff\x00\x01", partial(chunked.track, find=chunked.caf)),
     (b"OggS", ogg.track),
 )
+# By the first bytes.
+_OPENERS = [(re.compile(pattern, re.DOTALL), opener) for pattern, opener in _BY_PATTERN]
 
 
 def open_track(file: File) -> Track:
@@ -48,8 +49,8 @@ def open_track(file: File) -> Track:
 
 def _open(file: File) -> Track:
     head = file.read(0, _HEAD)
-    for magic, opener in _OPENERS:
-        if re.match(magic, head, re.DOTALL):
+    for pattern, opener in _OPENERS:
+        if pattern.match(head):
             return opener(file)
     start = mp3.after_tags(file, 0)  # tags may stand before FLAC and AAC too
     head = file.read(start, _HEAD)

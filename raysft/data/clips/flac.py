@@ -67,7 +67,9 @@ class _Info:
 
 def track(file: File, start: int) -> Track:
     """start: where `fLaC` is. Raises BadExample."""
-    data = file.read(start, 42)
+    size = file.size - start
+    whole = file.read(start, size) if size <= _WHOLE else b""
+    data = whole[:42] or file.read(start, 42)
     if len(data) < 42 or not _BEGIN.match(data):
         raise BadExample(
             f"{file.path}: not audio that can be read (a FLAC without a header)", "not audio"
@@ -77,14 +79,15 @@ def track(file: File, start: int) -> Track:
         raise BadExample(
             f"{file.path}: not audio that can be read (a FLAC with a damaged header)", "not audio"
         )
-    width = _tail_of(info, file.size - start)
-    end = _last_frame_ends(file.path, info, file.read(file.size - width, width))
+    width = _tail_of(info, size)
+    tail = whole[size - width :] or file.read(file.size - width, width)
+    end = _last_frame_ends(file.path, info, tail)
     certain = end is not None and info.total in (0, end)
     if (
         end is not None
         and certain
         and _may_be_joined(file, info, start, end)
-        and _joined(file, start)
+        and (_BEGIN.search(whole, 8) if whole else _joined(file, start))
     ):
         certain = False
     part = partial(_part, file, info) if certain and info.total else None

@@ -105,18 +105,25 @@ class ClipReader:
     ) -> list[_Result | BadExample]:
         """[function(clip) or the BadExample it raised, for clip in clips]: one thread for all."""
 
+        found: list[_Result | BadExample] = []
+        while len(found) < len(clips):
+            found += self.some(function, clips[len(found) :])
+        return found
+
+    def some(
+        self, function: Callable[[_Clip], _Result], clips: Sequence[_Clip]
+    ) -> list[_Result | BadExample]:
+        """As `each`, of the first clips: up to the first that does not return in time."""
+
         def read(clip: _Clip) -> _Result:
             self._refuse_known(_path(clip))
             return function(clip)
 
-        found: list[Any] = []
-        while len(found) < len(clips):
-            done, stalled = _run(read, clips[len(found) :], self._seconds)
-            found += done
-            if done:
-                self._row = 0
-            if stalled:
-                found.append(self._remember(_path(clips[len(found)])))
+        found, stalled = _run(read, clips, self._seconds)
+        if found:
+            self._row = 0
+        if stalled:
+            found.append(self._remember(_path(clips[len(found)])))
         for place, result in enumerate(found):
             if isinstance(result, OSError):
                 found[place] = self._again(read, clips[place], result)

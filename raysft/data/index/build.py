@@ -13,8 +13,9 @@ clip that is a file (known.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from raysft.data.index.known import Known
 from raysft.data.index.listing import listed
 from raysft.data.index.part import Job, Part
 from raysft.data.index.table import Index, IndexedSource, join
+from raysft.data.index.unfinished import Unfinished
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Chunk, Split, Survey
 from raysft.data.sources.records import Place
@@ -39,6 +41,10 @@ from raysft.errors import UserError
 __all__ = ["Index", "IndexedSource", "build_index"]
 
 log = logging.getLogger(__name__)
+
+READING, LOOKING, MEASURING = "reading files", "looking at known clips", "measuring"
+Stages = Callable[[str, int, int], None]
+"""Called with what is being done, and `Progress` of it."""
 
 _AGAIN = 4096  # items of a cached part that are measured again in one job
 
@@ -51,10 +57,12 @@ def build_index(
     workers: int | None = None,
     progress: Progress | None = None,
     most: float = 1.0,
+    stages: Stages | None = None,
 ) -> Index:
     """Index `sources`, re-using below `folder` whatever has not changed.
 
     workers: processes or Ray tasks at once; None: one a CPU, or 1 where there is little to do.
+    stages: told how far each stage is.
     most: share of unusable examples (data.max_quarantined) with which the caller can do; below 1,
     indexing stops as soon as there is no hope: a source none of whose first few thousand clips is
     there, or very many unusable examples.
@@ -75,7 +83,12 @@ def build_index(
             old[0],
             f" (and {len(old) - 1:,} more files)" if len(old) > 1 else "",
         )
-    surveyed = fan_out(_survey, [(*entry, folder) for entry in files], sizes, None, workers)
+
+    def of(stage: str) -> Progress | None:
+        return partial(stages, stage) if stages is not None else None
+
+    todo_files = [(*entry, folder) for entry in files]
+    surveyed = fan_out(_survey, todo_files, sizes, None, workers, of(READING))
     surveys = [survey for survey, _ in surveyed]
     digests = [survey.digest for survey in surveys]
     if split == "train":
@@ -83,11 +96,12 @@ def build_index(
     places = [parts.part_path(source, file, encoder, folder) for source, file in files]
     known = Known.of(files, digests, places, encoder, folder)
     before = known.index()
-    stored, cached, fresh = _parts(places, surveys, rows=before is None)
-    replaced = _replaced(cached, encoder, workers)
+    unfinished = Unfinished(folder)
+    stored, cached, fresh = _parts(places, surveys, unfinished, rows=before is None)
+    replaced = _replaced(cached, encoder, workers, of(LOOKING))
     if before is not None and (any(replaced) or any(fresh)):
         before = None
-        stored, cached, fresh = _parts(places, surveys)
+        stored, cached, fresh = _parts(places, surveys, unfinished)
     jobs: list[tuple[int, Job]] = []
     for number, (source, file) in enumerate(files):
         jobs += [(number, Job(source, file, chunk)) for chunk in fresh[number]]
@@ -105,41 +119,63 @@ def build_index(
     sizes = [job.bytes for _, job in jobs]
     todo = [job for _, job in jobs]
     hope = Hope(split, most)
-    results = fan_out(parts.measure, todo, sizes, encoder, workers, progress, hope.check)
     measured: dict[int, list[Part]] = {}
-    for (number, _), result in zip(jobs, results):
-        measured.setdefault(number, []).append(result)
+    whole: dict[int, Part] = {}
+    numbers = (number for number, _ in jobs)
+
+    def finish(number: int) -> None:
+        """All of a file is measured."""
+        source, file = files[number]
+        parts.check_unchanged(source, file, surveyed[number][1])
+        made = measured.get(number, [])
+        whole[number] = _renewed(stored[number], cached[number], replaced[number], made)
+        if whole[number] is not stored[number]:
+            parts.save_part(places[number], whole[number])
+        unfinished.clear(places[number])
+
+    def take(job: Job, part: Part) -> None:
+        """What was measured, in the order of the jobs: kept as it comes."""
+        hope.check(job, part)
+        number = next(numbers)
+        if before is None and number not in measured and measured:
+            finish(next(reversed(measured)))
+        measured.setdefault(number, []).append(part)
+        unfinished.add(places[number], part)
+
+    progress = progress or of(MEASURING)
+    fan_out(parts.measure, todo, sizes, encoder, workers, progress, take)
     if before is not None:
         if all(_as_it_was(part, measured.get(number, [])) for number, part in enumerate(cached)):
             for (source, file), (_, state) in zip(files, surveyed):
                 parts.check_unchanged(source, file, state)
             _say_repeated(before, split)
             return before
-        stored, cached, _ = _parts(places, surveys)
-    whole: list[Part] = []
-    for number, (source, file) in enumerate(files):
-        parts.check_unchanged(source, file, surveyed[number][1])
-        made = measured.get(number, [])
-        part = _renewed(stored[number], cached[number], replaced[number], made)
-        if part is not stored[number]:
-            parts.save_part(places[number], part)
-        whole.append(part)
-    _check_usable(resolved, files, whole)
-    index = join(resolved, files, digests, whole, encoder, folder)
+        stored, cached, _ = _parts(places, surveys, unfinished)
+    for number in range(len(files)):
+        if number not in whole:
+            finish(number)
+    found = [whole[number] for number in range(len(files))]
+    _check_usable(resolved, files, found)
+    index = join(resolved, files, digests, found, encoder, folder)
     known.keep(index)
     _say_repeated(index, split)
     return index
 
 
 def _parts(
-    places: list[Path], surveys: list[Survey], rows: bool = True
+    places: list[Path], surveys: list[Survey], unfinished: Unfinished, rows: bool = True
 ) -> tuple[list[Part | None], list[Part | None], list[Sequence[Chunk]]]:
     """The stored parts; what of each holds for its file as it is; the chunks that are new."""
     stored = [parts.load_part(path, rows) for path in places]
     cached: list[Part | None] = []
     fresh: list[Sequence[Chunk]] = []
-    for part, survey in zip(stored, surveys):
+    for place, part, survey in zip(places, stored, surveys):
         kept, new = (None, survey.chunks) if part is None else fit(part, survey.chunks)
+        if not new:
+            unfinished.clear(place)  # of a build that was killed beside the one that made it
+        for some in unfinished.of(place):
+            more, new = fit(some, new)
+            kept = more if kept is None else Part.join([kept, more])
         cached.append(kept)
         fresh.append(new)
     return stored, cached, fresh
@@ -175,7 +211,7 @@ def _say_repeated(index: Index, split: Split) -> None:
 
 
 def _replaced(
-    cached: list[Part | None], encoder: Encoder, workers: int | None
+    cached: list[Part | None], encoder: Encoder, workers: int | None, progress: Progress | None
 ) -> list[frozenset[int]]:
     """Of each cached part the lines whose clips are not as they were when they were measured."""
     if encoder.sample_rate is None:
@@ -183,9 +219,8 @@ def _replaced(
     owners = [(number, piece) for number, part in enumerate(cached) if part for piece in part.clips]
     pieces = [piece for _, piece in owners]
     # A piece is that of a chunk of a data file, about ten times its size.
-    lines = fan_out(
-        parts.replaced, pieces, [10 * len(piece.data) for piece in pieces], encoder, workers
-    )
+    sizes = [10 * len(piece.data) for piece in pieces]
+    lines = fan_out(parts.replaced, pieces, sizes, encoder, workers, progress)
     found: list[set[int]] = [set() for _ in cached]
     for (number, _), some in zip(owners, lines):
         found[number].update(some)

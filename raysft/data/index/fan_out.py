@@ -9,6 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes of data files measured, bytes to measure)."""
 
 _PARALLEL_FROM = 4 << 20  # bytes (some 20,000 clips, 3 s) from which starting processes pays
+_LOOK_S = 1.0  # between two looks whether the process that builds is there
 _Job = TypeVar("_Job")
 _Shared = TypeVar("_Shared")
 _Result = TypeVar("_Result")
@@ -79,7 +82,7 @@ def _by_processes(
     function: Callable[[_Job, _Shared], _Result], jobs: list[_Job], shared: _Shared, workers: int
 ) -> Iterator[_Result]:
     context = multiprocessing.get_context("spawn")  # threads and fork do not go together
-    given = (function, shared, patience.allowed(), plugins.loaded())
+    given = (function, shared, patience.allowed(), plugins.loaded(), os.getpid())
     with ProcessPoolExecutor(workers, context, _begin, given) as pool:
         try:
             yield from pool.map(_one, jobs)
@@ -95,10 +98,19 @@ def _begin(
     shared: _Shared,
     seconds: float,
     names: tuple[str, ...],
+    parent: int,
 ) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     patience.allow(seconds)
     plugins.load(names)
     _process.update(function=function, shared=shared)
+
+
+def _end_with(parent: int) -> None:
+    """A process whose parent was killed would wait for its jobs for ever."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os._exit(1)
 
 
 def _one(job: object) -> Any:

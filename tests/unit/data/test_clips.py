@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import wave
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from raysft.data.clips import audio
-from raysft.data.clips.file import Sound
+from raysft.data.clips import audio, chunked
+from raysft.data.clips.file import File, Sound
 from raysft.data.quarantine import kind as kind_of
 from raysft.errors import BadExample
 from tests.support.audio_files import KINDS, encoded, ffmpeg, ffmpeg_samples, speech
@@ -416,3 +417,62 @@ def test_reading_clips_needs_neither_torch_nor_ray():
         "sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'av', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def answered(path: str, by) -> tuple[object, ...]:
+    """What a way to open a WAV says of it: its length, rate and channels, or why there is none."""
+    with closing(File(path)) as file:
+        try:
+            with closing(by(file)) as track:
+                return track.samples, track.rate, track.channels, track.part is not None
+        except BadExample as error:
+            return (str(error),)
+
+
+def test_a_plain_wav_is_what_libsndfile_says_of_it(tmp_path):
+    rng = np.random.default_rng(0)
+    edges = [0, 1, 2, 3, 7, 8, 9, 16, 24, 32, 40, 255, 256, 1 << 15, 1 << 16, (1 << 32) - 1]
+    plain = 0
+    for number in range(4000):
+        subtype = ("PCM_16", "PCM_24", "PCM_32", "PCM_U8")[number % 4]
+        out = io.BytesIO()
+        frames = np.zeros((int(rng.integers(0, 60)), int(rng.integers(1, 10))))
+        soundfile.write(out, frames, int(rng.integers(1, 99_999)), subtype, format="WAV")
+        data = bytearray(out.getvalue())
+        if number > 1200:  # one field is another, or the file ends elsewhere
+            layout = [
+                (4, 4),
+                (16, 4),
+                (20, 2),
+                (22, 2),
+                (24, 4),
+                (28, 4),
+                (32, 2),
+                (34, 2),
+                (40, 4),
+            ]
+            at, width = layout[rng.integers(len(layout))]
+            value = int(rng.choice(edges)) % (1 << 8 * width)
+            if number % 3:
+                value = int.from_bytes(data[at : at + width], "little") + int(rng.integers(-9, 10))
+            data[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, "little")
+        if number % 5 == 4:
+            data += bytes(int(rng.integers(0, 9)))
+        path = put(tmp_path, bytes(data))
+        with closing(File(path)) as file:
+            found = chunked._plain(file)
+        if found is not None:
+            plain += 1
+            asked = answered(path, lambda file: chunked._asked(file, chunked.riff))
+            assert (found.samples, found.rate, found.channels, True) == asked, data[:44]
+            if found.samples:
+                assert len(found_samples(path)) == found.samples
+    assert plain > 600
+
+
+def found_samples(path: str) -> np.ndarray:
+    with closing(File(path)) as file, closing(chunked.track(file, chunked.riff)) as track:
+        (piece, rate) = track.decode(1e9)[0]
+        assert rate == track.rate
+        assert np.array_equal(track.part(1, len(piece)), piece[1:])
+        return piece

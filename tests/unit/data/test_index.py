@@ -373,6 +373,21 @@ def test_progress_counts_bytes_up_to_all_of_them(tmp_path, small_chunks):
     assert seen == sorted(seen)
 
 
+def test_all_stages_say_how_far_they_are(tmp_path, small_chunks):
+    file = corpus(tmp_path)
+    seen = []
+    build(tmp_path / "i", file, stages=lambda *how_far: seen.append(how_far))
+    size = file.stat().st_size
+    assert [stage for stage, *_ in seen if stage != "measuring"] == ["reading files"]
+    assert seen[-1] == ("measuring", size, size)
+    seen.clear()
+    build(tmp_path / "i", file, stages=lambda *how_far: seen.append(how_far))
+    looked = [(done, total) for stage, done, total in seen if stage == "looking at known clips"]
+    assert len(looked) > 3
+    assert looked == sorted(looked)
+    assert looked[-1][0] == looked[-1][1]
+
+
 @pytest.fixture
 def rows_read(monkeypatch):
     """Parts whose rows were loaded."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from raysft.data.clips import states
+from raysft.data.clips.audio import Limits
 from raysft.data.index import hope
 from raysft.errors import UserError
 from tests.support.indexes import (
@@ -103,3 +108,50 @@ def test_far_too_many_unusable_examples_end_it_before_all_their_reasons_are_held
     with pytest.raises(UserError, match=r"of the first 2\d\d examples of data.train 5\d are"):
         build(tmp_path / "i", file, most=0.05, workers=1)
     assert len(build(tmp_path / "i", file, most=0.2, workers=1).rejected) == 500
+
+
+def threads_of(function, count, **limits):
+    """Threads that calls of `function` run in, and how long all of them take."""
+    threads = Counter()
+
+    def call(path):
+        threads[threading.get_ident()] += 1
+        return function(path)
+
+    began = time.perf_counter()
+    names = [f"{i}.wav" for i in range(count)]
+    assert list(states.at_once(call, names, Limits(**limits)).values()) == names
+    return threads, time.perf_counter() - began
+
+
+def test_clips_that_are_there_at_once_are_looked_at_by_one_thread(tmp_path):
+    threads, _ = threads_of(lambda path: path, 2000)
+    assert len(threads) == 1
+
+
+def test_clips_that_come_late_are_waited_for_together(tmp_path):
+    def late(path):
+        time.sleep(0.01)
+        return path
+
+    threads, took = threads_of(late, 400)
+    assert len(threads) >= states.THREADS
+    assert took < 400 * 0.01 / 3
+
+
+def test_work_is_no_waiting(tmp_path):
+    def busy(path):
+        return path if sum(range(50_000)) else ""
+
+    threads, _ = threads_of(busy, 200)
+    assert len(threads) == 1
+
+
+def test_a_storage_that_is_gone_is_noticed_by_several_at_once(tmp_path):
+    gone = threading.Event()
+    began = time.perf_counter()
+    with pytest.raises(UserError, match="no answer within"):
+        names = [f"{i}.wav" for i in range(1000)]
+        states.at_once(lambda path: gone.wait(30), names, Limits(read_timeout_s=0.4))
+    assert time.perf_counter() - began < 6 * 0.4 + 2  # 32 clips, one after the other: 13 s
+    gone.set()

@@ -6,11 +6,14 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import lists, sampled_from
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from raysft.config.schema import Data, Model
 from raysft.data import text
 from raysft.data.example import Audio, Example, Units
+from raysft.data.tokenizer import last_token
 from raysft.errors import BadExample, UserError
 
 CHATML = (
@@ -226,3 +229,50 @@ def test_the_fingerprint_changes_with_template_prompts_and_tokenizer(chat_tokeni
     text.add_units(chat_tokenizer, 21)
     others.append(fingerprint())
     assert len({first, *others}) == 4
+
+
+def byte_level():
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate("abcdĠĊ<|x>")}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return made
+
+
+def metaspace(scheme):
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((c, -1.0) for c in "▁abcd\n<|x>")], 0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    return made
+
+
+def prepending():
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((c, -1.0) for c in "▁abcd\n<|x>")], 0))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.NFKC()]
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    "made",
+    [byte_level(), metaspace("first"), metaspace("always"), metaspace("never"), prepending()],
+    ids=["bytes", "first", "always", "never", "prepend"],
+)
+@given(
+    prompt=lists(sampled_from(["a", "b ", " ", "\n", "<|x|>", "<a>", "<|x|>c", "dd", "<n>"])),
+    answer=lists(
+        sampled_from(["a", " b", "\n", " ", "c", "<|x|>", "|>", "<a>b", "x|>", "<|", "b"])
+    ),
+    kinds=lists(sampled_from(["lstrip", "rstrip", "single_word"]), max_size=1),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_text_is_cut_before_a_token_only_where_its_ids_stay(made, prompt, answer, kinds):
+    own = Tokenizer.from_str(made.to_str())
+    own.add_special_tokens([AddedToken("<|x|>", normalized=False, **dict.fromkeys(kinds, True))])
+    own.add_tokens([AddedToken("<a>", normalized=False), AddedToken("<a>b", normalized=False)])
+    own.add_tokens([AddedToken("<n>", normalized=True)])
+    begin, whole = "".join(prompt), "".join([*prompt, *answer])
+    before, at = last_token(own, begin)
+    ids = own.encode(begin, add_special_tokens=False).ids
+    rest = own.encode(whole[at:], add_special_tokens=False).ids
+    assert ids[:before] + rest == own.encode(whole, add_special_tokens=False).ids
+    if begin.endswith("<|x|>") and not kinds:
+        assert begin[at:] == "<|x|>"

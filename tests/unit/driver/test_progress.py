@@ -123,6 +123,35 @@ def test_without_a_terminal_the_times_of_the_phases_follow_the_first_step() -> N
     assert lines[-1].startswith("step 2/3")
 
 
+def test_how_far_a_phase_is_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    with ProgressLine(out) as show:
+        show({"doing": "indexing data.train: 1 source"})
+        show({"doing": "indexing data.train: measuring", "share": 0.25})
+        time.sleep(0.15)
+        shown = out.getvalue()
+        show({"doing": "planning batches"})
+    assert "measuring" in shown and "25%" in shown and "━" in shown
+    kept = [row for row in out.rows() if re.match(r" +\d\.\d s  ", row)]
+    assert re.fullmatch(r"   0\.[1-9] s  indexing data.train: 1 source *", kept[0]), "one phase"
+    assert len(kept) == 1
+
+
+def test_how_far_a_phase_is_is_a_line_every_few_seconds_elsewhere() -> None:
+    out = io.StringIO()
+    show = ProgressLine(out, every_s=0.1)
+    show({"doing": "indexing data.train: 1 source"})
+    for share in (0.25, 0.26):
+        show({"doing": "indexing data.train: measuring", "share": share})
+    time.sleep(0.15)
+    show({"doing": "indexing data.train: measuring", "share": 0.5})
+    assert out.getvalue().splitlines()[1:] == [
+        "indexing data.train: measuring: 25%",
+        "indexing data.train: measuring: 50%",
+    ]
+
+
 def test_a_terminal_that_cannot_renew_lines_gets_plain_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
