@@ -15,7 +15,7 @@ PyAV reads. What a header merely guesses is never believed, here or in `load`, w
 the end of the file. Of a part of a file the index measures the file, and asks it once for all its
 parts; how parts are decoded is clips/cut.py's.
 
-Costs on one core, clips of 2 s at 22.05 kHz: `probe` 0.1 to 0.3 ms (Vorbis 0.9 ms: libsndfile sets
+Costs on one core, clips of 2 s at 22.05 kHz: `probe` 0.02 to 0.2 ms (Vorbis 0.9 ms: libsndfile sets
 its decoder up); `load` 0.9 ms (wav), 1.5 ms (flac), 2 to 3 ms (Vorbis, mp3), 0.5 ms of it
 resampling to 16 kHz. A clip is held whole in memory: its file (up to 64 MB of it), and 4 bytes a
 sample and channel while it is decoded.
