@@ -211,6 +211,7 @@ register(
             "data.speech_tokens": "audio_lm reads audio as it is: leave data.speech_tokens out, "
             "or set model.family: causal_lm",
             "model.unit_markers": "stand around units, which audio_lm does not read: leave it out",
+            "model.extra_tokens": "are for causal_lm: leave them out",
             "model.speech_units": "audio_lm reads audio as it is, no units: leave it out, or set "
             "model.family: causal_lm",
         },
@@ -246,6 +247,7 @@ register(
             "data.audio_per_batch": "what seq2seq's encoder computes of a clip counts in "
             "data.tokens_per_batch: leave it out",
             "model.unit_markers": "stand around units, which seq2seq does not read: leave them out",
+            "model.extra_tokens": "are for causal_lm: leave them out",
             "model.speech_units": "seq2seq reads audio as it is, no units: leave it out",
         },
         refused_methods={

@@ -84,6 +84,10 @@ class Source(Section):
         None,
         description="table, parquet: which column holds what, as {audio: path, text: sentence}",
     )
+    document_start: NonNegativeInt | None = Field(
+        None,
+        description="token_ids: the id that begins a document, where a row packs several (USDM: 1)",
+    )
     commands: bool = Field(
         False,
         description="kaldi: run the commands in wav.scp that end in |; they run as you, on the "
@@ -259,6 +263,11 @@ class Model(Section):
         "<|unit{}|>",
         description="name of a unit token, its number for {}; a checkpoint that has such tokens "
         "([Hu{}], <audio_{}>) keeps its rows for them",
+    )
+    extra_tokens: Weights[list[str]] = Field(
+        default_factory=list,
+        description="tokens the tokenizer is given before the units, in this order, where it lacks "
+        "them (causal_lm), such as [<|continue|>, <|correspond|>]",
     )
     unit_markers: Weights[list[str] | None] = Field(
         None,

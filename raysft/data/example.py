@@ -6,12 +6,15 @@ one (step, lane) into a `MicroBatch`. None of these needs torch or Ray.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeVar
 
 import numpy as np
+
+from raysft.data import weave
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,46 @@ class Units:
     ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token by its name, such as `<|continue|>`: one that no text is tokenized to."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """An example that is token ids already. learnt: of each whether the model learns it."""
+
+    ids: tuple[int, ...]
+    learnt: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Woven:
+    """Units and the words that are spoken in them, of which a document is drawn: see `weave`."""
+
+    units: tuple[int, ...]
+    words: tuple[weave.Word, ...]
+
+    def drawn(self, rng: np.random.Generator) -> tuple[str | Units | Token, ...]:
+        """One of its documents."""
+        return self._parts(weave.woven(self.words, rng))
+
+    def longest(self) -> tuple[str | Units | Token, ...]:
+        """Parts that take as many positions as any of its documents."""
+        return self._parts(weave.longest(self.words))
+
+    def _parts(self, pieces: list[weave.Piece]) -> tuple[str | Units | Token, ...]:
+        parts: list[str | Units | Token] = []
+        for piece in pieces:
+            parts += [Token(piece.marker)] if piece.marker else []
+            parts += [piece.text] if piece.text else []
+            units = self.units[piece.start : piece.stop]
+            parts += [Units(units)] if units else []
+        return tuple(parts)
+
+
 Part = str | Audio | Units
 _Value = TypeVar("_Value")
 
@@ -142,6 +185,10 @@ class Example:
     `instruction` is None where the source has none: `data.prompts` then supplies it by task.
     `text` is what an answer is held against in evaluation: the plain transcript, of a conversation
     the last turn that is learnt (None: there is nothing to hold it against).
+    `document`: a text that is learnt whole, without a template, from the token that begins a text
+    to the one that ends it; `woven`: what such a document is drawn of at each step of training (in
+    evaluation always the same); `tokens`: ids as they are. Where there is one of these, there is
+    nothing else.
     `speaker`: who speaks in it, where the source says so.
     `variants` are what it may be instead (another rated dimension, another rater): at each step of
     training one is drawn, itself as likely as each of them, under its own id, task, lang and text.
@@ -159,6 +206,9 @@ class Example:
     turns: tuple[Turn, ...] = ()
     tools: str = ""
     speaker: str | None = None
+    document: tuple[str | Units | Token, ...] = ()
+    woven: Woven | None = None
+    tokens: Tokens | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -175,7 +225,9 @@ class Example:
     @property
     def forms(self) -> list[Example]:
         """What it may be at a step: itself first. Of variants only what is asked and answered
-        counts."""
+        counts. Of what is woven: what takes as much room as any."""
+        if self.woven is not None:
+            return [replace(self, document=self.woven.longest(), woven=None)]
         own = [
             replace(variant, id=self.id, task=self.task, lang=self.lang, text=self.text)
             for variant in self.variants
@@ -185,6 +237,9 @@ class Example:
     def drawn(self, rng: np.random.Generator | None) -> Example:
         """One of its forms, any as likely as any other; itself where rng is None. Nothing is taken
         from rng where it has no variants."""
+        if self.woven is not None:
+            fixed = np.random.default_rng(zlib.crc32(self.id.encode("utf-8", "surrogatepass")))
+            return replace(self, document=self.woven.drawn(rng or fixed), woven=None)
         if rng is None or not self.variants:
             return self
         return self.forms[rng.integers(1 + len(self.variants))]

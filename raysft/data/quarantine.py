@@ -43,6 +43,7 @@ _WORDS = {
     "malformed record": r"not (?:valid|readable|a JSON)|fields? '|task_type is|holds half a surr",
     "bad text": r"its text (?:contains|cannot)",
     "unknown unit": r"unit -?\d+, but",
+    "unknown token": r"has the id \d+, and the tokenizer has",
     "no kind": r"token .* is in no group",
     "unknown language": r"its language |it names no language",
     "not one clip": r"has (?:no|\d+) clips?, and",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from raysft.config.schema import Data
-from raysft.data import remote_code
+from raysft.data import remote_code, untold
 from raysft.data.chat import Chat, Frame, control_tokens, freeze, is_plain, plain_template
 from raysft.data.conversation import Conversations, Shown, last_learnt
 from raysft.data.example import ASSISTANT, Audio, Example, Part, Units
@@ -128,6 +128,7 @@ class Template:
         }
         self.remark = chat.remark
         self._end = chat.end
+        self._ends: tuple[int | None, int] = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._conversations = Conversations(
             self.source,
             dict(tokenizer.special_tokens_map),
@@ -256,6 +257,12 @@ class Template:
         """Its segments. Raises BadExample, or UserError without a prompt."""
         if example.turns:
             return self._conversation(example)
+        if example.tokens is not None:
+            return untold.given(example.tokens, self._backend.get_vocab_size())
+        if example.document:
+            return untold.document(
+                example.document, self._ends, self._backend, self._encode, self._control
+            )
         instruction = example.instruction
         if instruction is None:
             if example.task not in self._prompts:

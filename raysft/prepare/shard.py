@@ -141,7 +141,7 @@ def spoken(example: Example) -> tuple[Audio, str]:
     clips = example.audio()
     if len(clips) != 1 or example.text is None or example.turns:
         raise BadExample(
-            f"has {len(clips)} clips and {'no' if example.text is None else 'a'} text: a shard's "
+            f"has {len(clips)} clips, and {'no' if example.text is None else 'a'} text: a shard's "
             "row is a clip and what is said in it",
             "not one clip",
         )

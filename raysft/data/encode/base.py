@@ -137,7 +137,8 @@ class Encoder(ABC):
 
         Raises BadExample (this example cannot be used) or UserError (none of its kind can).
         """
-        forms = example.forms if example.variants else [example]
+        drawn = example.variants or example.woven is not None
+        forms = example.forms if drawn else [example]
         return max(self._measured(form, [*example.of_form(form, samples)]) for form in forms)
 
     def lengthened(self) -> Encoder:

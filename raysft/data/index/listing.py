@@ -29,7 +29,7 @@ from raysft import patience, stores
 from raysft.data import sources as formats
 from raysft.data.index.fan_out import fan_out
 from raysft.data.index.part import digest_of, writing
-from raysft.data.sources import ResolvedSource
+from raysft.data.sources import OPTIONS, ResolvedSource
 from raysft.data.sources.base import ORIGIN
 from raysft.data.sources.layout import Layout
 from raysft.errors import UserError
@@ -84,7 +84,7 @@ def _listing(job: tuple[ResolvedSource, Path, Path], _: None) -> Path:
 
 def _made(source: ResolvedSource, file: Path, folder: Path) -> Path:
     given = source.given
-    facts = (given.root, given.tars, given.columns, given.commands) if given is not None else ()
+    facts = () if given is None else tuple(getattr(given, name) for name in OPTIONS)
     name = digest_of(VERSION, str(file), source.format, *facts)
     place = folder / "listed" / name / (file.parent.name or "root") / f"{file.stem}.jsonl"
     note = place.parent / ORIGIN

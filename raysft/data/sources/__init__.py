@@ -34,6 +34,8 @@ from raysft.errors import BadExample, UserError
 
 __all__ = ["ResolvedSource", "formats", "get", "read", "register", "resolve", "resolve_all", "scan"]
 
+OPTIONS = ("root", "tars", "columns", "commands", "document_start")
+"""Keys of an entry that only some formats read."""
 AUTO = "auto"  # a source's format: by the content of its files
 _registered: dict[str, Format] = {}
 
@@ -136,8 +138,8 @@ def _place(given: str) -> Path:
 
 def _check_options(source: Source, form: Format) -> None:
     """Keys of an entry that its format does not read."""
-    for name in ("root", "tars", "columns", "commands"):
-        if getattr(source, name) and name not in getattr(form, "options", ()):
+    for name in OPTIONS:
+        if getattr(source, name) not in (None, False) and name not in getattr(form, "options", ()):
             takers = [f.name for f in formats().values() if name in getattr(f, "options", ())]
             raise UserError(f"{name}: format {form.name} does not read it; {', '.join(takers)} do")
 

@@ -58,18 +58,20 @@ class CausalLMEncoder(Encoder):
                 )
             added = speech_tokens.clusters
         tokenizer = load_tokenizer(model, 0)
-        new = add_units(tokenizer, added, model.unit_token)
+        _, extra = add_markers(tokenizer, model.extra_tokens)
+        new = [*extra, *add_units(tokenizer, added, model.unit_token)]
         around: list[int] = []
         if model.unit_markers is not None:
             around, more = add_markers(tokenizer, model.unit_markers)
             new += more
         self._around = np.array(around, np.int32)
         self._unit_ids = unit_ids(tokenizer, model.unit_token)
-        self.new_ids = _new_ids(model, tokenizer, [*self._unit_ids.tolist(), *around], new)
+        used = [*tokenizer.convert_tokens_to_ids(model.extra_tokens), *self._unit_ids.tolist()]
+        self.new_ids = _new_ids(model, tokenizer, [*used, *around], new)
         # Units of the base vocabulary are read as one token only where they are added tokens too.
         add_units(tokenizer, len(self._unit_ids), model.unit_token)
         units = tokenizer.convert_ids_to_tokens(self._unit_ids.tolist())
-        self.units = _said(units, len(set(self.new_ids) - set(around)))
+        self.units = _said(units, len(set(self.new_ids) & set(self._unit_ids.tolist())))
         hole = units[0] if units else None
         form = unit_pattern(model.unit_token) if units else None
         self.template = Template(tokenizer, data, hole=hole, units=form, kept=kept)

@@ -124,7 +124,10 @@ def test_audio_given_as_data_is_named(tmp_path: Path, suffix: str) -> None:
     ("record", "says"),
     [
         ({"prompt": "a", "response": "b"}, "pairs .*: name them instruction and output"),
-        ({"sentence": "x", "clip": "y"}, r"a text \(sentence\) and name no clip .*: sentence, clip"),
+        (
+            {"sentence": "x", "clip": "y"},
+            r"a text \(sentence\) and name no clip .*: sentence, clip",
+        ),
         ({"wav": "a.wav", "words": "y"}, r"a clip \(wav\) and have no text .*fields: wav, words"),
         ({"foo": "x"}, "its records have the fields foo"),
     ],

@@ -70,6 +70,7 @@ WITHOUT_A_PATH = {
     ],
     "bad text": ["its text contains <|AUDIO|>, a token that steers the model"],
     "unknown unit": ["unit 100, but there are 100 units"],
+    "unknown token": ["has the id 5000, and the tokenizer has 259 tokens: are these another"],
     "no kind": ["token \u00e9 (id 195) is in no group of model.moe.modality"],
     "unknown language": [
         "its language 'xx' is unknown to the tokenizer, which has en, de",
