@@ -6,6 +6,7 @@ its index. Costs a header of each recording, once; then a look at each file at e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -61,8 +62,9 @@ def listed(config: Config, folder: Path, cache: Path, say: Say) -> Pools | None:
     found: dict[str, tuple[Recording, ...]] = {}
     asked: dict[str, str | None] = {}
     for kind, path in _places(settings):
-        if kept.asked.get(kind, "") == path:
-            found[kind] = _unchanged(kind, kept.recordings[kind], limits)
+        if kind in kept.recordings:
+            there = _moved(kept.recordings[kind], kept.asked[kind], path)
+            found[kind] = _unchanged(kind, there, limits)
         elif path is not None:
             found[kind] = _measured(kind, _below(kind, path, cache), limits)
         else:
@@ -70,6 +72,20 @@ def listed(config: Config, folder: Path, cache: Path, say: Say) -> Pools | None:
         asked[kind] = path
         say(_told(kind, found[kind]))
     return Pools(found, asked)
+
+
+def require(config: Config, folder: Path) -> None:
+    """Raises UserError where the run in `folder`, which has been trained, kept no recordings that
+    it varies clips with: from others it would go on otherwise."""
+    settings = config.data.augment
+    kept = Pools.load(folder).recordings
+    for kind, _ in _places(settings) if settings is not None else []:
+        if kind not in kept:
+            raise UserError(
+                f"{folder / FILE}: does not list the recordings of data.augment.{kind}, which the "
+                "run has been trained with: put it back as it was, or start anew with its weights "
+                "(checkpoint.resume=weights_only)"
+            )
 
 
 def voices(config: Config, pools: Pools, index: Index, say: Say) -> Pools:
@@ -170,6 +186,26 @@ def _measured(kind: str, clips: list[Audio], limits: Limits) -> tuple[Recording,
             f"used; the first: {broken[0]}: repair it, or take it away"
         )
     return tuple(found)
+
+
+def _moved(
+    recordings: tuple[Recording, ...], old: str | None, new: str | None
+) -> tuple[Recording, ...]:
+    """Those of a run whose `path` was `old` and is `new`: the same thing in another place."""
+    if old is None or new is None or old == new:
+        return recordings
+    places = ((old, new), (os.path.dirname(old), os.path.dirname(new)))
+
+    def there(file: str) -> str:
+        found = (b + file[len(a) :] for a, b in places if file == a or file.startswith(f"{a}/"))
+        return next(found, file)
+
+    def moved(clip: Audio) -> Audio:
+        if clip.held is None:
+            return replace(clip, path=there(clip.path))
+        return replace(clip, held=replace(clip.held, file=there(clip.held.file)))
+
+    return tuple(replace(one, audio=moved(one.audio)) for one in recordings)
 
 
 def _unchanged(

@@ -222,6 +222,7 @@ def prepare(
     patience.allow(config.patience_s)
     if cursor is not None:
         require_template(folder)
+        pools.require(config, folder)
     encoder, index = read_train(config, folder, say, permit)
     evaluation = None
     if config.data.eval:

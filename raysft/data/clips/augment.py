@@ -24,7 +24,7 @@ from raysft.config.augment import Augment
 from raysft.config.schema import Data
 from raysft.data.clips import effects
 from raysft.data.clips.audio import ANY, Limits, load
-from raysft.data.clips.recordings import Pools, Recording
+from raysft.data.clips.recordings import FILE, Pools, Recording
 from raysft.data.clips.stalled import LOST, ClipReader
 from raysft.data.clips.stripes import Spectrogram
 from raysft.data.example import Audio
@@ -206,7 +206,12 @@ class Augmentation:
         return self._whole("reverb", self._drawn("reverb", draws), rate, limits)
 
     def _drawn(self, kind: str, draws: np.random.Generator) -> Recording:
-        pool = self.pools.recordings[kind]
+        pool = self.pools.recordings.get(kind)
+        if not pool:
+            raise UserError(
+                f"data.augment.{kind}: the run's folder has no {FILE} that lists its recordings: "
+                "without it nothing is read as it was"
+            )
         return pool[int(draws.integers(len(pool)))]
 
     def _piece(

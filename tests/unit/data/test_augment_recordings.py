@@ -115,6 +115,37 @@ def test_a_run_keeps_the_recordings_that_it_began_with(
     assert differences(everything(other), first) != []
 
 
+def test_recordings_that_were_moved_are_those_that_a_run_began_with(
+    corpus: Path, recordings: Path, tmp_path: Path
+) -> None:
+    run, place = tmp_path / "run", tmp_path / "moved" / "noise"
+    reader, found, _ = run_with(corpus, run, noise={"p": 1.0, "path": str(recordings)})
+    first = everything(reader)
+    place.parent.mkdir()
+    recordings.rename(place)
+    soundfile.write(place / "0.wav", np.ones(100), RATE)
+    again, moved, _ = run_with(corpus, run, noise={"p": 1.0, "path": str(place)})
+    assert [Path(one.audio.path).name for one in moved.recordings["noise"]] == [
+        Path(one.audio.path).name for one in found.recordings["noise"]
+    ]
+    assert differences(everything(again), first) == []
+
+
+def test_a_list_that_was_lost_is_not_made_anew_for_a_run_that_goes_on(
+    corpus: Path, recordings: Path, tmp_path: Path
+) -> None:
+    noise = {"p": 1.0, "path": str(recordings)}
+    reader, _, _ = run_with(corpus, tmp_path / "run", noise=noise)
+    data = {"train": [{"path": str(corpus)}], "augment": {"noise": noise, "babble": {"p": 0.5}}}
+    config = Config.model_validate({"data": data, "model": AUDIO})
+    with pytest.raises(UserError, match=r"augment\.json: does not list the .*babble,"):
+        pools.require(config, tmp_path / "run")
+    assert reader.encoder.augment is not None
+    reader.encoder.augment = reader.encoder.augment.with_pools(Pools())
+    with pytest.raises(UserError, match=r"data\.augment\.noise: the run's folder has no augment\."):
+        everything(reader)
+
+
 def test_rooms_are_recordings_too(corpus: Path, tmp_path: Path) -> None:
     """Of several channels the first is taken."""
     (tmp_path / "rooms").mkdir()
