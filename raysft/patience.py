@@ -115,7 +115,7 @@ def away(place: str | os.PathLike[str], error: OSError, lost: str = "") -> UserE
     """That something which is there, or was, cannot be read, in a line."""
     tried = f", tried for {_allowed:g} s (data.retry_s)" if _allowed else " (data.retry_s=0)"
     return UserError(
-        f"{os.fspath(place)}: its storage does not give it on {socket.gethostname()}: "
+        f"{str(place)}: its storage does not give it on {socket.gethostname()}: "
         f"{error.strerror or error}{tried}: see that it is mounted and answers there, then start "
         f"again: nothing was left out{lost}"
     )
@@ -143,7 +143,7 @@ class _Waiting:
     """Says that it waits, and for what, where nobody in this process waits yet."""
 
     def __init__(self, place: str | os.PathLike[str], error: OSError) -> None:
-        what = os.fspath(place) or error.filename or "the run's folder"
+        what = str(place) or error.filename or "the run's folder"
         self._what = f"{what} ({error.strerror or error}) on {socket.gethostname()}"
 
     def __enter__(self) -> None:
