@@ -115,7 +115,7 @@ def away(place: str | os.PathLike[str], error: OSError, lost: str = "") -> UserE
     """That something which is there, or was, cannot be read, in a line."""
     tried = f", tried for {_allowed:g} s (data.retry_s)" if _allowed else " (data.retry_s=0)"
     return UserError(
-        f"{str(place)}: its storage does not give it on {socket.gethostname()}: "
+        f"{place!s}: its storage does not give it on {socket.gethostname()}: "
         f"{error.strerror or error}{tried}: see that it is mounted and answers there, then start "
         f"again: nothing was left out{lost}"
     )

@@ -4,7 +4,8 @@ Stands under everything that reads data. Stores are fsspec's: whatever protocol 
 credentials and end points of the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, HF_TOKEN,
 GOOGLE_APPLICATION_CREDENTIALS), never of a config or of data. Whatever goes wrong while a store is
 asked is the store's, and an OSError as of a disk, so that `patience` decides what becomes of it:
-FileNotFoundError where it says that there is no such object.
+FileNotFoundError where it says that there is no such object. A request that fails is made four
+times, half a second in all.
 
 Costs a round trip a call: what is read is to be asked for in few, large pieces, several at once.
 """
@@ -17,11 +18,12 @@ import functools
 import gzip
 import io
 import os
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar, cast
 
 from raysft.errors import UserError, first_line
 
@@ -39,6 +41,8 @@ _NEEDS = {
 }
 """What is to be installed for a protocol beside fsspec."""
 
+_Answer = TypeVar("_Answer")
+_PAUSE, _LONGEST = 0.05, 0.5  # seconds between the tries of a request: 0.05, 0.15, 0.45
 _BLOCK = 1 << 22  # bytes fetched at once of an object that is read from its beginning
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
@@ -105,12 +109,51 @@ def asking(place: str | Path) -> Iterator[None]:
 
 def status(place: str) -> Status:
     """Of an object. Raises OSError; IsADirectoryError where it is a folder of objects."""
-    with asking(place):
-        path = _path(place)
-        info = path.fs.info(path.path)
+    info = _info(place)
     if info.get("type") == "directory":
         raise IsADirectoryError(errno.EISDIR, "is a folder", place)
     return _status(info)
+
+
+def _info(place: str) -> dict[str, object]:
+    path = _path(place)
+    return _asked(place, lambda: path.fs.info(path.path))
+
+
+def is_dir(file: Path) -> bool:
+    """Whether there is such a folder. Of a store: raises OSError where it does not tell, which
+    fsspec's own would take for a no."""
+    return _kind(file) == "directory" if is_remote(file) else file.is_dir()
+
+
+def is_file(file: Path) -> bool:
+    """Whether there is such a file or object. Raises as `is_dir`."""
+    return _kind(file) == "file" if is_remote(file) else file.is_file()
+
+
+def _kind(file: Path) -> object:
+    """file, directory, or None where there is nothing."""
+    try:
+        return _info(str(file)).get("type")
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
+def _asked(place: str, call: Callable[[], _Answer]) -> _Answer:
+    """What a request comes to, made again a few times where it fails for a moment."""
+    pause = _PAUSE
+    while True:
+        try:
+            with asking(place):
+                return call()
+        except OSError as error:
+            passing = error.errno not in (errno.ENOENT, errno.EACCES, errno.EISDIR)
+            if not passing or pause > _LONGEST:
+                raise
+            time.sleep(pause)
+            pause *= 3
 
 
 def state(file: Path) -> Status:
@@ -140,9 +183,9 @@ def read(place: str, offset: int, count: int) -> bytes:
     """Bytes [offset, offset + count) of an object, fewer where it ends. Raises OSError."""
     if count <= 0:
         return b""
-    with asking(place):
-        path = _path(place)
-        return bytes(path.fs.cat_file(path.path, start=offset, end=offset + count))
+    path = _path(place)
+    fetch = path.fs.cat_file
+    return bytes(_asked(place, lambda: fetch(path.path, start=offset, end=offset + count)))
 
 
 @functools.lru_cache(maxsize=65536)

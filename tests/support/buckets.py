@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
+
+from raysft import stores
+
 BUCKET = "corpora"
 
 
@@ -28,6 +32,8 @@ def store() -> Iterator[str]:
     }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # of a server that was before
+    stores._path.cache_clear()
     try:
         client().create_bucket(Bucket=BUCKET)
         yield f"s3://{BUCKET}"

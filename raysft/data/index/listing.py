@@ -69,7 +69,7 @@ def _needed(source: ResolvedSource, file: Path) -> bool:
 
 def _size(file: Path) -> int:
     def size() -> int:
-        return 1 if file.is_dir() else max(1, stores.state(file).size)
+        return 1 if stores.is_dir(file) else max(1, stores.state(file).size)
 
     return patience.known(size, file)
 
@@ -136,7 +136,7 @@ def _states(source: ResolvedSource, file: Path) -> list[list[str | int]] | None:
         others = form.beside(file, source.given)
     if others is None:
         return None
-    own = [] if file.is_dir() else [file]
+    own = [] if stores.is_dir(file) else [file]
     return [[str(one), *stores.state(one)] for one in (*own, *others)]
 
 

@@ -101,14 +101,14 @@ def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
     files: list[Path] = []
     try:
         for place in places:
-            if place.is_file() and stores.state(place).size == 0:
+            if stores.is_file(place) and stores.state(place).size == 0:
                 raise UserError(f"{place} is an empty file; expected examples in it")
         form = get(source.format) if source.format != AUTO else _recognise(path)
         _check_options(source, form)
         for place in places:
             files += form.files(place, split)
         for file in files if form.text else ():
-            if file.is_file() and (what := causes.binary(json_lines.head(file))):
+            if stores.is_file(file) and (what := causes.binary(json_lines.head(file))):
                 raise UserError(f"{file} is {what}")
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
@@ -127,10 +127,13 @@ def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
 def _place(given: str) -> Path:
     """A file or folder that is there. Raises UserError."""
     path = stores.at(given)
-    stores.refresh(path)
-    if not (path.exists() if stores.is_remote(path) else paths.exists(path)):
-        near = "" if stores.is_remote(path) else paths.nearest(path)
-        raise UserError(f"{path} does not exist{near}")
+    if stores.is_remote(path):
+        stores.refresh(path)
+        if not stores.is_dir(path) and not stores.is_file(path):
+            raise UserError(f"{path} does not exist")
+        return path
+    if not paths.exists(path):
+        raise UserError(f"{path} does not exist{paths.nearest(path)}")
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{path} is neither a file nor a folder")
     return path
@@ -210,7 +213,7 @@ def _items(
 
 def _recognise(path: Path) -> Format:
     known = formats()
-    head = b"" if path.is_dir() else json_lines.head(path)
+    head = b"" if stores.is_dir(path) else json_lines.head(path)
     what = causes.binary(head)
     for form in sorted(known.values(), key=lambda form: form.rank):
         if not (what and form.text) and form.sniff(path):
@@ -224,7 +227,7 @@ def _recognise(path: Path) -> Format:
 
 
 def _found(path: Path) -> str:
-    if path.is_dir():
+    if stores.is_dir(path):
         names = sorted(entry.name for entry in path.iterdir())
         return f"a folder with {', '.join(names[:5]) or 'nothing in it'}" + ", ..." * (
             len(names) > 5

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split, folder_of
 from raysft.data.sources.layout import Layout, below, fault, listed
@@ -25,7 +26,11 @@ class Aishell(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether there is a transcript of it."""
-        return path.is_dir() and self._transcripts(path) is not None and self._wav(path) is not None
+        return (
+            stores.is_dir(path)
+            and self._transcripts(path) is not None
+            and self._wav(path) is not None
+        )
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The folder; of a whole corpus the split `train`, or `test` for evaluation."""
@@ -35,7 +40,7 @@ class Aishell(Layout):
         if wav == path:
             return [path]
         found = wav / ("train" if split == "train" else "test")
-        if not found.is_dir():
+        if not stores.is_dir(found):
             raise UserError(f"{path} has no {found}: name one of the folders in {wav}")
         return [found]
 
@@ -59,7 +64,7 @@ class Aishell(Layout):
             yield listed(clip.stem, texts[clip.stem], [path], speaker=clip.parent.name, at=path)
 
     def _wav(self, path: Path) -> Path | None:
-        if (path / "wav").is_dir():
+        if stores.is_dir(path / "wav"):
             return path / "wav"
         return path if path.parent.name == "wav" else None
 

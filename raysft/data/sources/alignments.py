@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from raysft import stores
 from raysft.data.sources.lines import lines
 from raysft.errors import BadExample
 from raysft.json_types import Json
@@ -19,7 +20,7 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 def read(file: Path, name: str) -> list[Interval]:
     """The words of a file; name: of the utterance, in a CTM of several. Raises BadExample: not
     there, or no alignment."""
-    if not file.is_file():
+    if not stores.is_file(file):
         raise BadExample(f"its alignment {file} does not exist", "malformed record")
     end = file.suffix.lower()
     if end == ".textgrid":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split, folder_of
 from raysft.data.sources.fields import names_audio_file
@@ -27,7 +28,7 @@ class ClipFolder(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether one of the first clips has a text beside it."""
-        if not path.is_dir():
+        if not stores.is_dir(path):
             return False
         for above in ("", "*/"):
             for number, clip in enumerate(path.glob(f"{above}*")):
@@ -66,7 +67,7 @@ class ClipFolder(Layout):
 
 
 def _text_of(clip: Path) -> Path | None:
-    return next((text for end in _TEXTS if (text := clip.with_suffix(end)).is_file()), None)
+    return next((text for end in _TEXTS if stores.is_file(text := clip.with_suffix(end))), None)
 
 
 FORMAT = ClipFolder()

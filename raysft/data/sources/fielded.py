@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.example import Audio, Example
 from raysft.data.sources.base import clip_path, default_id, id_field, kind, load_record
@@ -45,7 +46,7 @@ class Fielded(JsonFiles, Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether one of the first lines has its fields."""
-        return not path.is_dir() and any(map(self.tells, first_records(path)))
+        return not stores.is_dir(path) and any(map(self.tells, first_records(path)))
 
     def tells(self, record: JsonObject) -> bool:
         """Whether a record is of this dialect."""

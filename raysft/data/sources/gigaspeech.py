@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources import json_items, json_lines
 from raysft.data.sources.base import clip_path, folder_of, load_record
@@ -36,7 +37,7 @@ class GigaSpeech(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether its head has the names."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return False
         head = json_lines.head(path)
         return head.lstrip()[:1] == b"{" and all(

@@ -37,7 +37,7 @@ class Interleaved(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether it is a folder of such pairs, or a line has units and an alignment."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return next(path.rglob(f"*{_UNITS}"), None) is not None
         return any({"units", "alignment"} <= record.keys() for record in first_records(path))
 
@@ -80,7 +80,7 @@ class Interleaved(Layout):
 
 def _found(file: Path) -> Iterator[tuple[str, str, Json, Json]]:
     """(id, place for messages, units, alignment) of each utterance."""
-    if not file.is_dir():
+    if not stores.is_dir(file):
         for item in json_lines.items(file):
             at = f"{file.name}:{item.line}"
             try:
@@ -93,7 +93,7 @@ def _found(file: Path) -> Iterator[tuple[str, str, Json, Json]]:
     for units in sorted(file.rglob(f"*{_UNITS}")):
         stem = units.name.removesuffix(_UNITS)
         beside = [units.with_name(stem + end) for end in _ENDS]
-        found = next((one for one in beside if one.is_file()), None)
+        found = next((one for one in beside if stores.is_file(one)), None)
         if found is None:
             raise UserError(f"{units} has no alignment beside it: {stem}.TextGrid, .ctm or .json")
         yield stem, str(units), " ".join(line for _, line in lines(units)), str(found)

@@ -36,13 +36,13 @@ class Kaldi(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether it is a folder with a wav.scp, or that file."""
-        return (path / "wav.scp").is_file() if path.is_dir() else path.name == "wav.scp"
+        return stores.is_file(path / "wav.scp") if stores.is_dir(path) else path.name == "wav.scp"
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The texts: what else there is is looked up by them."""
-        folder = path if path.is_dir() else path.parent
+        folder = path if stores.is_dir(path) else path.parent
         text = folder / "text"
-        if not text.is_file():
+        if not stores.is_file(text):
             raise UserError(
                 f"{folder} has a wav.scp and no text: expected `text`, an id and what is "
                 "said a line"
@@ -52,15 +52,15 @@ class Kaldi(Layout):
     def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
         """The other tables."""
         found = [file.parent / name for name in _ALSO]
-        return [one for one in found if one.is_file()]
+        return [one for one in found if stores.is_file(one)]
 
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """An utterance of `text` each."""
         folder = file.parent
         clips = table(folder / "wav.scp")
         base = _base(folder, clips, given)
-        segments = table(folder / "segments") if (folder / "segments").is_file() else None
-        speakers = table(folder / "utt2spk") if (folder / "utt2spk").is_file() else {}
+        segments = table(folder / "segments") if stores.is_file(folder / "segments") else None
+        speakers = table(folder / "utt2spk") if stores.is_file(folder / "utt2spk") else {}
         for number, line in lines(file):
             name, _, text = line.strip().replace("\t", " ").partition(" ")
             try:

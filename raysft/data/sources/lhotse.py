@@ -65,17 +65,17 @@ class Lhotse(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether it is a folder of Shar, or one of the first lines is a cut."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return next(path.glob("cuts.*.jsonl*"), None) is not None
         return any("supervisions" in record for record in first_records(path))
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The manifests."""
-        if not path.is_dir():
+        if not stores.is_dir(path):
             return [path]
         found = sorted(path.glob("cuts.*.jsonl*"))
         for file in found:
-            if not _archive(file).is_file():
+            if not stores.is_file(_archive(file)):
                 raise UserError(f"{path} has {file.name} and no {_archive(file).name}")
         return found
 
@@ -108,7 +108,7 @@ class Lhotse(Layout):
 
 
 def _is_shar(file: Path) -> bool:
-    return file.name.startswith("cuts.") and file.parent.joinpath(_archive(file).name).is_file()
+    return file.name.startswith("cuts.") and stores.is_file(_archive(file))
 
 
 def _archive(file: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split, folder_of
 from raysft.data.sources.layout import Layout, below, fault, listed
@@ -26,7 +27,7 @@ class LibriSpeech(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether there is a transcript at one of the places it may be at."""
-        return path.is_dir() and any(
+        return stores.is_dir(path) and any(
             next(path.glob(f"{above}*.trans.txt"), None) for above in ("", "*/", "*/*/", "*/*/*/")
         )
 

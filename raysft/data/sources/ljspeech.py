@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split
 from raysft.data.sources.layout import Layout, fault, listed
@@ -23,15 +24,15 @@ class LJSpeech(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether there are both."""
-        folder = path if path.is_dir() else path.parent
+        folder = path if stores.is_dir(path) else path.parent
         meta = folder / "metadata.csv"
-        if not (meta.is_file() and (folder / "wavs").is_dir()):
+        if not (stores.is_file(meta) and stores.is_dir(folder / "wavs")):
             return False
         return "|" in next(iter(lines(meta)), (0, ""))[1]
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The table."""
-        return [path / "metadata.csv" if path.is_dir() else path]
+        return [path / "metadata.csv" if stores.is_dir(path) else path]
 
     def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
         """Nothing else: clips are looked at one by one."""

@@ -28,6 +28,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from raysft import stores
 from raysft.data.example import ASSISTANT, Audio, Example, Part, Turn
 from raysft.data.sources.base import clip_path, id_field, kind, load_record
 from raysft.data.sources.fields import refuse_placeholders, refuse_unread, stated_seconds
@@ -73,7 +74,7 @@ class Messages(JsonFiles):
 
     def sniff(self, path: Path) -> bool:
         """Whether one of the first records holds a conversation, or a question with clips."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return False
         return any(map(_is_conversation, first_records(path)))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from raysft import stores
 from raysft.data.example import Audio, Example
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import Split, clip_path, id_field, kind, load_record, text_field
@@ -34,7 +35,7 @@ class MingJsonl(json_lines.JsonLines):
 
         Not only the first: a broken line costs that line, not the format's recognition.
         """
-        if path.is_dir():
+        if stores.is_dir(path):
             return False
         for line in json_lines.first_lines(path):
             try:
@@ -50,7 +51,7 @@ class MingJsonl(json_lines.JsonLines):
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The file itself. A folder is refused: which of its files are for training?"""
-        if path.is_dir():
+        if stores.is_dir(path):
             names = sorted(entry.name for entry in path.glob("*.jsonl"))[:5]
             raise UserError(
                 f"{path} is a folder, and format {self.name} reads files: give each file its own "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from raysft import stores
 from raysft.data.example import Example, Part, Units
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import Split, id_field, kind, load_record, text_field
@@ -43,7 +44,7 @@ class MostJson(JsonFiles):
 
     def sniff(self, path: Path) -> bool:
         """Whether the file's head is a list or an object with MoST's keys (folder: any file's)."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return any(self.sniff(file) for file in _json_files(path))
         start = b"\n".join(json_lines.first_lines(path)).lstrip()
         return start[:1] in (b"[", b"{") and (
@@ -52,7 +53,7 @@ class MostJson(JsonFiles):
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The file itself, or a folder's files of this split, sorted by name."""
-        if not path.is_dir():
+        if not stores.is_dir(path):
             return [path]
         found = {
             name: [file for file in _json_files(path) if any(p in file.name.lower() for p in part)]
@@ -155,7 +156,9 @@ def _task(record: JsonObject, source: tuple[Part, ...], target: tuple[Part, ...]
 def _json_files(folder: Path) -> list[Path]:
     """Its visible regular .json files (`._a.json` and the like are not data)."""
     return sorted(
-        file for file in folder.glob("*.json") if file.is_file() and not file.name.startswith(".")
+        file
+        for file in folder.glob("*.json")
+        if stores.is_file(file) and not file.name.startswith(".")
     )
 
 

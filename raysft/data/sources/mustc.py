@@ -35,7 +35,7 @@ class MustC(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether its first line is a segment's."""
-        if path.is_dir() or path.suffix not in (".yaml", ".yml"):
+        if stores.is_dir(path) or path.suffix not in (".yaml", ".yml"):
             return False
         head = json_lines.head(path, 1 << 12)
         return head.startswith(b"- {") and b"offset:" in head and b"wav:" in head

@@ -89,7 +89,7 @@ def _archives(file: Path, pattern: str) -> list[Path]:
             place = stores.at(clip_path(one, file))
         except BadExample as error:
             raise UserError(f"tars: {error}") from None
-        if not place.is_file():
+        if not stores.is_file(place):
             raise UserError(f"tars: {place} does not exist")
         found.append(place)
     return found

@@ -41,13 +41,13 @@ class Parquet(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether it is such a file, or a folder that holds some."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return bool(_files(path))
         return json_lines.head(path, 16).startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """Of a folder those of the split, where their names say which they are of."""
-        if not path.is_dir():
+        if not stores.is_dir(path):
             return [path]
         found = _files(path)
         if not found:

@@ -45,8 +45,8 @@ class Shards(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether it is a list of shards, a folder with one, or a shard."""
-        if path.is_dir():
-            return (path / LIST).is_file() and self.sniff(path / LIST)
+        if stores.is_dir(path):
+            return stores.is_file(path / LIST) and self.sniff(path / LIST)
         head = json_lines.head(path, 1 << 12)
         if head.startswith(b"PAR1"):
             return _is_shard(path)
@@ -61,7 +61,7 @@ class Shards(Layout):
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The shards."""
-        if path.is_dir():
+        if stores.is_dir(path):
             path = path / LIST
         if json_lines.head(path, 4) == b"PAR1":
             return [path]
@@ -107,7 +107,7 @@ def _row(
 
 def _lost(file: Path, reason: str) -> Iterator[JsonObject]:
     ids = file.with_name(file.stem + IDS)
-    if not ids.is_file():
+    if not stores.is_file(ids):
         raise UserError(f"{file}: damaged, or no Parquet: {reason}") from None
     for _, name in lines(ids):
         yield fault(name, f"its shard is damaged: {reason}", str(file))
@@ -151,7 +151,7 @@ def _is_shard(path: Path) -> bool:
         with stores.asking(path), stores.random_access(path) as stream:
             return set(pq.read_schema(stream).names) >= _NEEDED
     except (pa.ArrowInvalid, OSError):
-        return path.with_name(path.stem + IDS).is_file()
+        return stores.is_file(path.with_name(path.stem + IDS))
 
 
 def _found(source: Path, given: str, number: int) -> Path:
@@ -160,10 +160,10 @@ def _found(source: Path, given: str, number: int) -> Path:
         place = stores.at(clip_path(given, source))
     except BadExample as error:
         raise UserError(f"{source}:{number}: {error}") from None
-    if place.is_file():
+    if stores.is_file(place):
         return place
     for beside in (source.parent / place.name, source.parent / place.parent.name / place.name):
-        if beside.is_file():
+        if stores.is_file(beside):
             return beside
     raise UserError(f"{source}:{number}: {place} does not exist")
 

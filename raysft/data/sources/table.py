@@ -16,6 +16,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import BOM, clip_path, folder_of
@@ -41,7 +42,11 @@ class Table(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether its first line names a clip and a text."""
-        if path.is_dir() or path.suffix.lower().removesuffix(".gz") not in (".csv", ".tsv", ".txt"):
+        if stores.is_dir(path) or path.suffix.lower().removesuffix(".gz") not in (
+            ".csv",
+            ".tsv",
+            ".txt",
+        ):
             return False
         try:
             names, _ = _names(path)
@@ -55,7 +60,7 @@ class Table(Layout):
         columns = chosen(names, given, file)
         common_voice = "client_id" in names and "sentence" in names
         root = given.root
-        if root is None and common_voice and (file.parent / "clips").is_dir():
+        if root is None and common_voice and stores.is_dir(file.parent / "clips"):
             root = f"{folder_of(file)}/clips"
         for at, row in _rows(file, mark):
             where = f"{file.name}:{at}"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.example import Example, Tokens
 from raysft.data.sources import json_lines
@@ -41,7 +42,7 @@ class TokenIds(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether its first line is such a row."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return False
         found = json_lines.first_lines(path)[:1]
         return bool(found) and b" " in found[0].strip() and _ROW.match(found[0]) is not None

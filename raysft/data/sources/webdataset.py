@@ -39,7 +39,7 @@ class WebDataset(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether it is an archive, a folder that holds some, or a list of their paths."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return next(path.glob("*.tar"), None) is not None and not _is_shar(path)
         head = json_lines.head(path, 1 << 13)
         if tars.is_tar(head):
@@ -53,7 +53,7 @@ class WebDataset(Layout):
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The archives."""
-        if path.is_dir():
+        if stores.is_dir(path):
             return sorted(path.glob("*.tar"))
         if tars.is_tar(json_lines.head(path, 512)):
             return [path]
@@ -66,7 +66,7 @@ class WebDataset(Layout):
             for one in tars.expanded(line.strip()):
                 try:
                     place = stores.at(clip_path(one, path))
-                    there = place.is_file()
+                    there = stores.is_file(place)
                 except BadExample as error:
                     raise UserError(f"{path}:{number}: {error}") from None
                 if not there:
