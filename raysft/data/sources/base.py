@@ -55,10 +55,13 @@ def chunk_digest(start: int) -> hashlib.blake2b:
     return hashlib.blake2b(b"" if start else b"first", digest_size=16)
 
 
-def ends_chunk(item: bytes) -> bool:
-    """Whether a chunk that is large enough ends with this item (or line): one in eight does, by its
-    last bytes. So cuts lie where they lay when something before them came or went."""
-    return zlib.crc32(item[-ITEM_TAIL:]) % 8 == 0
+def ends_chunk(item: bytes, share: float) -> bool:
+    """Whether a chunk that is large enough ends with this item (or line), by its last bytes.
+
+    share: of a chunk that the item takes. One ends in a third of a chunk, so that most often it is
+    the same one wherever the chunk began: cuts lie where they lay when something before them came
+    or went."""
+    return zlib.crc32(item[-ITEM_TAIL:]) < 3 * share * (1 << 32)
 
 
 ITEM_TAIL = 4096  # bytes of an item that `ends_chunk` looks at

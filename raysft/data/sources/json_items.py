@@ -220,7 +220,8 @@ def survey(file: Path, chunk_bytes: int = CHUNK_BYTES, chunk_items: int = CHUNK_
             own.update(b"%d %d " % (item.offset - start, item.size) + item.raw)
             stop = item.offset + item.size
             full = max((stop - start) / chunk_bytes, (item.line + 1 - first) / chunk_items)
-            if full >= 2 or (full >= 1 and ends_chunk(item.raw)):
+            share = max(item.size / chunk_bytes, 1 / chunk_items)
+            if full >= 2 or (full >= 1 and ends_chunk(item.raw, share)):
                 chunks.append(Chunk(start, stop, first, own.hexdigest()))
                 first = 0
         size = scanner.drain()

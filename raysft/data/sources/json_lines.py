@@ -50,12 +50,14 @@ def survey(file: Path, chunk_bytes: int = CHUNK_BYTES) -> Survey:
     digest, own = hashlib.sha256(), chunk_digest(0)
     chunks: list[Chunk] = []
     start, first, lines, size = 0, 1, 0, 0
-    begun = b""  # the end of the line that the last block left open
+    begun, open_since = b"", 0  # the end of the line that the last block left open; its first byte
     with stores.opened(file) as stream:
         while block := stream.read(chunk_bytes):
             digest.update(block)
             at = 0
-            while cut := _cut(block, begun, start + chunk_bytes - size, chunk_bytes):
+            while cut := _cut(
+                block, begun, size - open_since, start + chunk_bytes - size, chunk_bytes
+            ):
                 own.update(block[at:cut])
                 lines += block.count(b"\n", at, cut)
                 chunks.append(Chunk(start, size + cut, first, own.hexdigest()))
@@ -65,19 +67,22 @@ def survey(file: Path, chunk_bytes: int = CHUNK_BYTES) -> Survey:
             lines += block.count(b"\n", at)
             last = block.rfind(b"\n") + 1
             begun = (block[last:] if last else begun + block)[-ITEM_TAIL:]
+            open_since = size + last if last else open_since
             size += len(block)
     if start < size:
         chunks.append(Chunk(start, size, first, own.hexdigest()))
     return Survey(digest.hexdigest(), size, tuple(chunks))
 
 
-def _cut(block: bytes, begun: bytes, least: int, chunk_bytes: int) -> int:
-    """Where in `block` a chunk ends that is large enough at `least`; 0: not in this block."""
+def _cut(block: bytes, begun: bytes, before: int, least: int, chunk_bytes: int) -> int:
+    """Where in `block` a chunk ends that is large enough at `least`; 0: not in this block. before:
+    bytes of the line that the block goes on with, of which `begun` are the last."""
     end = block.find(b"\n", max(0, least - 1)) + 1
     while end:
         begin = block.rfind(b"\n", 0, end - 1) + 1
         line = block[begin:end] if begin else begun + block[:end]
-        if end >= least + chunk_bytes or ends_chunk(line):
+        length = end - begin if begin else before + end
+        if end >= least + chunk_bytes or ends_chunk(line, length / chunk_bytes):
             return end
         end = block.find(b"\n", end) + 1
     return 0

@@ -179,3 +179,29 @@ def test_ids_that_look_like_those_of_lines_stay_their_records_when_these_move(
     assert len(set(names[0])) == 240
     assert names[0] == names[1]
     assert names[0][99] == "t:60@en/t:100"
+
+
+@pytest.mark.parametrize("kind", ["lines", "long lines", "items"])
+def test_an_edit_of_many_lines_costs_the_chunks_that_they_are_in(tmp_path, kind):
+    draws = np.random.default_rng(0)
+    width = 30_000 if kind == "long lines" else 200
+    count = 60_000_000 // width // 4
+    records = [
+        {"instruction": f"n{n}", "input": "x" * int(draws.integers(1, width)), "output": str(n)}
+        for n in range(count)
+    ]
+
+    def digests():
+        if kind == "items":
+            (tmp_path / "t.json").write_text(json.dumps(records))
+            return [chunk.digest for chunk in json_items.survey(tmp_path / "t.json").chunks]
+        jsonl(tmp_path / "t.jsonl", records)
+        return [chunk.digest for chunk in json_lines.survey(tmp_path / "t.jsonl").chunks]
+
+    before = digests()
+    few = count // 100  # of about a tenth of a chunk
+    for record in records[count // 2 : count // 2 + few]:
+        record["output"] += " changed"
+    after = digests()
+    assert len(before) >= 6
+    assert len(set(before) & set(after)) >= len(before) - 2
