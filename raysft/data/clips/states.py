@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -157,6 +158,11 @@ def at_once(
     return dict(zip(clips, found, strict=True))
 
 
+def _sleeps() -> int:
+    """Times that this thread has given up its core to wait for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
 class _Waited:
     """How long calls have waited for what is no work of theirs: for storage."""
 
@@ -168,18 +174,20 @@ class _Waited:
     def by(self, function: Callable[[_Clip], _Result], calls: int) -> Callable[[_Clip], _Result]:
         """function, to be called so many times by one thread: its clock is read twice, for it
         costs as much as a stat."""
-        left, began = calls, 0.0
+        left, began, slept = calls, 0.0, 0
 
         def timed(clip: _Clip) -> _Result:
-            nonlocal left, began
+            nonlocal left, began, slept
             if left == calls:
-                began = time.perf_counter() - time.thread_time()
+                began, slept = time.perf_counter() - time.thread_time(), _sleeps()
             left -= 1
             try:
                 return function(clip)
             finally:
                 if not left:
-                    self._seconds += time.perf_counter() - time.thread_time() - began
+                    # A thread that only waits for its turn at a core does not sleep.
+                    if 2 * (_sleeps() - slept) >= calls:
+                        self._seconds += time.perf_counter() - time.thread_time() - began
                     self._calls += calls
 
         return timed

@@ -21,6 +21,7 @@ from raysft import patience
 from raysft.data.index.part import Part, load_part, save_part
 
 EVERY_S = 10.0
+_DAY_S = 86_400
 
 
 class Unfinished:
@@ -36,9 +37,14 @@ class Unfinished:
 
     def _names(self) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self._folder) if name.endswith(".unfinished"))
+            names = os.listdir(self._folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        for path in [self._folder / name for name in names if name.startswith(".")]:
+            with contextlib.suppress(OSError):  # half written by a build that was killed
+                if time.time() - path.stat().st_mtime > _DAY_S:
+                    path.unlink()
+        return sorted(name for name in names if name.endswith(".unfinished"))
 
     def of(self, place: Path) -> list[Part]:
         """Those of the part at `place` that builds before this one have left."""

@@ -90,7 +90,7 @@ def files(tmp_path, monkeypatch) -> list[Path]:
 
 
 def left(folder: Path) -> list[str]:
-    return [path.name for path in folder.rglob("*") if "unfinished" in path.name]
+    return [path.name for path in folder.rglob("*.unfinished")]
 
 
 def test_a_build_that_is_killed_goes_on_where_it_was(tmp_path, files):
@@ -146,6 +146,16 @@ def test_of_two_builds_at_once_one_may_be_killed_at_any_time(tmp_path, files):
         assert two.exitcode == 0
         assert contents(build(tmp_path / "i", *files)) == whole
         assert left(tmp_path / "i") == []
+
+
+def test_what_was_half_written_is_cleared_away_after_a_day(tmp_path, files):
+    build(tmp_path / "i", *files)
+    old, new = (tmp_path / "i/parts" / f".{name}.npz.123" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    build(tmp_path / "i", *files)
+    assert new.exists() and not old.exists()
 
 
 def test_processes_of_a_build_that_is_killed_end(tmp_path):
