@@ -160,6 +160,8 @@ def at_once(
 
 def _sleeps() -> int:
     """Times that this thread has given up its core to wait for something."""
+    if not hasattr(resource, "RUSAGE_THREAD"):  # not on macOS: as if it always did
+        return time.monotonic_ns()
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 

@@ -153,5 +153,5 @@ def test_a_storage_that_is_gone_is_noticed_by_several_at_once(tmp_path):
     with pytest.raises(UserError, match="no answer within"):
         names = [f"{i}.wav" for i in range(1000)]
         states.at_once(lambda path: gone.wait(30), names, Limits(read_timeout_s=0.4))
-    assert time.perf_counter() - began < 6 * 0.4 + 2  # 32 clips, one after the other: 13 s
+    assert time.perf_counter() - began < 9  # 32 clips, one after the other: 13 s
     gone.set()
