@@ -7,16 +7,17 @@ after the other. Shards that raysft writes need none of this: see sources/shards
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import OrderedDict
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysft import stores
 from raysft.data.example import Cell
+from raysft.errors import BadExample, first_line
 
 KEPT = 1 << 28  # bytes of columns that are kept
 
@@ -25,7 +26,8 @@ _columns: OrderedDict[tuple[object, ...], list[bytes | None]] = OrderedDict()
 
 
 def read(cell: Cell) -> bytes:
-    """The bytes of a cell. Raises OSError: its file does not have it, or cannot be read."""
+    """The bytes of a cell. Raises BadExample: it is empty, not there, or damaged; OSError where its
+    file cannot be read."""
     state = stores.state(stores.at(cell.file))
     key = (cell.file, state, cell.group, cell.column)
     with _lock:
@@ -38,15 +40,25 @@ def read(cell: Cell) -> bytes:
         _columns.move_to_end(key)
     found = column[cell.row] if cell.row < len(column) else None
     if found is None:
-        raise OSError(errno.EIO, f"row {cell.row} of group {cell.group} is not there", cell.file)
+        where = f"{cell.file}: row {cell.row} of group {cell.group}"
+        raise BadExample(f"{where}: empty file (column {cell.column} holds no bytes)", "empty")
     return found
 
 
 def _read_column(cell: Cell) -> list[bytes | None]:
 
     place = stores.at(cell.file)
-    with stores.asking(place), stores.random_access(place) as stream:
-        table = pq.ParquetFile(stream).read_row_group(cell.group, columns=[cell.column])
+    try:
+        with stores.random_access(place) as stream:
+            table = pq.ParquetFile(stream).read_row_group(cell.group, columns=[cell.column])
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the storage's
+        raise BadExample(
+            f"{cell.file}: damaged or cut off: group {cell.group} of its rows cannot be read "
+            f"({first_line(error)})",
+            "truncated",
+        ) from None
     column = table.column(0)
     for name in cell.column.split(".")[1:]:
         column = pc.struct_field(column, name)

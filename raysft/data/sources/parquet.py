@@ -83,7 +83,7 @@ def _split(file: Path, top: Path) -> str | None:
 def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
     folder = folder_of(file)
     try:
-        with stores.asking(file), stores.random_access(file) as stream:
+        with stores.random_access(file) as stream:
             whole = pq.ParquetFile(stream)
             columns = chosen(whole.schema_arrow.names, given, file)
             audio = whole.schema_arrow.field(columns["audio"]).type

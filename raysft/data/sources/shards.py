@@ -70,7 +70,7 @@ class Shards(Layout):
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A row each."""
         try:
-            with stores.asking(file), stores.random_access(file) as stream:
+            with stores.random_access(file) as stream:
                 shard = pq.ParquetFile(stream)
                 names = [name for name in _LIGHT if name in shard.schema_arrow.names]
                 if missing := _NEEDED - set(shard.schema_arrow.names):
@@ -148,7 +148,7 @@ def _places(
 
 def _is_shard(path: Path) -> bool:
     try:
-        with stores.asking(path), stores.random_access(path) as stream:
+        with stores.random_access(path) as stream:
             return set(pq.read_schema(stream).names) >= _NEEDED
     except (pa.ArrowInvalid, OSError):
         return stores.is_file(path.with_name(path.stem + IDS))
