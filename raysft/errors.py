@@ -31,11 +31,13 @@ class BadExample(Exception):
     """An example that cannot be used. It is quarantined with this message as the reason.
 
     kind: of the reason, one of `data.quarantine.KINDS`; None: its text tells, if anything.
+    example: its id, where whoever raises it knows that.
     """
 
-    def __init__(self, text: str, kind: str | None = None) -> None:
+    def __init__(self, text: str, kind: str | None = None, example: str | None = None) -> None:
         super().__init__(text)
         self.kind = kind
+        self.example = example
 
 
 def first_line(error: BaseException) -> str:

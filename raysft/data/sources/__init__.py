@@ -186,7 +186,7 @@ def read(form: Format, item: Item, file: Path, task: str | None = None) -> Locat
         example = form.parse(item.raw, file, item.line, task)
     except BadExample as error:
         reason = f"{file.name} {form.noun} {item.line}: {error}"
-        name = default_id(file, item.line)
+        name = error.example or default_id(file, item.line)
         return Located(item.offset, item.size, item.line, name, None, reason, error.kind)
     return Located(item.offset, item.size, item.line, example.id, example, None)
 

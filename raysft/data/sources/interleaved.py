@@ -19,7 +19,7 @@ from raysft.data.example import Example, Woven
 from raysft.data.sources import alignments, json_lines
 from raysft.data.sources.base import Split, clip_path, default_id, id_field, load_record
 from raysft.data.sources.json_files import first_records
-from raysft.data.sources.layout import LISTED, Layout, fault
+from raysft.data.sources.layout import LISTED, Layout, fault, refuse_fault
 from raysft.data.sources.lines import lines
 from raysft.data.weave import Word, on_units
 from raysft.errors import BadExample, UserError
@@ -69,8 +69,7 @@ class Interleaved(Layout):
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example of a listed record."""
         record = load_record(raw)
-        if "fault" in record:
-            raise BadExample(f"{record['fault']} ({record.get('at')})", "malformed record")
+        refuse_fault(record)
         if LISTED not in record:
             raise BadExample("is no record of a listing", "malformed record")
         words = tuple(Word(str(text), int(a), int(b)) for text, a, b in record["words"])

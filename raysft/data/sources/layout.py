@@ -74,8 +74,7 @@ class Layout(json_lines.JsonLines):
 
     def _listed(self, record: JsonObject, file: Path, line: int, task: str | None) -> Example:
         at = f" ({record['at']})" if record.get("at") else ""
-        if "fault" in record:
-            raise BadExample(f"{record['fault']}{at}", "malformed record")
+        refuse_fault(record)
         speaker, text = record.get("speaker"), record.get("text")
         try:
             return transcript(
@@ -87,7 +86,14 @@ class Layout(json_lines.JsonLines):
                 self.tags,
             )
         except BadExample as error:
-            raise BadExample(f"{error}{at}", error.kind) from None
+            raise BadExample(f"{error}{at}", error.kind, record.get("id")) from None
+
+
+def refuse_fault(record: JsonObject) -> None:
+    """Raise BadExample where a listed record is no example."""
+    if "fault" in record:
+        at = f" ({record['at']})" if record.get("at") else ""
+        raise BadExample(f"{record['fault']}{at}", "malformed record", record.get("id"))
 
 
 def listed(name: str | None, text: str, clips: Sequence[Json], **more: Json) -> JsonObject:

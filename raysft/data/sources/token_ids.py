@@ -20,7 +20,7 @@ from raysft.config.schema import Source
 from raysft.data.example import Example, Tokens
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import BOM, default_id, load_record
-from raysft.data.sources.layout import LISTED, Layout, fault
+from raysft.data.sources.layout import LISTED, Layout, fault, refuse_fault
 from raysft.errors import BadExample
 from raysft.json_types import JsonObject
 
@@ -69,8 +69,7 @@ class TokenIds(Layout):
         if not raw.lstrip().startswith(b"{"):
             return Example(default_id(file, line), task or "tokens", (), (), tokens=_tokens(raw))
         record = load_record(raw)
-        if "fault" in record:
-            raise BadExample(f"{record['fault']} ({record.get('at')})", "malformed record")
+        refuse_fault(record)
         if LISTED not in record:
             raise BadExample("is no row of ids", "malformed record")
         tokens = Tokens(tuple(record["ids"]), tuple(map(bool, record["learnt"])))
