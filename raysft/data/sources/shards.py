@@ -53,11 +53,12 @@ class Shards(Layout):
         first = next((line.strip() for line in head.split(b"\n") if line.strip()), b"")
         if not first.endswith((b".parquet", b".tar")) or first.startswith((b"{", b"[")):
             return False
+        if first.endswith(b".parquet"):
+            return True
         try:
-            shard = _found(path, first.decode("utf-8"), 1)
+            return _is_shard(_found(path, first.decode("utf-8"), 1))
         except (UserError, UnicodeDecodeError):
-            return first.endswith(b".parquet")
-        return _is_shard(shard)
+            return False
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The shards."""
