@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from raysft import patience, worker
-from raysft.config import Config
+from raysft import patience
 from raysft.config.prepare import Prepare
 from raysft.config.schema import Data, Model, Source
 from raysft.data.clips.audio import Limits
@@ -20,13 +18,9 @@ from raysft.data.encode import make_encoder
 from raysft.data.index.build import build_index
 from raysft.data.read.reader import Reader, Work
 from raysft.data.sources.shards import LIST
-from raysft.driver.preflight import prepare
 from raysft.errors import UserError
-from raysft.parallel import World
 from raysft.prepare import plan, shard
-from raysft.run.lines import read_lines
-from raysft.train.loop import train
-from tests.support import buckets, flaky
+from tests.support import buckets, flaky, in_process
 from tests.support.batches import differences
 from tests.support.layouts import LAYOUTS, corpus
 from tests.support.models import AUDIO
@@ -66,29 +60,10 @@ def as_shards(top: Path, rows: int = 10) -> Path:
 
 def trained(folder: Path, path: str) -> tuple[list[float], list[list[str]]]:
     """Losses, and ids by line of the ledger, of a run of a few steps."""
-    torch.set_num_threads(1)
-    folder.mkdir()
-    config = Config.model_validate(
-        {
-            "run": {"name": "run", "storage_path": str(folder), "seed": 1},
-            "data": {"train": [{"path": path, "name": "corpus"}], "lanes": 2}
-            | {"tokens_per_batch": 300, "index_path": str(folder / "index")},
-            "model": AUDIO,
-            "train": {"max_steps": 5},
-            "log": {"every": 1, "tensorboard": False},
-        }
-    )
-    run = folder / "run"
-    run.mkdir()
-    prepared = prepare(config, run)
-    data = worker.Data.in_process(config, prepared.encoder, run, prepared.train, prepared.eval)
-    train(worker.build_job(config, run, World.current(), data, prepared.total_steps, None))
-    ledger = [
-        line["ids"] for file in sorted(run.glob("ledger/*.jsonl")) for line in read_lines(file)
-    ]
-    losses = [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    data = {"train": [{"path": path, "name": "corpus"}], "tokens_per_batch": 300}
+    run = in_process.run(folder, data=data, model=AUDIO, train={"max_steps": 5})
     assert not (run / "quarantine.jsonl").read_text()
-    return losses, ledger
+    return in_process.losses(run), in_process.ledger(run)
 
 
 def test_a_corpus_trains_alike_as_files_archives_parquet_shards_and_objects(

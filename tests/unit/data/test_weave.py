@@ -17,6 +17,7 @@ from raysft.data.example import Units
 from raysft.data.sources import alignments
 from raysft.data.weave import CONTINUE, CORRESPOND, Word, on_units, woven
 from raysft.errors import BadExample
+from tests.support import in_process
 
 TEXTGRID = '''File type = "ooTextFile"
 Object class = "TextGrid"
@@ -239,3 +240,35 @@ def test_packed_rows_are_cut_where_documents_begin(tmp_path: Path) -> None:
     assert [example.id for example in found if example] == ["part1:1.1", "part1:1.2", "part1:2.1"]
     whole = sources.resolve(Source(path=str(file)), "train")
     assert len(list(sources.scan(whole, file))) == 2
+
+
+LLAMA = {
+    "config": {
+        **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
+    },
+    "tokenizer": "bytes",
+    "speech_units": 50,
+}
+
+
+def test_pre_training_and_rows_of_labels_are_learnt(pairs: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(40):
+        asked = rng.integers(3, 30, 10)
+        ids = [1, *asked, *(asked + 100), 2]
+        labels = [-100] * 11 + [*(asked + 100), -100]
+        rows.append(f"{' '.join(map(str, ids))}|{' '.join(map(str, labels))}\n")
+    file = tmp_path / "sft.txt"
+    file.write_text("".join(rows))
+    for path, extra in ((pairs, EXTRA), (file, {})):
+        run = in_process.run(
+            tmp_path / f"of {path.name}",
+            data={"train": [{"path": str(path)}], "tokens_per_batch": 1024},
+            model={**LLAMA, **extra},
+            optim={"lr": 3e-3, "schedule": "constant"},
+            train={"max_steps": 25},
+        )
+        found = in_process.losses(run)
+        assert found[-1] < 0.75 * found[0], path
