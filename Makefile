@@ -48,7 +48,7 @@ $(VENV)/.docs: $(STAMP)
 	@touch $@
 
 bench: setup
-	for name in padding plan shuffle ingest overhead resume restart chaos strategies moe clips scale index; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in padding plan shuffle ingest overhead resume restart chaos strategies moe clips scale shapes index; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build site *.egg-info
