@@ -44,7 +44,7 @@ def check(given: str, key: str, revision: str | None = None) -> None:
         RevisionNotFoundError,
     )
 
-    at = f" at model.revision {revision}" if revision else ""
+    at = f" at {key.rpartition('.')[0]}.revision {revision}" if revision else ""
     nowhere = f"{key}: no model at {given!r}{at}"
     try:
         known = _cached(given, key, revision)
@@ -92,7 +92,7 @@ def _cached(given: str, key: str, revision: str | None) -> bool:
 
     return any(
         isinstance(try_to_load_from_cache(given, name, revision=revision), str)
-        for name in MARKERS[key]
+        for name in MARKERS.get(key, MARKERS["model.path"])
     )
 
 

@@ -17,20 +17,23 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import ray
 
 from raysft import patience, plugins
+from raysft.config.prepare import Prepare
 from raysft.config.schema import Config
 from raysft.data.clips.audio import Limits
-from raysft.data.example import Quarantined
+from raysft.data.example import Example, Quarantined
 from raysft.data.index.build import Index, build_index
 from raysft.data.sources.shards import LIST
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
-from raysft.prepare import plan, shard
+from raysft.prepare import embed, plan, shard
+from raysft.prepare.listener import Listener
 from raysft.prepare.tools import Tools
 
 Progress = Callable[[JsonObject], None]
@@ -63,10 +66,12 @@ def run(config: Config, progress: Progress) -> Prepared:
     cuts = plan.cuts(index, settings)
     tools = Tools.of(config, folder)
     _claim(config, folder, index, tools)
-    tools = tools.ready(config, index, progress)
+    gpus = _gpus(settings, tools)
+    _fit(config, index, tools, gpus, progress)
+    _embed(config, folder, index, cuts, tools, gpus, progress)
     todo = [number for number in range(len(cuts)) if not _path(folder, number).exists()]
     progress({"doing": f"making {len(todo):,} of {len(cuts):,} shards into {folder}"})
-    _make(config, folder, index, cuts, todo, tools, progress)
+    _make(config, folder, index, cuts, todo, tools, gpus, progress)
     return _finish(folder, index, len(cuts), len(todo))
 
 
@@ -84,7 +89,7 @@ def _claim(config: Config, folder: Path, index: Index, tools: Tools) -> None:
     """Say what the folder is for. Raises UserError where it is for something else."""
     asked = {
         "index": index.hash,
-        "prepare": config.prepare.model_dump(mode="json", exclude={"path", "workers"}),
+        "prepare": config.prepare.model_dump(mode="json", exclude={"path", "workers", "gpus"}),
         "tools": tools.facts(),
     }
     note = folder / NOTE
@@ -106,36 +111,124 @@ def _path(folder: Path, number: int) -> Path:
     return folder / "shards" / f"{number:06d}.parquet"
 
 
+@dataclass(frozen=True)
+class Work:
+    """What actors are given. cuts: see `plan.cuts`."""
+
+    config: Config
+    folder: Path
+    index: Index
+    cuts: list[tuple[int, int]]
+    tools: Tools
+
+    def begin(self) -> Limits:
+        """In an actor's process."""
+        patience.allow(self.config.patience_s)
+        plugins.load(tuple(self.config.plugins))
+        return Limits.of(self.config.data)
+
+    def examples(self, number: int) -> tuple[list[Example], list[str]]:
+        """Of a shard, and the names of their sources."""
+        rows = np.arange(*self.cuts[number])
+        return self.index.examples(rows), [self.index.source_name(int(row)) for row in rows]
+
+
+class Fitter:
+    """Fits the method of speech tokens; one actor of Ray Data."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        work.begin()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[object]]:
+        """batch: `number` [1], 0. The same."""
+        self.work.tools.fit(self.work.config, self.work.index)
+        return {"number": [0]}
+
+
+class Embedder:
+    """Hears who speaks; an actor of Ray Data."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, self.limits = work, work.begin()
+
+    @cached_property
+    def listener(self) -> Listener:
+        """Not made with the actor: what is wrong with a model would be said as its death."""
+        return self.work.tools.speaker()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[object]]:
+        """batch: `number` [1] of the shard. The same."""
+        number = int(batch["number"][0])
+        examples, _ = self.work.examples(number)
+        embed.make(self.work.folder, number, examples, self.limits, self.listener)
+        return {"number": [number]}
+
+
 class Maker:
     """Makes shards; an actor of Ray Data."""
 
-    def __init__(
-        self, config: Config, folder: Path, index: Index, cuts: list[tuple[int, int]], tools: Tools
-    ) -> None:
-        patience.allow(config.patience_s)
-        plugins.load(tuple(config.plugins))
-        self.config, self.folder, self.index, self.cuts = config, folder, index, cuts
-        self.tools = tools
-        self.tokenizer = tools.tokenizer()
+    def __init__(self, work: Work) -> None:
+        self.work, self.limits = work, work.begin()
+
+    @cached_property
+    def tokenizer(self) -> shard.Tokenizer | None:
+        """Not made with the actor: what is wrong with a model would be said as its death."""
+        return self.work.tools.tokenizer()
+
+    @cached_property
+    def speakers(self) -> dict[str, np.ndarray]:
+        """Their embeddings."""
+        return embed.means(self.work.folder)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[object]]:
         """batch: `number` [1] of the shard. Its figures."""
-        number = int(batch["number"][0])
-        rows = np.arange(*self.cuts[number])
-        names = [self.index.source_name(int(row)) for row in rows]
-        examples = list(zip(self.index.examples(rows), names, strict=True))
-        made = shard.make(
-            examples,
-            self.config.prepare,
-            Limits.of(self.config.data),
-            self.tokenizer,
-            self.tools.embedded(number),
-        )
+        number, folder = int(batch["number"][0]), self.work.folder
+        embedded = None
+        if self.work.tools.speakers is not None:
+            embedded = embed.of_shard(folder, number, self.speakers)
+        examples = list(zip(*self.work.examples(number), strict=True))
+        settings = self.work.config.prepare
+        made = shard.make(examples, settings, self.limits, self.tokenizer, embedded)
         lines = "".join(json.dumps(asdict(one)) + "\n" for one in made.rejected)
-        shard.put(self.folder / "state" / f"{number:06d}.rejected", lines.encode())
-        shard.write(_path(self.folder, number), made.columns)
+        shard.put(folder / "state" / f"{number:06d}.rejected", lines.encode())
+        shard.write(_path(folder, number), made.columns)
         seconds = float(sum(made.columns["seconds"]))  # type: ignore[arg-type]
         return {"number": [number], "rows": [len(made.columns["utt"])], "seconds": [seconds]}
+
+
+def _gpus(settings: Prepare, tools: Tools) -> float:
+    """Of a GPU, for each actor."""
+    by_model = tools.models is not None or tools.speakers is not None
+    return settings.gpus if by_model and ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _fit(config: Config, index: Index, tools: Tools, gpus: float, progress: Progress) -> None:
+    tools.fit_plain(config, progress)
+    if tools.models is not None and tools.unfitted():
+        progress({"doing": f"fitting {tools.models.clusters} clusters of speech tokens"})
+        work = Work(config, tools.folder, index, [], tools)
+        for _ in spread(Fitter, work, [0], 1, gpus):
+            pass
+
+
+def _embed(
+    config: Config,
+    folder: Path,
+    index: Index,
+    cuts: list[tuple[int, int]],
+    tools: Tools,
+    gpus: float,
+    progress: Progress,
+) -> None:
+    if tools.speakers is None:
+        return
+    todo = [number for number in range(len(cuts)) if not embed.place(folder, number).exists()]
+    if todo:
+        work = Work(config, folder, index, cuts, tools)
+        for done, _ in enumerate(spread(Embedder, work, todo, config.prepare.workers, gpus), 1):
+            progress({"doing": f"speakers: {done:,} of {len(todo):,} shards"})
+    embed.average(folder, len(cuts))
 
 
 def _make(
@@ -145,15 +238,16 @@ def _make(
     cuts: list[tuple[int, int]],
     todo: list[int],
     tools: Tools,
+    gpus: float,
     progress: Progress,
 ) -> None:
     if not todo:
         return
     (folder / "state").mkdir(exist_ok=True)
-    given = {"config": config, "folder": folder, "index": index, "cuts": cuts, "tools": tools}
+    work = Work(config, folder, index, cuts, tools)
     done = rows = 0
     seconds = 0.0
-    for row in spread(Maker, given, todo, config.prepare.workers, tools.gpus()):
+    for row in spread(Maker, work, todo, config.prepare.workers, gpus):
         done, rows, seconds = done + 1, rows + row["rows"], seconds + row["seconds"]
         progress(
             {
@@ -164,10 +258,10 @@ def _make(
 
 
 def spread(
-    maker: type, given: dict[str, object], todo: list[int], workers: int | None, gpus: float
+    maker: type, work: Work, todo: list[int], workers: int | None, gpus: float
 ) -> Iterator[JsonObject]:
     """What `maker`s come to with each number of `todo`, as they are done: actors of Ray Data, each
-    with a CPU, or `gpus` of a GPU."""
+    with a CPU, and `gpus` of a GPU. Raises the UserError of any."""
     resources = ray.cluster_resources()
     room = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 1)
     count = max(1, min(len(todo), workers or int(room)))
@@ -176,7 +270,7 @@ def spread(
     )
     made = data.map_batches(
         maker,
-        fn_constructor_kwargs=given,
+        fn_constructor_kwargs={"work": work},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count),
         num_cpus=1,

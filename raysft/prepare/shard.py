@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -58,17 +57,12 @@ class Tokenizer(Protocol):
 
     sample_rate: int
 
-    def tokens(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """float32 [samples] at `sample_rate` each -> int32 [tokens] each."""
+    def tokens(self, clip: np.ndarray) -> np.ndarray:
+        """float32 [samples] at `sample_rate` -> int32 [tokens]. Raises BadExample."""
 
 
-class Speaker(Protocol):
-    """What turns clips into embeddings of who speaks."""
-
-    sample_rate: int
-
-    def embeddings(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """float32 [samples] at `sample_rate` each -> float32 [dimensions] each."""
+Embedded = tuple[np.ndarray, np.ndarray] | BadExample
+"""Of an utterance and of its speaker, float32 [dimensions] each; or why there is none."""
 
 
 @dataclass
@@ -84,39 +78,38 @@ def make(
     settings: Prepare,
     limits: audio.Limits,
     tokenizer: Tokenizer | None = None,
-    embedded: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    embedded: Sequence[Embedded] | None = None,
 ) -> Made:
-    """The rows of a shard. examples: with the name of their source; embedded: by id, of the
-    utterance and of its speaker.
+    """The rows of a shard. examples: with the name of their source; embedded: of each.
 
     An example whose clip cannot be read, or that is no clip with a text, costs its row. Raises
     UserError where the storage fails.
     """
     reader = ClipReader(limits)
     made = Made({name: [] for name in SCHEMA.names}, [])
-    waves: list[np.ndarray] = []
-    for example, source in examples:
+    for number, (example, source) in enumerate(examples):
         try:
             clip, text = spoken(example)
             content, measured = reader.call(lambda one: _content(one, settings, limits), clip)
+            tokens = None
             if tokenizer is not None:
-                waves.append(reader.call(partial(_heard, tokenizer.sample_rate, limits), clip))
+                tokens = tokenizer.tokens(samples(reader, clip, tokenizer.sample_rate, limits))
+            of_utterance, of_speaker = _embedded(embedded, number)
         except BadExample as error:
             path = next((one.path for one in example.audio()), "")
             made.rejected.append(Quarantined(example.id, source, path, str(error), error.kind))
             continue
-        utt, spk = (embedded or {}).get(example.id, (None, None))
         row = {
             "utt": example.id,
             "wav": clip.path,
             AUDIO: content,
             "text": text,
             "spk": example.speaker or "",
-            "utt_embedding": utt,
-            "spk_embedding": spk,
-            "speech_token": None,
+            "utt_embedding": of_utterance,
+            "spk_embedding": of_speaker,
+            "speech_token": tokens,
             "seconds": measured.samples / measured.rate,
-            "tokens": 0,
+            "tokens": 0 if tokens is None else len(tokens),
             "task": example.task,
             "samples": measured.samples,
             "sample_rate": measured.rate,
@@ -124,15 +117,23 @@ def make(
         }
         for name, values in made.columns.items():
             values.append(row[name])
-    if tokenizer is not None:
-        found = tokenizer.tokens(waves)
-        made.columns["speech_token"] = list(found)
-        made.columns["tokens"] = [len(tokens) for tokens in found]
     return made
 
 
-def _heard(rate: int, limits: audio.Limits, clip: Audio) -> np.ndarray:
-    return audio.load(clip, rate, limits)
+def _embedded(
+    embedded: Sequence[Embedded] | None, number: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if embedded is None:
+        return None, None
+    found = embedded[number]
+    if isinstance(found, BadExample):
+        raise found
+    return found
+
+
+def samples(reader: ClipReader, clip: Audio, rate: int, limits: audio.Limits) -> np.ndarray:
+    """float32 [samples] of a clip at `rate` Hz. Raises BadExample."""
+    return reader.call(lambda one: audio.load(one, rate, limits), clip)
 
 
 def spoken(example: Example) -> tuple[Audio, str]:

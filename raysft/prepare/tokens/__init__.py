@@ -1,0 +1,1 @@
+"""Methods of prepare.speech_tokens, a module each: rows of `raysft.config.listeners`."""
