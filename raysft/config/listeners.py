@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import dataclass
-from typing import Any
 
 from raysft.config.section import Section
 from raysft.errors import UserError
@@ -70,7 +69,7 @@ def about(section: str) -> str:
     return "; ".join(f"{row.name}: {row.about}" for row in _ROWS.values() if row.section == section)
 
 
-def load(section: str, name: str) -> Any:
+def load(section: str, name: str) -> type:
     """The class of a row. Imports what it hears with."""
     return pkgutil.resolve_name(_ROWS[section, name].implementation)
 

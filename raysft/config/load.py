@@ -83,7 +83,8 @@ def validate(
         if rest is not None:  # what is right so far may still contradict itself
             rest, _ = places.absolute(rest)
             others = contradictions(rest)
-            problems += [one.text for one in others if not _concerns(one.key, wrong)]
+            asked = [one for one in others if model or one.key != "model"]
+            problems += [one.text for one in asked if not _concerns(one.key, wrong)]
     if config is not None:
         config, problems = places.absolute(config, beside)
         problems += [one.text for one in contradictions(config) if model or one.key != "model"]

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from raysft.config import families, strategies
+from raysft.config import families, listeners, strategies
 from raysft.config.augment import Augment
 from raysft.config.evaluation import Evaluate
 from raysft.config.logs import Log
@@ -111,6 +111,16 @@ class SpeechTokens(Section):
     path: Fixed[Annotated[str | None, PathKey()]] = Field(
         None, description="fitted centroids (safetensors); default: fitted once into the run folder"
     )
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _of_a_run(cls, value: object) -> object:
+        if value != "kmeans" and value in listeners.tokens():
+            raise ValueError(
+                f"a run makes tokens by k-means over mel frames alone; {value} is a method of "
+                "prepare.speech_tokens: make shards with it (prepare), and train on their data.list"
+            )
+        return value
 
 
 class Data(Section):

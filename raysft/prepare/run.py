@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -133,47 +134,57 @@ class Work:
         return self.index.examples(rows), [self.index.source_name(int(row)) for row in rows]
 
 
-class Fitter:
-    """Fits the method of speech tokens; one actor of Ray Data."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        work.begin()
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[object]]:
-        """batch: `number` [1], 0. The same."""
-        self.work.tools.fit(self.work.config, self.work.index)
-        return {"number": [0]}
-
-
-class Embedder:
-    """Hears who speaks; an actor of Ray Data."""
+class Actor(ABC):
+    """An actor of Ray Data. A UserError is what it comes to, not what it ends with: Ray Data would
+    wrap it, and lose it."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.limits = work, work.begin()
+
+    @abstractmethod
+    def make(self, number: int) -> tuple[int, float]:
+        """What is to be made of that number; utterances and seconds in it."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[object]]:
+        """batch: `number` [1]. Its figures, or why there are none."""
+        rows, seconds, refused = 0, 0.0, ""
+        try:
+            rows, seconds = self.make(int(batch["number"][0]))
+        except UserError as error:
+            refused = str(error)
+        return {"rows": [rows], "seconds": [seconds], "refused": [refused]}
+
+
+class Fitter(Actor):
+    """Fits the method of speech tokens."""
+
+    def make(self, number: int) -> tuple[int, float]:
+        """number: 0."""
+        self.work.tools.fit(self.work.config, self.work.index)
+        return 0, 0.0
+
+
+class Embedder(Actor):
+    """Hears who speaks in the utterances of a shard."""
 
     @cached_property
     def listener(self) -> Listener:
-        """Not made with the actor: what is wrong with a model would be said as its death."""
+        """Not made with the actor, whose UserError would be its death."""
         return self.work.tools.speaker()
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[object]]:
-        """batch: `number` [1] of the shard. The same."""
-        number = int(batch["number"][0])
+    def make(self, number: int) -> tuple[int, float]:
+        """number: of the shard."""
         examples, _ = self.work.examples(number)
         embed.make(self.work.folder, number, examples, self.limits, self.listener)
-        return {"number": [number]}
+        return len(examples), 0.0
 
 
-class Maker:
-    """Makes shards; an actor of Ray Data."""
-
-    def __init__(self, work: Work) -> None:
-        self.work, self.limits = work, work.begin()
+class Maker(Actor):
+    """Makes shards."""
 
     @cached_property
     def tokenizer(self) -> shard.Tokenizer | None:
-        """Not made with the actor: what is wrong with a model would be said as its death."""
+        """Not made with the actor, whose UserError would be its death."""
         return self.work.tools.tokenizer()
 
     @cached_property
@@ -181,10 +192,9 @@ class Maker:
         """Their embeddings."""
         return embed.means(self.work.folder)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[object]]:
-        """batch: `number` [1] of the shard. Its figures."""
-        number, folder = int(batch["number"][0]), self.work.folder
-        embedded = None
+    def make(self, number: int) -> tuple[int, float]:
+        """number: of the shard."""
+        folder, embedded = self.work.folder, None
         if self.work.tools.speakers is not None:
             embedded = embed.of_shard(folder, number, self.speakers)
         examples = list(zip(*self.work.examples(number), strict=True))
@@ -194,7 +204,7 @@ class Maker:
         shard.put(folder / "state" / f"{number:06d}.rejected", lines.encode())
         shard.write(_path(folder, number), made.columns)
         seconds = float(sum(made.columns["seconds"]))  # type: ignore[arg-type]
-        return {"number": [number], "rows": [len(made.columns["utt"])], "seconds": [seconds]}
+        return len(made.columns["utt"]), seconds
 
 
 def _gpus(settings: Prepare, tools: Tools) -> float:
@@ -258,7 +268,7 @@ def _make(
 
 
 def spread(
-    maker: type, work: Work, todo: list[int], workers: int | None, gpus: float
+    maker: type[Actor], work: Work, todo: list[int], workers: int | None, gpus: float
 ) -> Iterator[JsonObject]:
     """What `maker`s come to with each number of `todo`, as they are done: actors of Ray Data, each
     with a CPU, and `gpus` of a GPU. Raises the UserError of any."""
@@ -276,15 +286,10 @@ def spread(
         num_cpus=1,
         num_gpus=gpus or None,
     )
-    try:
-        yield from made.iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        while cause is not None and not isinstance(cause, UserError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise
+    for row in made.iter_rows():
+        if row["refused"]:
+            raise UserError(row["refused"])
+        yield row
 
 
 def _finish(folder: Path, index: Index, shards: int, made: int) -> Prepared:

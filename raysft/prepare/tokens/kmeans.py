@@ -32,6 +32,7 @@ from raysft.run.storage import write_whole
 
 FILE = "units.safetensors"
 KEY = f"{TOKENS}.model"
+ENTRY = "units"  # of the metadata; one, for safetensors writes several in any order
 
 
 class Hidden:
@@ -129,7 +130,9 @@ class HiddenUnits(Fitted):
                 f"({TOKENS}.fit_clips) or fewer clusters"
             )
         centroids = lloyd(points, spread(points, settings.clusters, rng))
-        content = safetensors.numpy.save({"centroids": centroids}, _facts(settings))
+        content = safetensors.numpy.save(
+            {"centroids": centroids}, {ENTRY: json.dumps(_facts(settings))}
+        )
         path = location(settings, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
@@ -167,7 +170,8 @@ def _load(settings: UnitsOfModels, folder: Path) -> np.ndarray:
             raise UserError(f"{TOKENS}.path: {path}: no array of numpy ({error})") from None
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            found, centroids = file.metadata() or {}, file.get_tensor("centroids")
+            told = (file.metadata() or {}).get(ENTRY)
+            found, centroids = json.loads(told or "{}"), file.get_tensor("centroids")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{TOKENS}.path: {path}: no centroids ({error}): remove it") from None
     wanted = _facts(settings)
