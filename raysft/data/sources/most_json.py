@@ -52,7 +52,8 @@ class MostJson(JsonFiles):
         )
 
     def files(self, path: Path, split: Split) -> list[Path]:
-        """The file itself, or a folder's files of this split, sorted by name."""
+        """The file itself, or a folder's files of this split, sorted by name; for training all of
+        them, where no name says a split."""
         if not stores.is_dir(path):
             return [path]
         found = {
@@ -65,6 +66,8 @@ class MostJson(JsonFiles):
                 f"{path}: {both[0].name} matches the names of both train and evaluation files; "
                 "give the files their own entries instead of the folder"
             )
+        if split == "train" and not any(found.values()) and (every := _json_files(path)):
+            return every
         if not found[split]:
             wanted = " or ".join(f"*{part}*.json" for part in PATTERNS[split])
             there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"

@@ -151,3 +151,14 @@ def test_a_wrong_twin_is_one_line_with_what_to_do(tmp_path: Path, name: str, wro
         text = str(error)
     assert "\n" not in text
     assert re.search(says, text), text
+
+
+def test_a_folder_whose_files_name_no_split_is_for_training(tmp_path: Path) -> None:
+    """LibriHeavy's instructions are one file that names none."""
+    item = '[{"id": "a", "instruction": "Say", "input": "[Hu1]", "output": "x"}]'
+    (tmp_path / "libriheavy_asr_instructions.json").write_text(item)
+    source = sources.resolve(Source(path=str(tmp_path)), "train")
+    assert [file.name for file in source.files] == ["libriheavy_asr_instructions.json"]
+    (tmp_path / "dev.json").write_text(item)
+    with pytest.raises(UserError, match=r"has no file named \*train\*\.json"):
+        sources.resolve(Source(path=str(tmp_path)), "train")
