@@ -35,6 +35,15 @@ MODEL = {
 }
 
 
+MIXTURE = {
+    **{name: size for name, size in MODEL.items() if name != "model_type"},
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+}
+
+
 def held() -> int:
     """Bytes of all tensors of this process, and of their gradients."""
     gc.collect()
@@ -105,9 +114,31 @@ def test_what_is_told_is_held(strategy: str, method: str, precision: str, tmp_pa
         "train": {"precision": precision},
         "peft": {"method": method, **({"r": 64} if method == "lora" else {})},
     }
-    processes = [worlds.fork(measure, rank, tmp_path, keys) for rank in range(WORKERS)]
+    seen, expected = measured(tmp_path, keys)
+    assert expected == pytest.approx(seen, rel=0.02 if strategy in ("ddp", "fsdp") else 0.2)
+
+
+def measured(folder: Path, keys: dict[str, Any]) -> tuple[float, float]:
+    """Bytes that a worker was seen to hold, and the estimate."""
+    processes = [worlds.fork(measure, rank, folder, keys) for rank in range(WORKERS)]
     for process in processes:
         process.join(200)
     assert [process.exitcode for process in processes] == [0] * WORKERS
-    seen, expected = json.loads((tmp_path / "seen.json").read_text())
-    assert expected == pytest.approx(seen, rel=0.02 if strategy in ("ddp", "fsdp") else 0.2)
+    seen, expected = json.loads((folder / "seen.json").read_text())
+    return seen, expected
+
+
+@pytest.mark.parametrize("method", ["none", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_what_is_told_of_workers_that_share_experts_is_held(
+    method: str, precision: str, tmp_path: Path
+) -> None:
+    """To 20%."""
+    keys = {
+        "model": {"tokenizer": "bytes", "config": MIXTURE},
+        "parallel": {"strategy": "ep", "ep_size": WORKERS, "workers": WORKERS},
+        "train": {"precision": precision},
+        "peft": {"method": method, **({"r": 64} if method == "lora" else {})},
+    }
+    seen, expected = measured(tmp_path, keys)
+    assert expected == pytest.approx(seen, rel=0.2)
