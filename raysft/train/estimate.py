@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from raysft.config.schema import Config
 from raysft.config.strategies import Part, gradients_of, traits_of
 from raysft.models.base import SpeechModel
 from raysft.parallel.deepspeed_json import make_settings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -32,9 +37,8 @@ class Estimate:
 def estimate(config: Config, speech_model: SpeechModel, workers: int) -> Estimate:
     """Of training on `workers` workers. data.tokens_per_batch has to be a number for activations.
 
-    Weights as they are stored, gradients and AdamW's two moments in float32; activations by the
-    rule of Korthikanti et al. 2022 (34 bytes a position, layer and hidden unit in 16 bit, attention
-    scores not kept), doubled in float32; one layer's and every layer's input under checkpointing.
+    Weights as they are stored, gradients and AdamW's two moments in float32; activations see
+    `_kept`: of every layer, or, under checkpointing, one layer's and every layer's input.
     """
     parameters = list(speech_model.model.parameters())
     stored = sum(p.numel() * p.element_size() for p in parameters)
@@ -46,16 +50,43 @@ def estimate(config: Config, speech_model: SpeechModel, workers: int) -> Estimat
         sharded.discard("gradients")
     text = speech_model.net.config.get_text_config()
     width = 4 if config.train.precision == "fp32" else 2
-    row = 0 if config.data.tokens_per_batch == "auto" else config.data.tokens_per_batch
-    row *= text.hidden_size
-    layer = row * 17 * width
-    kept = row * width * text.num_hidden_layers + layer
+    rows = 0 if config.data.tokens_per_batch == "auto" else config.data.tokens_per_batch
+    layers = text.num_hidden_layers
+    layer = rows * _kept(text, speech_model.net, width)
+    kept = layer * layers
+    if config.train.gradient_checkpointing:
+        kept = layer + rows * 4 * text.hidden_size * layers
+    # The loss of chunks makes the gradient of the head while it goes forward.
+    kept += rows * 12 * text.hidden_size + 4 * text.vocab_size * text.hidden_size * bool(rows)
+    if width == 2 and rows:  # what autocast makes of weights that are kept in float32
+        casts = 2 * sum(p.numel() for p in parameters if p.element_size() == 4 and p.dim() > 1)
+        kept += casts / (layers if config.train.gradient_checkpointing else 1)
     return Estimate(
         {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained},
         frozenset(sharded),
-        kept if config.train.gradient_checkpointing else layer * text.num_hidden_layers,
+        kept,
         _buffers(config),
     )
+
+
+def _kept(text: PretrainedConfig, net: nn.Module, width: int) -> float:
+    """Bytes that a layer keeps of a position until the backward pass, attention scores not among
+    them: what its norms read (float32, twice) and give, queries, keys, values and what attention
+    gives, and of a gated MLP four times its inner size (of another, twice).
+
+    Counted in transformers' own layers (Llama, Qwen3) with all weights trained; adapters keep less.
+    """
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    size = getattr(text, "head_dim", None) or hidden // heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    names = {name.rpartition(".")[2] for name, _ in net.named_modules()}
+    gated = bool({"gate_proj", "gate_up_proj"} & names) or hasattr(text, "num_experts")
+    inner = text.intermediate_size
+    if experts := getattr(text, "num_experts_per_tok", None):
+        inner = experts * (getattr(text, "moe_intermediate_size", None) or inner)
+    normed = 2 * hidden + (heads + groups) * size * ("q_norm" in names)
+    attention = 2 * (heads + groups) * size
+    return normed * (8 + width) + width * (attention + inner * (4 if gated else 2))
 
 
 def _buffers(config: Config) -> float:

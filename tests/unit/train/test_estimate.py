@@ -128,6 +128,51 @@ def measured(folder: Path, keys: dict[str, Any]) -> tuple[float, float]:
     return seen, expected
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3": MODEL,
+    "qwen3_moe": MIXTURE,
+    "llama": {**MODEL, "model_type": "llama", "num_key_value_heads": 4, "vocab_size": 32000},
+    "wide": {**MODEL, "intermediate_size": 1536, "num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_activations_are_those_that_autograd_keeps(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    """To 20%: what it saves for the backward pass, weights aside, each storage once."""
+    tokens = 512
+    config = Config.model_validate(
+        {
+            "data": {"tokens_per_batch": tokens, "lanes": 1},
+            "model": {"tokenizer": "bytes", "config": OTHERS[name]},
+            "train": {"precision": precision},
+        }
+    )
+    encoder = make_encoder(config.model, config.data, tmp_path)
+    model, _ = worker.build_model(config, encoder, 10)
+    strategy = make_strategy(config, model.supervised, World.current())
+    weights = {one.untyped_storage().data_ptr() for one in model.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = model.collate(batch_of(*sequences(model, [tokens // 4] * 4)))
+    with (
+        strategy.accumulate(last=True),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        strategy.autocast(),
+    ):
+        loss = strategy.module(batch)[0].trained
+    seen = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert loss.isfinite()
+    assert estimate(config, model, 1).activations == pytest.approx(seen, rel=0.2)
+
+
 @pytest.mark.parametrize("method", ["none", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_what_is_told_of_workers_that_share_experts_is_held(
