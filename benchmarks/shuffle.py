@@ -3,6 +3,8 @@
     variance    of a step's mean of a speaker's property (runs of 64 examples a speaker, as corpora
                 are sorted), over that under true permutations with the same step sizes; and the
                 correlation of that mean from one step to the next (lag 1)
+    speakers    pairs of one speaker (runs of 100 to 300 examples) in a step, over how many a free
+                shuffle has
     pairs again how often two examples of one micro-batch meet again in the next epoch, over how
                 often by chance, for micro-batches of these sizes
     imbalance   squares of lengths (attention) in a step's dearest lane over the mean lane; and the
@@ -10,9 +12,10 @@
     ingest      text records parsed, tokenised and joined to micro-batches a second, over order
                 sequential, where records are read one after the other
 
-`version 1` is how runs were planned before, and those that began then still are. Lengths are
+`version 1` and `version 2` are how runs were planned before, and those that began then still are.
+Lengths are
 log-normal (median 5 s, clipped to 0.5 to 30 s), 25 positions a second behind a prompt of 20. Above
-a million examples the first 300 steps are compared. Full run: about 10 minutes, 3 GB of memory.
+a million examples the first 300 steps are compared. Full run: about 15 minutes, 3 GB of memory.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from raysft.config.schema import Data, Model, Source
 from raysft.data.plan.plan import ALGORITHM, Plan, PlannedStep
 
 SPEAKER = 64  # examples
-NAMES = {1: "version 1", ALGORITHM: "now"}
+NAMES = {1: "version 1", 2: "version 2", ALGORITHM: "now"}
 STEPS = 300  # of an epoch of more than a million
 BATCHES = ((16, 8192), (64, 16384))  # lanes, positions of a micro-batch
 ROWS = (2000, 4000, 8250, 15_000)  # positions: 80, 160, 330 and 600 s
@@ -81,6 +84,22 @@ def mixing(n: int, lanes: int, budget: int, algorithm: int, seeds: int) -> dict[
         "lag_1": statistics.median(lags),
         "examples_a_step": statistics.mean(sizes),
     }
+
+
+def speakers(n: int, lanes: int, budget: int, algorithm: int) -> dict[str, float]:
+    """Pairs of one speaker in a step, over how many a free shuffle of all examples has."""
+    sizes = np.random.default_rng(6).integers(100, 301, n // 150 + 1)
+    ends = np.minimum(np.cumsum(sizes), n)
+    counts = np.diff(ends, prepend=0).astype(np.float64)
+    chance = float((counts * (counts - 1)).sum()) / (n * (n - 1.0))
+    plan = make_plan(lengths(n), algorithm, lanes=lanes, tokens_per_batch=budget)
+    met = pairs = 0.0
+    for step in epoch(plan, most=STEPS):
+        rows = np.concatenate(step.lanes)
+        each = np.unique(np.searchsorted(ends, rows, side="right"), return_counts=True)[1]
+        met += float((each * (each - 1) / 2).sum())
+        pairs += len(rows) * (len(rows) - 1) / 2
+    return {"over_free_shuffle": met / (pairs * chance)}
 
 
 def meeting(n: int, mode: str, algorithm: int, seeds: int) -> dict[str, float]:
@@ -158,15 +177,23 @@ def ingest(records: int, rounds: int) -> dict[str, float]:
         "records_per_s": speeds["now"],
         "over_sequential": speeds["now"] / speeds["order sequential"],
         "over_version_1": speeds["now"] / speeds["version 1"],
+        "over_version_2": speeds["now"] / speeds["version 2"],
     }
 
 
 def measure(quick: bool) -> dict[str, Any]:
     sizes = (20_000, 50_000) if quick else (10**6, 10**7, 10**8)
     versions = list(NAMES)
-    results: dict[str, Any] = {"mixing": [], "meeting": [], "dealing": []}
+    row: dict[str, Any]
+    results: dict[str, Any] = {"mixing": [], "speakers": [], "meeting": [], "dealing": []}
+    for n in sizes:
+        lanes, budget = BATCHES[-1]
+        row = {"examples": n, "lanes": lanes, "tokens_per_batch": budget}
+        row |= {NAMES[number]: speakers(n, lanes, budget, number) for number in versions}
+        results["speakers"].append(row)
+        print(row, flush=True)
     for n, (lanes, budget) in itertools.product(sizes, BATCHES[: 1 if quick else None]):
-        row: dict[str, Any] = {"examples": n, "lanes": lanes, "tokens_per_batch": budget}
+        row = {"examples": n, "lanes": lanes, "tokens_per_batch": budget}
         for number in versions if n <= 10**6 else versions[-1:]:
             row[NAMES[number]] = mixing(n, lanes, budget, number, 3 if n == 10**6 else 1)
         results["mixing"].append(row)
@@ -190,27 +217,29 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any]) -> pyplot.Figure:
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6))
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6))
     kinds = (
         ("mixing", "variance", "variance of step means\nover a true permutation"),
+        ("speakers", "over_free_shuffle", "pairs of a speaker in a step\nover a free shuffle"),
         ("meeting", "over_chance", "pairs that meet again\nover chance"),
         ("dealing", "squares", "squares of lengths:\ndearest lane over mean"),
     )
     for axis, (kind, key, title) in zip(axes, kinds, strict=True):
         rows = results[kind]
-        if kind == "mixing":
+        if kind in ("mixing", "speakers"):
             labels = [f"{r['examples']:.0e}\n{r['lanes']} lanes" for r in rows]
         elif kind == "meeting":
             labels = [f"{r['examples']:,}\n{r['mode']}" for r in rows]
         else:
             labels = [f"{r['seconds']:.0f} s\na row" for r in rows]
-        for at, (name, colour) in enumerate(zip(NAMES.values(), ("tab:grey", "tab:green"))):
-            places = [i + 0.4 * at for i, row in enumerate(rows) if name in row]
+        colours = ("lightgrey", "tab:grey", "tab:green")
+        for at, (name, colour) in enumerate(zip(NAMES.values(), colours, strict=True)):
+            places = [i + 0.27 * at for i, row in enumerate(rows) if name in row]
             heights = [row[name][key] for row in rows if name in row]
-            bars = axis.bar(places, heights, 0.38, label=name, color=colour)
+            bars = axis.bar(places, heights, 0.26, label=name, color=colour)
             axis.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=7)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(np.arange(len(rows)) + 0.2, labels, fontsize=7)
+        axis.set_xticks(np.arange(len(rows)) + 0.27, labels, fontsize=7)
         axis.set(title=title, yscale="linear" if kind == "dealing" else "log")
     axes[0].legend()
     return figure

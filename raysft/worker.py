@@ -362,7 +362,7 @@ class Evaluation:
         """Figures by name. A collective."""
         index, read, strategy = self.data.eval, self.data.read_eval, self.strategy
         assert index is not None and read is not None
-        names = [name for name, _ in index.sources]
+        names = [source.name for source in index.sources]
 
         def references(rows: np.ndarray) -> list[str | None]:
             return [reference_of(example) for example in index.examples(rows)]

@@ -83,6 +83,12 @@ def _run(config: Config) -> list[Mistake]:
             found.add("model.config.model_type", "missing; e.g. qwen3, llama or qwen2_audio")
         if config.model.tokenizer is None:
             found.add("model.tokenizer", "needed with model.config: a folder, a hub id or `bytes`")
+    temperature = config.data.temperature
+    if temperature is not None and temperature.by == "task" and config.data.mix:
+        found.add(
+            "data.temperature.by",
+            "task beside data.mix, which says the shares of tasks: leave one of them out",
+        )
     if not config.data.train:
         found.add("data.train", "empty; name at least one source, e.g. data.train: [train.jsonl]")
     if config.data.speech_tokens and config.model.speech_units:

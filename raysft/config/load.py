@@ -185,7 +185,8 @@ def _are_texts(value: object) -> typing.TypeGuard[list[str]]:
 
 
 def _expand(tree: JsonObject) -> JsonObject:
-    """A source given as a plain path, or a single source or plugin instead of a list."""
+    """A source given as a plain path, a temperature as a number, or a single source or plugin
+    instead of a list."""
     if isinstance(tree.get("plugins"), str):
         tree = {**tree, "plugins": [tree["plugins"]]}
     data = tree.get("data")
@@ -198,6 +199,9 @@ def _expand(tree: JsonObject) -> JsonObject:
             sources = [sources]
         if isinstance(sources, list):
             data[split] = [{"path": s} if isinstance(s, str) else s for s in sources]
+    temperature = data.get("temperature")
+    if isinstance(temperature, int | float) and not isinstance(temperature, bool):
+        data["temperature"] = {"T": float(temperature)}
     return {**tree, "data": data}
 
 

@@ -67,6 +67,12 @@ class Source(Section):
         description="times its examples are seen in an epoch (0.5: another half each epoch); "
         "no number of clips or hours: 1 for each source mixes them by their size",
     )
+    max_examples: PositiveInt | None = Field(
+        None, description="of its examples seen in an epoch at most: another part in each"
+    )
+    max_hours: PositiveFloat | None = Field(
+        None, description="of its audio heard in an epoch, about, at most: another part in each"
+    )
     name: str | None = Field(
         None, description="name in metrics such as wer/NAME; default: the file's name"
     )
@@ -92,6 +98,19 @@ class Source(Section):
         False,
         description="kaldi: run the commands in wav.scp that end in |; they run as you, on the "
         "node that lists the source, and their output is kept beside the index",
+    )
+
+
+class Temperature(Section):
+    """Sizes of sources or tasks made more alike; a plain number is short for {T: ...}."""
+
+    T: Corpus[float] = Field(
+        ge=1,
+        description="1: by size; from about 100 on: all alike. A source (or task) of n examples "
+        "has a share in proportion to n^(1/T), the largest being seen as often as its weight says",
+    )
+    by: Corpus[Literal["source", "task"]] = Field(
+        "source", description="what examples are counted by"
     )
 
 
@@ -152,8 +171,12 @@ class Data(Section):
     )
     mix: Corpus[dict[str, PositiveFloat]] = Field(
         default_factory=dict,
-        description="share of each task in the micro-batches of every step (not of examples or "
-        "loss), e.g. {asr: 0.5, tts: 0.5}",
+        description="share of each task, or source by its name, in the micro-batches of every step "
+        "(not of examples or loss), e.g. {asr: 0.5, tts: 0.5}",
+    )
+    temperature: Corpus[Temperature | None] = Field(
+        None,
+        description="sizes of sources or tasks made more alike: a number, or {T: 5, by: task}",
     )
     window: Fixed[PositiveInt] = Field(4096, description="examples planned and packed together")
     extend: Free[bool] = Field(

@@ -36,6 +36,7 @@ from raysft.data.example import Audio, Quarantined
 from raysft.data.index.build import Index, build_index
 from raysft.data.plan.generations import Generations
 from raysft.data.plan.plan import Cursor, Plan
+from raysft.data.plan.shares import explained, hours_of
 from raysft.data.quarantine import OVER_BUDGET, kind_of
 from raysft.data.quarantine import summary as quarantined
 from raysft.driver import pools
@@ -233,6 +234,7 @@ def prepare(
             f"data.train: with these weights every example is seen {least:g} times an epoch or "
             "more; divided by the smallest they mix alike, in shorter epochs"
         )
+    _explain_weights(config, index)
     say("planning batches")
     newest = Plan.of(index, config.data, config.run.seed)
     _check_usable(config, index, newest)
@@ -244,6 +246,15 @@ def prepare(
     steps = total_steps(config, plan)
     _check_names(config, encoder, steps)
     return Prepared(config, encoder, index, evaluation, plan, steps, rejected)
+
+
+def _explain_weights(config: Config, index: Index) -> None:
+    """Say of weights that look like numbers of clips or hours what they do. It may be meant."""
+    sources = len(index.sources)
+    counts = np.bincount(index.source, minlength=sources).tolist()
+    hours = hours_of(index.source, index.seconds, sources)
+    if told := explained([source.weight for source in config.data.train], counts, hours):
+        log.warning("data.train: %s", told)
 
 
 def _check_best(config: Config, evaluation: Index | None) -> None:

@@ -16,7 +16,8 @@ from raysft.config.strategies import traits_of
 from raysft.data.clips.recordings import FILE, Pools
 from raysft.data.encode import TEMPLATE, Encoder, kept_template
 from raysft.data.index.build import Index
-from raysft.data.plan.plan import Summary
+from raysft.data.plan.plan import Plan, Summary
+from raysft.data.plan.shares import hours_of
 from raysft.data.quarantine import kind_of
 from raysft.data.quarantine import summary as quarantined
 from raysft.driver.placed import Placed
@@ -56,6 +57,7 @@ def dry_run(
             + (f": {quarantined(map(kind_of, prepared.rejected))}" if prepared.rejected else ""),
             f"audio           {_duration(index.seconds)}{_computed(index, config)}",
             *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
+            *_sources(index, prepared.plan.newest, config),
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
             f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
             f"tokens          {epoch.tokens:,} an epoch ({_by_task(epoch)})",
@@ -110,6 +112,26 @@ def _amount(index: Index) -> str:
 
 def _examples(count: int) -> str:
     return f"{count:,} example" + ("" if count == 1 else "s")
+
+
+def _sources(index: Index, plan: Plan, config: Config) -> list[str]:
+    """Of each source, where there are several, how often an epoch sees it; with data.mix, what its
+    group sees in a pass."""
+    if len(index.sources) < 2:
+        return []
+    hours = hours_of(index.source, index.seconds, len(index.sources))
+    of = "a pass of its share of data.mix" if config.data.mix else "an epoch"
+    lines: list[str] = []
+    for number, source in enumerate(index.sources):
+        seen = plan.dealt.seen(number)
+        mine = int(np.count_nonzero(index.source == number))
+        heard = f", {hours[number]:,.1f} hours" if hours[number] else ""
+        times, share = seen / max(1, mine), seen / max(1.0, plan.dealt.beside(number))
+        lines.append(
+            f"{'sources' if not lines else '':15} {source.name}: {_examples(mine)}{heard}, seen "
+            f"{times:.3g} times {of}, {share:.1%} of it"
+        )
+    return lines
 
 
 def _computed(index: Index, config: Config) -> str:

@@ -30,6 +30,7 @@ from raysft.run.storage import write_whole
 log = logging.getLogger(__name__)
 
 NAME = "plan.json"
+_KNOWN = " and ".join([", ".join(map(str, ALGORITHMS[:-1])), str(ALGORITHMS[-1])])
 
 
 def load(run: Path) -> Generations:
@@ -134,7 +135,7 @@ def _known(run: Path, item: JsonObject) -> int:
     if number not in ALGORITHMS:
         raise UserError(
             f"{run / NAME}: this run is planned by version {number} of raysft's planning, and this "
-            f"raysft knows {' and '.join(map(str, ALGORITHMS))}; continue it with the raysft it "
+            f"raysft knows {_KNOWN}; continue it with the raysft it "
             f"began with, or {_ANEW}"
         )
     return number
@@ -249,7 +250,7 @@ def _plan(run: Path, item: JsonObject, made: Plan | None) -> Plan:
     settings = {
         key: value
         for key, value in item["settings"].items()
-        if key not in ("algorithm", "weights", "seed")
+        if key not in ("algorithm", "weights", "seed", "caps")
     }
     try:
         index = Index.load(item["index"])

@@ -45,7 +45,7 @@ class Known:
         folder: Path,
     ) -> Known:
         """For files with these digests, whose parts lie at `places`."""
-        sources = [[s.key, s.name, s.weight, s.format, s.task] for s, _ in files]
+        sources = [[s.key, s.name, s.weight, s.format, s.task, *s.caps.items()] for s, _ in files]
         facts = [parts.VERSION, parts.MEASURED, encoder.fingerprint, encoder.sample_rate]
         named = [[str(file), place.name] for (_, file), place in zip(files, places)]
         key = parts.digest_of(*facts, sources, named, list(digests))

@@ -93,7 +93,8 @@ class Index:
     task: int16 [N], counts in `tasks`. source: int16 [N], counts in `sources`.
     hash: of what is planned: which examples, how long, of which task. Names and weights of
         sources and the place of the data do not change it.
-    described: of each source name, weight, format and task. files: in the order of their examples.
+    described: of each source name, weight, format, task, and caps where it has any. files: in the
+        order of their examples.
     encoder: fingerprint of what measured the lengths.
 
     repeats: of an index that was just built, ids that are there more than once.
@@ -325,7 +326,7 @@ def join(
         "heard": 1,
         "tasks": tasks,
         "sources": [
-            {"name": s.name, "weight": s.weight, "format": s.format, "task": s.task}
+            {"name": s.name, "weight": s.weight, "format": s.format, "task": s.task, **s.caps}
             for s in resolved
         ],
         "encoder": f"{encoder.fingerprint} at {encoder.sample_rate} Hz",

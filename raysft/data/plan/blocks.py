@@ -22,10 +22,12 @@ import numpy as np
 from raysft.errors import UserError
 
 TOGETHER = 64  # examples
+COUNTED = 64  # examples
 MAX_BLOCKS = 1 << 20
 MAX_VISITS = 1 << 24  # of blocks in a cycle: its order takes 8 bytes each, and 32 while it is made
 MAX_SEEN = 1 << 30  # examples of an epoch; more only where that is `MAX_PASSES` or less
 MAX_PASSES = 16
+MAX_LONGER = 1000  # times that an epoch may have the examples there are
 _CHUNK = 1 << 20  # examples of a column in memory while it is read
 
 
@@ -75,7 +77,7 @@ class Blocks:
     micro-batch, counted alike. starts: int64 [blocks + 1], rows of the index.
     counts: int32 [groups, blocks], examples that fit. examples: int64 [groups], the same in all.
     oversize: int64, rows of the index that do not fit. present: int64 [tasks], examples of each
-    task, fitting or not. shortest: the least that one takes.
+    task, fitting or not. shortest: the least that one takes. source: int [blocks].
     """
 
     def __init__(
@@ -99,10 +101,10 @@ class Blocks:
         self._task = np.asarray(task)
         self._group_of_task = np.asarray(group_of_task, np.int64)
         self._groups = int(self._group_of_task.max()) + 1
-        self._weights = weights
+        self.weights = weights
         self.budget = budget
         self._seed, self._shuffled = seed, shuffled
-        self._source = np.asarray(source)[starts[:-1]]
+        self.source = np.asarray(source)[starts[:-1]]
         self._scan()
 
     def _scan(self) -> None:
@@ -130,6 +132,12 @@ class Blocks:
         self.oversize = np.concatenate(oversize).astype(np.int64)
         self.examples = self.counts.sum(axis=1, dtype=np.int64)
 
+    def by_source(self, sources: int) -> np.ndarray:
+        """int64 [groups, sources]: examples that fit."""
+        return np.stack(
+            [np.bincount(self.source, counts, sources).astype(np.int64) for counts in self.counts]
+        )
+
     def positions(self, group: int) -> np.ndarray:
         """Positions in each block of the examples that fit, int64 [blocks]: reads the columns."""
         found = np.zeros(len(self.starts) - 1, np.int64)
@@ -150,7 +158,7 @@ class Blocks:
         if int(sizes.sum()) > len(sizes):  # not of single examples
             before = np.cumsum(sizes) - sizes
             rows = np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
-        return rows[self._fits(self.tokens[rows], self._task[rows], group)]
+        return rows[self.fits(rows, group)]
 
     def order(self, group: int, number: int) -> np.ndarray:
         """The blocks of cycle `number` in its order, int64, each as often as its source's weight
@@ -161,12 +169,12 @@ class Blocks:
         block gets its share: two cycles at 0.5 are one pass.
         """
         blocks = np.flatnonzero(self.counts[group])
-        source = self._source[blocks]
-        weights = np.asarray(self._weights)[source]
+        source = self.source[blocks]
+        weights = np.asarray(self.weights)[source]
         passes = [blocks[weights >= copy] for copy in range(1, math.floor(weights.max()) + 1)]
         extra = []
         for number_of_source in np.unique(source).tolist():
-            share = self._weights[number_of_source] % 1
+            share = self.weights[number_of_source] % 1
             if share:
                 mine = blocks[source == number_of_source]
                 turn = permutation(len(mine), self._seed, "weight", group, number_of_source)
@@ -180,6 +188,10 @@ class Blocks:
         if self._shuffled:
             order = order[permutation(len(order), self._seed, "blocks", group, number)]
         return order
+
+    def fits(self, rows: np.ndarray, group: int) -> np.ndarray:
+        """bool: which of these rows of the index are of the group and fit."""
+        return self._fits(self.tokens[rows], self._task[rows], group)
 
     def _fits(self, tokens: np.ndarray, task: np.ndarray, group: int) -> np.ndarray:
         fits = tokens <= self.budget
@@ -223,6 +235,14 @@ def single(source: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     return _cut(edges, [size] * len(examples))
 
 
+def counted(source: np.ndarray) -> np.ndarray:
+    """Where blocks start that examples are only counted by, int64 [blocks + 1]; none spans two
+    sources."""
+    edges = _edges(source)
+    size = max(COUNTED, math.ceil(len(source) / MAX_BLOCKS))
+    return _cut(edges, [size] * (len(edges) - 1))
+
+
 def _edges(source: np.ndarray) -> np.ndarray:
     """Where sources begin, and where the last ends, int64."""
     n = len(source)
@@ -246,10 +266,23 @@ def _cut(edges: np.ndarray, sizes: list[int]) -> np.ndarray:
     return np.concatenate([*pieces, edges[-1:]]).astype(np.int64)
 
 
+def too_heavy(examples: np.ndarray, seen: float, weights: Sequence[float]) -> None:
+    """Raises UserError where weights make an epoch of more examples than was ever meant.
+
+    examples: int [sources]. seen: examples of an epoch."""
+    count = int(examples.sum())
+    if seen > max(MAX_SEEN, MAX_PASSES * count) or seen > MAX_LONGER * max(1, count):
+        raise _heavy(examples.astype(np.int64), weights)
+
+
 def _too_heavy(source: np.ndarray, edges: np.ndarray, weights: Sequence[float]) -> UserError:
     """Weights that are counts or hours would have every pass of an epoch written out."""
+    examples = np.bincount(source[edges[:-1]], np.diff(edges), len(weights)).astype(np.int64)
+    return _heavy(examples, weights)
+
+
+def _heavy(examples: np.ndarray, weights: Sequence[float]) -> UserError:
     factors = np.asarray(weights, np.float64)
-    examples = np.bincount(source[edges[:-1]], np.diff(edges), len(factors)).astype(np.int64)
     used = examples > 0
     heaviest = int(np.argmax(np.where(used, factors, 0)))
     shares = factors[used] / examples[used]

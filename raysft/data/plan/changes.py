@@ -30,7 +30,7 @@ NAMED = 3
 """Files, examples or keys that a message names before it only counts."""
 
 # Settings of a plan that are no key of `data` of the same name.
-_KEYS = {"seed": "run.seed", "weights": "data.train"}
+_KEYS = {"seed": "run.seed", "weights": "data.train", "caps": "data.train"}
 _ITS_OWN = ("algorithm",)  # of the planning, no key
 
 
@@ -66,6 +66,8 @@ def changed_settings(old: JsonObject, new: JsonObject, fixed: bool = False) -> l
             found += [
                 f"data.train[{i}].weight is {a:g}, was {b:g}" for i, (a, b) in pairs if a != b
             ]
+        elif key == "caps":
+            found.append("max_examples or max_hours of data.train are others")
         else:
             found.append(f"{_KEYS.get(key, f'data.{key}')} is {now}, was {before}")
     return found

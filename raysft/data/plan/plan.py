@@ -33,8 +33,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raysft.config.schema import Data
-from raysft.data.plan import plan_v1
-from raysft.data.plan.blocks import Blocks, Sizes, permutation, single, together
+from raysft.data.plan import plan_v1, plan_v2
+from raysft.data.plan.blocks import (
+    Blocks,
+    Sizes,
+    counted,
+    permutation,
+    single,
+    together,
+    too_heavy,
+)
+from raysft.data.plan.shares import Dealt, Wanted, effective, grouped, wanted_of
 from raysft.data.plan.windows import InOrder, Shuffled, Windows
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -42,7 +51,7 @@ from raysft.json_types import JsonObject
 if TYPE_CHECKING:
     from raysft.data.index.build import Index
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Part of the hash: raise it with any change that moves an example. Runs keep theirs."""
 
 
@@ -126,7 +135,7 @@ class Plan:
     """The plan of a run. Plans with equal `hash` give equal steps.
 
     settings: what the plan depends on beside the index, as json can write it.
-    source: int [N], the column it was given.
+    source: int [N], the column it was given. dealt: how often what of it is seen.
     oversize: int64, rows of the index longer than `data.tokens_per_batch`, or with more audio than
         `data.audio_per_batch`: never planned.
     """
@@ -143,11 +152,13 @@ class Plan:
         seed: int,
         algorithm: int = ALGORITHM,
         heard: np.ndarray | None = None,
+        wanted: Wanted | None = None,
     ) -> None:
         """tokens: int [N], positions of each example, at least 1. task, source: int [N], numbers
         into `tasks` and `weights`; the columns may be memory-mapped. Reads them once. algorithm:
         of planning; a run that goes on keeps the one it began with. heard: float32 [N], seconds
-        that an encoder computes for each, which `data.audio_per_batch` needs.
+        that an encoder computes for each, which `data.audio_per_batch` needs. wanted: names and
+        caps of the sources, beside their weights.
         Raises UserError where this data cannot be planned as the config says."""
         if len(tokens) == 0:
             raise UserError("data.train has no usable example: nothing to train on")
@@ -160,15 +171,13 @@ class Plan:
             sizes = Sizes(tokens, heard, data.budget, data.audio_per_batch)
             index_hash += hashlib.sha256(np.ascontiguousarray(heard).data).hexdigest()
         self._groups = sorted(data.mix)
-        number = {name: i for i, name in enumerate(self._groups)}
-        # A task outside the mix is refused below, once it is known to occur.
-        groups = [number.get(name, 0) for name in tasks]
-        self._windows = _windows((sizes, task, groups, self.source, weights), data, seed, algorithm)
+        self._wanted = wanted or Wanted(list(weights))
+        self._windows = self._planned(sizes, weights, algorithm)
         self._blocks = self._windows.blocks
         self._check()
         self._shares = _Shares([data.mix[name] for name in self._groups] or [1.0], data.lanes)
         self.oversize = self._blocks.oversize
-        self.settings = _settings(data, weights, seed, algorithm)
+        self.settings = _settings(data, weights, seed, algorithm) | self._wanted.settings(data)
         self.hash = _hash(index_hash, self.settings)
         self._summaries: list[Summary] = []
         self._epoch_starts = [self.start()]
@@ -176,10 +185,64 @@ class Plan:
     @classmethod
     def of(cls, index: Index, data: Data, seed: int, algorithm: int = ALGORITHM) -> Plan:
         """The plan of a whole index."""
-        weights = [source.weight for source in index.sources]
+        wanted = wanted_of(index)
         columns = index.tokens, index.task, index.tasks, index.source
         heard = None if data.audio_per_batch is None else index.heard
-        return cls(*columns, weights, index.hash, data, seed, algorithm, heard)
+        return cls(*columns, wanted.weights, index.hash, data, seed, algorithm, heard, wanted)
+
+    def _planned(
+        self, sizes: np.ndarray | Sizes, weights: Sequence[float], algorithm: int
+    ) -> Windows:
+        """The windows of the index, by that algorithm."""
+        data, shuffled = self._data, self._data.order == "shuffled"
+        named = bool(set(data.mix) & set(self._wanted.names) - set(self._tasks))
+        by_task = data.temperature is not None and data.temperature.by == "task"
+        now = shuffled and algorithm == ALGORITHM
+        if (named or by_task) and not now:
+            key = "data.mix by source" if named else "data.temperature by task"
+            why = "order sequential" if not shuffled else "a run that began with an earlier raysft"
+            raise UserError(f"{key}: {why} does not know it: leave it out")
+        self._of_tasks = not now or not set(data.mix) & set(self._wanted.names)
+        if now and (data.mix or by_task):
+            kinds = list(range(len(self._tasks)))
+        else:
+            number = {name: i for i, name in enumerate(self._groups)}
+            # A task outside the mix is refused below, once it is known to occur.
+            kinds = [number.get(name, 0) for name in self._tasks]
+        if now:
+            starts = counted(self.source)
+        elif shuffled and algorithm != plan_v1.ALGORITHM:
+            starts = single(self.source, weights)
+        else:
+            starts = together(self.source, data.window, weights)
+        budget = sizes.budget if isinstance(sizes, Sizes) else data.budget
+        columns = sizes, self._task, kinds, self.source, weights
+        blocks = Blocks(*columns, starts, budget=budget, seed=self._seed, shuffled=shuffled)
+        counts = blocks.by_source(len(weights))
+        if now:
+            passes = effective(self._wanted, counts, data)
+            too_heavy(counts.sum(axis=0), (counts * passes).sum(), weights)
+            self.dealt = Dealt(counts, passes, self._groups_of(counts))
+            groups = self.dealt.segments(self._groups)
+            return Shuffled(blocks, data, self._seed, groups)
+        counts = counts.sum(axis=0, keepdims=True)
+        passes = effective(self._wanted, counts, data)
+        there = np.flatnonzero(counts[0]).tolist()
+        self.dealt = Dealt(counts, passes, {(0, source): "" for source in there})
+        blocks.weights = passes[0].tolist()
+        return _BEFORE[algorithm](blocks, data, self._seed) if shuffled else InOrder(blocks, data)
+
+    def _groups_of(self, counts: np.ndarray) -> dict[tuple[int, int], str]:
+        """Of each kind and source that has examples its group; "" where there is no mix."""
+        if not self._data.mix or self._of_tasks:
+            places = np.argwhere(counts).tolist()
+            names = [self._tasks[kind] if self._data.mix else "" for kind, _ in places]
+            return {
+                (kind, source): name
+                for (kind, source), name in zip(places, names)
+                if name in self._data.mix or not name
+            }
+        return grouped(self._data, self._tasks, list(self._wanted.names), counts > 0)
 
     def start(self, epoch: int = 0, step: int = 0) -> Cursor:
         """The cursor before the first step of `epoch`, when `step` steps have been done before it:
@@ -218,8 +281,8 @@ class Plan:
                 f"this checkpoint was made with another plan ({cursor.plan_hash[:12]}, now "
                 f"{self.hash[:12]}): the training data, run.seed or one of data.lanes, "
                 "data.tokens_per_batch, data.audio_per_batch, data.mode, data.order, data.mix, "
-                "data.window and the sources' weights have changed; undo the change or start a run "
-                "of another name"
+                "data.temperature, data.window and the sources' weights have changed; undo the "
+                "change or start a run of another name"
             )
         streams = [_Stream(self, group, at) for group, at in enumerate(cursor.streams)]
         return self._steps(streams, cursor.epoch, cursor.step)
@@ -270,20 +333,21 @@ class Plan:
         over = f"data.tokens_per_batch={budget}"
         over += "" if audio is None else f" (or data.audio_per_batch={audio:g})"
         tasks = sorted(name for name, n in zip(self._tasks, present, strict=True) if n)
-        if self._groups and self._groups != tasks:
+        if self._of_tasks and self._groups and self._groups != tasks:
             raise UserError(
                 f"data.mix names the tasks {', '.join(self._groups)}, the training data has "
                 f"{', '.join(tasks)}: {_mixed(self._groups, tasks)}, or remove data.mix"
             )
-        if not self._blocks.examples.any():
+        if not self._windows.examples.any():
             raise UserError(
                 f"{over} is smaller than every example (the shortest takes "
                 f"{int(self._tokens.min())} positions): raise it"
             )
-        for name, examples in zip(self._groups, self._blocks.examples, strict=False):
+        for name, examples in zip(self._groups, self._windows.examples, strict=False):
             if not examples:
+                what = "task" if self._of_tasks else "data.mix"
                 raise UserError(
-                    f"{over} is smaller than every example of task "
+                    f"{over} is smaller than every example of {what} "
                     f"{name}: raise it, or remove {name} from data.train and data.mix"
                 )
 
@@ -395,27 +459,13 @@ def _mixed(wanted: list[str], present: list[str]) -> str:
     return ", and ".join(said)
 
 
-_SHUFFLED: dict[int, Callable[[Blocks, Data, int], Windows]] = {
+_BEFORE: dict[int, Callable[[Blocks, Data, int], Windows]] = {
     plan_v1.ALGORITHM: plan_v1.Shuffled,
-    ALGORITHM: Shuffled,
+    plan_v2.ALGORITHM: plan_v2.Shuffled,
 }
-"""By algorithm; order sequential is the same in all."""
+"""Order shuffled of earlier algorithms; order sequential is the same in all."""
 
-_Columns = tuple[np.ndarray | Sizes, np.ndarray, Sequence[int], np.ndarray, Sequence[float]]
-ALGORITHMS = tuple(_SHUFFLED)
-
-
-def _windows(columns: _Columns, data: Data, seed: int, algorithm: int) -> Windows:
-    """The windows of an index; columns: the first five arguments of `Blocks`."""
-    shuffled, source, weights = data.order == "shuffled", columns[3], columns[4]
-    if shuffled and algorithm != plan_v1.ALGORITHM:
-        starts = single(source, weights)
-    else:
-        starts = together(source, data.window, weights)
-    sizes = columns[0]
-    budget = sizes.budget if isinstance(sizes, Sizes) else data.budget
-    blocks = Blocks(*columns, starts, budget=budget, seed=seed, shuffled=shuffled)
-    return _SHUFFLED[algorithm](blocks, data, seed) if shuffled else InOrder(blocks, data)
+ALGORITHMS = (*_BEFORE, ALGORITHM)
 
 
 def _settings(data: Data, weights: Sequence[float], seed: int, algorithm: int) -> JsonObject:

@@ -24,6 +24,7 @@ class Shuffled:
     def __init__(self, blocks: Blocks, data: Data, seed: int) -> None:
         """blocks: cut `together`."""
         self.blocks, self._data, self._seed = blocks, data, seed
+        self.examples = blocks.examples
         self._positions = [blocks.positions(group) for group in range(len(blocks.examples))]
 
     def cycle(self, group: int, number: int) -> Cycle:

@@ -166,6 +166,12 @@ class ResolvedSource:
     given: Source | None = None
     """The entry itself."""
 
+    @property
+    def caps(self) -> JsonObject:
+        """What of it is seen in an epoch at most, by the keys that say so."""
+        caps = {key: getattr(self.given, key, None) for key in ("max_examples", "max_hours")}
+        return {key: cap for key, cap in caps.items() if cap is not None}
+
 
 ORIGIN = "raysft-origin.json"
 """Beside a listing: what was listed. See index/listing.py."""

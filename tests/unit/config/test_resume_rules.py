@@ -49,7 +49,8 @@ def test_what_lies_below_a_key_follows_its_rule() -> None:
 
 
 def test_rules_that_are_not_free_or_fixed_have_few_keys() -> None:
-    assert keys_with("data") == ["data.train", "data.mix"]
+    temperature = ["data.temperature", "data.temperature.T", "data.temperature.by"]
+    assert keys_with("data") == ["data.train", "data.mix", *temperature]
     assert keys_with("length") == ["train.max_steps", "train.epochs"]
     assert keys_with("base") == ["model.path"]
     assert {key.partition(".")[0] for key, mark in rules().items() if mark.weights} == {

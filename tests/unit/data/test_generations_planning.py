@@ -51,10 +51,9 @@ def test_a_run_of_a_later_planning_is_refused(run: Run, corpus: Path) -> None:
     run.start(corpus)
     run.train(3)
     rewritten(run, algorithm=plan.ALGORITHM + 1)
-    assert "planned by version 3 of raysft's planning, and this raysft knows 1 and 2" in refusal(
-        run, corpus, extend=True
-    )
-    with pytest.raises(UserError, match="planned by version 3"):
+    told = refusal(run, corpus, extend=True)
+    assert "planned by version 4 of raysft's planning, and this raysft knows 1, 2 and 3" in told
+    with pytest.raises(UserError, match="planned by version 4"):
         plans.load(run.folder).start()
 
 
@@ -103,4 +102,35 @@ def test_a_run_of_the_first_planning_keeps_it_for_data_that_joins(
 
 def test_a_new_run_is_of_the_newest_planning(run: Run, corpus: Path) -> None:
     run.start(corpus)
-    assert run.written()[0]["settings"]["algorithm"] == plan.ALGORITHM == 2
+    assert run.written()[0]["settings"]["algorithm"] == plan.ALGORITHM == 3
+
+
+def test_caps_temperature_and_mix_by_source_outlive_a_restart(
+    run: Run, corpus: Path, tmp_path: Path
+) -> None:
+    few = Source(path=str(most(tmp_path / "b.json", 20, start=40)), max_examples=5)
+    run.start(corpus, few, temperature={"T": 1.0})
+    run.train(1)
+    again = run.start(corpus, few, temperature={"T": 1.0})
+    assert plans.load(run.folder).newest.hash == again.newest.hash
+    seen = [run.epoch() for _ in range(5)]
+    for one in seen[1:]:  # whole epochs
+        assert len(one) == 45 and set(names(0, 40)) < set(one)
+    assert {name for one in seen[1:] for name in one} == set(names(0, 60))
+    told = refusal(run, corpus, Source(path=few.path, max_examples=6), temperature={"T": 1.0})
+    assert "max_examples or max_hours of data.train are others" in told
+    assert "data.temperature is {'T': 2.0, 'by': 'source'}, was {'T': 1.0" in refusal(
+        run, corpus, few, temperature={"T": 2.0}
+    )
+    mixed = run.start(corpus, few, temperature={"T": 1.0}, mix={"a": 0.5, "b": 0.5}, extend=True)
+    step = next(mixed.newest.steps(mixed.newest.start()))
+    assert sorted(set(mixed.newest.source[lane].tolist()) for lane in step.lanes) == [{0}, {1}]
+
+
+def test_a_run_of_an_earlier_planning_does_not_know_a_mix_by_source(
+    run: Run, corpus: Path, tmp_path: Path
+) -> None:
+    begun_by_algorithm_1(run, corpus)
+    more = most(tmp_path / "b.json", 20, start=40)
+    with pytest.raises(UserError, match=r"data.mix by source: a run that began with an earlier"):
+        run.start(corpus, more, mix={"a": 0.5, "b": 0.5}, extend=True)

@@ -98,9 +98,10 @@ def test_data_that_grew_under_algorithm_1_is_planned_as_it_was_recorded() -> Non
     assert found == RECORDED["extended from epoch 2"]
 
 
+@pytest.mark.parametrize("algorithm", [2, 3])
 @pytest.mark.parametrize("name", ["sequential", "sequential, padded, weights"])
-def test_order_sequential_is_the_same_in_every_planning(name: str) -> None:
-    old, new = plan(**CASES[name]), plan(**CASES[name], algorithm=2)
+def test_order_sequential_is_the_same_in_every_planning(name: str, algorithm: int) -> None:
+    old, new = plan(**CASES[name]), plan(**CASES[name], algorithm=algorithm)
     assert old.hash != new.hash
     steps = [itertools.islice(one.steps(one.start()), 150) for one in (old, new)]
     for a, b in zip(*steps, strict=True):
