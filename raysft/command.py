@@ -62,7 +62,8 @@ Corpora into shards: Parquet with a clip in each row, which the format shards re
 {command} CONFIG.yaml [key=value ...] [--debug]
 
 What is prepared is data.train, in any format; how, is in the config's section prepare:
-prepare.path (the folder), prepare.rows, prepare.audio, and data.speech_tokens for speech tokens.
+prepare.path (the folder), prepare.rows, prepare.audio, prepare.speech_tokens, prepare.speakers (or
+data.speech_tokens, where a run makes the tokens itself). prepare.html shows what came of it.
 The same command goes on with a preparation that was interrupted. Train on it with
 data.train=[{{path: FOLDER/data.list}}].
 """

@@ -47,7 +47,8 @@ def write(folders: Sequence[Path], target: Path | None = None) -> Path:
 
 
 def shown_of(folders: Sequence[Path]) -> JsonObject:
-    """{"title", "at", "runs": of each `facts.of_run`, "sweep": its table or null}."""
+    """{"title", "at", "runs": of each `facts.of_run`, "sweep": its table or null}. A preparation's
+    page has "prepared" (`raysft.prepare.summary`), and no runs."""
     sweep = None
     title = ", ".join(folder.name for folder in folders)
     if len(folders) == 1 and (folders[0] / "results.csv").is_file():

@@ -78,7 +78,7 @@ def of_run(folder: Path, examples: bool = True) -> JsonObject:
         "series": _series(metrics),
         "evaluations": _evaluations(evaluations),
         "events": _events(folder),
-        "quarantine": _quarantine(folder),
+        "quarantine": quarantine(folder),
         "examples": _examples(folder, [e["step"] for e in evaluations]) if examples else [],
         "experts": _experts(folder),
         "seconds": _number(float(sum(line.get("seconds", 0.0) for line in metrics))),
@@ -145,7 +145,8 @@ def _events(folder: Path) -> list[JsonObject]:
     ]
 
 
-def _quarantine(folder: Path) -> list[JsonObject]:
+def quarantine(folder: Path) -> list[JsonObject]:
+    """Of quarantine.jsonl: {"kind", "count", "first": its reason}, most frequent first."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for line in stream_lines(folder / "quarantine.jsonl", {"id": str, "reason": str}):

@@ -296,6 +296,56 @@ function sweep(parent, found) {
   }
 }
 
+// --- preparations ----------------------------------------------------------------------------
+
+function histogram(title, found, unit) {
+  const text = (value) => number(Number(value.toPrecision(3)));
+  const between = (place) => `${text(found.edges[place])} to ${text(found.edges[place + 1])}${unit}`;
+  return (theme) => ({
+    title: { text: title, left: 12, top: 8, textStyle: { color: theme.ink, fontSize: 14 } },
+    grid: { left: 58, right: 18, top: 44, bottom: 34 },
+    tooltip: { confine: true, formatter: (one) => `${between(one.dataIndex)}: ${number(one.value)}` },
+    xAxis: { type: "category", data: found.edges.slice(0, -1).map(text),
+      axisLabel: { color: theme.soft, hideOverlap: true } },
+    yAxis: { type: "value", axisLabel: { color: theme.soft, formatter: number },
+      splitLine: { lineStyle: { color: theme.line } } },
+    series: [{ type: "bar", data: found.counts, barCategoryGap: "8%" }],
+  });
+}
+
+function prepared(parent, found) {
+  const facts = make("div", parent, { class: "facts" });
+  for (const [key, value] of Object.entries(found.asked)) {
+    const one = make("span", facts);
+    one.append(key + " ");
+    make("b", one, {}, String(value));
+  }
+  const cards = make("div", parent, { class: "cards" });
+  for (const [name, value] of Object.entries(found.figures)) {
+    const one = make("div", cards, { class: "card" });
+    make("span", one, {}, name);
+    make("b", one, {}, number(value));
+  }
+  if (found.histograms.length) {
+    make("h2", parent, {}, "Utterances");
+    const box = make("div", parent, { class: "charts" });
+    for (const one of found.histograms) chart(box, histogram(one.title, one, one.unit));
+  }
+  if (found.speakers.length) {
+    make("h2", parent, {}, "Speakers with most");
+    table(parent, ["speaker", "utterances", "hours"], found.speakers, (cell, row, name) => {
+      cell.textContent = name === "speaker" ? row.speaker : number(row[name]);
+    }, true);
+  }
+  if (found.quarantine.length) {
+    make("h2", parent, {}, "Left out");
+    table(parent, ["kind", "count", "first"], found.quarantine, (cell, row, name) => {
+      if (name === "first") cell.className = "text";
+      cell.textContent = name === "count" ? number(row.count) : row[name];
+    });
+  }
+}
+
 // --- the page -------------------------------------------------------------------------------
 
 function head(run) {
@@ -319,6 +369,7 @@ function head(run) {
 
 make("h1", page, {}, shown.title);
 make("p", page, { class: "note" }, "raysft, " + shown.at);
+if (shown.prepared) prepared(page, shown.prepared);
 if (shown.sweep) sweep(page, shown.sweep);
 if (shown.runs.length === 1) head(shown.runs[0]);
 if (shown.runs.length) {

@@ -4,6 +4,7 @@
                    data.list               a shard's path a line; written once all are there
                    quarantine.jsonl        a line an utterance that could not be used
                    prepare.json            what was asked for, and what came of it
+                   prepare.html            the same for people
                    state/                  what is needed to go on
 
 Each shard is written whole, under its number, by whoever makes it; a preparation that was killed
@@ -33,7 +34,7 @@ from raysft.data.index.build import Index, build_index
 from raysft.data.sources.shards import LIST
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
-from raysft.prepare import embed, plan, shard
+from raysft.prepare import embed, plan, shard, summary
 from raysft.prepare.listener import Listener
 from raysft.prepare.tools import Tools
 
@@ -293,25 +294,21 @@ def spread(
 
 
 def _finish(folder: Path, index: Index, shards: int, made: int) -> Prepared:
-    """data.list, quarantine.jsonl and the figures."""
-    import pyarrow.parquet as pq
-
+    """data.list, quarantine.jsonl, the figures and their page."""
     rejected = list(index.rejected)
-    rows, seconds, hours = 0, 0.0, {}
     for number in range(shards):
         lines = (folder / "state" / f"{number:06d}.rejected").read_text().splitlines()
         rejected += [Quarantined(**json.loads(line)) for line in lines]
-        table = pq.read_table(_path(folder, number), columns=["seconds", "spk"])
-        rows += len(table)
-        seconds += float(np.sum(table.column("seconds").to_numpy()))
-        hours[number] = len(table)
     put = shard.put
     quarantine = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejected)
     put(folder / "quarantine.jsonl", quarantine.encode("utf-8", "surrogatepass"))
+    paths = [_path(folder, number) for number in range(shards)]
+    totals = summary.gather(paths)
     asked = json.loads((folder / NOTE).read_bytes())["asked"]
+    rows, seconds = len(totals.seconds), float(totals.seconds.sum())
     figures = {"rows": rows, "seconds": seconds, "shards": shards, "rejected": len(rejected)}
     put(folder / NOTE, json.dumps({"asked": asked, "made": figures}, indent=1).encode())
-    paths = "".join(f"{_path(folder, number).absolute()}\n" for number in range(shards))
-    put(folder / LIST, paths.encode())
+    put(folder / summary.PAGE, summary.page(folder, asked, totals, shards, len(rejected)))
+    put(folder / LIST, "".join(f"{path.absolute()}\n" for path in paths).encode())
     shutil.rmtree(folder / "state" / "parts", ignore_errors=True)
     return Prepared(folder / LIST, rows, seconds, shards, made, len(rejected))

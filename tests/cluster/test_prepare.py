@@ -99,6 +99,7 @@ def test_step_s_preparation_killed_twice_makes_the_same_shards(step: Path, tmp_p
         assert (made / name).read_bytes() == content
     lists = [(one / "data.list").read_text().split() for one in (whole, folder)]
     assert [Path(path).name for path in lists[0]] == [Path(path).name for path in lists[1]]
+    assert f'"utterances": {COUNT}' in (folder / "prepare.html").read_text()
     assert not list(folder.rglob(".*"))  # nothing half written is left
 
     told = {one.id: one for one in layouts.corpus(COUNT)}
