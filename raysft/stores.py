@@ -20,7 +20,8 @@ import io
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar, cast
@@ -41,7 +42,9 @@ _NEEDS = {
 }
 """What is to be installed for a protocol beside fsspec."""
 
+_Asked = TypeVar("_Asked")
 _Answer = TypeVar("_Answer")
+_AT_ONCE = 32  # requests
 _PAUSE, _LONGEST = 0.05, 0.5  # seconds between the tries of a request: 0.05, 0.15, 0.45
 _BLOCK = 1 << 22  # bytes fetched at once of an object that is read from its beginning
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -129,6 +132,14 @@ def is_dir(file: Path) -> bool:
 def is_file(file: Path) -> bool:
     """Whether there is such a file or object. Raises as `is_dir`."""
     return _kind(file) == "file" if is_remote(file) else file.is_file()
+
+
+def at_once(question: Callable[[_Asked], _Answer], items: Sequence[_Asked]) -> list[_Answer]:
+    """[question(item) for item in items], many of them waited for at once: each may be a request."""
+    if len(items) < 2:
+        return [question(item) for item in items]
+    with ThreadPoolExecutor(min(_AT_ONCE, len(items)), "stores") as pool:
+        return list(pool.map(question, items))
 
 
 def _kind(file: Path) -> object:

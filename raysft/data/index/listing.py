@@ -50,9 +50,9 @@ def listed(
     written, storage that does not answer.
     """
     jobs = [(source, file, folder) for source in resolved for file in source.files]
-    needed = [_needed(source, file) for source, file, _ in jobs]
+    needed = stores.at_once(lambda job: _needed(*job[:2]), jobs)
     todo = [job for job, need in zip(jobs, needed, strict=True) if need]
-    sizes = [_size(file) for _, file, _ in todo]
+    sizes = stores.at_once(lambda job: _size(job[1]), todo)
     made = iter(fan_out(_listing, todo, sizes, None, workers))
     places = iter([next(made) if need else file for (_, file, _), need in zip(jobs, needed)])
     return [replace(source, files=tuple(next(places) for _ in source.files)) for source in resolved]

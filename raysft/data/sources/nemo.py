@@ -16,10 +16,11 @@ from pathlib import Path, PurePosixPath
 from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources import tars
-from raysft.data.sources.base import clip_path, default_id, folder_of, load_record
+from raysft.data.sources.base import default_id, folder_of, load_record
 from raysft.data.sources.fielded import Fielded, told
 from raysft.data.sources.layout import fault, inside, listed
-from raysft.errors import BadExample, UserError
+from raysft.data.sources.webdataset import archive
+from raysft.errors import BadExample
 from raysft.json_types import JsonObject
 
 _SUB = re.compile(r"-sub\d+$")
@@ -83,16 +84,7 @@ class Nemo(Fielded):
 
 def _archives(file: Path, pattern: str) -> list[Path]:
     """The archives of a manifest, in order. Raises UserError where one is not there."""
-    found = []
-    for one in tars.expanded(pattern):
-        try:
-            place = stores.at(clip_path(one, file))
-        except BadExample as error:
-            raise UserError(f"tars: {error}") from None
-        if not stores.is_file(place):
-            raise UserError(f"tars: {place} does not exist")
-        found.append(place)
-    return found
+    return stores.at_once(lambda one: archive(one, file, "tars"), tars.expanded(pattern))
 
 
 def _members(archives: list[Path], shard: object) -> _Members:

@@ -66,7 +66,8 @@ class Shards(Layout):
             path = path / LIST
         if json_lines.head(path, 4) == b"PAR1":
             return [path]
-        return [_found(path, line.strip(), number) for number, line in lines(path)]
+        given = list(lines(path))
+        return stores.at_once(lambda one: _found(path, one[1].strip(), one[0]), given)
 
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A row each."""

@@ -21,6 +21,7 @@ from raysft.data.sources import json_lines, tars
 from raysft.data.sources.base import Split, clip_path, folder_of, load_record
 from raysft.data.sources.fields import names_audio_file, refuse_placeholders, refuse_unread
 from raysft.data.sources.layout import Layout, fault, inside, listed, seconds
+from raysft.data.sources.lines import lines
 from raysft.data.sources.tars import Member
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
@@ -44,10 +45,10 @@ class WebDataset(Layout):
         head = json_lines.head(path, 1 << 13)
         if tars.is_tar(head):
             return True
-        lines = head.split(b"\n")[:2]
-        return bool(lines[0].strip()) and all(
+        first = head.split(b"\n")[:2]
+        return bool(first[0].strip()) and all(
             line.strip().endswith(b".tar") and not line.lstrip().startswith((b"{", b"["))
-            for line in lines
+            for line in first
             if line.strip()
         )
 
@@ -57,22 +58,10 @@ class WebDataset(Layout):
             return sorted(path.glob("*.tar"))
         if tars.is_tar(json_lines.head(path, 512)):
             return [path]
-        with stores.opened(path) as stream:
-            lines = stream.read().decode("utf-8").splitlines()
-        found = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            for one in tars.expanded(line.strip()):
-                try:
-                    place = stores.at(clip_path(one, path))
-                    there = stores.is_file(place)
-                except BadExample as error:
-                    raise UserError(f"{path}:{number}: {error}") from None
-                if not there:
-                    raise UserError(f"{path}:{number}: {place} does not exist")
-                found.append(place)
-        return found
+        given = [
+            (number, one) for number, line in lines(path) for one in tars.expanded(line.strip())
+        ]
+        return stores.at_once(lambda one: archive(one[1], path, f"{path}:{one[0]}"), given)
 
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """The records of an archive."""
@@ -110,6 +99,17 @@ class WebDataset(Layout):
         speaker = next((record[n] for n in ("speaker", "spk", "speaker_id") if record.get(n)), None)
         name = next((record[n] for n in ("id", "utt") if record.get(n)), PurePosixPath(key).name)
         return listed(str(name), text, [clip], speaker=None if speaker is None else str(speaker))
+
+
+def archive(given: str, file: Path, where: str) -> Path:
+    """An archive that `file` names, which is there. Raises UserError, beginning with `where`."""
+    try:
+        place = stores.at(clip_path(given, file))
+    except BadExample as error:
+        raise UserError(f"{where}: {error}") from None
+    if not stores.is_file(place):
+        raise UserError(f"{where}: {place} does not exist")
+    return place
 
 
 def _is_shar(path: Path) -> bool:
