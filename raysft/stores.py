@@ -135,7 +135,7 @@ def is_file(file: Path) -> bool:
 
 
 def at_once(question: Callable[[_Asked], _Answer], items: Sequence[_Asked]) -> list[_Answer]:
-    """[question(item) for item in items], many of them waited for at once: each may be a request."""
+    """[question(item) for item in items], many waited for at once: each may be a request."""
     if len(items) < 2:
         return [question(item) for item in items]
     with ThreadPoolExecutor(min(_AT_ONCE, len(items)), "stores") as pool:

@@ -93,10 +93,10 @@ def _members(archives: list[Path], shard: object) -> _Members:
         raise BadExample(f"shard_id is {shard}, and tars names {len(archives)} archives")
     some = archives if not isinstance(shard, int) else [archives[shard]]
     found: _Members = {}
-    for archive in some:
-        for member in tars.members(archive):
-            found.setdefault(member.name.removeprefix("./"), (archive, member))
-            found.setdefault(PurePosixPath(member.name).name, (archive, member))
+    for one in some:
+        for member in tars.members(one):
+            found.setdefault(member.name.removeprefix("./"), (one, member))
+            found.setdefault(PurePosixPath(member.name).name, (one, member))
     return found
 
 
