@@ -9,6 +9,7 @@ import numpy as np
 RATE = 16_000
 
 Features = Callable[[np.ndarray], tuple[np.ndarray, int]]
+"""A clip -> float32 features with a batch of 1 in front, and their length in frames or samples."""
 
 
 def _wave() -> Features:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from raysft.errors import UserError
+from raysft.errors import BadExample, UserError
+from raysft.prepare.features import RATE, Features
 
 _LENGTHS = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
 
@@ -49,9 +50,25 @@ class OnnxModel:
         self._features, self._length = features[0], lengths[0] if lengths else None
         self.rank = len(self._features.shape)
 
-    def __call__(self, features: np.ndarray, length: int) -> np.ndarray:
-        """What it makes first, of float32 features with a batch of 1 in front. length: of them, in
-        frames or samples. Raises UserError where it refuses them."""
+    def hear(self, clip: np.ndarray, features: Features) -> np.ndarray:
+        """What it makes first, of a clip of float32 [samples]. Raises BadExample where the clip is
+        too short for it (a second is not), UserError where it refuses others."""
+        try:
+            return self._made(*features(clip))
+        except UserError:
+            if len(clip) >= RATE or not self._works(features):
+                raise
+            seconds = len(clip) / RATE
+            raise BadExample(f"too short for {self.path}: {seconds:.3f} s", "too short") from None
+
+    def _works(self, features: Features) -> bool:
+        try:
+            self._made(*features(np.zeros(RATE, np.float32)))
+        except UserError:
+            return False
+        return True
+
+    def _made(self, features: np.ndarray, length: int) -> np.ndarray:
         while features.ndim < self.rank:
             features = features[:, None]
         given: dict[str, np.ndarray] = {self._features.name: features}

@@ -40,6 +40,11 @@ from raysft.prepare.tools import Tools
 
 Progress = Callable[[JsonObject], None]
 NOTE = "prepare.json"
+_CHANGED = {
+    "index": "data.train has changed",
+    "prepare": "prepare has changed",
+    "tools": "data.speech_tokens, or the weights of a model, have changed",
+}
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,9 @@ def _claim(config: Config, folder: Path, index: Index, tools: Tools) -> None:
         found = json.loads(note.read_bytes())["asked"]
         changed = [name for name in asked if found.get(name) != asked[name]]
         if changed:
-            what = "data.train has changed" if "index" in changed else f"{changed[0]} has changed"
             raise UserError(
-                f"prepare.path: {folder} holds a preparation of something else ({what}): give "
+                f"prepare.path: {folder} holds a preparation of something else "
+                f"({_CHANGED[changed[0]]}): give "
                 "another folder, or remove this one"
             )
         return

@@ -30,10 +30,13 @@ class Campplus(Listener):
         """float32 [samples] -> float32 [dimensions]."""
         if len(clip) < WINDOW:
             raise BadExample(f"too short: {len(clip)} samples, a frame has {WINDOW}", "too short")
-        bank = kaldi_fbank(clip)
-        features = bank - bank.mean(axis=0, keepdims=True)
-        made = self.model(features[None], len(features))
+        made = self.model.hear(clip, _centred)
         return _vector(made.reshape(-1), f"{SPEAKERS}.path: {self.model.path}")
+
+
+def _centred(clip: np.ndarray) -> tuple[np.ndarray, int]:
+    bank = kaldi_fbank(clip)
+    return (bank - bank.mean(axis=0, keepdims=True))[None], len(bank)
 
 
 class XVector(Listener):

@@ -128,7 +128,9 @@ def _identity(settings: UnitsOfModels | Speakers) -> JsonObject:
     """Which weights a section's models have: a preparation that goes on needs the same."""
     found: JsonObject = {}
     if settings.model is not None:
-        base = identity.of(Model(path=settings.model, revision=settings.revision))
+        model = Model(path=settings.model, revision=settings.revision)
+        commit = identity.commit_of(model)  # of a hub id: what its newest is now
+        base = {"revision": commit} if commit else identity.of(model)
         found["model"] = dict(base) if base else None
     files = [settings.path]
     if isinstance(settings, UnitsOfModels):  # what is fitted says itself what it is of

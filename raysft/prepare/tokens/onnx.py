@@ -45,8 +45,7 @@ class Stream:
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def _of(self, chunk: np.ndarray) -> np.ndarray:
-        features, length = self.features(chunk)
-        made = self.model(features, length)
+        made = self.model.hear(chunk, self.features)
         where = f"{self.key}.path: {self.settings.path}"
         if self.centroids is not None:
             frames = made.reshape(-1, made.shape[-1])

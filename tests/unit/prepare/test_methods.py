@@ -11,12 +11,13 @@ import yaml
 from raysft import load_config
 from raysft.config import listeners
 from raysft.config.listeners import TOKENS, Method
-from raysft.config.prepare import UnitsOfModels
+from raysft.config.prepare import Speakers, UnitsOfModels
 from raysft.errors import UserError
 from raysft.prepare.check import check
 from raysft.prepare.listener import Listener
 from raysft.prepare.tools import Tools
 from tests.support import layouts
+from tests.support.listeners import saved
 
 
 def told(tmp_path: Path, **prepare: object) -> str:
@@ -60,6 +61,25 @@ def test_methods_of_models_are_not_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("data: {train: [x], speech_tokens: {method: codec}}\n")
     with pytest.raises(UserError, match=r"data\.speech_tokens\.method: .*prepare\.speech_tokens"):
         load_config(tmp_path / "c.yaml", model=False)
+
+
+def test_weights_that_are_replaced_are_others(tmp_path: Path) -> None:
+    """A preparation that goes on is held against them (prepare.json), not against their place."""
+    hubert = saved("hubert", tmp_path / "model")
+    onnx = tmp_path / "speaker.onnx"
+    onnx.write_bytes(b"one")
+
+    def facts() -> object:
+        settings = UnitsOfModels(model=str(hubert), layer=1)
+        return Tools(None, settings, Speakers(path=str(onnx)), tmp_path).facts()["models"]
+
+    first = facts()
+    assert facts() == first
+    onnx.write_bytes(b"two")
+    second = facts()
+    assert second != first
+    saved("hubert", hubert, seed=9)
+    assert facts() != second
 
 
 class Loudness(Listener):

@@ -13,7 +13,7 @@ import torch
 
 from raysft.config.prepare import TokenStream, UnitsOfModels
 from raysft.errors import BadExample, UserError
-from raysft.prepare.listener import Tokens, cleaned, deduplicated, trimmed
+from raysft.prepare.listener import Listener, Tokens, cleaned, deduplicated, trimmed
 from raysft.prepare.tokens.codec import Codec
 from raysft.prepare.tokens.kmeans import HiddenUnits
 from raysft.prepare.tokens.onnx import Streams
@@ -176,6 +176,26 @@ def test_a_model_that_is_no_codec_is_refused(tmp_path: Path, saved: Saved) -> No
         Codec(UnitsOfModels(method="codec", model=str(saved("hubert"))), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["hubert", "w2v_bert", *BOOKS, "step"])
+def test_a_clip_s_tokens_are_its_own(tmp_path: Path, saved: Saved, name: str) -> None:
+    """Whatever was heard before it: other clips, longer ones, in another order, or nothing."""
+
+    def fresh() -> Listener:
+        if name == "step":
+            return Streams(step(tmp_path), tmp_path)
+        if name in BOOKS:
+            return Codec(UnitsOfModels(method="codec", model=str(saved(name))), tmp_path)
+        return units(tmp_path, saved(name))[1]
+
+    some = clips(4, seconds=0.9)
+    one = fresh()
+    forward = [one.hear(clip).tolist() for clip in some]
+    backward = [one.hear(clip).tolist() for clip in some[::-1]][::-1]
+    alone = fresh().hear(some[2]).tolist()
+    assert forward == backward
+    assert forward[2] == alone
+
+
 def test_a_clip_that_a_model_cannot_hear_costs_itself(tmp_path: Path, saved: Saved) -> None:
     _, made = units(tmp_path, saved("hubert"))
     with pytest.raises(BadExample, match=r"too short for .*: 0\.006 s") as told:
@@ -312,3 +332,17 @@ def test_a_clip_is_scaled_and_its_silence_cut_before_it_is_heard() -> None:
     np.testing.assert_allclose(made, clip[start:stop] * (0.999 / np.abs(clip).max()), rtol=1e-6)
     assert RATE - 2000 < start < RATE
     np.testing.assert_array_equal(trimmed(np.zeros(5000, np.float32), RATE, 20), np.zeros(5000))
+
+
+def test_an_onnx_that_needs_more_of_a_clip_costs_the_clip(tmp_path: Path) -> None:
+    """This one reads blocks of 160 samples; of others, short ones may be too short for it."""
+    path = listeners.onnx_model(tmp_path / "wave.onnx", "wave", codes=5)
+    stream = TokenStream(path=str(path), codes=5)
+    made = Streams(UnitsOfModels(method="onnx", streams=[stream]), tmp_path)
+    assert len(made.hear(np.zeros(1600, np.float32))) == 10
+    with pytest.raises(BadExample, match=r"too short for .*wave\.onnx: 0\.100 s"):
+        made.hear(np.zeros(1601, np.float32))
+    with pytest.raises(
+        UserError, match=r"streams\.0\.path: .*wave\.onnx refuses features of \[1, "
+    ):
+        made.hear(np.zeros(RATE + 1, np.float32))
