@@ -2,9 +2,10 @@
 
     a1.flac  a1.txt         a1.flac  a1.json  ({"text": "hello", "speaker": "s1"})
 
-Members that follow each other and differ in their ending alone are one record: a clip, and its text
-as `txt` (or lab, trn, transcript), or in `json` under text, txt, transcript, transcription or
-sentence. A source is an archive, a pattern (a{000..127}.tar), a folder of archives, or a list of
+Members that follow each other and have one name up to its first dot (or, where there are several
+clips, up to a clip's ending) are one record: a clip, and its text as `txt` (or lab, trn,
+transcript), or in `json` under text, txt, transcript, transcription or sentence. Names that begin
+with `.` or `__` are passed over, as WebDataset does. A source is an archive, a pattern (a{000..127}.tar), a folder of archives, or a list of
 their paths, one a line. Clips are read out of the archives by their place; each archive is read
 through once, for its headers and texts.
 """
@@ -65,21 +66,31 @@ class WebDataset(Layout):
 
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """The records of an archive."""
-        for key, group in groupby(tars.members(file), lambda member: _stem(member.name)):
-            members = list(group)
-            try:
-                yield self._record(file, key, members)
-            except BadExample as error:
-                yield fault(key, str(error), f"{file.name}::{members[0].name}")
+        members = (one for one in tars.members(file) if not _hidden(one.name))
+        for _, group in groupby(members, lambda member: _key(member.name)):
+            for key, some in _records(list(group)):
+                try:
+                    yield self._record(file, key, some)
+                except BadExample as error:
+                    yield fault(key, str(error), f"{file.name}::{some[0].name}")
 
     def _record(self, file: Path, key: str, members: list[Member]) -> JsonObject:
         clips = [member for member in members if names_audio_file(member.name)]
-        others = {_ending(member.name): member for member in members if member not in clips}
         if not clips:
             names = ", ".join(member.name for member in members[:4])
-            raise BadExample(f"no clip among {names}")
+            raise BadExample(
+                f"no clip among {names}: what belongs to it has to lie beside it in the archive "
+                "(tar --sort=name)"
+            )
         if len(clips) > 1:
             raise BadExample(f"{len(clips)} clips of one name: {clips[0].name}, {clips[1].name}")
+        others: dict[str, Member] = {}
+        for member in members:
+            start, ending = f"{key}.", member.name[len(key) + 1 :].lower()
+            if member is clips[0] or not member.name.startswith(start):
+                continue
+            if others.setdefault(ending, member) is not member:
+                raise BadExample(f"{member.name} is in it twice")
         text = next((_text(file, others[end]) for end in TEXTS if end in others), None)
         record: JsonObject = {}
         if "json" in others:
@@ -91,7 +102,10 @@ class WebDataset(Layout):
             text = said if text is None else text
         if text is None:
             found = ", ".join(member.name for member in members)
-            raise BadExample(f"no text: expected {key}.txt or {key}.json with text; found {found}")
+            raise BadExample(
+                f"no text: expected {key}.txt or {key}.json with text beside it in the archive; "
+                f"found {found}"
+            )
         refuse_placeholders(text, "text")
         clip = inside(file, clips[0].name, clips[0][1:], folder_of(file))
         if (stated := seconds(record, "duration")) is not None:
@@ -116,18 +130,38 @@ def _is_shar(path: Path) -> bool:
     return next(path.glob("cuts.*.jsonl*"), None) is not None
 
 
-def _stem(name: str) -> str:
-    """Without the ending: what members of one record have in common."""
-    return name.removesuffix(f".{_ending(name)}")
+def _hidden(name: str) -> bool:
+    """What no program reads as data: .DS_Store, ._a1.flac, __meta__.json."""
+    return PurePosixPath(name).name.startswith((".", "__"))
 
 
-def _ending(name: str) -> str:
-    return PurePosixPath(name).suffix[1:].lower() if "." in PurePosixPath(name).name else ""
+def _key(name: str) -> str:
+    """Up to the first dot of its last part, as WebDataset has it."""
+    folder, bar, last = name.rpartition("/")
+    return f"{folder}{bar}{last.partition('.')[0]}"
+
+
+def _records(members: list[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """Members of one `_key` as records. WeNet's keys may hold dots: of several clips each is a
+    record, with what has its name up to its ending."""
+    clips = [one.name for one in members if names_audio_file(one.name)]
+    stems = [name[: name.rindex(".")] for name in clips]
+    if len(clips) == 1:
+        beside = any(one.name.startswith(f"{stems[0]}.") for one in members if one.name != clips[0])
+        yield (stems[0] if beside else _key(clips[0])), members
+        return
+
+    def stem(member: Member) -> str:
+        whose = [one for one in stems if member.name.startswith(f"{one}.")]
+        return max(whose, key=len, default=_key(member.name))
+
+    for key, some in groupby(members, stem):
+        yield key, list(some)
 
 
 def _text(file: Path, member: Member) -> str:
     try:
-        return tars.read(file, member).decode("utf-8").strip()
+        return tars.read(file, member).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadExample(
             f"{member.name} is not valid UTF-8: {error.reason} at byte {error.start}"
