@@ -110,6 +110,14 @@ def asking(place: str | Path) -> Iterator[None]:
         raise OSError(errno.EIO, f"{type(error).__name__}: {detail}", str(place)) from error
 
 
+def damage(error: Exception) -> str:
+    """What a library says of a file that it cannot make sense of, in a line. Raises `error` itself
+    where that is the storage's: it has a number then."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return first_line(error) or type(error).__name__
+
+
 def status(place: str) -> Status:
     """Of an object. Raises OSError; IsADirectoryError where it is a folder of objects."""
     info = _info(place)

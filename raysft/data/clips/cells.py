@@ -46,7 +46,6 @@ def read(cell: Cell) -> bytes:
 
 
 def _read_column(cell: Cell) -> list[bytes | None]:
-
     place = stores.at(cell.file)
     try:
         with stores.random_access(place) as stream:
@@ -60,8 +59,8 @@ def _read_column(cell: Cell) -> list[bytes | None]:
             "truncated",
         ) from None
     column = table.column(0)
-    for name in cell.column.split(".")[1:]:
-        column = pc.struct_field(column, name)
+    if pa.types.is_struct(column.type):  # of the name there may be dots in its own
+        column = pc.struct_field(column, cell.column.rpartition(".")[2])
     return column.to_pylist()
 
 

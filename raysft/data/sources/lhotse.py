@@ -12,19 +12,21 @@ clips (`CutSet.save_audios`).
 
 from __future__ import annotations
 
+import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources import json_lines, tars
-from raysft.data.sources.base import Split, clip_path, default_id, folder_of, load_record
+from raysft.data.sources.base import Split, clip_path, default_id, folder_of, load_record, text_field
 from raysft.data.sources.fields import refuse_unread
 from raysft.data.sources.json_files import first_records
-from raysft.data.sources.layout import Layout, below, fault, inside, listed
+from raysft.data.sources.layout import Layout, below, fault, inside, listed, seconds
 from raysft.errors import BadExample, UserError
-from raysft.json_types import Json, JsonObject
+from raysft.json_types import JsonObject
 
 _CUT = frozenset(
     [
@@ -55,6 +57,8 @@ _SUPERVISION = frozenset(
     ]
 )
 
+BEYOND = 0.1  # seconds that a supervision may reach beyond its cut
+
 
 class Lhotse(Layout):
     """The format `lhotse`."""
@@ -67,7 +71,10 @@ class Lhotse(Layout):
         """Whether it is a folder of Shar, or one of the first lines is a cut."""
         if stores.is_dir(path):
             return next(path.glob("cuts.*.jsonl*"), None) is not None
-        return any("supervisions" in record for record in first_records(path))
+        return any(
+            "supervisions" in record or record.get("type") in ("MixedCut", "PaddingCut")
+            for record in first_records(path)
+        )
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The manifests."""
@@ -91,14 +98,17 @@ class Lhotse(Layout):
             at = f"{file.name}:{item.line}"
             name = default_id(file, item.line)
             try:
-                cut = load_record(item.raw or b"")
+                if item.raw is None:
+                    raise BadExample(item.error or "")
+                cut = load_record(item.raw)
                 name = str(cut.get("id") or name)
                 text, speaker = _said(cut)
                 if members is None:
                     clip = _of_recording(cut, root, file)
-                elif name in members:
-                    archive = _archive(file)
-                    clip = inside(archive, members[name].name, members[name][1:], folder_of(file))
+                elif members.get(name):
+                    archive, member = _archive(file), members[name].popleft()
+                    clip = inside(archive, member.name, member[1:], folder_of(file))
+                    clip |= _part(cut, _recording(cut))
                 else:
                     raise BadExample(f"{name} is not in {_archive(file).name}")
             except BadExample as error:
@@ -117,12 +127,13 @@ def _archive(file: Path) -> Path:
     return file.with_name(f"recording.{number}.tar")
 
 
-def _members(archive: Path) -> dict[str, tars.Member]:
-    found = {}
+def _members(archive: Path) -> dict[str, deque[tars.Member]]:
+    """The recordings of an archive by their cut's id, in their order: several cuts may have one."""
+    found: dict[str, deque[tars.Member]] = {}
     for member in tars.members(archive):
         path = PurePosixPath(member.name)
         if path.suffix not in (".json", ".nometa", ".nodata"):
-            found[member.name.removesuffix(path.suffix)] = member
+            found.setdefault(member.name.removesuffix(path.suffix), deque()).append(member)
     return found
 
 
@@ -135,18 +146,28 @@ def _said(cut: JsonObject) -> tuple[str, str | None]:
     custom = cut.get("custom")
     if isinstance(custom, dict):
         refuse_unread(custom, frozenset(["texts", "shar_origin", "shar_epoch", "shard_origin"]))
-    supervisions = sorted(cut.get("supervisions") or [], key=lambda one: one.get("start") or 0)
+    given = cut.get("supervisions") or []
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        raise BadExample("field 'supervisions' is no list of objects")
+    supervisions = sorted(given, key=lambda one: seconds(one, "start") or 0.0)
     if not supervisions:
         raise BadExample("has no supervision, which holds its text")
-    texts, end = [], 0.0
+    texts: list[str] = []
+    end = -math.inf
+    length = seconds(cut, "duration")
     for one in supervisions:
         refuse_unread(one, _SUPERVISION)
-        start = one.get("start") or 0.0
+        start = seconds(one, "start") or 0.0
         if start < end - 0.01:
             raise BadExample(
                 "has supervisions that overlap: cut it to one each (trim_to_supervisions)"
             )
-        end = start + (one.get("duration") or 0.0)
+        end = start + (seconds(one, "duration") or 0.0)
+        if start < -BEYOND or (length is not None and end > length + BEYOND):
+            raise BadExample(
+                f"has a supervision from {start:g} to {end:g} s, of which not all is heard: cut it "
+                "at its supervisions (trim_to_supervisions)"
+            )
         text = one.get("text")
         more = one.get("custom")
         if text is None and isinstance(more, dict) and more.get("texts"):
@@ -159,25 +180,38 @@ def _said(cut: JsonObject) -> tuple[str, str | None]:
     return " ".join(texts), None if speaker is None else str(speaker)
 
 
-def _of_recording(cut: JsonObject, root: str, file: Path) -> JsonObject:
+def _recording(cut: JsonObject) -> JsonObject:
+    """Of a cut. Raises BadExample where it is none of one source."""
     recording = cut.get("recording")
     if not isinstance(recording, dict):
         raise BadExample("has no recording (cuts of features are not read)")
     if recording.get("transforms"):
         raise BadExample("has a recording with transforms: write its audio anew")
-    sources = recording.get("sources") or []
-    if len(sources) != 1:
-        raise BadExample(f"has a recording of {len(sources)} sources: write it as one file")
-    kind = sources[0].get("type")
+    sources = recording.get("sources")
+    if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], dict):
+        count = len(sources) if isinstance(sources, list) else 0
+        raise BadExample(f"has a recording of {count} sources: write it as one file")
+    return recording
+
+
+def _of_recording(cut: JsonObject, root: str, file: Path) -> JsonObject:
+    recording = _recording(cut)
+    source = recording["sources"][0]
+    kind = source.get("type")
     if kind not in ("file", "url"):
         raise BadExample(f"has a recording that is a {kind}: files and URLs are read")
-    path = clip_path(str(sources[0].get("source")), file, root)
-    clip: dict[str, Json] = {"path": below(path, folder_of(file))}
-    whole = recording.get("duration")
-    start, length = cut.get("start") or 0.0, cut.get("duration")
+    path = clip_path(text_field(source, "source"), file, root)
+    return {"path": below(path, folder_of(file)), **_part(cut, recording)}
+
+
+def _part(cut: JsonObject, recording: JsonObject) -> JsonObject:
+    """Which part of its recording a cut is, and which channel; nothing where it is all of it."""
+    clip: JsonObject = {}
+    whole, start = seconds(recording, "duration"), seconds(cut, "start") or 0.0
+    length = seconds(cut, "duration")
     if start or (length is not None and whole is not None and abs(length - whole) > 1e-3):
         clip |= {"start": start, "stop": None if length is None else start + length}
-    channels, channel = sources[0].get("channels") or [0], cut.get("channel", 0)
+    channels, channel = recording["sources"][0].get("channels") or [0], cut.get("channel", 0)
     wanted = channel if isinstance(channel, list) else [channel]
     if set(wanted) != set(channels):
         if len(wanted) != 1 or wanted[0] not in channels:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysft import stores
@@ -96,16 +97,31 @@ def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
                 rows = whole.read_row_group(group, columns=shown).to_pylist()
                 if not rows:
                     rows = [{}] * whole.metadata.row_group(group).num_rows
+                there = _there(whole, group, inner) if inner.endswith(".bytes") else None
                 for row, record in enumerate(rows):
                     number += 1
-                    cell = [below(str(file), folder), group, row, inner] if inner else None
+                    held = bool(inner) and (there is None or there[row])
+                    cell = [below(str(file), folder), group, row, inner] if held else None
                     yield _row(record, columns, file, number, given, {"cell": cell} if cell else {})
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{file}: damaged, or no Parquet: {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: damaged, or no Parquet: {stores.damage(error)}") from None
+
+
+def _there(whole: pq.ParquetFile, group: int, inner: str) -> list[bool] | None:
+    """Of which rows of a group there are bytes; None: of all. Without bytes a path is the clip's."""
+    meta = whole.metadata.row_group(group)
+    columns = [meta.column(number) for number in range(meta.num_columns)]
+    known = next((one.statistics for one in columns if one.path_in_schema == inner), None)
+    if known is not None and known.has_null_count and known.null_count == 0:
+        return None
+    column = whole.read_row_group(group, columns=[inner]).column(0)
+    return pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
 
 
 def _bytes_in(kind: pa.DataType, name: str) -> str:
     """The column of a clip's bytes; "": it holds paths. Raises UserError where it is neither."""
+    if pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type):
+        return ""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return f"{name}.bytes"
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -129,6 +145,8 @@ def _row(
     shown = audio.get("path") if isinstance(audio, dict) else None
     name = str(record.get(columns.get("id", ""), f"{file.stem}:{number}"))
     clip = None
+    if isinstance(audio, dict) and not place:
+        record[columns["audio"]] = shown
     if place:
         record[columns["audio"]] = shown
         clip = {"path": f"{file.name}::{shown or number}", **place}
@@ -144,7 +162,7 @@ def _arrow(file: Path, given: Source) -> Iterator[JsonObject]:
         raise UserError(f"{file}: Arrow is read from files of this system: copy it, or use Parquet")
     folder = folder_of(file)
     with pa.memory_map(str(file)) as mapped:
-        base = pa.py_buffer(mapped.read_buffer()).address
+        whole = pa.py_buffer(mapped.read_buffer())
         mapped.seek(0)
         try:
             form = pa.ipc.open_file if json_lines.head(file, 6) == b"ARROW1" else pa.ipc.open_stream
@@ -158,7 +176,7 @@ def _arrow(file: Path, given: Source) -> Iterator[JsonObject]:
             inner = _bytes_in(reader.schema.field(columns["audio"]).type, columns["audio"])
             number = 0
             for batch in batches:
-                places = _places(batch.column(columns["audio"]), inner, base)
+                places = _places(batch.column(columns["audio"]), inner, whole, file)
                 rest = batch.drop_columns([columns["audio"]]).to_pylist()
                 shown = _shown(batch.column(columns["audio"]), inner)
                 for row in range(batch.num_rows):
@@ -169,27 +187,36 @@ def _arrow(file: Path, given: Source) -> Iterator[JsonObject]:
                     yield _row(
                         record, columns, file, number, given, {"within": within} if within else {}
                     )
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{file}: damaged, or no Arrow: {error}") from None
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: damaged, or no Arrow: {stores.damage(error)}") from None
 
 
 def _shown(column: pa.Array, inner: str) -> list[object]:
     if inner.endswith(".bytes"):
-        names = column.type.get_field_index("path") >= 0 and column.field("path").to_pylist()
-        return [{"path": name} for name in names] if names else [{}] * len(column)
+        if column.type.get_field_index("path") < 0:
+            return [{}] * len(column)
+        return [{"path": name} for name in pc.struct_field(column, "path").to_pylist()]
     return column.to_pylist() if not inner else [None] * len(column)
 
 
-def _places(column: pa.Array, inner: str, base: int) -> list[tuple[int, int] | None]:
-    """(offset in the file, bytes) of each cell of a column of bytes."""
+def _places(
+    column: pa.Array, inner: str, whole: pa.Buffer, file: Path
+) -> list[tuple[int, int] | None]:
+    """(offset in the file, bytes) of each cell of a column of bytes; whole: the file's bytes."""
     if not inner:
         return []
     array = column.field("bytes") if inner.endswith(".bytes") else column
     _, ends, data = array.buffers()
     wide = pa.types.is_large_binary(array.type)
     offsets = np.frombuffer(ends, np.int64 if wide else np.int32)[array.offset :][: len(array) + 1]
-    valid = array.is_valid().to_pylist()
-    start = data.address - base if data is not None else 0
+    there = pc.struct_field(column, "bytes") if inner.endswith(".bytes") else column
+    valid = there.is_valid().to_pylist()
+    start = 0 if data is None else data.address - whole.address
+    if data is not None and not 0 <= start <= whole.size - data.size:
+        raise UserError(
+            f"{file}: its buffers are compressed, and clips are read out of it as they lie there: "
+            "write it without compression, or as Parquet"
+        )
     return [
         (start + int(offsets[i]), int(offsets[i + 1] - offsets[i])) if valid[i] else None
         for i in range(len(array))

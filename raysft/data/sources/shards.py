@@ -85,8 +85,8 @@ class Shards(Layout):
                         number += 1
                         place = places[row] if places else None
                         yield _row(record, file, group, row, number, place)
-        except pa.ArrowInvalid as error:
-            yield from _lost(file, str(error).splitlines()[0])
+        except (pa.ArrowException, OSError) as error:
+            yield from _lost(file, stores.damage(error))
 
 
 def _row(
@@ -94,7 +94,7 @@ def _row(
 ) -> JsonObject:
     folder = folder_of(file)
     path = below(str(file), folder)
-    name = str(record["utt"])
+    name = str(record["utt"] or f"{file.stem}:{number}")
     clip: JsonObject = {"path": f"{path}::{name}"}
     if place is None:
         clip["cell"] = [path, group, row, AUDIO]
