@@ -35,7 +35,7 @@ from raysft.data.sources.layout import Layout
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
-VERSION = 1
+VERSION = 2
 """Raise it when a layout lists otherwise than before."""
 
 _RACY_NS = 2_000_000_000
@@ -137,7 +137,10 @@ def _states(source: ResolvedSource, file: Path) -> list[list[str | int]] | None:
     if others is None:
         return None
     own = [] if stores.is_dir(file) else [file]
-    return [[str(one), *stores.state(one)] for one in (*own, *others)]
+    found: list[list[str | int]] = [[str(one), *stores.state(one)] for one in (*own, *others)]
+    if isinstance(form, Layout) and form.from_here:
+        found.append([os.getcwd(), 0, 0])
+    return found
 
 
 def _racy(states: list[list[str | int]]) -> bool:

@@ -35,7 +35,7 @@ from raysft.data.index import part as parts
 from raysft.data.index.part import Part
 from raysft.data.names import Naming
 from raysft.data.sources import ResolvedSource
-from raysft.data.sources.base import Item, default_id
+from raysft.data.sources.base import Item, default_id, origin
 from raysft.data.sources.records import OpenFile, Place, fetch
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -225,8 +225,10 @@ class Index:
         return [example.id for example in self.examples(rows)]
 
     def where(self, row: int) -> str:
-        """Data file and line (or number of the item) of an example."""
-        return f"{self._files[self._columns['file'][row]][0]}:{self._columns['line'][row]}"
+        """Data file and line (or number of the item, or of the record listed) of an example."""
+        file = Path(self._files[self._columns["file"][row]][0])
+        mark = ":" if origin(file) == file else ": record "
+        return f"{origin(file)}{mark}{self._columns['line'][row]}"
 
     def examples(self, rows: np.ndarray, named: bool = True) -> list[Example]:
         """The examples of `rows`, in their order; records are read in the order of the files.

@@ -12,7 +12,7 @@ from pathlib import Path
 from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split, folder_of
-from raysft.data.sources.layout import Layout, below, fault, listed
+from raysft.data.sources.layout import Layout, below, below_all, fault, listed
 from raysft.data.sources.lines import lines
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -56,7 +56,9 @@ class Aishell(Layout):
                 name, *words = line.split()
                 texts[name] = "".join(words)
         folder = folder_of(file)
-        for clip in sorted(file.rglob("*.wav")):
+        for clip in below_all(file):
+            if clip.suffix.lower() != ".wav":
+                continue
             path = below(str(clip), folder)
             if clip.stem not in texts:
                 yield fault(clip.stem, "has no line in transcript/", path)

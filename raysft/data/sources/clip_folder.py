@@ -12,7 +12,7 @@ from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split, folder_of
 from raysft.data.sources.fields import names_audio_file
-from raysft.data.sources.layout import Layout, below, fault, listed
+from raysft.data.sources.layout import Layout, below, below_all, fault, listed
 from raysft.data.sources.lines import lines
 from raysft.json_types import JsonObject
 
@@ -50,7 +50,7 @@ class ClipFolder(Layout):
         """A clip each; the first folder on the way to it is its speaker, else what is before the
         first `_` of its name."""
         folder = folder_of(file)
-        for clip in sorted(file.rglob("*")):
+        for clip in below_all(file):
             if clip.name.startswith(".") or not names_audio_file(clip.name):
                 continue
             path = below(str(clip), folder)
@@ -67,7 +67,8 @@ class ClipFolder(Layout):
 
 
 def _text_of(clip: Path) -> Path | None:
-    return next((text for end in _TEXTS if stores.is_file(text := clip.with_suffix(end))), None)
+    places = (clip.with_suffix(end) for lower in _TEXTS for end in (lower, lower.upper()))
+    return next((text for text in places if stores.is_file(text)), None)
 
 
 FORMAT = ClipFolder()

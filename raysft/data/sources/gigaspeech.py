@@ -17,7 +17,15 @@ from pathlib import Path
 from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources import json_items, json_lines
-from raysft.data.sources.base import clip_path, folder_of, load_record
+from raysft.data.sources.base import (
+    BOM,
+    clip_path,
+    default_id,
+    folder_of,
+    kind,
+    load_record,
+    text_field,
+)
 from raysft.data.sources.layout import Layout, below, fault, listed, seconds
 from raysft.errors import BadExample
 from raysft.json_types import JsonObject
@@ -39,7 +47,7 @@ class GigaSpeech(Layout):
         """Whether its head has the names."""
         if stores.is_dir(path):
             return False
-        head = json_lines.head(path)
+        head = json_lines.head(path).removeprefix(BOM)
         return head.lstrip()[:1] == b"{" and all(
             name in head for name in (b'"audios"', b'"segments"', b'"begin_time"')
         )
@@ -48,17 +56,30 @@ class GigaSpeech(Layout):
         """A segment each."""
         folder = folder_of(file)
         for item in json_items.items(file, key="audios"):
-            audio = load_record(item.raw or b"")
-            for segment in audio.get("segments") or []:
-                name = str(segment.get("sid"))
+            at = f"{file.name}: audio {item.line}"
+            try:
+                if item.raw is None:
+                    raise BadExample(item.error or "")
+                audio = load_record(item.raw)
+                path = clip_path(text_field(audio, "path"), file, given.root)
+                segments = audio.get("segments") or []
+                if not isinstance(segments, list):
+                    raise BadExample("field 'segments' is no list")
+            except BadExample as error:
+                yield fault(default_id(file, item.line), str(error), at)
+                continue
+            for number, segment in enumerate(segments, 1):
+                name = f"{audio.get('aid') or item.line}:{number}"
                 try:
-                    path = clip_path(str(audio.get("path")), file, given.root)
+                    if not isinstance(segment, dict):
+                        raise BadExample(f"is {kind(segment)}, expected an object")
+                    name = str(segment.get("sid") or name)
                     start, stop = seconds(segment, "begin_time"), seconds(segment, "end_time")
                     if start is None or stop is None:
                         raise BadExample("has no begin_time or no end_time")
-                    text = _text(str(segment.get("text_tn") or ""))
+                    text = _text(text_field(segment, "text_tn"))
                 except BadExample as error:
-                    yield fault(name, str(error), f"{file.name}: {audio.get('aid')}")
+                    yield fault(name, f"segment {name}: {error}", at)
                     continue
                 clip: JsonObject = {"path": below(path, folder), "start": start, "stop": stop}
                 speaker = segment.get("speaker") or audio.get("speaker")

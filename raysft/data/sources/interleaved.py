@@ -19,7 +19,7 @@ from raysft.data.example import Example, Woven
 from raysft.data.sources import alignments, json_lines
 from raysft.data.sources.base import Split, clip_path, default_id, id_field, load_record
 from raysft.data.sources.json_files import first_records
-from raysft.data.sources.layout import LISTED, Layout, fault, refuse_fault
+from raysft.data.sources.layout import LISTED, Layout, below_all, fault, refuse_fault
 from raysft.data.sources.lines import lines
 from raysft.data.weave import Word, on_units
 from raysft.errors import BadExample, UserError
@@ -89,7 +89,9 @@ def _found(file: Path) -> Iterator[tuple[str, str, Json, Json]]:
                 record, name = {}, default_id(file, item.line)
             yield name, at, record.get("units"), record.get("alignment")
         return
-    for units in sorted(file.rglob(f"*{_UNITS}")):
+    for units in below_all(file):
+        if not units.name.endswith(_UNITS):
+            continue
         stem = units.name.removesuffix(_UNITS)
         beside = [units.with_name(stem + end) for end in _ENDS]
         found = next((one for one in beside if stores.is_file(one)), None)

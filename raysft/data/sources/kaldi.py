@@ -32,6 +32,7 @@ class Kaldi(Layout):
 
     name = "kaldi"
     options = ("root", "commands")
+    from_here = True
     describe = "a Kaldi or ESPnet folder with wav.scp and text (segments, utt2spk)"
 
     def sniff(self, path: Path) -> bool:
@@ -50,9 +51,10 @@ class Kaldi(Layout):
         return [text]
 
     def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
-        """The other tables."""
-        found = [file.parent / name for name in _ALSO]
-        return [one for one in found if stores.is_file(one)]
+        """The other tables, and the first clip where it lies in the folder (see `_base`)."""
+        found = [one for name in _ALSO if stores.is_file(one := file.parent / name)]
+        first = _first(file.parent / "wav.scp") if file.parent / "wav.scp" in found else None
+        return [*found, first] if first is not None and stores.is_file(first) else found
 
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """An utterance of `text` each."""
@@ -61,9 +63,11 @@ class Kaldi(Layout):
         base = _base(folder, clips, given)
         segments = table(folder / "segments") if stores.is_file(folder / "segments") else None
         speakers = table(folder / "utt2spk") if stores.is_file(folder / "utt2spk") else {}
+        silent = dict.fromkeys(clips if segments is None else segments)
         for number, line in lines(file):
             name, _, text = line.strip().replace("\t", " ").partition(" ")
             try:
+                silent.pop(name, None)
                 start: float | None = None
                 stop: float | None = None
                 recording = name
@@ -83,6 +87,16 @@ class Kaldi(Layout):
             yield listed(
                 name, text.strip(), [clip], speaker=speakers.get(name), at=f"{file.name}:{number}"
             )
+        for name in silent:
+            yield fault(name, f"{name} has no line in text", str(file))
+
+
+def _first(scp: Path) -> Path | None:
+    """The first clip, where it is a path of this system."""
+    line = next((line.strip() for _, line in lines(scp)), "")
+    if line.endswith("|") or stores.is_remote(line) or stores.is_remote(scp):
+        return None
+    return scp.parent / line.replace("\t", " ").partition(" ")[2].strip()
 
 
 def _clip(value: str, given: Source, base: str, keep: Path | None) -> str:

@@ -14,10 +14,11 @@ they are meant, `start`, `stop` (seconds), `channel`, `seconds` (that it is said
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from raysft import paths
+from raysft import paths, stores
 from raysft.config.schema import Source
 from raysft.data.example import Audio, Cell, Example, Measured, Within
 from raysft.data.sources import json_lines
@@ -45,6 +46,8 @@ class Layout(json_lines.JsonLines):
     """The keys of an entry beyond those that all have, which it reads."""
     tags: frozenset[str] = frozenset()
     """Texts that are none; see `transcript`."""
+    from_here: bool = False
+    """Whether relative paths of clips may begin at the folder that the command runs in."""
 
     def lists(self, given: Source) -> bool:
         """Whether a source of this entry has to be listed: else its files are lines that `parse`
@@ -116,6 +119,28 @@ def below(path: str, folder: str) -> str:
     """`path` from `folder` on, where it lies below it: a corpus that moves is still the same."""
     start = f"{folder}/"
     return path[len(start) :] if path.startswith(start) else path
+
+
+def below_all(folder: Path) -> list[Path]:
+    """Every file below a folder, in a fixed order; links to folders are followed (each folder is
+    gone through once)."""
+    if stores.is_remote(folder):
+        return sorted(one for one in folder.rglob("*") if stores.is_file(one))
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        folders.sort()
+        state = os.stat(place)
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        found += [Path(place, name) for name in names]
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # a folder that may not be entered is no empty one
 
 
 def _clip(clip: Json, file: Path) -> Audio:

@@ -21,7 +21,14 @@ from pathlib import Path, PurePosixPath
 from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources import json_lines, tars
-from raysft.data.sources.base import Split, clip_path, default_id, folder_of, load_record, text_field
+from raysft.data.sources.base import (
+    Split,
+    clip_path,
+    default_id,
+    folder_of,
+    load_record,
+    text_field,
+)
 from raysft.data.sources.fields import refuse_unread
 from raysft.data.sources.json_files import first_records
 from raysft.data.sources.layout import Layout, below, fault, inside, listed, seconds
@@ -65,6 +72,7 @@ class Lhotse(Layout):
 
     name = "lhotse"
     options = ("root",)
+    from_here = True
     describe = "lhotse cuts (JSON lines with recording and supervisions), or a Shar folder"
 
     def sniff(self, path: Path) -> bool:

@@ -17,15 +17,20 @@ def lines(file: Path) -> Iterator[tuple[int, str]]:
     """
     with stores.opened(file) as stream:
         for number, raw in enumerate(stream, 1):
-            try:
-                line = raw.removeprefix(BOM if number == 1 else b"").decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file}:{number} is not valid UTF-8 ({error.reason} at byte {error.start}): "
-                    "iconv -f CODE -t UTF-8 FILE > NEW converts it, where CODE is its encoding"
-                ) from None
+            line = decoded(raw, file, number).rstrip("\r\n")
             if line.strip():
                 yield number, line
+
+
+def decoded(raw: bytes, file: Path, number: int) -> str:
+    """Line `number` of a file, from 1, as text. Raises UserError where it is no UTF-8."""
+    try:
+        return raw.removeprefix(BOM if number == 1 else b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}:{number} is not valid UTF-8 ({error.reason} at byte {error.start}): "
+            "iconv -f CODE -t UTF-8 FILE > NEW converts it, where CODE is its encoding"
+        ) from None
 
 
 def table(file: Path) -> dict[str, str]:

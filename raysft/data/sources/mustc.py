@@ -17,11 +17,11 @@ import yaml
 from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources import json_lines
-from raysft.data.sources.base import clip_path, folder_of
+from raysft.data.sources.base import clip_path, folder_of, kind, text_field
 from raysft.data.sources.layout import Layout, below, fault, listed, seconds
 from raysft.data.sources.lines import lines
-from raysft.errors import BadExample, UserError
-from raysft.json_types import JsonObject
+from raysft.errors import BadExample, UserError, first_line
+from raysft.json_types import Json, JsonObject
 
 
 class MustC(Layout):
@@ -47,13 +47,7 @@ class MustC(Layout):
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A segment each."""
         texts = [text.strip() for _, text in _all_lines(self._texts(file, given))]
-        with stores.opened(file) as stream:
-            segments = [
-                item
-                for line in stream.read().decode("utf-8").splitlines()
-                if line.strip()
-                for item in yaml.safe_load(line)
-            ]
+        segments = list(_segments(file))
         if len(texts) != len(segments):
             raise UserError(
                 f"{file} has {len(segments):,} segments, {self._texts(file, given).name} "
@@ -64,7 +58,9 @@ class MustC(Layout):
         for number, (segment, text) in enumerate(zip(segments, texts), 1):
             at = f"{file.name}:{number}"
             try:
-                wav = str(segment.get("wav"))
+                if not isinstance(segment, dict):
+                    raise BadExample(f"is {kind(segment)}, expected {{duration, offset, wav}}")
+                wav = text_field(segment, "wav")
                 path = clip_path(wav, file, root)
                 start, length = seconds(segment, "offset"), seconds(segment, "duration")
                 if start is None or length is None:
@@ -84,15 +80,28 @@ class MustC(Layout):
     def _texts(self, file: Path, given: Source) -> Path:
         found = [one for one in sorted(file.parent.glob(f"{file.stem}.*")) if one != file]
         wanted = (given.columns or {}).get("text")
+        names = ", ".join(one.suffix[1:] for one in found) or "none"
         if wanted is not None:
             found = [one for one in found if one.suffix == f".{wanted}"]
         if len(found) != 1:
-            names = ", ".join(one.suffix[1:] for one in found) or "none"
             raise UserError(
                 f"{file}: languages beside it: {names}; say whose lines are learnt: "
                 "columns: {text: de}"
             )
         return found[0]
+
+
+def _segments(file: Path) -> Iterator[Json]:
+    """Of the list, a line each, or over several lines. Raises UserError naming the line."""
+    texts = [line for _, line in _all_lines(file)]
+    starts = [n for n, line in enumerate(texts) if line.startswith("- ")]
+    for start, stop in zip(starts, [*starts[1:], len(texts)]):
+        try:
+            yield from yaml.safe_load("\n".join(texts[start:stop]))
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"{file}:{start + 1} is no segment in YAML: {first_line(error)}"
+            ) from None
 
 
 def _all_lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -4,7 +4,8 @@
 
 A clip is a path, from the manifest's folder where it is relative, or a list of them. With `tars` in
 the entry (`audio_{0..127}.tar`) the clips are members of these archives: of the one that `shard_id`
-numbers, else of any. `-sub1` before the ending is another part of the member without it.
+numbers (the last number of its name; its place where names have none), else of any. `-sub1` before
+the ending is another part of the member without it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from raysft.errors import BadExample
 from raysft.json_types import JsonObject
 
 _SUB = re.compile(r"-sub\d+$")
-_Members = dict[str, tuple[Path, tars.Member]]
+_NUMBER = re.compile(r"\d+")
+_Members = dict[str, tuple[Path, tars.Member] | None]
 
 
 class Nemo(Fielded):
@@ -66,9 +68,11 @@ class Nemo(Fielded):
         for item in self.items(file):
             at = f"{file.name}:{item.line}"
             try:
-                record = load_record(item.raw or b"")
+                if item.raw is None:
+                    raise BadExample(item.error or "")
+                record = load_record(item.raw)
                 name, clips, text, speaker = self.read(record, file, item.line)
-                shard = record.get("shard_id")
+                shard = _shard(record.get("shard_id"))
                 if shard not in by_shard:
                     by_shard[shard] = _members(archives, shard)
                 told_clips = []
@@ -87,17 +91,36 @@ def _archives(file: Path, pattern: str) -> list[Path]:
     return stores.at_once(lambda one: archive(one, file, "tars"), tars.expanded(pattern))
 
 
-def _members(archives: list[Path], shard: object) -> _Members:
-    """Members by name: of archive number `shard`, or of all."""
-    if isinstance(shard, int) and not 0 <= shard < len(archives):
-        raise BadExample(f"shard_id is {shard}, and tars names {len(archives)} archives")
-    some = archives if not isinstance(shard, int) else [archives[shard]]
+def _shard(given: object) -> int | None:
+    """Of a record. Raises BadExample."""
+    if isinstance(given, str) and given.strip().isdecimal():
+        given = int(given)
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool)):
+        raise BadExample(f"field 'shard_id' is {given!r}, expected a number", "malformed record")
+    return given
+
+
+def _members(archives: list[Path], shard: int | None) -> _Members:
+    """Members by name: of archive number `shard`, or of all. None: archives have it twice."""
+    some = archives
+    if shard is not None:
+        numbers = [_NUMBER.findall(archive.stem)[-1:] for archive in archives]
+        by_number = {int(found[0]): a for found, a in zip(numbers, archives) if found}
+        if len(by_number) < len(archives):  # not numbered, or by something else
+            by_number = dict(enumerate(archives))
+        if shard not in by_number:
+            known = f"{min(by_number)} to {max(by_number)}"
+            raise BadExample(f"shard_id is {shard}, and tars names the archives {known}")
+        some = [by_number[shard]]
     found: _Members = {}
+    ends: _Members = {}
     for one in some:
         for member in tars.members(one):
-            found.setdefault(member.name.removeprefix("./"), (one, member))
-            found.setdefault(PurePosixPath(member.name).name, (one, member))
-    return found
+            name = member.name.removeprefix("./")
+            found[name] = None if name in found else (one, member)
+            last = PurePosixPath(name).name
+            ends[last] = None if last in ends else (one, member)
+    return {**ends, **found}
 
 
 def _found(members: _Members, path: str) -> tuple[Path, tars.Member]:
@@ -105,7 +128,12 @@ def _found(members: _Members, path: str) -> tuple[Path, tars.Member]:
     whole = name.with_name(_SUB.sub("", name.stem) + name.suffix)
     for one in (str(name), name.name, str(whole), whole.name):
         if one in members:
-            return members[one]
+            if (place := members[one]) is None:
+                raise BadExample(
+                    f"field 'audio_filepath': {path} is in its tars more than once: name it as "
+                    "its member is named, or give shard_id"
+                )
+            return place
     raise BadExample(f"field 'audio_filepath': {path} is in none of its tars")
 
 

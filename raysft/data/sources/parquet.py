@@ -108,7 +108,7 @@ def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
 
 
 def _there(whole: pq.ParquetFile, group: int, inner: str) -> list[bool] | None:
-    """Of which rows of a group there are bytes; None: of all. Without bytes a path is the clip's."""
+    """Of which rows of a group there are bytes; None: of all. Without them a path is the clip's."""
     meta = whole.metadata.row_group(group)
     columns = [meta.column(number) for number in range(meta.num_columns)]
     known = next((one.statistics for one in columns if one.path_in_schema == inner), None)
@@ -212,7 +212,7 @@ def _places(
     there = pc.struct_field(column, "bytes") if inner.endswith(".bytes") else column
     valid = there.is_valid().to_pylist()
     start = 0 if data is None else data.address - whole.address
-    if data is not None and not 0 <= start <= whole.size - data.size:
+    if data is not None and data.size and not 0 <= start <= whole.size - data.size:
         raise UserError(
             f"{file}: its buffers are compressed, and clips are read out of it as they lie there: "
             "write it without compression, or as Parquet"

@@ -14,6 +14,7 @@ the file .ids beside it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,13 +72,13 @@ class Shards(Layout):
 
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A row each."""
+        number = 0
         try:
             with stores.random_access(file) as stream:
                 shard = pq.ParquetFile(stream)
                 names = [name for name in _LIGHT if name in shard.schema_arrow.names]
                 if missing := _NEEDED - set(shard.schema_arrow.names):
                     raise UserError(f"{file} has no column {', '.join(sorted(missing))}")
-                number = 0
                 for group in range(shard.num_row_groups):
                     rows = shard.read_row_group(group, columns=names).to_pylist()
                     places = _places(shard, group, rows, file)
@@ -86,7 +87,7 @@ class Shards(Layout):
                         place = places[row] if places else None
                         yield _row(record, file, group, row, number, place)
         except (pa.ArrowException, OSError) as error:
-            yield from _lost(file, stores.damage(error))
+            yield from _lost(file, stores.damage(error), number)
 
 
 def _row(
@@ -107,11 +108,12 @@ def _row(
     return listed(name, text, [clip], speaker=speaker, at=at, task=record.get("task"))
 
 
-def _lost(file: Path, reason: str) -> Iterator[JsonObject]:
+def _lost(file: Path, reason: str, read: int) -> Iterator[JsonObject]:
+    """The rows behind the first `read`."""
     ids = file.with_name(file.stem + IDS)
     if not stores.is_file(ids):
         raise UserError(f"{file}: damaged, or no Parquet: {reason}") from None
-    for _, name in lines(ids):
+    for _, name in islice(lines(ids), read, None):
         yield fault(name, f"its shard is damaged: {reason}", str(file))
 
 

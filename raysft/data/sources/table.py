@@ -12,9 +12,9 @@ quotes are text then; else commas do, and quotes are CSV's.
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from raysft import stores
 from raysft.config.schema import Source
@@ -22,10 +22,11 @@ from raysft.data.sources import json_lines
 from raysft.data.sources.base import BOM, clip_path, folder_of
 from raysft.data.sources.fields import refuse_unread
 from raysft.data.sources.layout import Layout, below, fault, listed, seconds
-from raysft.data.sources.lines import lines
+from raysft.data.sources.lines import decoded, lines
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
 
+CLIPS = "clips"
 AUDIO = ("audio", "path", "file_name", "wav", "audio_path", "audio_filepath", "file")
 TEXT = ("text", "sentence", "transcription", "transcript", "txt")
 SPEAKER = ("speaker", "speaker_id", "spk", "client_id")
@@ -54,32 +55,39 @@ class Table(Layout):
             return False
         return bool(set(names) & set(AUDIO)) and bool(set(names) & set(TEXT))
 
+    def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
+        """Common Voice's folder of clips, which may have come."""
+        clips = file.parent / CLIPS
+        return [] if stores.is_remote(file) or not stores.is_dir(clips) else [clips]
+
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A row each."""
         names, mark = _names(file)
         columns = chosen(names, given, file)
         common_voice = "client_id" in names and "sentence" in names
         root = given.root
-        if root is None and common_voice and stores.is_dir(file.parent / "clips"):
-            root = f"{folder_of(file)}/clips"
+        if root is None and common_voice and stores.is_dir(file.parent / CLIPS):
+            root = f"{folder_of(file)}/{CLIPS}"
         for at, row in _rows(file, mark):
             where = f"{file.name}:{at}"
             record: JsonObject = {n: value for n, value in zip(names, row) if value != ""}
             name = record.get(columns.get("id", ""))
             if name is None:
                 path = PurePosixPath(str(record.get(columns["audio"], "")))
-                name = path.stem if common_voice else f"{file.stem}:{at}"
+                name = path.stem if common_voice else ""
             try:
                 if len(row) != len(names):
                     raise BadExample(f"has {len(row)} columns, and the first line {len(names)}")
                 yield row_of(record, str(name), columns, where, file, root)
             except BadExample as error:
-                yield fault(str(name), str(error), where)
+                yield fault(str(name or where), str(error), where)
 
 
 def chosen(names: list[str], given: Source, file: Path) -> dict[str, str]:
     """Which column is the clip, the text, ... Raises UserError where one that is needed is not
     there."""
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"{file} has two columns {twice[0]!r}: rename one")
     columns: dict[str, str] = {str(what): name for what, name in (given.columns or {}).items()}
     for what, known in (("audio", AUDIO), ("text", TEXT), ("speaker", SPEAKER), ("id", ID)):
         found = next((name for name in known if name in names), None)
@@ -145,14 +153,24 @@ def _rows(file: Path, mark: str) -> Iterator[tuple[int, list[str]]]:
             if number > 1:
                 yield number, line.split("\t")
         return
-    text = io.StringIO("".join(f"{line}\n" for _, line in lines(file)))
-    reader = csv.reader(text, strict=True)
-    try:
-        next(reader, None)
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{file}:{reader.line_num}: {error}: its quotes do not close") from None
+    with stores.opened(file) as stream:
+        reader = csv.reader(_texts(file, stream), strict=True)
+        at = 0
+        try:
+            for row in reader:
+                if at and row:
+                    yield at + 1, row
+                at = reader.line_num
+        except csv.Error as error:
+            raise UserError(
+                f"{file}:{at + 1}: {error}: the quotes of its row do not close"
+            ) from None
+
+
+def _texts(file: Path, stream: BinaryIO) -> Iterator[str]:
+    """Lines with their ends, which may stand inside of quotes."""
+    for number, raw in enumerate(stream, 1):
+        yield decoded(raw, file, number)
 
 
 FORMAT = Table()

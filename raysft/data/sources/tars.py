@@ -43,7 +43,7 @@ def members(file: Path) -> Iterator[Member]:
                             "not followed: write the archive anew with tar --hard-dereference -h"
                         )
                     archive.members = []  # type: ignore[attr-defined]  # it keeps them all
-                _check_end(file, stream, archive.offset)  # type: ignore[attr-defined]
+                _check_end(file, stream, archive.offset)
         except tarfile.TarError as error:
             raise UserError(f"{file}: cut off, damaged, or no tar archive: {error}") from None
 

@@ -5,9 +5,9 @@
 Members that follow each other and have one name up to its first dot (or, where there are several
 clips, up to a clip's ending) are one record: a clip, and its text as `txt` (or lab, trn,
 transcript), or in `json` under text, txt, transcript, transcription or sentence. Names that begin
-with `.` or `__` are passed over, as WebDataset does. A source is an archive, a pattern (a{000..127}.tar), a folder of archives, or a list of
-their paths, one a line. Clips are read out of the archives by their place; each archive is read
-through once, for its headers and texts.
+with `.` or `__` are passed over, as WebDataset does. A source is an archive, a pattern
+(a{000..127}.tar), a folder of archives, or a list of their paths, one a line. Clips are read out of
+the archives by their place; each archive is read through once, for its headers and texts.
 """
 
 from __future__ import annotations
