@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from raysft.config.schema import SpeechTokens
 from tests.support import jobs, layouts, listeners
 
 pytestmark = pytest.mark.usefixtures("joined")
@@ -157,3 +158,30 @@ def test_what_is_wrong_with_a_model_is_one_line(step: Path, tmp_path: Path) -> N
     assert lines[-1].startswith(
         f"error: prepare.speakers.path: {broken}: no model that onnxruntime"
     )
+
+
+def test_tokens_that_a_run_makes_itself_are_in_shards_too(tmp_path: Path) -> None:
+    """data.speech_tokens: those of its centroids, which are fitted once and kept beside the list."""
+    from raysft.data.clips.audio import load
+    from raysft.data.clips.speech_tokens import load as fitted
+
+    told = layouts.corpus(5)
+    kaldi = layouts.LAYOUTS["kaldi"].write(tmp_path / "kaldi", told)
+    config = tmp_path / "own.yaml"
+    own = "speech_tokens: {clusters: 4, stack: 2}"
+    config.write_text(f"data: {{train: [{kaldi}], {own}}}\nprepare: {{rows: 3}}\n")
+    folder = tmp_path / "out"
+    done = jobs.call("prepare", config, f"prepare.path={folder}")
+    assert done.returncode == 0, done.stderr
+    tokenizer = fitted(SpeechTokens(clusters=4, stack=2), folder)
+    rows = [
+        row
+        for path in files(folder, "data.list")["data.list"].decode().split()
+        for row in pq.read_table(path).to_pylist()
+    ]
+    assert [row["utt"] for row in rows] == [one.id for one in told]
+    for row in rows:
+        expected = tokenizer.encode(load(row["wav"], 16000))
+        assert row["speech_token"] == expected.tolist()
+        assert row["tokens"] == len(expected) == row["samples"] // 160 // 2
+        assert row["utt_embedding"] is None
