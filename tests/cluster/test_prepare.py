@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_model_is_one_line(step: Path, tmp_path: Path) -> N
 
 
 def test_tokens_that_a_run_makes_itself_are_in_shards_too(tmp_path: Path) -> None:
-    """data.speech_tokens: those of its centroids, which are fitted once and kept beside the list."""
+    """data.speech_tokens: those of its centroids, which are fitted once, into the folder."""
     from raysft.data.clips.audio import load
     from raysft.data.clips.speech_tokens import load as fitted
 
@@ -174,14 +174,11 @@ def test_tokens_that_a_run_makes_itself_are_in_shards_too(tmp_path: Path) -> Non
     done = jobs.call("prepare", config, f"prepare.path={folder}")
     assert done.returncode == 0, done.stderr
     tokenizer = fitted(SpeechTokens(clusters=4, stack=2), folder)
-    rows = [
-        row
-        for path in files(folder, "data.list")["data.list"].decode().split()
-        for row in pq.read_table(path).to_pylist()
-    ]
+    paths = (folder / "data.list").read_text().split()
+    rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
     assert [row["utt"] for row in rows] == [one.id for one in told]
     for row in rows:
         expected = tokenizer.encode(load(row["wav"], 16000))
         assert row["speech_token"] == expected.tolist()
-        assert row["tokens"] == len(expected) == row["samples"] // 160 // 2
+        assert row["tokens"] == len(expected) == -(-row["samples"] // 160) // 2
         assert row["utt_embedding"] is None
