@@ -57,8 +57,8 @@ def of_data(given: str, folder: str | None = None) -> str:
     if folder is not None and is_store(folder) and not given.startswith(("/", "~", "file:")):
         scheme, _, place = folder.partition("://")
         host, _, below = place.partition("/")
-        joined = os.path.normpath(f"/{below}/{_local(given)}")
-        return f"{scheme}://{host}{joined}"
+        joined = os.path.normpath(f"{below}/{_local(given)}".lstrip("/"))  # of two it keeps both
+        return f"{scheme}://{host}/{joined}"
     return absolute(given, folder)
 
 

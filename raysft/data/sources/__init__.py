@@ -107,6 +107,8 @@ def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
         _check_options(source, form)
         for place in places:
             files += form.files(place, split)
+        if twice := [file for file, count in Counter(files).items() if count > 1]:
+            raise UserError(f"{twice[0]} is named twice: name it once, and raise its weight")
         for file in files if form.text else ():
             if stores.is_file(file) and (what := causes.binary(json_lines.head(file))):
                 raise UserError(f"{file} is {what}")
@@ -219,6 +221,8 @@ def _recognise(path: Path) -> Format:
         if not (what and form.text) and form.sniff(path):
             return form
     cause = f": it is {what}" if what else causes.foreign(path, head) if head else ""
+    if stores.is_dir(path):
+        cause = causes.folder(sorted(entry.name for entry in path.iterdir()))
     raise UserError(
         f"{path} is in no format that is known{': ' * (not what and bool(cause))}{cause}. Formats "
         f"(docs/formats.md shows a line of each; set the entry's format where it is one of these): "

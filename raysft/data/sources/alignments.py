@@ -67,8 +67,13 @@ def _ctm(file: Path, name: str) -> list[Interval]:
                 "malformed record",
             )
         if fields[0] == name:
-            start = float(fields[2])
-            found.append((fields[4], start, start + float(fields[3])))
+            try:
+                start, length = float(fields[2]), float(fields[3])
+            except ValueError:
+                raise BadExample(
+                    f"its alignment {file.name}:{number} has no two times", "malformed record"
+                ) from None
+            found.append((fields[4], start, start + length))
     if not found:
         raise BadExample(f"its alignment {file.name} has no line of {name}", "malformed record")
     return filled(found)
@@ -78,8 +83,10 @@ def listed(value: Json, name: str) -> list[Interval]:
     """A list of {word, start, end}, or of [word, start, end]; or an object that has it as `words`
     or `tiers.words.entries` (MFA's). Raises BadExample."""
     if isinstance(value, dict) and isinstance(value.get("tiers"), dict):
-        entries = value["tiers"].get("words", {}).get("entries", [])
-        return filled([(str(word), float(start), float(end)) for start, end, word in entries])
+        tier = value["tiers"].get("words")
+        entries = tier.get("entries") if isinstance(tier, dict) else None
+        if isinstance(entries, list) and all(isinstance(e, list) and len(e) == 3 for e in entries):
+            value = [[word, start, end] for start, end, word in entries]
     if isinstance(value, dict):
         value = value.get("words")
     if not isinstance(value, list):

@@ -49,6 +49,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"<!doctype", "an HTML page"),
     (b"<html", "an HTML page"),
 )
+_LISTS = (".csv", ".tsv", ".jsonl", ".json", ".list")
 _UNPACK = {"gzip": "gunzip", "zstd": "zstd -d", "xz": "unxz", "bzip2": "bunzip2"}
 
 # Other programs' records: fields that tell them, whose they are, and what to do.
@@ -146,6 +147,14 @@ def foreign(path: Path, head: bytes) -> str:
     return _of_table(path, lines)
 
 
+def folder(names: list[str]) -> str:
+    """What a user can do about a folder in no format, by the names in it; "" where none tells."""
+    lists = [name for name in names if name.lower().removesuffix(".gz").endswith(_LISTS)]
+    if not lists:
+        return ""
+    return f"name the file that lists its examples ({', '.join(lists[:5])}) instead of the folder"
+
+
 def _first_record(text: str, lines: list[str]) -> JsonObject | None:
     for line in lines[:20]:
         try:
@@ -221,9 +230,14 @@ def _of_table(path: Path, lines: list[str]) -> str:
         if counts[0] and len(lines) > 1 and min(counts) >= 1:
             columns = next(csv.reader(lines[:1], delimiter=mark))
             shown = ", ".join(column.strip()[:30] for column in columns[:6])
+            remedy = (
+                "say which are the clip's and the text's (format: table, columns: {audio: NAME, "
+                "text: NAME})"
+                if mark in "\t,"
+                else "write it with tabs or commas (format table)"
+            )
             return (
-                f"it looks like a table with {name} between its columns ({shown}): say which are "
-                "the clip's and the text's (format: table, columns: {audio: NAME, text: NAME}), or "
+                f"it looks like a table with {name} between its columns ({shown}): {remedy}, or "
                 "write its rows as JSON lines"
             )
     first = lines[0].split()

@@ -79,10 +79,10 @@ class Fielded(JsonFiles, Layout):
         text = _field(record, self.said)
         refuse_placeholders(text, _first(record, self.said))
         named = self.paths(record)
-        own = {*self.audio, *self.said, *self.names, *self.speakers, *self.harmless}
+        field = _first(record, self.audio)
+        own = {field, *self.said, *self.names, *self.speakers, *self.harmless}
         own |= {name for name in (self.start, self.stop, self.length) if name}
         refuse_unread(record, frozenset(own), clip=named[0])
-        field = _first(record, self.audio)
         try:
             clips = [self._part(record, clip_path(path, file, root)) for path in named]
         except BadExample as error:

@@ -83,10 +83,13 @@ def _found(file: Path) -> Iterator[tuple[str, str, Json, Json]]:
         for item in json_lines.items(file):
             at = f"{file.name}:{item.line}"
             try:
-                record = load_record(item.raw or b"")
+                if item.raw is None:
+                    raise BadExample(item.error or "")
+                record = load_record(item.raw)
                 name = id_field(record, file, item.line)
-            except BadExample:
-                record, name = {}, default_id(file, item.line)
+            except BadExample as error:
+                yield default_id(file, item.line), f"{at}: {error}", None, None
+                continue
             yield name, at, record.get("units"), record.get("alignment")
         return
     for units in below_all(file):

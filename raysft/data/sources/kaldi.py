@@ -153,7 +153,8 @@ def _output(command: str, keep: Path) -> str:
         if done.returncode:
             temporary.unlink()
             said = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-            raise BadExample(f"has a command that fails ({command[:60]}): {' '.join(said)}")
+            why = " ".join(said) or f"exit status {done.returncode}"
+            raise BadExample(f"has a command that fails ({command[:60]}): {why}")
         os.replace(temporary, place)
     return str(place)
 

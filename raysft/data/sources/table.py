@@ -142,7 +142,10 @@ def _names(file: Path) -> tuple[list[str], str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}:1 is not valid UTF-8 ({error.reason})") from None
     mark = "\t" if "\t" in line else ","
-    names = line.split("\t") if mark == "\t" else next(csv.reader([line]), [])
+    try:
+        names = line.split("\t") if mark == "\t" else next(csv.reader([line]), [])
+    except csv.Error as error:
+        raise UserError(f"{file}:1 is no line of names: {error}") from None
     return [name.strip() for name in names], mark
 
 

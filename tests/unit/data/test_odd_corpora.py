@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from raysft import paths
 from raysft.config.schema import Source
 from raysft.data.clips import audio
 from raysft.data.index.build import Index, build_index
+from raysft.data.sources.interleaved import Interleaved
 from raysft.errors import UserError
 from tests.support.indexes import Encoder
 from tests.support.layouts import RATE, corpus, jsonl, tar, written
@@ -134,6 +137,13 @@ def test_tarred_manifests_find_their_own_member(tmp_path: Path) -> None:
 
 def test_a_range_that_counts_down_is_said(tmp_path: Path) -> None:
     assert "{5..2} holds nothing" in refusal(tmp_path / "{5..2}.tar", tmp_path / "i")
+
+
+def test_an_archive_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    """Its examples could not be told apart."""
+    two(tmp_path / "a.tar")
+    (tmp_path / "s.list").write_text("a.tar\n./a.tar\n")
+    assert "a.tar is named twice" in refusal(tmp_path / "s.list", tmp_path / "i")
 
 
 # --- Parquet and Arrow
@@ -390,3 +400,63 @@ def test_a_faulty_segment_of_mustc_is_named(tmp_path: Path) -> None:
     assert "languages beside it: en;" in refusal(path, tmp_path / "i", columns={"text": "de"})
     path.write_text(good + "- {duration: [\n")
     assert "t.yaml:3 is no segment in YAML" in refusal(path, tmp_path / "i")
+
+
+def test_a_folder_with_a_list_in_it_is_told_to_be_named_by_the_list(tmp_path: Path) -> None:
+    written(tmp_path / "d", US[:1])
+    (tmp_path / "d" / "metadata.csv").write_text(f"file_name,text\n{US[0].id}.flac,hi\n")
+    said = refusal(tmp_path / "d", tmp_path / "i")
+    assert "name the file that lists its examples (metadata.csv)" in said
+
+
+def test_an_alignment_without_times_costs_its_utterance(tmp_path: Path) -> None:
+    (tmp_path / "a.ctm").write_text("a 1 x 0.1 word\n")
+    entries = {"tiers": {"words": {"entries": [["word"]]}}}
+    good = [{"word": w, "start": n / 50, "end": (n + 1) / 50} for n, w in enumerate("abc")]
+    path = jsonl(
+        tmp_path / "x.jsonl",
+        [
+            {"id": "a", "units": "1 2 3", "alignment": "a.ctm"},
+            {"id": "b", "units": "1 2 3", "alignment": entries},
+            {"id": "c", "units": "1 2 3", "alignment": good},
+        ],
+    )
+    with path.open("a") as stream:
+        stream.write("{broken\n")
+    found = list(Interleaved().records(path, Source(path=str(path))))
+    assert [record["id"] for record in found if "fault" not in record] == ["c"]
+    faults = str([record for record in found if "fault" in record])
+    for says in ("a.ctm:1 has no two times", "no list of words", "x.jsonl:4: not valid JSON"):
+        assert says in faults
+
+
+@pytest.mark.parametrize("given", ["a b.flac", "./a b.flac"])
+def test_paths_in_a_list_at_the_top_of_a_bucket(given: str) -> None:
+    assert paths.of_data(given, "s3://bucket") == "s3://bucket/a b.flac"
+    assert paths.of_data(given, "s3://bucket/x") == "s3://bucket/x/a b.flac"
+
+
+def test_a_second_clip_of_a_record_is_not_left_unheard(tmp_path: Path) -> None:
+    written(tmp_path, US[:2])
+    one, other = f"{US[0].id}.flac", f"{US[1].id}.flac"
+    path = jsonl(
+        tmp_path / "m.jsonl",
+        [
+            {"file_name": one, "text": "a", "audio": other},
+            {"file_name": one, "text": "b", "audio": f"./{one}"},
+        ],
+    )
+    index = indexed(path, tmp_path / "i")
+    assert heard(index) == {"m:2": ("b", 0)}
+    assert f"field 'audio' names audio ('{other}') that would not be heard" in reasons(index)
+
+
+@pytest.mark.parametrize(
+    ("mark", "end", "says"),
+    [(";", "\n", "semicolons .* write it with tabs or commas"), (",", "\r", "end with .r alone")],
+)
+def test_a_table_of_other_marks_is_said(tmp_path: Path, mark: str, end: str, says: str) -> None:
+    rows = [("file_name", "text"), (f"{US[0].id}.flac", "hi")]
+    path = tmp_path / "m.csv"
+    path.write_bytes("".join(mark.join(row) + end for row in rows).encode())
+    assert re.search(says, refusal(path, tmp_path / "i"))
