@@ -31,7 +31,7 @@ from raysft.data.index.fan_out import fan_out
 from raysft.data.index.part import digest_of, writing
 from raysft.data.sources import OPTIONS, ResolvedSource
 from raysft.data.sources.base import ORIGIN
-from raysft.data.sources.layout import Layout
+from raysft.data.sources.layout import Layout, fault
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
@@ -121,11 +121,22 @@ def _write(source: ResolvedSource, file: Path, target: Path, keep: Path) -> None
     with target.open("wb") as stream:
         if isinstance(form, Layout) and given is not None and form.lists(given):
             for record in form.records(file, given, keep):
-                line = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
-                stream.write(line + b"\n")
+                stream.write(_line(record, file) + b"\n")
         else:
             with stores.opened(file) as origin:
                 shutil.copyfileobj(origin, stream, 1 << 20)
+
+
+def _line(record: JsonObject, file: Path) -> bytes:
+    """A record as JSON in UTF-8, or what is wrong where a name in it is in no UTF-8."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        quote = text.rfind('"', 0, error.start) + 1
+        shown = text[quote : text.find('"', error.start)].encode("ascii", "backslashreplace")
+        reason = f"the name {shown.decode()} is not in UTF-8: rename it (convmv)"
+        return json.dumps(fault(shown.decode(), reason, str(file))).encode()
 
 
 def _states(source: ResolvedSource, file: Path) -> list[list[str | int]] | None:

@@ -460,3 +460,14 @@ def test_a_table_of_other_marks_is_said(tmp_path: Path, mark: str, end: str, say
     path = tmp_path / "m.csv"
     path.write_bytes("".join(mark.join(row) + end for row in rows).encode())
     assert re.search(says, refusal(path, tmp_path / "i"))
+
+
+def test_a_name_that_is_no_utf_8_is_shown(tmp_path: Path) -> None:
+    top = tmp_path / "d"
+    top.mkdir()
+    for name, n in ((b"\xe9", 0), (b"b", 1)):
+        for end, content in ((b".flac", FLACS[n]), (b".txt", b"hi")):
+            Path(os.fsdecode(os.fsencode(top) + b"/" + name + end)).write_bytes(content)
+    index = indexed(top, tmp_path / "i")
+    assert heard(index) == {"b": ("hi", 1)}
+    assert r"\udce9 is not in UTF-8: rename it" in reasons(index)
