@@ -90,6 +90,9 @@ class Source(Section):
         None,
         description="table, parquet: which column holds what, as {audio: path, text: sentence}",
     )
+    subset: str | None = Field(
+        None, description="gigaspeech: whose segments are taken: XL, L, M, S, XS, DEV or TEST"
+    )
     document_start: NonNegativeInt | None = Field(
         None,
         description="token_ids: the id that begins a document, where a row packs several (USDM: 1)",

@@ -34,7 +34,7 @@ from raysft.errors import BadExample, UserError
 
 __all__ = ["ResolvedSource", "formats", "get", "read", "register", "resolve", "resolve_all", "scan"]
 
-OPTIONS = ("root", "tars", "columns", "commands", "document_start")
+OPTIONS = ("root", "tars", "columns", "commands", "document_start", "subset")
 """Keys of an entry that only some formats read."""
 AUTO = "auto"  # a source's format: by the content of its files
 _registered: dict[str, Format] = {}

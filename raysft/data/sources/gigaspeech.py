@@ -27,8 +27,8 @@ from raysft.data.sources.base import (
     text_field,
 )
 from raysft.data.sources.layout import Layout, below, fault, listed, seconds
-from raysft.errors import BadExample
-from raysft.json_types import JsonObject
+from raysft.errors import BadExample, UserError
+from raysft.json_types import Json, JsonObject
 
 _MARKS = {" <COMMA>": ",", " <PERIOD>": ".", " <QUESTIONMARK>": "?", " <EXCLAMATIONPOINT>": "!"}
 _GARBAGE = frozenset(["<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"])
@@ -39,7 +39,7 @@ class GigaSpeech(Layout):
     """The format `gigaspeech`."""
 
     name = "gigaspeech"
-    options = ("root",)
+    options = ("root", "subset")
     describe = "GigaSpeech's JSON: audios with path and segments"
     tags = _GARBAGE
 
@@ -74,6 +74,8 @@ class GigaSpeech(Layout):
                     if not isinstance(segment, dict):
                         raise BadExample(f"is {kind(segment)}, expected an object")
                     name = str(segment.get("sid") or name)
+                    if not _meant(segment.get("subsets"), given.subset, file):
+                        continue
                     start, stop = seconds(segment, "begin_time"), seconds(segment, "end_time")
                     if start is None or stop is None:
                         raise BadExample("has no begin_time or no end_time")
@@ -85,6 +87,24 @@ class GigaSpeech(Layout):
                 speaker = segment.get("speaker") or audio.get("speaker")
                 speaker = None if speaker in (None, "N/A") else str(speaker)
                 yield listed(name, text, [clip], speaker=speaker, at=f"{file.name}: {name}")
+
+
+def _meant(subsets: Json, wanted: str | None, file: Path) -> bool:
+    """Whether a segment of these subsets (["{L}", "{XL}"]) is of the one that is wanted. Raises
+    UserError where none is named and it is kept for evaluation; BadExample."""
+    if subsets is None:
+        subsets = []
+    if not isinstance(subsets, list):
+        raise BadExample(f"has subsets that are {kind(subsets)}, expected a list")
+    own = {str(name).strip("{}").upper() for name in subsets}
+    if wanted is not None:
+        return wanted.strip("{}").upper() in own
+    if kept := sorted(own & {"DEV", "TEST"}):
+        raise UserError(
+            f"{file} has segments of {kept[0]} beside others: say whose are meant (subset: XL, L, M, "
+            "S, XS, DEV or TEST)"
+        )
+    return True
 
 
 def _text(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -162,3 +163,15 @@ def test_a_folder_whose_files_name_no_split_is_for_training(tmp_path: Path) -> N
     (tmp_path / "dev.json").write_text(item)
     with pytest.raises(UserError, match=r"has no file named \*train\*\.json"):
         sources.resolve(Source(path=str(tmp_path)), "train")
+
+
+def test_segments_kept_for_evaluation_are_not_trained_on_unasked(tmp_path: Path) -> None:
+    path = LAYOUTS["gigaspeech"].write(tmp_path / "data", US)
+    tree = json.loads(path.read_text())
+    for number, segment in enumerate(tree["audios"][0]["segments"]):
+        segment["subsets"] = ["{TEST}"] if number == 1 else ["{L}", "{XL}"]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"has segments of TEST beside others: .*subset: XL"):
+        indexed(path, LAYOUTS["gigaspeech"], tmp_path / "index")
+    for subset, count in (("xl", len(US) - 1), ("{TEST}", 1)):
+        assert len(indexed(path, LAYOUTS["gigaspeech"], tmp_path / "index", subset=subset)) == count
