@@ -101,8 +101,8 @@ def _meant(subsets: Json, wanted: str | None, file: Path) -> bool:
         return wanted.strip("{}").upper() in own
     if kept := sorted(own & {"DEV", "TEST"}):
         raise UserError(
-            f"{file} has segments of {kept[0]} beside others: say whose are meant (subset: XL, L, M, "
-            "S, XS, DEV or TEST)"
+            f"{file} has segments of {kept[0]} beside others: say whose are meant (subset: XL, L, "
+            "M, S, XS, DEV or TEST)"
         )
     return True
 
