@@ -76,17 +76,24 @@ def _kept(text: PretrainedConfig, net: nn.Module, width: int) -> float:
 
     Counted in transformers' own layers (Llama, Qwen3) with all weights trained; adapters keep less.
     """
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    size = getattr(text, "head_dim", None) or hidden // heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
+    hidden = text.hidden_size
+    heads = _number(text, "num_attention_heads") or 1
+    size = _number(text, "head_dim") or hidden / heads
+    groups = _number(text, "num_key_value_heads") or heads
     names = {name.rpartition(".")[2] for name, _ in net.named_modules()}
     gated = bool({"gate_proj", "gate_up_proj"} & names) or hasattr(text, "num_experts")
-    inner = text.intermediate_size
-    if experts := getattr(text, "num_experts_per_tok", None):
-        inner = experts * (getattr(text, "moe_intermediate_size", None) or inner)
+    inner = _number(text, "intermediate_size", "decoder_ffn_dim", "ffn_dim", "d_ff") or 4 * hidden
+    if experts := _number(text, "num_experts_per_tok"):
+        inner = experts * (_number(text, "moe_intermediate_size") or inner)
     normed = 2 * hidden + (heads + groups) * size * ("q_norm" in names)
     attention = 2 * (heads + groups) * size
     return normed * (8 + width) + width * (attention + inner * (4 if gated else 2))
+
+
+def _number(text: PretrainedConfig, *names: str) -> float:
+    """The first of these that a config has, the mean where it has one a layer; 0: none."""
+    value = next((getattr(text, name) for name in names if getattr(text, name, None)), 0)
+    return sum(value) / len(value) if isinstance(value, list | tuple) else float(value)
 
 
 def _buffers(config: Config) -> float:

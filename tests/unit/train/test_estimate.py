@@ -13,14 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
 
 from raysft import worker
 from raysft.config import Config
 from raysft.data.encode import make_encoder
 from raysft.parallel import World, make_strategy
-from raysft.train.estimate import estimate
-from tests.support import worlds
-from tests.support.model_zoo import batch_of, sequences
+from raysft.train.estimate import _kept, estimate
+from tests.support import audio_tiny, worlds
+from tests.support.model_zoo import CONFIGS, batch_of, sequences
 
 WORKERS = 2
 MODEL = {
@@ -134,6 +135,21 @@ OTHERS: dict[str, dict[str, Any]] = {
     "llama": {**MODEL, "model_type": "llama", "num_key_value_heads": 4, "vocab_size": 32000},
     "wide": {**MODEL, "intermediate_size": 1536, "num_hidden_layers": 2},
 }
+
+
+ALL = {f"text {name}": config for name, config in CONFIGS.items()}
+ALL |= {f"audio {name}": tiny.config for name, tiny in audio_tiny.TINY.items()}
+ALL |= {"whisper": {"model_type": "whisper"}, "moonshine": {"model_type": "moonshine"}}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_layer_of_any_model_keeps_something(name: str) -> None:
+    """Whatever its config calls the sizes of its layers."""
+    given = dict(ALL[name])
+    config = AutoConfig.for_model(given.pop("model_type"), **given)
+    text = config.get_text_config()
+    assert text.vocab_size and text.num_hidden_layers
+    assert 20 * text.hidden_size < _kept(text, torch.nn.Module(), 4) < 600 * text.hidden_size
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
