@@ -162,7 +162,7 @@ def main() -> None:
         print(json.dumps(once(given.folder, given.run)))
         return
     options = results_io.arguments(__doc__.splitlines()[0])
-    clips, rounds = (64, 1) if options.quick else (4_000, 5)
+    clips, rounds = (64, 1) if options.quick else (3_000, 3)
     load = os.getloadavg()[0]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in (*OURS, *THEIRS)}
     with tempfile.TemporaryDirectory() as scratch:
