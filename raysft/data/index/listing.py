@@ -31,7 +31,7 @@ from raysft.data.index.fan_out import fan_out
 from raysft.data.index.part import digest_of, writing
 from raysft.data.sources import OPTIONS, ResolvedSource
 from raysft.data.sources.base import ORIGIN
-from raysft.data.sources.layout import Layout, fault
+from raysft.data.sources.layout import Layout, fault, here, running_in
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
@@ -49,12 +49,13 @@ def listed(
     Raises UserError naming the source: a file whose structure is broken, a folder that cannot be
     written, storage that does not answer.
     """
-    jobs = [(source, file, folder) for source in resolved for file in source.files]
+    where = here()  # not that of a task of Ray
+    jobs = [(source, file, folder, where) for source in resolved for file in source.files]
     needed = stores.at_once(lambda job: _needed(*job[:2]), jobs)
     todo = [job for job, need in zip(jobs, needed, strict=True) if need]
     sizes = stores.at_once(lambda job: _size(job[1]), todo)
     made = iter(fan_out(_listing, todo, sizes, None, workers))
-    places = iter([next(made) if need else file for (_, file, _), need in zip(jobs, needed)])
+    places = iter([next(made) if need else file for (_, file, *_), need in zip(jobs, needed)])
     return [replace(source, files=tuple(next(places) for _ in source.files)) for source in resolved]
 
 
@@ -74,10 +75,11 @@ def _size(file: Path) -> int:
     return patience.known(size, file)
 
 
-def _listing(job: tuple[ResolvedSource, Path, Path], _: None) -> Path:
-    source, file, folder = job
+def _listing(job: tuple[ResolvedSource, Path, Path, str], _: None) -> Path:
+    source, file, folder, where = job
     try:
-        return patience.known(lambda: _made(source, file, folder), file)
+        with running_in(where):
+            return patience.known(lambda: _made(source, file, folder), file)
     except UserError as error:
         raise UserError(f"{source.key}: {error}") from error
 
@@ -150,7 +152,7 @@ def _states(source: ResolvedSource, file: Path) -> list[list[str | int]] | None:
     own = [] if stores.is_dir(file) else [file]
     found: list[list[str | int]] = [[str(one), *stores.state(one)] for one in (*own, *others)]
     if isinstance(form, Layout) and form.from_here:
-        found.append([os.getcwd(), 0, 0])
+        found.append([here(), 0, 0])
     return found
 
 

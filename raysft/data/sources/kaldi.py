@@ -19,7 +19,7 @@ from pathlib import Path
 from raysft import paths, stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split, clip_path, folder_of
-from raysft.data.sources.layout import Layout, below, fault, listed
+from raysft.data.sources.layout import Layout, below, fault, here, listed
 from raysft.data.sources.lines import lines, table
 from raysft.errors import BadExample, UserError
 from raysft.json_types import Json, JsonObject
@@ -119,7 +119,7 @@ def _base(folder: Path, clips: dict[str, str], given: Source) -> str:
     first = next((path for path in clips.values() if not path.endswith("|")), None)
     if first is None or os.path.isabs(first) or paths.is_store(first) or stores.is_remote(folder):
         return folder_of(folder / "text")
-    return str(folder.absolute()) if (folder / first).exists() else os.getcwd()
+    return str(folder.absolute()) if (folder / first).exists() else here()
 
 
 def _path(value: str, base: str) -> str:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from raysft import paths, stores
@@ -35,6 +37,22 @@ from raysft.errors import BadExample
 from raysft.json_types import Json, JsonObject
 
 LISTED = "listed"
+_here: ContextVar[str | None] = ContextVar("here", default=None)
+
+
+def here() -> str:
+    """The folder the command runs in, also in a process that lists for it elsewhere."""
+    return _here.get() or os.getcwd()
+
+
+@contextmanager
+def running_in(folder: str) -> Iterator[None]:
+    """`folder` is where the command runs, for the length of a `with` block."""
+    token = _here.set(folder)
+    try:
+        yield
+    finally:
+        _here.reset(token)
 
 
 class Layout(json_lines.JsonLines):

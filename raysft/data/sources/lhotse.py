@@ -13,7 +13,6 @@ clips (`CutSet.save_audios`).
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -31,7 +30,7 @@ from raysft.data.sources.base import (
 )
 from raysft.data.sources.fields import refuse_unread
 from raysft.data.sources.json_files import first_records
-from raysft.data.sources.layout import Layout, below, fault, inside, listed, seconds
+from raysft.data.sources.layout import Layout, below, fault, here, inside, listed, seconds
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
 
@@ -101,7 +100,7 @@ class Lhotse(Layout):
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A cut each."""
         members = _members(_archive(file)) if _is_shar(file) else None
-        root = given.root or (folder_of(file) if stores.is_remote(file) else os.getcwd())
+        root = given.root or (folder_of(file) if stores.is_remote(file) else here())
         for item in json_lines.items(file):
             at = f"{file.name}:{item.line}"
             name = default_id(file, item.line)

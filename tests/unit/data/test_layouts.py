@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 from raysft.config.schema import Source
 from raysft.data import sources
 from raysft.data.clips import audio
+from raysft.data.index import listing
 from raysft.data.index.build import Index, build_index
 from raysft.errors import UserError
 from tests.support.indexes import Encoder
@@ -175,3 +179,29 @@ def test_segments_kept_for_evaluation_are_not_trained_on_unasked(tmp_path: Path)
         indexed(path, LAYOUTS["gigaspeech"], tmp_path / "index")
     for subset, count in (("xl", len(US) - 1), ("{TEST}", 1)):
         assert len(indexed(path, LAYOUTS["gigaspeech"], tmp_path / "index", subset=subset)) == count
+
+
+def test_relative_clips_begin_where_the_command_runs_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in processes that list from elsewhere, as tasks of Ray do."""
+    folders = []
+    for number in range(2):
+        place = LAYOUTS["lhotse"].write(tmp_path / "data" / str(number), US)
+        text = gzip.decompress(place.read_bytes()).decode()
+        plain = place.with_name(f"cuts{number}.jsonl")
+        plain.write_text(text.replace(str(tmp_path) + "/", ""))
+        folders.append(Source(path=str(plain)))
+    monkeypatch.chdir(tmp_path)
+    resolved = sources.resolve_all(folders, "train")
+    real = listing.fan_out
+
+    def elsewhere(*args: Any, **more: Any) -> Any:
+        with contextlib.chdir("/"):
+            return real(*args, **more)
+
+    monkeypatch.setattr(listing, "fan_out", elsewhere)
+    for source in listing.listed(resolved, tmp_path / "index", 1):
+        (found, *_) = sources.scan(replace(source, given=None), source.files[0])
+        assert found.example is not None
+        assert audio.probe(found.example.audio()[0]).samples == len(US[0].samples)
