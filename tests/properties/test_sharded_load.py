@@ -132,7 +132,11 @@ def curve(
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+    "case",
+    [
+        pytest.param(case, marks=() if case in ("fsdp", "zero3") else pytest.mark.slow)
+        for case in CASES | SLOW
+    ],
 )
 def test_a_model_that_is_read_when_it_is_sharded_trains_as_one_read_whole(
     case: str, tmp_path: Path

@@ -383,4 +383,4 @@ def test_a_long_ledger_is_not_held_in_memory() -> None:
         return found
 
     peak(100)  # what is imported and kept once
-    assert peak(3200) < 1.1 * peak(800) < 1_000_000  # their ids take 10 MB and 2.5 MB
+    assert peak(1600) < 1.25 * peak(400) < 1_000_000  # their ids take 5 MB and 1.2 MB

@@ -129,6 +129,7 @@ def test_the_index_is_the_same_for_any_chunking_and_number_of_processes(
     assert contents(build(tmp_path / "j", file, units, workers=1)) == found
 
 
+@pytest.mark.slow
 def test_ray_tasks_give_the_same_index_and_their_errors_are_readable(tmp_path, small_chunks):
     ray = pytest.importorskip("ray")
     file, units = corpus(tmp_path), most(tmp_path / "units.json", 60)

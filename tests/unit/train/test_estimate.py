@@ -98,7 +98,7 @@ def measure(rank: int, folder: Path, keys: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-QUICK = [("fsdp", "none", "fp32"), ("fsdp", "lora", "bf16")]
+QUICK = [("fsdp", "lora", "bf16")]
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(
