@@ -22,7 +22,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -47,6 +49,8 @@ _Answer = TypeVar("_Answer")
 _AT_ONCE = 32  # requests
 _PAUSE, _LONGEST = 0.05, 0.5  # seconds between the tries of a request: 0.05, 0.15, 0.45
 _BLOCK = 1 << 22  # bytes fetched at once of an object that is read from its beginning
+_FIRST = 1 << 16  # bytes fetched at first: mostly no more than the head is wanted
+_remembered: ContextVar[dict[tuple[object, ...], object] | None] = ContextVar("seen", default=None)
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
@@ -128,7 +132,48 @@ def status(place: str) -> Status:
 
 def _info(place: str) -> dict[str, object]:
     path = _path(place)
-    return _asked(place, lambda: path.fs.info(path.path))
+    return recall(("info", place), lambda: _asked(place, lambda: path.fs.info(path.path)))
+
+
+def entries(folder: Path, most: int) -> list[tuple[Path, bool]]:
+    """Up to `most` of a folder's entries by name, and whether each is a folder. Raises OSError."""
+    if is_remote(folder):
+        path = _path(str(folder))
+        found = _asked(str(folder), lambda: path.fs.ls(path.path, detail=True))
+        there = {str(one["name"]).rstrip("/").rpartition("/")[2]: one["type"] for one in found}
+        named = [(folder / name, kind == "directory") for name, kind in there.items() if name]
+    else:
+        with os.scandir(folder) as found:
+            named = [(folder / one.name, one.is_dir()) for one in islice(found, most)]
+    return sorted(named)[:most]
+
+
+def below(folder: Path) -> list[Path]:
+    """Every object below a folder of a store. Raises OSError."""
+    path = _path(str(folder))
+    top = path.path.rstrip("/")
+    found = _asked(str(folder), lambda: path.fs.find(path.path))
+    return [folder / str(name)[len(top) + 1 :] for name in sorted(found)]
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Within a `with` block what `recall` was told stays so: many who look share one look."""
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
+def recall(key: tuple[object, ...], look: Callable[[], _Answer]) -> _Answer:
+    """look(), or within `remembering` what it came to for this key before."""
+    known = _remembered.get()
+    if known is None:
+        return look()
+    if key not in known:
+        known[key] = look()
+    return cast(_Answer, known[key])
 
 
 def is_dir(file: Path) -> bool:
@@ -263,6 +308,7 @@ class _Object(io.RawIOBase):
         self._size = status(self._place).size
         self._at = 0
         self._block, self._start = b"", 0
+        self._next = _FIRST
 
     def readable(self) -> bool:
         """Always."""
@@ -286,8 +332,11 @@ class _Object(io.RawIOBase):
         """Fill `buffer`, or what is left of the block."""
         inside = self._at - self._start
         if not 0 <= inside < len(self._block):
+            behind = inside - len(self._block)
+            on = bool(self._block) and 0 <= behind <= len(self._block)  # read on, or nearly
+            self._next = min(4 * self._next, _BLOCK) if on else _FIRST
             left = max(0, self._size - self._at)  # behind the end a store refuses to read
-            self._block = read(self._place, self._at, min(left, max(_BLOCK, len(buffer))))
+            self._block = read(self._place, self._at, min(left, self._next))
             self._start, inside = self._at, 0
         data = self._block[inside : inside + len(buffer)]
         buffer[: len(data)] = data

@@ -12,19 +12,17 @@ import numpy as np
 
 from raysft.config.prepare import Prepare
 from raysft.data.clips.audio import Limits
-from raysft.data.encode import Encoder
-from raysft.data.encode.base import Encoded
-from raysft.data.example import Audio, Example, Units
+from raysft.data.example import Example
 from raysft.data.index.build import Index
 from raysft.prepare.shard import spoken
 
 BYTES_A_SECOND = 32_000  # of 16-bit samples at 16 kHz
 
 
-class Lengths(Encoder):
+class Lengths:
     """Measures clips and nothing else: for an index of what is not trained on."""
 
-    sample_rate = 16_000
+    sample_rate: int | None = 16_000
     fingerprint = "lengths"
 
     def __init__(self, limits: Limits) -> None:
@@ -39,15 +37,9 @@ class Lengths(Encoder):
         """Nothing is computed of it."""
         return 0.0
 
-    def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
-        """Nothing is encoded."""
-        raise NotImplementedError
-
-    def part_encoded(
-        self, part: Audio | Units, clip: np.ndarray | None, rng: np.random.Generator | None
-    ) -> Encoded:
-        """Nothing is encoded."""
-        raise NotImplementedError
+    def lengthened(self) -> Lengths:
+        """Itself."""
+        return self
 
 
 def cuts(index: Index, settings: Prepare) -> list[tuple[int, int]]:

@@ -145,7 +145,7 @@ def pair(home: Path, config: Config, number: int) -> tuple[list[BaseProcess], Pa
     return [fork(lead, config, meeting), fork(follow, config, meeting)], meeting
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", [pytest.param("folder", marks=pytest.mark.slow), "objects"])
 def test_no_orphan_of_a_killed_driver_writes_after_the_next_owner_has_begun(
     place: str, times: int, home: Path

@@ -113,7 +113,7 @@ def probe(clip: Audio | str, limits: Limits = Limits()) -> Probed:
     if (known := clip.measured) is not None:
         _check_length(clip.path, known.samples, known.rate, limits)
         return Probed(known.samples, known.rate, size, mtime_ns, known.channels)
-    with _opened(clip) as file, closing(_track(file, limits)) as track:
+    with _opened(clip, size) as file, closing(_track(file, limits)) as track:
         samples = track.samples
         if samples is None:
             samples = _counted(file, track, limits.max_seconds)
@@ -155,7 +155,7 @@ def load(
     of_file = ANY if clip.part else limits
     # A part may be little of its file, which is then not read whole for it.
     with (
-        _opened(clip, hold=not clip.part) as file,
+        _opened(clip, state[0], hold=not clip.part) as file,
         closing(_track(file, of_file)) as track,
     ):
         own_rate = track.rate
@@ -258,9 +258,9 @@ def _clip(clip: Audio | str) -> Audio:
 
 
 @contextmanager
-def _opened(clip: Audio, hold: bool = False) -> Iterator[File]:
+def _opened(clip: Audio, size: int, hold: bool = False) -> Iterator[File]:
     """A file to decode. Raises OSError where a read of it failed, whatever was made of that."""
-    with closing(File(clip.path, hold, clip.bytes, clip.held)) as file:
+    with closing(File(clip.path, hold, clip.bytes, clip.held, size)) as file:
         try:
             yield file
         except Exception as error:

@@ -49,10 +49,11 @@ class File:
         hold: bool = False,
         content: bytes | None = None,
         held: Within | Cell | None = None,
+        size: int | None = None,
     ) -> None:
         """path: of the file, or what messages call it. hold: read it once, as it will be needed
         whole, unless it is very large. content: all of it, where it is no file of the system's.
-        held: where it lies in another file."""
+        held: where it lies in another file. size: of a whole object, where it is known."""
         self.path = path
         self.error: OSError | None = None
         self._content = content
@@ -71,7 +72,7 @@ class File:
         if not self._remote:
             self._handle = os.open(self._place, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.size = self._whole() if within is None else within.size
+            self.size = self._whole(size) if within is None else within.size
             if within is not None and self._handle is not None:
                 there = os.fstat(self._handle).st_size
                 if there < within.offset + within.size:
@@ -85,11 +86,11 @@ class File:
             self.close()
             raise
 
-    def _whole(self) -> int:
+    def _whole(self, known: int | None) -> int:
         """Bytes of a file that lies in no other."""
         if self._handle is not None:
             return os.fstat(self._handle).st_size
-        return stores.status(self._place).size
+        return stores.status(self._place).size if known is None else known
 
     @property
     def held(self) -> bool:

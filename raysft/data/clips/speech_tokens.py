@@ -85,19 +85,7 @@ class KMeans(SpeechTokenizer):
         """
         front_end = _front_end(config.features, config.mels)
         rows = [_stacked(clip, front_end, config.stack) for clip in islice(clips, config.fit_clips)]
-        points = np.concatenate(rows) if rows else np.zeros((0, config.stack * config.mels))
-        rng = np.random.default_rng(seed)
-        most = POINTS_PER_CLUSTER * config.clusters
-        if len(points) > most:
-            points = points[np.sort(rng.choice(len(points), most, replace=False))]
-        distinct = len(np.unique(points, axis=0))
-        if distinct < config.clusters:
-            raise UserError(
-                f"data.speech_tokens.clusters: {config.clusters} clusters, but the {len(rows)} "
-                f"clips fitted on have only {distinct} different units: give more clips "
-                "(data.speech_tokens.fit_clips) or fewer clusters"
-            )
-        centroids = lloyd(points, spread(points, config.clusters, rng))
+        centroids = fitted(rows, config.clusters, seed, "data.speech_tokens")
         return cls(centroids, config.features, config.mels, config.stack)
 
     @property
@@ -189,6 +177,26 @@ def load(config: SpeechTokens, folder: Path) -> SpeechTokenizer:
     if centroids.shape[1:] != (config.stack * config.mels,):
         raise UserError(f"data.speech_tokens: {path} is damaged: its centroids do not fit its mels")
     return KMeans(centroids, config.features, config.mels, config.stack)
+
+
+def fitted(rows: list[np.ndarray], clusters: int, seed: int, key: str) -> np.ndarray:
+    """float32 [clusters, values]: centroids of the points of all clips, rows: float32 [points,
+    values] of each, or of a sample of them.
+
+    key: of the settings, for a UserError where there are fewer different points than clusters.
+    """
+    points = np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)
+    rng = np.random.default_rng(seed)
+    most = POINTS_PER_CLUSTER * clusters
+    if len(points) > most:
+        points = points[np.sort(rng.choice(len(points), most, replace=False))]
+    distinct = len(np.unique(points, axis=0))
+    if distinct < clusters:
+        raise UserError(
+            f"{key}.clusters: {clusters} clusters, but the {len(rows)} clips fitted on have only "
+            f"{distinct} different units: give more clips ({key}.fit_clips) or fewer clusters"
+        )
+    return lloyd(points, spread(points, clusters, rng))
 
 
 def _front_end(features: str, mels: int) -> FrontEnd:

@@ -82,6 +82,23 @@ class Renders(Protocol):
         """The answer in a generated text."""
 
 
+class Measures(Protocol):
+    """What an index asks: how long an example is. Of `Encoder`, and of what only measures."""
+
+    sample_rate: int | None
+    fingerprint: str
+    limits: Limits
+
+    def measure(self, example: Example, samples: Items[int]) -> int:
+        """See `Encoder.measure`."""
+
+    def workload(self, example: Example, samples: Items[int]) -> float:
+        """See `Encoder.workload`."""
+
+    def lengthened(self) -> Measures:
+        """See `Encoder.lengthened`."""
+
+
 class Encoder(ABC):
     """Turns examples into sequences. Picklable, and free of torch unless its features need it.
 

@@ -23,7 +23,7 @@ import numpy as np
 from raysft import patience
 from raysft.config.schema import Source
 from raysft.data import sources as formats
-from raysft.data.encode import Encoder
+from raysft.data.encode.base import Measures
 from raysft.data.index import part as parts
 from raysft.data.index.chunks import fit
 from raysft.data.index.fan_out import Progress, fan_out
@@ -52,7 +52,7 @@ _AGAIN = 4096  # items of a cached part that are measured again in one job
 def build_index(
     sources: list[Source],
     split: Split,
-    encoder: Encoder,
+    encoder: Measures,
     folder: Path,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -211,7 +211,7 @@ def _say_repeated(index: Index, split: Split) -> None:
 
 
 def _replaced(
-    cached: list[Part | None], encoder: Encoder, workers: int | None, progress: Progress | None
+    cached: list[Part | None], encoder: Measures, workers: int | None, progress: Progress | None
 ) -> list[frozenset[int]]:
     """Of each cached part the lines whose clips are not as they were when they were measured."""
     if encoder.sample_rate is None:

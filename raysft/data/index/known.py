@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysft import patience
-from raysft.data.encode import Encoder
+from raysft.data.encode.base import Measures
 from raysft.data.index import part as parts
 from raysft.data.index.table import Index, Repeats
 from raysft.data.sources import ResolvedSource
@@ -41,7 +41,7 @@ class Known:
         files: Sequence[tuple[ResolvedSource, Path]],
         digests: Sequence[str],
         places: Sequence[Path],
-        encoder: Encoder,
+        encoder: Measures,
         folder: Path,
     ) -> Known:
         """For files with these digests, whose parts lie at `places`."""

@@ -40,7 +40,7 @@ from raysft import patience
 from raysft.data import names, sources
 from raysft.data.clips import audio
 from raysft.data.clips.states import Piece, States, at_once, changed
-from raysft.data.encode import Encoder
+from raysft.data.encode.base import Measures
 from raysft.data.example import Audio, Example
 from raysft.data.sources import ResolvedSource
 from raysft.data.sources.base import Chunk, Format, Item, Survey, default_id, origin
@@ -220,7 +220,7 @@ def _state(file: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def measure(job: Job, encoder: Encoder) -> Part:
+def measure(job: Job, encoder: Measures) -> Part:
     """Parse, probe and measure a job's items. Raises UserError where no example of a kind fits."""
     # Garbage is looked for among all objects alive, more of them with every item: a quarter of it.
     collects = gc.isenabled()
@@ -232,7 +232,7 @@ def measure(job: Job, encoder: Encoder) -> Part:
             gc.enable()
 
 
-def _measure(job: Job, encoder: Encoder) -> Part:
+def _measure(job: Job, encoder: Measures) -> Part:
     form = sources.get(job.source.format)
 
     def read() -> list[Item]:
@@ -299,7 +299,7 @@ def _names_itself(form: Format, item: Item, example: Example, job: Job) -> bool:
     return form.parse(item.raw, job.file, item.line + 1, job.source.task).id == default
 
 
-def replaced(piece: Piece, encoder: Encoder) -> list[int]:
+def replaced(piece: Piece, encoder: Measures) -> list[int]:
     """Lines of a part's examples whose clips are not as they were; piece: one of `Part.clips`."""
     return changed(piece, encoder.limits)
 
@@ -326,7 +326,7 @@ class _Clip:
     kind: str | None = None
 
 
-def _probe_all(clips: set[Audio], encoder: Encoder) -> dict[Audio, _Clip]:
+def _probe_all(clips: set[Audio], encoder: Measures) -> dict[Audio, _Clip]:
     """Lengths of clips at the encoder's rate, from their headers; {} where it takes no clips.
 
     Of files of which parts are clips: each is asked once.
@@ -366,7 +366,7 @@ def _asked(
     return at_once(question, sorted(clips, key=lambda clip: clip.path), limits) if clips else {}
 
 
-def part_path(source: ResolvedSource, file: Path, encoder: Encoder, folder: Path) -> Path:
+def part_path(source: ResolvedSource, file: Path, encoder: Measures, folder: Path) -> Path:
     """Where the part of a file is cached. The place counts: clips may be relative to it."""
     lengths = (encoder.limits.min_seconds, encoder.limits.max_seconds)
     facts = (str(file), source.format, source.task, encoder.fingerprint, lengths)

@@ -29,7 +29,7 @@ import numpy as np
 from raysft import patience
 from raysft.data import names
 from raysft.data import sources as formats
-from raysft.data.encode import Encoder
+from raysft.data.encode.base import Measures
 from raysft.data.example import Example, Quarantined
 from raysft.data.index import part as parts
 from raysft.data.index.part import Part
@@ -305,7 +305,7 @@ def join(
     files: list[tuple[ResolvedSource, Path]],
     digests: list[str],
     found: list[Part],
-    encoder: Encoder,
+    encoder: Measures,
     folder: Path,
 ) -> Index:
     """One folder of columns from all parts, named by what is in it."""

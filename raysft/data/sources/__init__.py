@@ -92,6 +92,7 @@ def resolve(source: Source, split: Split, key: str | None = None) -> ResolvedSou
         raise UserError(f"{key}: cannot read {where}: {error.strerror}") from error
 
 
+@stores.remembering()
 def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
     try:
         places = [_place(paths.of_data(one)) for one in tars.expanded(source.path)]

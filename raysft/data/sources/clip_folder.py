@@ -12,10 +12,12 @@ from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split, folder_of
 from raysft.data.sources.fields import names_audio_file
+from raysft.data.sources.folders import some_files
 from raysft.data.sources.layout import Layout, below, below_all, fault, listed
 from raysft.data.sources.lines import lines
 from raysft.json_types import JsonObject
 
+_FIRST = 200  # clips
 _TEXTS = (".txt", ".lab", ".trans", ".text")
 
 
@@ -30,13 +32,8 @@ class ClipFolder(Layout):
         """Whether one of the first clips has a text beside it."""
         if not stores.is_dir(path):
             return False
-        for above in ("", "*/"):
-            for number, clip in enumerate(path.glob(f"{above}*")):
-                if names_audio_file(clip.name) and _text_of(clip) is not None:
-                    return True
-                if number > 1000:
-                    break
-        return False
+        clips = [file for file in some_files(path) if names_audio_file(file.name)]
+        return any(_text_of(clip) is not None for clip in clips[:_FIRST])
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The folder."""

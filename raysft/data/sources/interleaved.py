@@ -18,6 +18,7 @@ from raysft.config.schema import Source
 from raysft.data.example import Example, Woven
 from raysft.data.sources import alignments, json_lines
 from raysft.data.sources.base import Split, clip_path, default_id, id_field, load_record
+from raysft.data.sources.folders import some_files
 from raysft.data.sources.json_files import first_records
 from raysft.data.sources.layout import LISTED, Layout, below_all, fault, refuse_fault
 from raysft.data.sources.lines import lines
@@ -38,7 +39,7 @@ class Interleaved(Layout):
     def sniff(self, path: Path) -> bool:
         """Whether it is a folder of such pairs, or a line has units and an alignment."""
         if stores.is_dir(path):
-            return next(path.rglob(f"*{_UNITS}"), None) is not None
+            return any(file.name.endswith(_UNITS) for file in some_files(path))
         return any({"units", "alignment"} <= record.keys() for record in first_records(path))
 
     def files(self, path: Path, split: Split) -> list[Path]:

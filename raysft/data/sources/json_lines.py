@@ -25,6 +25,8 @@ from raysft.data.sources.base import (
     ends_chunk,
 )
 
+HEAD = 1 << 16  # bytes
+
 
 class JsonLines(Format):
     """What formats whose items are lines have in common: a source is one file."""
@@ -115,6 +117,10 @@ def items(
 def first_lines(file: Path, limit: int = 1 << 16) -> list[bytes]:
     """The first lines that are not blank, of `limit` bytes; the first of them whole (up to
     `MAX_ITEM_BYTES`), unless it begins a list."""
+    return stores.recall(("lines", str(file), limit), lambda: _first_lines(file, limit))
+
+
+def _first_lines(file: Path, limit: int) -> list[bytes]:
     with stores.opened(file) as stream:
         start = stream.read(limit)
         first = start.removeprefix(BOM).lstrip()
@@ -124,7 +130,12 @@ def first_lines(file: Path, limit: int = 1 << 16) -> list[bytes]:
     return [line for line in lines if line.strip()]
 
 
-def head(file: Path, limit: int = 1 << 16) -> bytes:
+def head(file: Path, limit: int = HEAD) -> bytes:
     """The first `limit` bytes of a file: what formats are recognised by."""
-    with stores.opened(file) as stream:
-        return stream.read(limit)
+    whole = max(limit, HEAD)  # one look for all who ask for less
+
+    def look() -> bytes:
+        with stores.opened(file) as stream:
+            return stream.read(whole)
+
+    return stores.recall(("head", str(file), whole), look)[:limit]

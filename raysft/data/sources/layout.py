@@ -143,7 +143,7 @@ def below_all(folder: Path) -> list[Path]:
     """Every file below a folder, in a fixed order; links to folders are followed (each folder is
     gone through once)."""
     if stores.is_remote(folder):
-        return sorted(one for one in folder.rglob("*") if stores.is_file(one))
+        return stores.below(folder)
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):

@@ -13,6 +13,7 @@ from raysft import stores
 from raysft.config.schema import Source
 from raysft.data.sources.base import Split, folder_of
 from raysft.data.sources.fields import names_audio_file
+from raysft.data.sources.folders import some_files
 from raysft.data.sources.layout import Layout, below, below_all, fault, listed
 from raysft.data.sources.lines import lines
 from raysft.json_types import JsonObject
@@ -27,7 +28,7 @@ class LibriSpeech(Layout):
     def sniff(self, path: Path) -> bool:
         """Whether there is a transcript at one of the places it may be at."""
         return stores.is_dir(path) and any(
-            next(path.glob(f"{above}*.trans.txt"), None) for above in ("", "*/", "*/*/", "*/*/*/")
+            file.name.endswith(".trans.txt") for file in some_files(path)
         )
 
     def files(self, path: Path, split: Split) -> list[Path]:

@@ -23,7 +23,7 @@ import safetensors.numpy
 from raysft.config.listeners import TOKENS
 from raysft.config.prepare import UnitsOfModels
 from raysft.config.schema import Model
-from raysft.data.clips.speech_tokens import POINTS_PER_CLUSTER, lloyd, spread
+from raysft.data.clips.speech_tokens import fitted
 from raysft.errors import BadExample, UserError
 from raysft.prepare import pretrained
 from raysft.prepare.listener import Fitted
@@ -117,19 +117,7 @@ class HiddenUnits(Fitted):
                 rows.append(hidden(clip))
             except BadExample:
                 continue  # named when its shard is made
-        points = np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)
-        rng = np.random.default_rng(seed)
-        most = POINTS_PER_CLUSTER * settings.clusters
-        if len(points) > most:
-            points = points[np.sort(rng.choice(len(points), most, replace=False))]
-        distinct = len(np.unique(points, axis=0))
-        if distinct < settings.clusters:
-            raise UserError(
-                f"{TOKENS}.clusters: {settings.clusters} clusters, but the {len(rows)} clips "
-                f"fitted on have only {distinct} different frames: give more clips "
-                f"({TOKENS}.fit_clips) or fewer clusters"
-            )
-        centroids = lloyd(points, spread(points, settings.clusters, rng))
+        centroids = fitted(rows, settings.clusters, seed, TOKENS)
         content = safetensors.numpy.save(
             {"centroids": centroids}, {ENTRY: json.dumps(_facts(settings))}
         )

@@ -73,7 +73,7 @@ def test_a_corpus_trains_alike_as_files_archives_parquet_shards_and_objects(
     wanted = trained(tmp_path / "files", str(files))
     assert len(wanted[0]) == 5
     assert len({name for ids in wanted[1] for name in ids}) == len(US)
-    for name in ("webdataset", "parquet", "shar", "kaldi_segments"):
+    for name in ("webdataset", "wenet_shards", "parquet", "arrow", "shar", "kaldi_segments"):
         path = LAYOUTS[name].write(tmp_path / "data" / name, US)
         assert trained(tmp_path / name, str(path)) == wanted, name
     shards = as_shards(tmp_path / "prepared")

@@ -139,3 +139,49 @@ def test_a_held_clip_names_its_archive_and_member(tmp_path: Path) -> None:
     beyond = Audio("a.tar::y.flac", held=Within(f"{tmp_path}/a.tar", 100, 100))
     with pytest.raises(BadExample, match=r"a\.tar::y\.flac: cut off: its file has 150 bytes"):
         audio.load(beyond, RATE)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Places that are asked for from now on, once a request."""
+    seen: list[str] = []
+    asked = stores._asked
+    monkeypatch.setattr(
+        stores, "_asked", lambda place, call: (seen.append(place), asked(place, call))[1]
+    )
+    return seen
+
+
+def test_a_clip_costs_two_requests_and_an_entry_a_few(
+    bucket: str, tmp_path: Path, requests: list[str]
+) -> None:
+    """Every format looks at a source of `auto`; together they look once."""
+    clip = f"{bucket}/few/a.flac"
+    buckets.client().put_object(Bucket=buckets.BUCKET, Key="few/a.flac", Body=US[0].encoded())
+    audio.probe(clip)
+    assert requests == [clip] * 2  # its size, and its content
+    requests.clear()
+    audio.load(clip, RATE)
+    assert requests == [clip] * 2
+    body = b'{"audio_filepath": "a.flac", "text": "x"}\n' * 3
+    buckets.client().put_object(Bucket=buckets.BUCKET, Key="few/m.json", Body=body)
+    buckets.client().put_object(Bucket=buckets.BUCKET, Key="few/p.parquet", Body=b"PAR1" * 99)
+    for name in ("few/m.json", "few"):
+        requests.clear()
+        sources.resolve(Source(path=f"{bucket}/{name}"), "train")
+        assert len(requests) < 20, requests
+
+
+def test_a_folder_of_very_many_files_is_recognised_by_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for speaker in range(40):
+        LAYOUTS["clip_folder"].write(tmp_path / "corpus" / str(speaker), US[:2])
+    looked: list[Path] = []
+    entries = stores.entries
+    monkeypatch.setattr(
+        stores, "entries", lambda folder, most: (looked.append(folder), entries(folder, most))[1]
+    )
+    assert sources.resolve(Source(path=str(tmp_path / "corpus")), "train").format == "clip_folder"
+    assert len(looked) < 30, "of 121 folders"
+    assert len(set(looked)) == len(looked), "each once, whatever asks"
