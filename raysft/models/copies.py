@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from raysft.json_types import Json, JsonObject
+from raysft.models.meta import on_meta
 from raysft.parallel import unread
 
 WINDOW = 8  # what windows and chunks become
@@ -126,7 +127,7 @@ def small_copy(net: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     for narrow in (True, False):
         try:
             config = small_config(net.config, narrow)
-            with torch.device("meta"):
+            with on_meta():
                 size = sum(p.numel() for p in type(net)._from_config(config).parameters())
             if size > MOST_PARAMETERS:
                 raise ValueError(f"{size:,} parameters are left of it")

@@ -30,6 +30,7 @@ from raysft.data import remote_code
 from raysft.data.encode import net_class
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.models.meta import on_meta
 from raysft.parallel import unread
 
 # New rows start at the mean of the old ones, plus noise of this share of their spread: the mean
@@ -120,7 +121,7 @@ def skeleton(model: schema.Model) -> PreTrainedModel:
         except (OSError, ValueError) as error:
             raise UserError(f"model.path {model.path}: {line_of(error)}") from error
     try:
-        with torch.device("meta"):
+        with on_meta():
             if hasattr(auto, "from_config"):
                 return auto.from_config(config, trust_remote_code=model.trust_remote_code)
             return auto._from_config(config)

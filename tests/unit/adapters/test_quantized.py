@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from raysft.config.families import named
 from raysft.driver.preflight import check
 from raysft.errors import UserError
+from raysft.models.meta import on_meta
 from raysft.models.quantized import INPUTS, OUTPUTS, refuse_widths
 from tests.support.adapters import Bench, inputs_of, logits_of, make_bench, plain_base, step_ids
 
@@ -136,7 +137,7 @@ def test_other_widths_are_refused_before_anything_starts(bench: Bench, tmp_path:
 def test_what_stays_as_it_is_may_have_any_width() -> None:
     """Embeddings, a head of 259 rows, and an audio tower are not quantised."""
     wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
-    with torch.device("meta"):
+    with on_meta():
         net = AutoModelForCausalLM.from_config(
             LlamaConfig(vocab_size=259, num_hidden_layers=1, **wide)
         )

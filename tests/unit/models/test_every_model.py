@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from raysft.models import copies, proof
 from raysft.models.loading import line_of
+from raysft.models.meta import on_meta
 from raysft.models.proof import FAILURES, Verdict
 
 TABLE = Path(__file__).resolve().parents[3] / "docs" / "models.md"
@@ -71,7 +72,7 @@ def verdict_of(kind: str, settings: dict[str, Any]) -> Verdict | str:
         made = found[0] if isinstance(found, tuple) else found
         if made.config_class is not type(config):  # what can see, but is trained on text
             config = config.get_text_config()
-        with torch.device("meta"):
+        with on_meta():
             net = made._from_config(copies.small_config(config))
     except (*FAILURES, StrictDataclassError) as error:
         return line_of(error)

@@ -15,6 +15,7 @@ from raysft.data.example import Sequence
 from raysft.errors import UserError
 from raysft.models import SpeechModel, build, copies, proof, rope
 from raysft.models.loading import make_config
+from raysft.models.meta import on_meta
 from tests.support.model_zoo import SMALL, batch_of, loss_of
 
 LONGROPE = {
@@ -184,7 +185,7 @@ def test_a_verdict_names_what_was_scaled_and_is_kept() -> None:
 
 
 def test_parts_that_short_rows_do_not_reach_are_refused() -> None:
-    with torch.device("meta"):
+    with on_meta():
         net = AutoModelForCausalLM.from_config(
             make_config({"model_type": "deepseek_v4", "num_hidden_layers": 2})
         )
