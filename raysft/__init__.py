@@ -1,7 +1,7 @@
 """raysft: supervised fine-tuning of speech+text models on Ray.
 
-`from raysft import load_config, train, sweep, evaluate, export, report, dry_run, transcribe` (see
-`raysft.library`); each is imported when it is asked for.
+`from raysft import load_config, prepare, train, sweep, evaluate, export, report, dry_run,
+transcribe` (see `raysft.library`); each is imported when it is asked for.
 """
 
 from importlib import import_module
