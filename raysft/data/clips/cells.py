@@ -11,10 +11,6 @@ import os
 import threading
 from collections import OrderedDict
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from raysft import stores
 from raysft.data.example import Cell
 from raysft.errors import BadExample, first_line
@@ -46,6 +42,10 @@ def read(cell: Cell) -> bytes:
 
 
 def _read_column(cell: Cell) -> list[bytes | None]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     place = stores.at(cell.file)
     try:
         with stores.random_access(place) as stream:

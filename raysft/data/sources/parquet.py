@@ -14,11 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from raysft import stores
 from raysft.config.schema import Source
@@ -28,6 +26,11 @@ from raysft.data.sources.layout import Layout, below, fault
 from raysft.data.sources.table import chosen, row_of
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
 
 _SPLITS = {"train": ("train",), "eval": ("test", "validation", "eval", "dev", "valid")}
 
@@ -82,6 +85,9 @@ def _split(file: Path, top: Path) -> str | None:
 
 
 def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     folder = folder_of(file)
     try:
         with stores.random_access(file) as stream:
@@ -109,6 +115,8 @@ def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
 
 def _there(whole: pq.ParquetFile, group: int, inner: str) -> list[bool] | None:
     """Of which rows of a group there are bytes; None: of all. Without them a path is the clip's."""
+    import pyarrow.compute as pc
+
     meta = whole.metadata.row_group(group)
     columns = [meta.column(number) for number in range(meta.num_columns)]
     known = next((one.statistics for one in columns if one.path_in_schema == inner), None)
@@ -120,6 +128,8 @@ def _there(whole: pq.ParquetFile, group: int, inner: str) -> list[bool] | None:
 
 def _bytes_in(kind: pa.DataType, name: str) -> str:
     """The column of a clip's bytes; "": it holds paths. Raises UserError where it is neither."""
+    import pyarrow as pa
+
     if pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type):
         return ""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -158,6 +168,8 @@ def _row(
 
 def _arrow(file: Path, given: Source) -> Iterator[JsonObject]:
     """Of an Arrow stream (as `datasets` writes) or file: a clip's bytes lie in it as they are."""
+    import pyarrow as pa
+
     if stores.is_remote(file):
         raise UserError(f"{file}: Arrow is read from files of this system: copy it, or use Parquet")
     folder = folder_of(file)
@@ -192,6 +204,8 @@ def _arrow(file: Path, given: Source) -> Iterator[JsonObject]:
 
 
 def _shown(column: pa.Array, inner: str) -> list[object]:
+    import pyarrow.compute as pc
+
     if inner.endswith(".bytes"):
         if column.type.get_field_index("path") < 0:
             return [{}] * len(column)
@@ -203,6 +217,9 @@ def _places(
     column: pa.Array, inner: str, whole: pa.Buffer, file: Path
 ) -> list[tuple[int, int] | None]:
     """(offset in the file, bytes) of each cell of a column of bytes; whole: the file's bytes."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if not inner:
         return []
     array = column.field("bytes") if inner.endswith(".bytes") else column

@@ -16,9 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING
 
 from raysft import stores
 from raysft.config.schema import Source
@@ -28,6 +26,10 @@ from raysft.data.sources.layout import Layout, below, fault, listed
 from raysft.data.sources.lines import lines
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
 
 LIST = "data.list"
 IDS = ".ids"
@@ -72,6 +74,9 @@ class Shards(Layout):
 
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """A row each."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         number = 0
         try:
             with stores.random_access(file) as stream:
@@ -151,6 +156,9 @@ def _places(
 
 
 def _is_shard(path: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with stores.random_access(path) as stream:
             return set(pq.read_schema(stream).names) >= _NEEDED

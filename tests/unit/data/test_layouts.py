@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -205,3 +207,12 @@ def test_relative_clips_begin_where_the_command_runs_in_every_process(
         (found, *_) = sources.scan(replace(source, given=None), source.files[0])
         assert found.example is not None
         assert audio.probe(found.example.audio()[0]).samples == len(US[0].samples)
+
+
+def test_formats_are_known_without_what_only_some_of_them_read_with() -> None:
+    """A mistake in a config is said before libraries are loaded that it needs not."""
+    script = "import sys, raysft.data.sources as s; s.formats(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    heavy = {"pyarrow", "fsspec", "upath", "lhotse", "datasets", "torch", "ray"}
+    assert done.returncode == 0, done.stderr
+    assert not heavy & set(done.stdout.split())
