@@ -31,7 +31,7 @@ import ingest
 import numpy as np
 import results_io
 import soundfile
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from raysft.config.schema import Data, Model, Source
 from raysft.data.encode import make_encoder
@@ -158,7 +158,9 @@ def measure(quick: bool) -> dict[str, Any]:
     return results
 
 
-def draw(results: dict[str, Any]) -> pyplot.Figure:
+def draw(results: dict[str, Any]) -> Figure:
+    from matplotlib import pyplot  # not in the processes that build
+
     figure, axis = pyplot.subplots(figsize=(7, 3.6))
     for at, (key, label) in enumerate((("wall_s", "elapsed"), ("cpu_s", "CPU, all processes"))):
         places = np.arange(len(results)) + 0.4 * at

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import results_io
 import soundfile
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 CLIP_S, RATE, TARGET_RATE, MELS = 2.0, 22_050, 16_000, 80
 BATCH = 48  # clips
@@ -260,7 +260,9 @@ def compare(corpus: Path, reads: int, rounds: int, processes: int) -> dict[str, 
     return results
 
 
-def draw(results: dict[str, Any], processes: int) -> pyplot.Figure:
+def draw(results: dict[str, Any], processes: int) -> Figure:
+    from matplotlib import pyplot  # not in the processes that others start from here
+
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 2.6))
     speed = [results[name]["median"]["clips_per_s"] for name in CONTENDERS]
     colours = ["tab:green", "tab:olive", "tab:grey"]

@@ -58,7 +58,7 @@ def cut(
     """
     row = np.array(ids, np.int32)
     places: list[int] = []
-    while hole is not None and len(places) < ids.count(hole):
+    for _ in range(ids.count(hole) if hole is not None else 0):
         places.append(ids.index(hole, places[-1] + 1 if places else 0))
     if len(places) != len(others):
         raise BadExample(
