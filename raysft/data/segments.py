@@ -58,8 +58,9 @@ def cut(
     """
     row = np.array(ids, np.int32)
     places: list[int] = []
-    for _ in range(ids.count(hole) if hole is not None else 0):
-        places.append(ids.index(hole, places[-1] + 1 if places else 0))
+    if hole is not None:
+        for _ in range(ids.count(hole)):
+            places.append(ids.index(hole, places[-1] + 1 if places else 0))
     if len(places) != len(others):
         raise BadExample(
             f"the chat template shows {len(places)} of its {len(others)} clips or rows of units"
