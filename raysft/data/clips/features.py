@@ -102,7 +102,7 @@ class LogMel:
             end = half + self.chunk
             behind = padded[end : end + half]
             behind[:] = padded[end - 1 - len(behind) : end - 1][::-1]
-        window, filters = _hann(self.n_fft), _mel_filters(self.sample_rate, self.mels, self.n_fft)
+        window, filters = hann(self.n_fft), mel_filters(self.sample_rate, self.mels, self.n_fft)
         framed = np.lib.stride_tricks.sliding_window_view(padded, self.n_fft)[:: self.hop]
         # scipy transforms several frames at once in float32: 7 times as fast as numpy.fft.
         spectrum = scipy.fft.rfft(framed * window, axis=1)
@@ -228,21 +228,26 @@ def _pad(features: np.ndarray, frames: int, value: float, tail: int = 0) -> np.n
 
 
 @lru_cache(maxsize=8)
-def _hann(size: int) -> np.ndarray:
+def hann(size: int) -> np.ndarray:
     """Periodic Hann window, float32 [size]."""
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)
 
 
 @lru_cache(maxsize=8)
-def _mel_filters(rate: int, mels: int, n_fft: int) -> scipy.sparse.csr_matrix:
-    """Triangles of equal area on Slaney's mel scale, 0..8000 Hz: float32 [mels, n_fft // 2 + 1].
+def mel_filters(
+    rate: int, mels: int, n_fft: int, low: float = 0.0, high: float = 8000.0
+) -> scipy.sparse.csr_matrix:
+    """Triangles of equal area on Slaney's mel scale, low..high Hz: float32 [mels, n_fft // 2 + 1].
 
     The scale is linear to 1000 Hz (3 mels a 200 Hz) and logarithmic above (27 mels a factor 6.4).
     Slaney, Auditory Toolbox (1998).
     """
     knee_hz, knee_mel, step = 1000.0, 15.0, np.log(6.4) / 27
-    top_mel = knee_mel + np.log(8000.0 / knee_hz) / step
-    points = np.linspace(0.0, top_mel, mels + 2)
+
+    def mel_of(hz: float) -> float:
+        return hz * 3 / 200 if hz < knee_hz else knee_mel + np.log(hz / knee_hz) / step
+
+    points = np.linspace(mel_of(low), mel_of(high), mels + 2)
     edges = np.where(
         points < knee_mel, points * 200 / 3, knee_hz * np.exp((points - knee_mel) * step)
     )
