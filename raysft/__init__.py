@@ -1,7 +1,7 @@
 """raysft: supervised fine-tuning of speech+text models on Ray.
 
 `from raysft import load_config, prepare, train, sweep, evaluate, export, report, dry_run,
-transcribe` (see `raysft.library`); each is imported when it is asked for.
+transcribe, synthesize` (see `raysft.library`); each is imported when it is asked for.
 """
 
 from importlib import import_module
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from raysft.library import prepare as prepare
     from raysft.library import report as report
     from raysft.library import sweep as sweep
+    from raysft.library import synthesize as synthesize
     from raysft.library import train as train
     from raysft.library import transcribe as transcribe
 
 __version__ = "0.1.0"
 
-_OFFERED = ("dry_run", "export", "load_config", "modality_routing")
+_OFFERED = ("dry_run", "export", "load_config", "modality_routing", "synthesize")
 _PACKAGES = (
     "evaluate",
     "report",

@@ -96,6 +96,19 @@ What is asked is what the run was trained with (its data.prompts by task, its ch
 --max-new-tokens: longest answer; left out, it follows the clips' length.
 """
 
+SYNTHESIZE = """Says texts, by a run or an exported folder of a model that speaks. Needs no Ray.
+
+{command} RUN TEXT|FILE ... [--out FOLDER|FILE.wav] [--speaker CLIP] [--task TASK]
+    [--checkpoint N|best|last] [speak.KEY=VALUE ...] [--debug]
+
+TEXT is what is to be said; FILE has a text a line (.txt), or is a manifest of any format that
+data.train takes. A wave file each goes to FOLDER (left out: said); its path is printed, TAB, text.
+
+--speaker: a clip that is heard before each text: what it says is said anew, as the text asks.
+--task: whose instruction is used (tts). speak.flow.steps, speak.flow.guidance, speak.seed,
+speak.vocoder and other keys of speak say how; with the same seed the same is said.
+"""
+
 USAGE = """usage: raysft COMMAND ... (raysft COMMAND --help says more)
 
   raysft sft CONFIG.yaml [key=value ...]   train, or continue a run
@@ -104,6 +117,7 @@ USAGE = """usage: raysft COMMAND ... (raysft COMMAND --help says more)
   raysft evaluate RUN                      WER, CER and losses of a checkpoint
   raysft export RUN OUT                    a folder for from_pretrained
   raysft transcribe RUN_OR_FOLDER AUDIO... text of clips
+  raysft synthesize RUN TEXT|FILE ...      waves of texts
   raysft report RUN [RUN ...]              a page of a run, a sweep, or several runs
   raysft audit RUN                         was every example trained on as planned?
 """
@@ -259,6 +273,35 @@ def transcribe(argv: Sequence[str], command: str = "raysft transcribe") -> None:
         raise SystemExit(1)
 
 
+def synthesize(argv: Sequence[str], command: str = "raysft synthesize") -> None:
+    """Write a wave as soon as it is said; leaves with exit code 1 where one is missing."""
+    flags = ["out=", "speaker=", "task=", "checkpoint="]
+    arguments = parse(argv, SYNTHESIZE.format(command=command), 2, flags, keys=False, more=True)
+    run, *words = arguments.positional
+    texts = [word for word in words if not word.startswith("speak.")]
+    given = {name: str(value) for name, value in arguments.flags.items()}
+
+    from raysft import library
+    from raysft.synthesis.waves import Out
+
+    out = Out(given.get("out", "said"), len(texts))
+    utterances = library.synthesize(
+        run,
+        texts,
+        [word for word in words if word.startswith("speak.")],
+        speaker=given.get("speaker"),
+        task=given.get("task", "tts"),
+        checkpoint=given.get("checkpoint"),
+    )
+    for one in utterances:
+        if one.error:
+            print(f"error: {one.error}", file=sys.stderr, flush=True)
+        else:
+            print(f"{out.write(one)}\t{one.text}", flush=True)
+    if utterances.failed:
+        raise SystemExit(1)
+
+
 def _number(name: str, given: dict[str, str]) -> int | None:
     """What --name says; None where it is not given. Raises UserError."""
     value = given.get(name)
@@ -284,6 +327,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "export": export,
     "transcribe": transcribe,
+    "synthesize": synthesize,
     "report": report,
     "prepare": prepare,
     "audit": _module("audit"),

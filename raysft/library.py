@@ -1,5 +1,5 @@
 """The jobs as functions: `from raysft import load_config, prepare, train, sweep, evaluate, export,
-dry_run, transcribe`.
+dry_run, transcribe, synthesize`.
 
 The jobs call these and nothing else, so that a program does what a command line does: the same
 checks, the same folders, the same UserError with the same line for whatever a user can mend. Each
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from raysft.driver.launch import Outcome
     from raysft.driver.sweep import Swept
     from raysft.prepare.run import Prepared
+    from raysft.synthesis.run import Utterances
     from raysft.transcribe.run import Transcripts
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "prepare",
     "report",
     "sweep",
+    "synthesize",
     "train",
     "transcribe",
 ]
@@ -234,6 +236,35 @@ def transcribe(
     remarks.quiet()
     answering = load(str(model), checkpoint)
     return Transcripts(answering, wanted, batch_seconds or BATCH_SECONDS, max_new_tokens)
+
+
+def synthesize(
+    model: str | Path,
+    texts: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    speaker: str | Path | None = None,
+    task: str = "tts",
+    checkpoint: str | None = None,
+) -> Utterances:
+    """What a model says: iterate over it for an `Utterance` of each text, in order. Needs no Ray.
+
+    model: a run's folder, or an exported one. texts: what is to be said; or files: of a text a
+    line (.txt), or manifests of any format. overrides: `speak.KEY=VALUE`. speaker: a clip that each
+    text is said after. task: whose instruction is used (data.prompts). checkpoint: of a run, a
+    step, `best` or `last`. Raises UserError.
+    """
+    from raysft.synthesis import asked
+
+    wanted = asked.read(texts, task, None if speaker is None else str(Path(speaker).absolute()))
+
+    from raysft import remarks
+    from raysft.synthesis.run import Utterances, settings_of
+    from raysft.transcribe.model import load
+
+    remarks.quiet()
+    answering = load(str(model), checkpoint)
+    return Utterances(answering, wanted, settings_of(answering, overrides))
 
 
 def modality_routing(net: nn.Module, folder: str | Path | None = None) -> None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import numpy as np
 
-from raysft.config.schema import SpeechTokens
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips.audio import load
 from raysft.data.clips.speech_tokens import SAMPLE_RATE, KMeans, SpeechTokenizer
 

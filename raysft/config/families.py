@@ -144,6 +144,7 @@ def by_type() -> str:
 
 
 _UNTOLD = "only seq2seq is told which language is spoken: leave it out"
+_NO_CHAT = "patch_lm writes the sequences of Ming-UniAudio: leave it out"
 _NO_DIALOGUE = (
     "seq2seq writes no dialogue: tokens of language and task stand before the text; leave it out"
 )
@@ -218,6 +219,35 @@ register(
         refused_methods={
             "prefix": "transformers' audio models take no prefix",
             "prompt": "prompt tuning replaces the embeddings in which the audio lies: it would be "
+            "ignored",
+        },
+    )
+)
+register(
+    Family(
+        name="patch_lm",
+        encode="raysft.families.patch_lm.encode",
+        model="raysft.families.patch_lm.model",
+        types={"raysft_patch_lm": "raysft.families.patch_lm.net:PatchLMForCausalLM"},
+        every_causal_lm=True,
+        hears=True,
+        alone=True,
+        parts=("pooling", "flow_head", "stop_head"),
+        refused_keys={
+            "data.language": _UNTOLD,
+            "data.supervise": _NO_CHAT,
+            "data.template": _NO_CHAT,
+            "data.features": "patch_lm reads the frames of model.patches: leave it out",
+            "data.speech_tokens": "patch_lm hears and speaks patches, no units: leave it out",
+            "data.unit_noise": "patch_lm hears and speaks patches, no units: leave it out",
+            "data.audio_per_batch": "patch_lm has no audio encoder: leave it out",
+            "model.unit_markers": "patch_lm hears and speaks patches, no units: leave it out",
+            "model.extra_tokens": "are for causal_lm: leave them out",
+            "model.speech_units": "patch_lm hears and speaks patches, no units: leave it out",
+        },
+        refused_methods={
+            "prefix": "transformers' own models alone take a prefix",
+            "prompt": "prompt tuning replaces the embeddings in which patches lie: they would be "
             "ignored",
         },
     )

@@ -19,14 +19,17 @@ from pydantic import (
     model_validator,
 )
 
-from raysft.config import families, listeners, strategies
+from raysft.config import families, strategies
 from raysft.config.augment import Augment
 from raysft.config.evaluation import Evaluate
 from raysft.config.logs import Log
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
 from raysft.config.moe import Moe
+from raysft.config.patches import Patches
 from raysft.config.prepare import Prepare
 from raysft.config.section import Section
+from raysft.config.speaking import Speak
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.config.sweep import Sweep
 from raysft.config.training import Optim, Peft, Train
 from raysft.json_types import JsonObject
@@ -115,34 +118,6 @@ class Temperature(Section):
     by: Corpus[Literal["source", "task"]] = Field(
         "source", description="what examples are counted by"
     )
-
-
-class SpeechTokens(Section):
-    """The tokenizer that turns audio into discrete units, for causal_lm."""
-
-    method: Fixed[Literal["kmeans"]] = Field(
-        "kmeans", description="k-means over stacked feature frames"
-    )
-    clusters: Fixed[PositiveInt] = Field(100, description="number of units")
-    features: Fixed[Literal["log_mel", "fbank"]] = Field("log_mel", description="what is clustered")
-    mels: Fixed[PositiveInt] = Field(80, description="mel bins")
-    stack: Fixed[PositiveInt] = Field(
-        4, description="frames of 10 ms joined into one unit (4 = 25 Hz)"
-    )
-    fit_clips: Fixed[PositiveInt] = Field(500, description="clips the centroids are fitted on")
-    path: Fixed[Annotated[str | None, PathKey()]] = Field(
-        None, description="fitted centroids (safetensors); default: fitted once into the run folder"
-    )
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _of_a_run(cls, value: object) -> object:
-        if value != "kmeans" and value in listeners.tokens():
-            raise ValueError(
-                f"a run makes tokens by k-means over mel frames alone; {value} is a method of "
-                "prepare.speech_tokens: make shards with it (prepare), and train on their data.list"
-            )
-        return value
 
 
 class Data(Section):
@@ -317,6 +292,9 @@ class Model(Section):
         None,
         description="how the experts of a mixture compute; left out: as transformers does",
     )
+    patches: Weights[Patches | None] = Field(
+        None, description="patch_lm: patches of speech, and the heads that speak them"
+    )
 
     @field_validator("unit_token")
     @classmethod
@@ -485,6 +463,7 @@ class Config(Section):
     train: Train = Field(default_factory=Train)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    speak: Speak = Field(default_factory=Speak)
     log: Log = Field(default_factory=Log)
     sweep: Sweep = Field(default_factory=Sweep)
     prepare: Prepare = Field(default_factory=Prepare)

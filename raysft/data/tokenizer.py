@@ -111,6 +111,21 @@ def add_markers(
     return ids, [i for i, name in zip(ids, markers, strict=True) if name not in known]
 
 
+def new_to_model(
+    model: Model, tokenizer: PreTrainedTokenizerFast, used: list[int], added: list[int]
+) -> tuple[int, ...]:
+    """Units and markers that the tokenizer beside the model's weights lacks: those `added` here, or
+    those of all that are `used` that were in model.tokenizer before."""
+    if model.path is None or model.tokenizer in (None, model.path):
+        return tuple(added)
+    try:
+        own = load_tokenizer(model.model_copy(update={"tokenizer": None}), 0).get_vocab()
+    except UserError:  # weights that came without a tokenizer: nothing in them is known as a unit
+        own = {}
+    names = tokenizer.convert_ids_to_tokens(used)
+    return tuple(i for i, name in zip(used, names, strict=True) if name not in own)
+
+
 def unit_ids(tokenizer: PreTrainedTokenizerFast, form: str = UNIT) -> np.ndarray:
     """int64 [N]: the token id of each unit, N being the number of units the tokenizer has."""
     pattern = unit_pattern(form)

@@ -21,6 +21,7 @@ from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.example import Sequence as Encoded
 from raysft.data.plan import pack
 from raysft.evaluate.answers import keeps_tab, limit_for, transcript
+from raysft.losses.term import Term
 from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.patience import patient
@@ -139,8 +140,10 @@ def evaluate(
             unusable += batch.quarantined
             with autocast():
                 found = module(to_device(speech_model.collate(batch), world.device))
-            for task, (loss, count) in found[0].by_task.items():  # a model's first term
-                losses.setdefault(task, []).append(Loss(float(loss), float(count)))
+            for term in _right(found):
+                for task, (loss, count) in term.by_task.items():
+                    one = Loss(float(loss), float(count), term.name, term.weight)
+                    losses.setdefault(task, []).append(one)
             if settings.generate:
                 answered += _transcribe(
                     speech_model, corpus, batch, rows, settings, autocast, synced
@@ -157,6 +160,13 @@ def evaluate(
         if predictions is not None and everything:
             _write(predictions, everything)
     return _figures([part for part, *_ in parts], corpus.source_names, settings)
+
+
+def _right(terms: list[Term]) -> list[Term]:
+    """Those of a model's terms that say how well it gives right answers: its first, and those that
+    are counted in something else; not what is added to the first."""
+    first, *others = terms
+    return [first, *(t for t in others if t.reported and t.counted not in (None, first.counted))]
 
 
 def _transcribe(

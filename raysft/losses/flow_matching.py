@@ -26,8 +26,8 @@ def way(noise: torch.Tensor, data: torch.Tensor, t: torch.Tensor, sigma: float =
     """The straight path: x_t = (1 - (1 - sigma) t) x0 + t x1, u = x1 - (1 - sigma) x0.
 
     noise, data: x0 and x1 [..., D]. t: 0 (noise) to 1 (data), broadcastable to them. sigma: of the
-    noise left at t = 1. As in Lipman et al., "Flow Matching for Generative Modeling" (2023), example
-    II; with sigma 0 it is the rectified flow of Liu et al. (2023).
+    noise left at t = 1. As in Lipman et al., "Flow Matching for Generative Modeling" (2023), II;
+    with sigma 0 it is the rectified flow of Liu et al. (2023).
     """
     left = 1 - sigma
     return Way((1 - left * t) * noise + t * data, data - left * noise)

@@ -17,16 +17,13 @@ NEAR = 3  # patches before the last of which nothing is learnt
 
 
 class Stop(NamedTuple):
-    """Sums of a micro-batch. positive, negative: float32 [], of the cross-entropies of the last
-    patches, and of the hardest others. likely_positive, likely_negative: of their probabilities of
-    being right, detached. positives, negatives: how many of each."""
+    """Of each utterance, float32 [rows]. last: the cross-entropy of its last patch. hardest: the
+    largest of those that go on; 0 where none does. goes_on: bool, whether one does. The
+    probabilities of being right are exp(-these)."""
 
-    positive: torch.Tensor
-    negative: torch.Tensor
-    likely_positive: torch.Tensor
-    likely_negative: torch.Tensor
-    positives: int
-    negatives: int
+    last: torch.Tensor
+    hardest: torch.Tensor
+    goes_on: torch.Tensor
 
 
 def labels(patches: int) -> np.ndarray:
@@ -43,29 +40,17 @@ def stop_loss(logits: torch.Tensor, wanted: torch.Tensor, owners: torch.Tensor, 
     """Cross-entropies of the last patch of each utterance, and of that patch of each which goes on
     and of which the head is least sure.
 
-    logits: [N, 2]. wanted: int64 [N], `labels`. owners: int64 [N], ascending: the utterance of each
-    patch. rows: how many utterances. The two sums are to be divided each by its own count over all
-    workers, and weigh one half (Ming-UniAudio's balanced form); an utterance without a patch that
-    goes on adds nothing to the second.
+    logits: [N, 2]. wanted: int64 [N], `labels`. owners: int64 [N]: the utterance of each patch.
+    rows: how many utterances. The loss is half of the mean of `last` over all utterances, and half
+    of the mean of `hardest` over those with a patch that goes on (Ming-UniAudio's balanced form).
     """
-    each = functional.cross_entropy(
-        logits.float(), wanted.clamp(min=0), reduction="none"
-    )  # of what is undecided too: never counted
-    stops, goes_on = wanted == STOPS, wanted == GOES_ON
-    positive = (each * stops).sum()
+    # Of what is undecided too: it is never counted.
+    each = functional.cross_entropy(logits.float(), wanted.clamp(min=0), reduction="none")
+    nothing = torch.zeros(rows, dtype=each.dtype, device=each.device)
+    stops, goes_on = (wanted == STOPS).to(each.dtype), (wanted == GOES_ON).to(each.dtype)
+    last = nothing.index_add(0, owners, each * stops)
     # The largest loss of those that go on is that of the smallest probability.
-    worst = torch.zeros(rows, dtype=each.dtype, device=each.device)
-    worst = worst.scatter_reduce(0, owners, each * goes_on, "amax")
-    negatives = torch.zeros(rows, dtype=torch.bool, device=each.device)
-    negatives = negatives.index_put((owners[goes_on],), torch.ones((), dtype=torch.bool))
+    hardest = nothing.scatter_reduce(0, owners, each * goes_on, "amax")
     with torch.no_grad():
-        likely = (-each).exp()
-        worst_likely = (-worst).exp()
-    return Stop(
-        positive,
-        worst.sum(),
-        (likely * stops).sum(),
-        (worst_likely * negatives).sum(),
-        int(stops.sum()),
-        int(negatives.sum()),
-    )
+        there = nothing.scatter_reduce(0, owners, goes_on, "amax") > 0
+    return Stop(last, hardest, there)

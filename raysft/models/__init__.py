@@ -77,8 +77,8 @@ def _build(
     speech_model.new_ids = encoder.new_ids
     speech_model.answer_of = encoder.template.answer_of
     loading.refuse_layer_drop(model, speech_model.model.config)
-    proof.refuse_early(speech_model.net, data.mode)
-    verdict = encoder.verdict or proof.prove(speech_model.net)
+    proof.refuse_early(speech_model.proven, data.mode)
+    verdict = encoder.verdict or proof.prove(speech_model.proven)
     proof.check(verdict, data.mode)
     rope.attach(speech_model.net)
     balance.attach(speech_model.net)

@@ -32,7 +32,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from raysft.config.speaking import Speak
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import MicroBatch, Sequence
 from raysft.errors import UserError
@@ -106,6 +108,11 @@ class SpeechModel(ABC):
         net.generation_config.pad_token_id = self.pad_id
         if tokenizer.bos_token_id is not None:
             net.generation_config.bos_token_id = tokenizer.bos_token_id
+
+    @property
+    def proven(self) -> PreTrainedModel:
+        """The model whose batches are proven to be exact: the one that sees tokens in a row."""
+        return self.net
 
     def wrap(self, model: nn.Module) -> None:
         """Compute with `model`, which holds `net` (or is it, changed), from here on."""
@@ -248,6 +255,11 @@ class SpeechModel(ABC):
         """Terms by the bare module; under a strategy call its wrapped module instead."""
         return self.supervised(batch)
 
+    def outputs(self, found: CausalLMOutputWithPast) -> list[torch.Tensor]:
+        """What losses are made of, of what the model returned in its last forward pass."""
+        assert found.logits is not None
+        return [found.logits]
+
     def freeze(self, patterns: Seq[str]) -> list[str]:
         """Stop training the parameters whose names match a pattern (fnmatch); returns them.
 
@@ -264,7 +276,8 @@ class SpeechModel(ABC):
         # Stand-ins for weights cannot be multiplied in groups.
         alone = nullcontext() if unread.of(self.net) is None else experts.one_by_one(self.net)
         with alone:
-            found = reach.freeze(self.model, batch | self.features([self.dummy_document()]))
+            inputs = batch | self.features([self.dummy_document()])
+            found = reach.freeze(self.model, inputs, self.outputs)
         self.unreached = [*self.unreached, *found]
         if self.unreached and not any(p.requires_grad for p in self.model.parameters()):
             raise UserError(
@@ -376,6 +389,11 @@ class SpeechModel(ABC):
         end = next((i for i, token in enumerate(answer) if token in self.stop_ids), len(answer))
         self.unended += end == len(answer)
         return self.answer_of(self.tokenizer.decode(answer[:end], skip_special_tokens=True))
+
+    def speak(self, prompts: Seq[Sequence], seeds: Seq[int], settings: Speak) -> list[np.ndarray]:
+        """What is said after each of `prompts`: frames [frames, bins] of `Encoder.sounds`, each by
+        noise of its own seed. Of models that speak alone."""
+        raise NotImplementedError(f"{type(self).__name__} writes text")
 
     # -- saving ----------------------------------------------------------------------------------
 

@@ -8,9 +8,11 @@ two tokens (and a silent clip); no backward pass is run.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raysft.models.layout import Batch
 
@@ -18,20 +20,30 @@ from raysft.models.layout import Batch
 EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
-def freeze(model: nn.Module, inputs: Batch) -> list[str]:
+Made = Callable[[CausalLMOutputWithPast], Iterable[torch.Tensor]]
+"""What losses are made of, of what a model returns."""
+
+
+def _logits(output: CausalLMOutputWithPast) -> Iterable[torch.Tensor]:
+    assert output.logits is not None
+    return [output.logits]
+
+
+def freeze(model: nn.Module, inputs: Batch, made: Made = _logits) -> list[str]:
     """Stop training what `model(**inputs)` does not reach; returns the names."""
-    found = unreached(model, inputs)
+    found = unreached(model, inputs, made)
     named = dict(model.named_parameters())
     for name in found:
         named[name].requires_grad_(False)
     return found
 
 
-def unreached(model: nn.Module, inputs: Batch) -> list[str]:
-    """Names of parameters of `model` that train, and on which `model(**inputs)` does not depend."""
+def unreached(model: nn.Module, inputs: Batch, made: Made = _logits) -> list[str]:
+    """Names of parameters of `model` that train, and on which what is `made` of `model(**inputs)`
+    does not depend."""
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        logits = model(**inputs, use_cache=False).logits
-    reached = _leaves(logits)
+        outputs = made(model(**inputs, use_cache=False))
+    reached = set().union(*map(_leaves, outputs))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = {EXPERT.sub("experts.*.", name) for name, p in named.items() if id(p) in reached}
     return [

@@ -16,7 +16,8 @@ import numpy as np
 from raysft.config import listeners
 from raysft.config.listeners import SPEAKERS, TOKENS
 from raysft.config.prepare import Speakers, UnitsOfModels
-from raysft.config.schema import Config, Model, SpeechTokens
+from raysft.config.schema import Config, Model
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips import speech_tokens
 from raysft.data.clips.audio import Limits
 from raysft.data.clips.speech_tokens import SpeechTokenizer

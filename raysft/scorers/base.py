@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+CROSS_ENTROPY = "cross_entropy"  # the term of a loss that perplexity is of
+
 Wants = Literal["text", "losses"]
 Better = Literal["min", "max"]
 Sums = dict[str, Any]  # by name; values add up with +, over parts of a corpus and over workers
@@ -61,10 +63,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a scorer of losses is given, of a batch: the sum in nats over `tokens` tokens."""
+    """What a scorer of losses is given, of a batch: a term's sum over `count` of what it is counted
+    in (tokens, values of frames), and its weight in the loss."""
 
     sum: float
-    tokens: float
+    count: float
+    term: str = CROSS_ENTROPY
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

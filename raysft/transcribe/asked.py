@@ -67,8 +67,8 @@ def read(audio: Iterable[str | Path], wishes: Wishes) -> list[Asked]:
 
 
 _SPOKEN = (
-    "task tts: its answers are speech, and speech is not written yet (that will be "
-    "jobs/synthesize.py); transcribe answers in text"
+    "task tts: its answers are speech, which synthesize gives (jobs/synthesize.py); transcribe "
+    "answers in text"
 )
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raysft.config.schema import SpeechTokens
+from raysft.config.speech_tokens import SpeechTokens
 from tests.support import jobs, layouts, listeners
 
 pytestmark = pytest.mark.usefixtures("joined")

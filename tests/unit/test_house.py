@@ -29,6 +29,7 @@ ROOMS = (
         "worker",
         "export",
         "transcribe",
+        "synthesis",
         "reread",
         "cli",
         "progress",

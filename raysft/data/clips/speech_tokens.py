@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from raysft import patience
-from raysft.config.schema import SpeechTokens
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips.features import Fbank, FrontEnd, LogMel, mean_normalised
 from raysft.errors import UserError
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from raysft.config.mel import Mel
 from raysft.data.clips.audio import SHORTEST_S, Limits
 from raysft.data.clips.augment import Augmentation
 from raysft.data.clips.effects import length_at
@@ -112,6 +113,7 @@ class Encoder(ABC):
     kinds: of a mixture whose experts are for kinds of tokens: of each token id, -1 where of none.
     augment: how clips are varied in training; None: they are not.
     spectrogram: where a clip's features are among its arrays; None: the model reads none.
+    sounds: the log-mel that its model speaks; None: it writes text.
     """
 
     sample_rate: int | None
@@ -126,6 +128,7 @@ class Encoder(ABC):
     kinds: np.ndarray | None = None
     augment: Augmentation | None = None
     spectrogram: Spectrogram | None = None
+    sounds: Mel | None = None
     _slower: tuple[float, ...] = ()  # factors of speed with which examples are measured
 
     @property

@@ -1,10 +1,14 @@
-"""Ming-UniAudio JSON lines: one object a line, `task_type` asr or tts.
+"""Ming-UniAudio JSON lines: one object a line, `task_type` asr, tts or edit.
 
     {"task_type": "asr", "wav_path": "a.wav", "text": "hello", "lang": "en", "id": "optional"}
+    {"task_type": "edit", "prompt_wav_path": "a.wav", "target_wav_path": "b.wav",
+     "text": "Delete the word old.", "target_text": "hello"}
 
 asr: the clip is read, the text answered (`lang` goes before it). tts: the text is read, the clip
-answered. task_type is written in any case, and may be left out where the source has a task.
-`wav_path` is a path by the rule of raysft.paths; a relative one begins at the folder of the file.
+answered. edit: of one clip another is made, as the text says; `target_text` (optional) is what is
+said in it, which is written before it is spoken. task_type is written in any case, and may be left
+out where the source has a task. Clips are paths by the rule of raysft.paths; a relative one begins
+at the folder of the file.
 Other fields are metadata, or refused: see fields.py. A source is one file.
 """
 
@@ -19,19 +23,25 @@ from raysft.data.sources import json_lines
 from raysft.data.sources.base import Split, clip_path, id_field, kind, load_record, text_field
 from raysft.data.sources.fields import refuse_unread, stated_seconds
 from raysft.errors import BadExample, UserError
+from raysft.json_types import JsonObject
 
-TASKS = ("asr", "tts")
+TASKS = ("asr", "tts", "edit")
 READ = frozenset(["task_type", "wav_path", "text", "lang", "id"])
+EDITS = frozenset(["task_type", "prompt_wav_path", "target_wav_path", "text", "target_text", "id"])
+CLIPS = ("wav_path", "prompt_wav_path")  # a record of Ming's has one of these
 
 
 class MingJsonl(json_lines.JsonLines):
     """The format `ming_jsonl`."""
 
     name = "ming_jsonl"
-    describe = "JSON lines with task_type (asr or tts; or the entry's task says it), wav_path, text"
+    describe = (
+        "JSON lines with task_type (asr, tts, edit; or the entry's task says it), wav_path (edit: "
+        "prompt_wav_path, target_wav_path), text"
+    )
 
     def sniff(self, path: Path) -> bool:
-        """Whether one of the first lines is an object with task_type or wav_path.
+        """Whether one of the first lines is an object with task_type or a clip of Ming's.
 
         Not only the first: a broken line costs that line, not the format's recognition.
         """
@@ -45,7 +55,8 @@ class MingJsonl(json_lines.JsonLines):
             if not isinstance(record, dict):
                 continue
             item = "output" in record and ("instruction" in record or "input" in record)
-            if "wav_path" in record or ("task_type" in record and not item):
+            clip = any(name in record for name in CLIPS)
+            if clip or ("task_type" in record and not item):
                 return True
         return False
 
@@ -74,11 +85,10 @@ class MingJsonl(json_lines.JsonLines):
         text = text_field(record, "text")
         if not text.strip():
             raise BadExample("field 'text' is empty", "malformed record")
+        if shape == "edit":
+            return self._edit(record, text, file, line, task)
         given = text_field(record, "wav_path")
-        try:
-            path = clip_path(given, file)
-        except BadExample as error:
-            raise BadExample(f"field 'wav_path': {error}", "malformed record") from None
+        path = _clip(record, "wav_path", file)
         lang = record.get("lang")
         if lang is not None and not isinstance(lang, str):
             raise BadExample(f"field 'lang' is {kind(lang)}, expected a text", "malformed record")
@@ -93,6 +103,30 @@ class MingJsonl(json_lines.JsonLines):
             lang=(lang or None) if asr else None,
             text=text,
         )
+
+    def _edit(
+        self, record: JsonObject, text: str, file: Path, line: int, task: str | None
+    ) -> Example:
+        heard, spoken = (_clip(record, f"{which}_wav_path", file) for which in ("prompt", "target"))
+        transcript = text_field(record, "target_text") if "target_text" in record else ""
+        refuse_unread(record, EDITS, clip=record["target_wav_path"])
+        said = (transcript,) if transcript.strip() else ()
+        return Example(
+            id=id_field(record, file, line),
+            task=task or "edit",
+            input=(Audio(heard), text),
+            output=(*said, Audio(spoken)),
+            text=transcript or None,
+        )
+
+
+def _clip(record: JsonObject, name: str, file: Path) -> str:
+    """The path of a clip. Raises BadExample naming the field."""
+    given = text_field(record, name)
+    try:
+        return clip_path(given, file)
+    except BadExample as error:
+        raise BadExample(f"field '{name}': {error}", "malformed record") from None
 
 
 FORMAT = MingJsonl()

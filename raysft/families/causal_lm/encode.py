@@ -22,11 +22,11 @@ from raysft.data.clips.speech_tokens import SpeechTokenizer, load
 from raysft.data.encode.base import VERSION, Encoded, Encoder
 from raysft.data.example import Audio, Units
 from raysft.data.text import Template, add_units, load_tokenizer, unit_ids, unit_pattern
-from raysft.data.tokenizer import add_markers
+from raysft.data.tokenizer import add_markers, new_to_model
 from raysft.errors import BadExample, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 
 def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -> CausalLMEncoder:
@@ -67,7 +67,7 @@ class CausalLMEncoder(Encoder):
         self._around = np.array(around, np.int32)
         self._unit_ids = unit_ids(tokenizer, model.unit_token)
         used = [*tokenizer.convert_tokens_to_ids(model.extra_tokens), *self._unit_ids.tolist()]
-        self.new_ids = _new_ids(model, tokenizer, [*used, *around], new)
+        self.new_ids = new_to_model(model, tokenizer, [*used, *around], new)
         # Units of the base vocabulary are read as one token only where they are added tokens too.
         add_units(tokenizer, len(self._unit_ids), model.unit_token)
         units = tokenizer.convert_ids_to_tokens(self._unit_ids.tolist())
@@ -134,21 +134,6 @@ class CausalLMEncoder(Encoder):
                 "(model.speech_units, or data.speech_tokens.clusters)",
                 "unknown unit",
             )
-
-
-def _new_ids(
-    model: Model, tokenizer: PreTrainedTokenizerFast, used: list[int], added: list[int]
-) -> tuple[int, ...]:
-    """Units and markers that the tokenizer beside the model's weights lacks: those `added` here, or
-    those of all that are `used` that were in model.tokenizer before."""
-    if model.path is None or model.tokenizer in (None, model.path):
-        return tuple(added)
-    try:
-        own = load_tokenizer(model.model_copy(update={"tokenizer": None}), 0).get_vocab()
-    except UserError:  # weights that came without a tokenizer: nothing in them is known as a unit
-        own = {}
-    names = tokenizer.convert_ids_to_tokens(used)
-    return tuple(i for i, name in zip(used, names, strict=True) if name not in own)
 
 
 def _said(units: list[str], new: int) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from raysft.config.schema import Data, Model, Source, SpeechTokens
+from raysft.config.schema import Data, Model, Source
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips import effects, speech_tokens
 from raysft.data.clips.audio import load
 from raysft.data.clips.augment import STREAMS, Augmentation

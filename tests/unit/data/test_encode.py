@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from raysft.config.load import validate
-from raysft.config.schema import Data, Model, SpeechTokens
+from raysft.config.schema import Data, Model
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips import speech_tokens
 from raysft.data.encode import make_encoder, model_family
 from raysft.data.example import Audio, Example, Units

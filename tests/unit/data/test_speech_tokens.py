@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raysft.config.schema import SpeechTokens
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips import speech_tokens
 from raysft.data.clips.speech_tokens import KMeans
 from raysft.errors import UserError

@@ -21,7 +21,8 @@ import pytest
 import soundfile
 
 from raysft.config import Config
-from raysft.config.schema import Data, Model, Run, Source, SpeechTokens
+from raysft.config.schema import Data, Model, Run, Source
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips import stalled
 from raysft.data.clips.audio import Limits, load
 from raysft.data.clips.stalled import ClipReader, stuck
