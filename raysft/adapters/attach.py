@@ -289,11 +289,11 @@ def _new_rows(config: Config, net: PreTrainedModel, new_ids: Sequence[int]) -> d
     """Tokens whose rows train, by the name of the table; none where the tables train whole."""
     method = config.peft.method
     ids = [int(i) for i in new_ids]
-    tables = {"get_input_embeddings": net.get_input_embeddings()}
-    tables["get_output_embeddings"] = net.get_output_embeddings()
+    tables = [net.get_input_embeddings(), net.get_output_embeddings()]
     names = {
         next(name for name, module in net.named_modules() if module is table): table
-        for table in tables.values()
+        for table in tables
+        if table is not None
     }
     whole = set(modules_named("modules_to_save", config.peft.modules_to_save, net))
     tied = len({id(table.weight) for table in names.values()}) == 1

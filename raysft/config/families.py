@@ -145,6 +145,7 @@ def by_type() -> str:
 
 _UNTOLD = "only seq2seq is told which language is spoken: leave it out"
 _NO_CHAT = "patch_lm writes the sequences of Ming-UniAudio: leave it out"
+_NO_TEXT = "flow_decoder reads no text: leave it out"
 _NO_DIALOGUE = (
     "seq2seq writes no dialogue: tokens of language and task stand before the text; leave it out"
 )
@@ -283,6 +284,36 @@ register(
         refused_methods={
             "prefix": "its decoder begins with tokens of language and task",
             "prompt": "its decoder begins with tokens of language and task",
+        },
+    )
+)
+register(
+    Family(
+        name="flow_decoder",
+        encode="raysft.families.flow_decoder.encode",
+        model="raysft.families.flow_decoder.model",
+        types={"raysft_flow_decoder": "raysft.families.flow_decoder.net:FlowDecoder"},
+        alone=True,
+        refused_keys={
+            **dict.fromkeys(
+                (
+                    *("data.language", "data.prompts", "data.supervise", "data.template"),
+                    *("model.tokenizer", "model.unit_markers", "model.extra_tokens"),
+                ),
+                _NO_TEXT,
+            ),
+            "data.features": "flow_decoder reads no clips, and learns the mel of model.config.mel: "
+            "leave it out",
+            "data.unit_noise": "flow_decoder learns what units sound like: leave it out",
+            "data.audio_per_batch": "flow_decoder has no audio encoder: leave it out",
+            "data.augment": "flow_decoder would learn to make what was varied: leave it out",
+            "model.speech_units": "flow_decoder has model.config.codebooks: leave it out",
+            "model.unit_token": "flow_decoder reads units as they are: leave it out",
+        },
+        refused_methods={
+            "qlora": "its weights are few",
+            "prefix": "it reads no prompt of tokens",
+            "prompt": "it reads no prompt of tokens",
         },
     )
 )

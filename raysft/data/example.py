@@ -189,7 +189,8 @@ class Example:
     to the one that ends it; `woven`: what such a document is drawn of at each step of training (in
     evaluation always the same); `tokens`: ids as they are. Where there is one of these, there is
     nothing else.
-    `speaker`: who speaks in it, where the source says so.
+    `speaker`: who speaks in it, where the source says so; `voice`: an embedding of that speaker, or
+    of the speech itself.
     `variants` are what it may be instead (another rated dimension, another rater): at each step of
     training one is drawn, itself as likely as each of them, under its own id, task, lang and text.
     It is measured at its longest, and evaluation takes itself. They have none of their own.
@@ -209,6 +210,7 @@ class Example:
     document: tuple[str | Units | Token, ...] = ()
     woven: Woven | None = None
     tokens: Tokens | None = None
+    voice: tuple[float, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:

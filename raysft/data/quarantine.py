@@ -47,6 +47,8 @@ _WORDS = {
     "no kind": r"token .* is in no group",
     "unknown language": r"its language |it names no language",
     "not one clip": r"has (?:no|\d+) clips?, and",
+    "no speaker embedding": r"(?:has no|its) speaker embedding",
+    "tokens of another length": r"its speech tokens \(\d+ rows\) are",
 }
 KINDS = (*_WORDS, OTHER)
 # Greedy: the last match counts, for what a reason is about, a path, may look like one.

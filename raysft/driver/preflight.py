@@ -327,7 +327,7 @@ def _prove(config: Config, encoder: Encoder) -> None:
     net = skeleton(config.model)
     proof.refuse_early(net, config.data.mode)
     balance.coefficient(net)
-    encoder.verdict = proof.prove(net)
+    encoder.verdict = encoder.verdict or proof.prove(net)
     proof.check(encoder.verdict, config.data.mode)
     learned = encoder.verdict.learned
     if learned is not None and config.peft.method in ("prefix", "prompt"):
@@ -353,6 +353,8 @@ def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, sa
 
     most = config.data.max_quarantined
     index = build_index(given, split, encoder, _cache(config), most=most, stages=stages)
+    if not encoder.writes:
+        return index
     for line in unknown_text(encoder, index):
         log.warning("data.%s: %s", split, line)
     if split == "eval":

@@ -48,6 +48,10 @@ def _title(batch: MicroBatch) -> str:
 def _body(batch: MicroBatch, encoder: Encoder, colours: bool) -> Iterator[str]:
     if not batch.ids:
         return
+    if not encoder.writes:
+        for name, ragged in batch.arrays.items():
+            yield f"    {name}: {ragged.values.dtype} {list(ragged.values.shape)}"
+        return
     before, behind = (LEARNT, END) if colours else MARKS
     text = ""
     positions = zip(batch.input_ids.tolist(), (batch.labels != -100).tolist(), strict=True)

@@ -132,6 +132,7 @@ def evaluate(
     losses: dict[str, list[Loss]] = {}
     unusable: list[Quarantined] = []
     stream = read(mine)
+    generates = settings.generate and speech_model.writes
     with torch.inference_mode(mode=not synced), torch.no_grad():
         for number in range(rounds):
             seen(number, rounds)
@@ -144,12 +145,12 @@ def evaluate(
                 for task, (loss, count) in term.by_task.items():
                     one = Loss(float(loss), float(count), term.name, term.weight)
                     losses.setdefault(task, []).append(one)
-            if settings.generate:
+            if generates:
                 answered += _transcribe(
                     speech_model, corpus, batch, rows, settings, autocast, synced
                 )
     world.barrier(lambda: seen(rounds, rounds))  # some have had longer answers
-    spaced = settings.generate and not keeps_tab(speech_model.tokenizer)
+    spaced = generates and not keeps_tab(speech_model.tokenizer)
     answered = _transcripts(world, answered, spaced)
     counted = _count(losses, [one.answer for one in answered], settings)
     parts = world.gather((counted, answered, unusable))

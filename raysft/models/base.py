@@ -56,7 +56,7 @@ from raysft.models.layout import (
 from raysft.models.modality import Plan
 from raysft.models.router_losses import Weights
 from raysft.models.routing import Routing
-from raysft.models.supervised import PREFIX, Supervised
+from raysft.models.supervised import PREFIX, Losses, Supervised
 from raysft.parallel import unread
 
 
@@ -68,7 +68,8 @@ class SpeechModel(ABC):
     its own in front of a row (prompt tuning), so padding must not come between. verdict: what is
     exact for this kind of model. unreached: parameters frozen because no batch reaches them.
     virtual: positions that train in front of a prompt. unended: answers cut at their limit so far.
-    routing: the experts of a mixture and what they did, where its routers are known.
+    routing: the experts of a mixture and what they did, where its routers are known. writes:
+    whether it reads and writes text: else it has no tokenizer, and is evaluated by its losses.
     """
 
     new_ids: Seq[int] = ()
@@ -78,24 +79,34 @@ class SpeechModel(ABC):
     virtual = 0
     unended = 0
     routing: Routing | None = None
+    writes = True
     answer_of: Callable[[str], str] = staticmethod(str)
 
     def __init__(
         self,
         net: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         mode: Literal["packed", "padded"],
         stop_ids: Seq[int],
     ) -> None:
-        """stop_ids: tokens that end an answer, next to the model's and the tokenizer's own."""
+        """tokenizer: None where the model writes no text. stop_ids: tokens that end an answer, next
+        to the model's and the tokenizer's own."""
         self.net = net
         self.model: nn.Module = net
-        self.tokenizer = tokenizer
         self.mode = mode
         self.tasks: list[str] = []
         self.task_weights: dict[str, float] = {}  # in the loss that is trained
         self.more_losses: list[tuple[str, TokenLoss, float]] = []  # beside the cross-entropy
         self.supervised = self._supervised(net)
+        self.stop_ids: list[int] = []
+        self.pad_id = 0
+        self._tokenizer = tokenizer
+        if tokenizer is not None:
+            self._end_answers(net, tokenizer, stop_ids)
+
+    def _end_answers(
+        self, net: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Seq[int]
+    ) -> None:
         configured = net.generation_config.eos_token_id
         stops = {*stop_ids, tokenizer.eos_token_id}
         stops |= set(configured if isinstance(configured, list) else [configured])
@@ -114,6 +125,12 @@ class SpeechModel(ABC):
         """The model whose batches are proven to be exact: the one that sees tokens in a row."""
         return self.net
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of a model that reads and writes text."""
+        assert self._tokenizer is not None, "a model that writes no text has no tokenizer"
+        return self._tokenizer
+
     def wrap(self, model: nn.Module) -> None:
         """Compute with `model`, which holds `net` (or is it, changed), from here on."""
         self.supervised.release()
@@ -121,7 +138,7 @@ class SpeechModel(ABC):
         self.supervised = self._supervised(model)
         self.supervised.windows = self.verdict.windows
 
-    def _supervised(self, model: nn.Module) -> Supervised:
+    def _supervised(self, model: nn.Module) -> Losses:
         settings = (self.tasks, self.task_weights, self.more_losses, self.routing)
         return Supervised(model, *settings)
 

@@ -37,15 +37,49 @@ _OURS = ("keep", "targets", "tasks", "kinds", "real")
 PREFIX = "lm."
 
 
-class Supervised(nn.Module):
-    """The model with its loss as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
+class Losses(nn.Module):
+    """A model with its losses as `forward`: what DDP and FSDP2 wrap, so that their hooks run.
 
     tasks: names by task number; `SpeechModel` appends as it meets new ones. weights: of tasks in
-    the loss that is trained, 1 where none is given. more: losses of tokens beside the
-    cross-entropy: name, function, weight. penalty: gives the term that training adds to the loss
-    once a step. windows: see `attention.document_mask`. routing: of a mixture whose routers are
-    known.
+    the loss that is trained, 1 where none is given. penalty: gives the term that training adds to
+    the loss once a step. windows: see `attention.document_mask`. routing: of a mixture whose
+    routers are known.
     """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        tasks: list[str],
+        weights: Mapping[str, float] | None = None,
+        routing: Routing | None = None,
+    ) -> None:
+        super().__init__()
+        self.routing = routing
+        self.lm = net
+        self.tasks = tasks
+        self.weights = {} if weights is None else weights
+        self.penalty: Callable[[], torch.Tensor] | None = None
+        self.windows = False
+
+    def release(self) -> None:
+        """Take from the model what was put into it: another module computes losses from here on."""
+
+    def penalties(self, like: torch.Tensor) -> list[Term]:
+        """In training the penalty on the weights. like: a count, for what its tensor is like."""
+        if self.penalty is None or not self.training:
+            return []
+        found = self.penalty()
+        once = torch.ones_like(like)
+        return [Term("penalty", found.detach(), once, {}, found, None, reported=False)]
+
+
+class Supervised(Losses):
+    """A language model with its losses of tokens.
+
+    more: losses beside the cross-entropy: name, function, weight.
+    """
+
+    lm: PreTrainedModel
 
     def __init__(
         self,
@@ -55,14 +89,8 @@ class Supervised(nn.Module):
         more: Seq[tuple[str, TokenLoss, float]] = (),
         routing: Routing | None = None,
     ) -> None:
-        super().__init__()
-        self.routing = routing
-        self.lm = net
-        self.tasks = tasks
-        self.weights = {} if weights is None else weights
+        super().__init__(net, tasks, weights, routing)
         self.more = more
-        self.penalty: Callable[[], torch.Tensor] | None = None
-        self.windows = False
         self.rows: int | None = None  # through the head at a time; None: see `chunk_rows`
         self.balance = balance.coefficient(net)
         self._keep: torch.Tensor | None = None
@@ -138,10 +166,7 @@ class Supervised(nn.Module):
         if unbalanced is not None:
             found = unbalanced * count
             terms.append(Term("balance", found.detach(), count, trained=found, reported=False))
-        if self.penalty is not None and self.training:
-            found = self.penalty()
-            once = torch.ones_like(count)
-            terms.append(Term("penalty", found.detach(), once, {}, found, None, reported=False))
+        terms += self.penalties(count)
         if self.routing is not None and self.training:
             terms += router_losses.terms_of(self.routing)
         return terms

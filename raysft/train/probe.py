@@ -235,6 +235,10 @@ class _Trials:
 def _sequence(speech_model: SpeechModel, length: int) -> Sequence:
     """An example of `length` positions, at least 2. After a clip, where the model hears one, all of
     it is supervised. Where the encoder pays for the length of a clip, the clip fills it."""
+    if not speech_model.writes:
+        whole = speech_model.full_document(length)
+        labels = whole.input_ids.copy()
+        return Sequence("probe", "probe", whole.input_ids, labels, whole.arrays)
     dummy = speech_model.full_document(length - 1)
     if len(dummy.input_ids) > max(length, len(speech_model.dummy_document().input_ids)):
         dummy = speech_model.dummy_document()

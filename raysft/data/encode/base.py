@@ -109,6 +109,7 @@ class Encoder(ABC):
     limits: of the clips it is given. positions: that the model has; None: they do not end.
     new_ids: tokens that the tokenizer of the model lacked.
     units: which unit tokens are used and which are new, in words; "" where there are none.
+    writes: whether its model reads and writes text: else it has no tokenizer.
     says_language: whether the answer of an asr example begins with its lang.
     kinds: of a mixture whose experts are for kinds of tokens: of each token id, -1 where of none.
     augment: how clips are varied in training; None: they are not.
@@ -124,6 +125,7 @@ class Encoder(ABC):
     verdict: Verdict | None = None
     new_ids: tuple[int, ...] = ()
     units: str = ""
+    writes: bool = True
     says_language: bool = True
     kinds: np.ndarray | None = None
     augment: Augmentation | None = None
@@ -287,7 +289,12 @@ class Encoder(ABC):
             for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
         ]
         sequence = self._joined(example, parts, rendered.learnt)
-        tokens = len(sequence.input_ids)
+        self._check_promised(len(sequence.input_ids), promised)
+        return sequence
+
+    @staticmethod
+    def _check_promised(tokens: int, promised: int | None) -> None:
+        """Raises BadExample where so many positions are more than `measure` said."""
         if promised is not None and tokens > promised * (1 + EXCESS):
             raise BadExample(
                 f"takes {tokens} positions, but {promised} by the lengths its clips' headers give: "
@@ -295,7 +302,6 @@ class Encoder(ABC):
                 "run measures them again)",
                 "longer than indexed",
             )
-        return sequence
 
     def prompt(self, example: Example, clips: Items[np.ndarray]) -> Sequence:
         """The sequence up to where the answer starts (of a conversation the last that is learnt),

@@ -87,6 +87,9 @@ def _listing(job: tuple[ResolvedSource, Path, Path, str], _: None) -> Path:
 def _made(source: ResolvedSource, file: Path, folder: Path) -> Path:
     given = source.given
     facts = () if given is None else tuple(getattr(given, name) for name in OPTIONS)
+    form = formats.get(source.format)
+    if given is not None and isinstance(form, Layout):
+        facts += form.asked(given)
     name = digest_of(VERSION, str(file), source.format, *facts)
     place = folder / "listed" / name / (file.parent.name or "root") / f"{file.stem}.jsonl"
     note = place.parent / ORIGIN

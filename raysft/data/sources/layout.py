@@ -32,6 +32,7 @@ from raysft.data.sources.base import (
     load_record,
     text_field,
 )
+from raysft.data.sources.sounding import FLOW, of_listed
 from raysft.data.sources.transcripts import transcript
 from raysft.errors import BadExample
 from raysft.json_types import Json, JsonObject
@@ -72,6 +73,10 @@ class Layout(json_lines.JsonLines):
         reads as they are."""
         return True
 
+    def asked(self, given: Source) -> tuple[str, ...]:
+        """What its records are made by of the entry, beside its `options`."""
+        return ()
+
     def records(self, file: Path, given: Source, keep: Path | None = None) -> Iterator[JsonObject]:
         """The records of one of `files`, in a fixed order. keep: a folder for files that it has to
         make. Raises UserError where its structure is broken, and OSError."""
@@ -97,15 +102,14 @@ class Layout(json_lines.JsonLines):
         at = f" ({record['at']})" if record.get("at") else ""
         refuse_fault(record)
         speaker, text = record.get("speaker"), record.get("text")
+        speaker = speaker if isinstance(speaker, str) else None
         try:
-            return transcript(
-                id_field(record, file, line),
-                [_clip(clip, file) for clip in record.get("audio") or []],
-                text if isinstance(text, str) else "",
-                task or record.get("task"),
-                speaker if isinstance(speaker, str) else None,
-                self.tags,
-            )
+            name = id_field(record, file, line)
+            clips = [_clip(clip, file) for clip in record.get("audio") or []]
+            if FLOW in record:
+                return of_listed(name, clips, record[FLOW], task, speaker)
+            said = text if isinstance(text, str) else ""
+            return transcript(name, clips, said, task or record.get("task"), speaker, self.tags)
         except BadExample as error:
             raise BadExample(f"{error}{at}", error.kind, record.get("id")) from None
 

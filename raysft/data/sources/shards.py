@@ -8,7 +8,8 @@ A source is `data.list` (a shard's path a line), the folder that holds it, or on
 read from the columns, and no audio is touched for them. In shards of raysft `audio_data` lies in
 the file as it is, one value after the other, so that a clip is one read at a known place; in others
 it is read by groups of rows. A shard that cannot be read any more costs its rows: their ids are in
-the file .ids beside it.
+the file .ids beside it. With `task: flow` in the entry a row is its clip, its tokens and its
+embedding: that of the speaker, else that of the utterance.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from raysft.data.sources import json_lines
 from raysft.data.sources.base import Split, clip_path, folder_of
 from raysft.data.sources.layout import Layout, below, fault, listed
 from raysft.data.sources.lines import lines
+from raysft.data.sources.sounding import FLOW, TASK, told
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
 
@@ -35,6 +37,8 @@ LIST = "data.list"
 IDS = ".ids"
 AUDIO = "audio_data"
 _LIGHT = ("utt", "wav", "text", "spk", "task", "seconds", "samples", "sample_rate", "audio_bytes")
+_VOICES = ("spk_embedding", "utt_embedding")
+_FLOW = ("speech_token", *_VOICES)
 _NEEDED = frozenset(["utt", "text", AUDIO])
 
 
@@ -63,6 +67,10 @@ class Shards(Layout):
         except (UserError, UnicodeDecodeError):
             return False
 
+    def asked(self, given: Source) -> tuple[str, ...]:
+        """Its tokens and embeddings, where they are for a flow decoder."""
+        return (TASK,) if given.task == TASK else ()
+
     def files(self, path: Path, split: Split) -> list[Path]:
         """The shards."""
         if stores.is_dir(path):
@@ -81,7 +89,8 @@ class Shards(Layout):
         try:
             with stores.random_access(file) as stream:
                 shard = pq.ParquetFile(stream)
-                names = [name for name in _LIGHT if name in shard.schema_arrow.names]
+                columns = (*_LIGHT, *_FLOW) if given.task == TASK else _LIGHT
+                names = [name for name in columns if name in shard.schema_arrow.names]
                 if missing := _NEEDED - set(shard.schema_arrow.names):
                     raise UserError(f"{file} has no column {', '.join(sorted(missing))}")
                 for group in range(shard.num_row_groups):
@@ -90,7 +99,11 @@ class Shards(Layout):
                     for row, record in enumerate(rows):
                         number += 1
                         place = places[row] if places else None
-                        yield _row(record, file, group, row, number, place)
+                        found = _row(record, file, group, row, number, place)
+                        if given.task == TASK:
+                            voice = next((v for v in map(record.get, _VOICES) if v), None)
+                            found[FLOW] = told(record.get("speech_token"), voice)
+                        yield found
         except (pa.ArrowException, OSError) as error:
             yield from _lost(file, stores.damage(error), number)
 

@@ -1,0 +1,1 @@
+"""flow_decoder: speech tokens in, a mel spectrogram out."""
