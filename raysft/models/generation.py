@@ -20,9 +20,9 @@ def mend(net: PreTrainedModel) -> None:
 
     Raises ValueError, with transformers' words, where they name no value that could be left out.
     """
-    config, left = net.generation_config, []
-    if config is None:  # it writes nothing
+    if not net.can_generate():  # it has no such config
         return
+    config, left = net.generation_config, []
     while (problem := _problem(config)) is not None:
         given = config.to_diff_dict()
         # Of the names in a problem the first is the one that cannot stay.

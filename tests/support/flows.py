@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import torch
 
 RATE = 16000
 SPEAKER = 6
@@ -66,3 +67,23 @@ def corpus(folder: Path, kind: str = "dit", count: int = 24) -> Path:
         lines.append(line)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def base(folder: Path, kind: str = "dit", **more: Any) -> Path:
+    """A folder with such a decoder, whose every weight is random: that of a new one lets little
+    through."""
+    from raysft.config.schema import Data, Model
+    from raysft.data.encode import make_encoder
+    from raysft.export import export
+    from raysft.models import build
+
+    target = folder / f"base_{kind}"
+    if target.exists():
+        return target
+    section, data = Model(**model(kind, **more)), Data(mode="padded")
+    built = build(section, data, make_encoder(section, data, folder), 1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in built.net.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return export(built, target)
