@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raysft.config.deepspeed import check as check_deepspeed
 from raysft.config.deepspeed import wrong_stage
-from raysft.config.families import AUTO, any_text, named, owner
+from raysft.config.families import AUTO, Family, any_text, named, owner
 from raysft.config.modality import read_groups
 from raysft.config.schema import Config, Optim, Peft, Section
 from raysft.config.strategies import names, traits_of
@@ -81,7 +81,8 @@ def _run(config: Config) -> list[Mistake]:
     if config.model.config is not None:
         if "model_type" not in config.model.config:
             found.add("model.config.model_type", "missing; e.g. qwen3, llama or qwen2_audio")
-        if config.model.tokenizer is None:
+        row = _row_of(config)
+        if config.model.tokenizer is None and (row is None or row.writes):
             found.add("model.tokenizer", "needed with model.config: a folder, a hub id or `bytes`")
     temperature = config.data.temperature
     if temperature is not None and temperature.by == "task" and config.data.mix:
@@ -275,12 +276,18 @@ def _peft(config: Config) -> list[Mistake]:
     return found
 
 
-def _family_refusal(config: Config) -> list[Mistake]:
-    """That the method cannot train the model's family, as far as the config alone tells it."""
+def _row_of(config: Config) -> Family | None:
+    """The row of the model's family, as far as the config alone tells it."""
     kind = (config.model.config or {}).get("model_type")
     row = None if config.model.family == AUTO else named(config.model.family)
     if row is None or (row.every_causal_lm and kind not in row.types):
         row = owner(kind) or row
+    return row
+
+
+def _family_refusal(config: Config) -> list[Mistake]:
+    """That the method cannot train the model's family, as far as the config alone tells it."""
+    row = _row_of(config)
     why = None if row is None else row.refusal(config.peft.method)
     return [] if why is None else [Mistake.of("peft.method", why)]
 

@@ -35,6 +35,7 @@ class Family:
         are another family's.
     every_causal_lm: whether it takes all types of AutoModelForCausalLM as well.
     hears: whether its models read audio as it is.
+    writes: whether they read and write text: others have no tokenizer.
     alone: whether no other family may take its types, though AutoModelForCausalLM has them: as
         half a model.
     parts: their modules beside the language model, which is quantised without them.
@@ -50,6 +51,7 @@ class Family:
     asked_for: tuple[str, ...] = ()
     every_causal_lm: bool = False
     hears: bool = False
+    writes: bool = True
     alone: bool = False
     parts: tuple[str, ...] = ()
     refused_types: Mapping[str, str] = field(default_factory=dict)
@@ -293,6 +295,7 @@ register(
         encode="raysft.families.flow_decoder.encode",
         model="raysft.families.flow_decoder.model",
         types={"raysft_flow_decoder": "raysft.families.flow_decoder.net:FlowDecoder"},
+        writes=False,
         alone=True,
         refused_keys={
             **dict.fromkeys(
