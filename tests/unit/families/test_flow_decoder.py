@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 from raysft.config.mel import Mel
-from raysft.config.schema import Data, Model, SpeechTokens
+from raysft.config.schema import Data, Model
+from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips import mels
 from raysft.data.clips.speech_tokens import KMeans
 from raysft.data.encode import make_encoder
