@@ -34,7 +34,7 @@ class Flow(Section):
 class Speak(Section):
     """How a model speaks."""
 
-    flow: Free[Flow] = Field(default_factory=Flow, description="how noise becomes speech")
+    flow: Flow = Field(default_factory=Flow, description="how noise becomes speech")
     seed: Free[NonNegativeInt] = Field(
         0, description="of the noise; with the same seed the same is said, whatever is said beside"
     )

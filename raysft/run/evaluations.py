@@ -98,7 +98,8 @@ def metrics_of(index: Index, settings: Evaluate) -> list[str]:
         asked = {name for task in tasks for name in figures_of(task, settings.metrics)}
         found += [f"{name}/{source.name}" for name in text_figures() if name in asked]
     for task in index.tasks:
-        found += [f"{figure.name}/{task}" for row in losses for figure in row.figures]
+        own = [row for row in losses if not row.only or task in row.only]
+        found += [f"{figure.name}/{task}" for row in own for figure in row.figures]
     return found
 
 

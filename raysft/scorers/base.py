@@ -63,11 +63,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a scorer of losses is given, of a batch: a term's sum over `count` of what it is counted
-    in (tokens, values of frames), and its weight in the loss."""
+    """What a scorer of losses is given, of a batch: a term's sum over `tokens`, or what else it is
+    counted in (values of frames, utterances), and its weight in the loss."""
 
     sum: float
-    count: float
+    tokens: float
     term: str = CROSS_ENTROPY
     weight: float = 1.0
 
@@ -82,6 +82,7 @@ class Scorer:
     result: figures by name, of the sums of all workers; what cannot be divided is left out.
     wants: text: what the model generates, by source; losses: those of right answers, by task.
     tasks: of the examples whose texts are wanted, where `evaluate.metrics` does not name the task.
+    only: tasks whose losses are wanted; (): of all.
     signature: how its figures of a source are made, where they mean little without; eval.jsonl has
         it.
     """
@@ -92,6 +93,7 @@ class Scorer:
     result: Callable[[Sums], dict[str, float]]
     wants: Wants = "text"
     tasks: tuple[str, ...] = ("asr",)
+    only: tuple[str, ...] = ()
     signature: Callable[[Settings, str], str] | None = None
 
 

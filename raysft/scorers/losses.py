@@ -1,7 +1,4 @@
-"""Losses of a task's right answers: of all terms together, and of each that has a name of its own.
-
-Of text also the perplexity, per supervised token.
-"""
+"""Losses of a task's right answers: of all terms together; of text also the perplexity."""
 
 from __future__ import annotations
 
@@ -10,39 +7,35 @@ from collections.abc import Sequence
 
 from raysft.scorers.base import CROSS_ENTROPY, Figure, Loss, Scorer, Settings, Sums, added
 
-SPEECH = {"flow": ("flow",), "stop": ("stop", "goes_on")}
-"""Figures of losses of speech -> the terms whose mean they are."""
 
-
-def _count(losses: Sequence[Loss], settings: Settings) -> Sums:
+def count(losses: Sequence[Loss], settings: Settings) -> Sums:
+    """Sums and counts of each term."""
     parts = []
     for loss in losses:
         name = f"{loss.term} {loss.weight!r}"
-        parts.append({f"sum {name}": loss.sum, f"count {name}": loss.count})
+        parts.append({f"sum {name}": loss.sum, f"count {name}": loss.tokens})
     return added(parts)
 
 
-def _result(sums: Sums) -> dict[str, float]:
-    means: dict[str, float] = {}
-    total, counted = 0.0, False
-    for key in [key for key in sums if key.startswith("sum ")]:
-        _, term, weight = key.split(" ")
-        if count := sums[f"count {term} {weight}"]:
-            means[term] = sums[key] / count
-            total, counted = total + float(weight) * means[term], True
-    found = {"loss": total} if counted else {}
-    if CROSS_ENTROPY in means:
-        found["perplexity"] = math.exp(min(means[CROSS_ENTROPY], 700.0))
-    for name, terms in SPEECH.items():
-        if own := [means[term] for term in terms if term in means]:
-            found[name] = sum(own) / len(own)
+def means_of(sums: Sums) -> dict[tuple[str, float], float]:
+    """Of each term, with its weight, that something was counted of."""
+    found = {}
+    for key in sums:
+        kind, term, weight = key.split(" ")
+        if kind == "sum" and (own := sums[f"count {term} {weight}"]):
+            found[term, float(weight)] = sums[key] / own
     return found
 
 
-SCORER = Scorer(
-    "losses",
-    (Figure("loss"), Figure("perplexity"), *map(Figure, SPEECH)),
-    _count,
-    _result,
-    wants="losses",
-)
+def _result(sums: Sums) -> dict[str, float]:
+    means = means_of(sums)
+    if not means:
+        return {}
+    found = {"loss": sum(weight * mean for (_, weight), mean in means.items())}
+    for (term, _), mean in means.items():
+        if term == CROSS_ENTROPY:
+            found["perplexity"] = math.exp(min(mean, 700.0))
+    return found
+
+
+SCORER = Scorer("losses", (Figure("loss"), Figure("perplexity")), count, _result, wants="losses")

@@ -99,7 +99,7 @@ def test_unusable_items_are_rejected_with_their_reason_and_the_rest_is_indexed(t
     (tmp_path / "folder.wav").mkdir()
     os.mkfifo(tmp_path / "fifo.wav")  # opening it would wait for ever
     names = ("missing.wav", "text.wav", "empty.wav", "folder.wav", "fifo.wav")
-    records = [asr(id="good"), "{broken", asr(task_type="edit"), asr(text="too long", id="long")]
+    records = [asr(id="good"), "{broken", asr(task_type="vc"), asr(text="too long", id="long")]
     file = jsonl(tmp_path / "t.jsonl", [*records, *(asr(name, id=name) for name in names)])
     index = build(tmp_path / "i", file)
     assert index.ids([0]) == ["good"]

@@ -90,7 +90,7 @@ def test_the_sources_task_makes_tts_of_asr_lines_and_other_names_only_rename(tmp
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({**ASR, "task_type": "edit"}, "task_type is 'edit'; supported: asr, tts"),
+        ({**ASR, "task_type": "vc"}, "task_type is 'vc'; supported: asr, tts, edit"),
         ({"wav_path": "a.wav", "text": "x"}, "task_type is null; supported"),
         ({"task_type": "asr", "text": "x"}, "'wav_path' is missing; fields found: task_type, text"),
         ({**ASR, "wav_path": ["a"]}, "'wav_path' is a list, expected a text"),

@@ -37,6 +37,7 @@ class Oracle:
     encoder: Encoder
     said: Callable[[str], str] = lambda text: text
     limits: list[int] = field(default_factory=list)
+    writes: bool = True
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
