@@ -45,7 +45,7 @@ from local_cluster import ROOT, Cluster
 from matplotlib import pyplot
 
 from raysft.audit import audit
-from raysft.config.schema import Checkpoint
+from raysft.config.checkpoint import Checkpoint
 from raysft.data.plan.verify import Report
 from raysft.run.catalogue import Catalogue
 from raysft.run.lines import read_lines

@@ -60,7 +60,8 @@ def save_costs(folder: Path, shape: Shape) -> dict[str, Any]:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from raysft.config.schema import Checkpoint, Config
+    from raysft.config.checkpoint import Checkpoint
+    from raysft.config.schema import Config
     from raysft.parallel import World
     from raysft.parallel.ddp import Ddp
     from raysft.run.catalogue import Catalogue

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from raysft import paths, patience
 from raysft.cli import guarded, parse
+from raysft.config.checkpoint import Checkpoint
 from raysft.config.load import read_tree
-from raysft.config.schema import Checkpoint
 from raysft.data.plan.generations import open_index
 from raysft.data.plan.verify import Line, Report, check
 from raysft.errors import UserError

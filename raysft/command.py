@@ -20,6 +20,9 @@ SFT = """Train, or continue the run if its folder exists.
 
 {command} CONFIG.yaml [key=value ...] [--dry-run [--show N]] [--debug]
 
+With stages in the config: each of them in order, a run each; only=NAME runs one, and
+stages.NAME.key=value changes one.
+
 --dry-run: say what it would do, and train nothing. With --show N also the first N examples as the
 model reads them, supervised tokens in green (or, not on a terminal, between white brackets).
 """
@@ -73,7 +76,8 @@ One page of a run, a sweep, or several runs beside each other: report.html, a fi
 
 {command} RUN [RUN ...] [--out FILE.html] [--debug]
 
-RUN is the folder of a run or of a sweep. A run writes its page itself at every evaluation.
+RUN is the folder of a run, of a sweep or of stages. A run writes its page itself, at every
+evaluation.
 """
 
 TRANSCRIBE = """Text of clips, by a run or a model's folder. Needs no Ray.

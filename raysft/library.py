@@ -69,11 +69,15 @@ def _session(starts: Config | None = None) -> Iterator[None]:
 
 
 def train(config: Config, progress: Progress = _silent) -> Outcome:
-    """Train, or continue the run if its folder exists; returns how it ended.
+    """Train, or continue the run if its folder exists; returns how it ended. With `config.stages`
+    each of them in order (`driver.stages.Staged`).
 
     config: see `load_config`. Raises UserError; KeyboardInterrupt, or SystemExit on SIGTERM, after
     a checkpoint was saved.
     """
+    if config.stages:
+        return _stages(config, progress)
+
     from raysft.driver import preflight
 
     preflight.check(config)
@@ -87,6 +91,18 @@ def train(config: Config, progress: Progress = _silent) -> Outcome:
         return launch.run(config, progress)
 
 
+def _stages(config: Config, progress: Progress) -> Outcome:
+    from raysft.driver import stages
+
+    checked = stages.check(config)
+
+    from raysft.driver.session import destination
+
+    progress({"doing": destination()})
+    with _session(next(iter(checked.values()), None)):
+        return stages.run(config, progress)
+
+
 def dry_run(
     config: Config, progress: Progress = _silent, *, show: int = 0, colours: bool = False
 ) -> str:
@@ -97,6 +113,8 @@ def dry_run(
     """
     from raysft.driver import preflight
 
+    if config.stages:
+        return _dry_stages(config, progress, show, colours)
     checked = preflight.check(config, writes=False)
 
     from raysft.driver.session import destination
@@ -106,6 +124,18 @@ def dry_run(
         from raysft.driver import launch
 
         return launch.dry_run(checked, progress, show, colours)
+
+
+def _dry_stages(config: Config, progress: Progress, show: int, colours: bool) -> str:
+    from raysft.driver import stages
+
+    checked = stages.check(config, writes=False)
+
+    from raysft.driver.session import destination
+
+    progress({"doing": destination()})
+    with _session():
+        return stages.dry_run(config, checked, progress, show, colours)
 
 
 def evaluate(

@@ -17,23 +17,28 @@ import yaml
 from pydantic import ValidationError
 
 from raysft import paths, plugins
-from raysft.config import explain, places
-from raysft.config.combinations import contradictions
+from raysft.config import explain, places, stages
+from raysft.config.checkpoint import Checkpoint
+from raysft.config.combinations import Mistake, contradictions
 from raysft.config.deepspeed import filled
 from raysft.config.explain import all_keys
 from raysft.config.overrides import Dumper, apply_override, read_tree
 from raysft.config.reference import entries
-from raysft.config.schema import Checkpoint, Config
+from raysft.config.schema import Config
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
 __all__ = [
     "all_keys",
     "apply_override",
+    "begins_from",
     "changed_keys",
     "describe",
     "load_config",
     "read_tree",
+    "stage_configs",
+    "stages_to_yaml",
+    "stand_in",
     "to_tree",
     "to_yaml",
     "validate",
@@ -51,9 +56,7 @@ def load_config(
     that are none, contradictions.
     """
     file = paths.argument(str(path), "CONFIG")
-    tree = _read(file)
-    for override in overrides:
-        apply_override(tree, override)
+    tree = stages.override(_read(file), overrides)
     return validate(tree, str(path), file.parent, model)
 
 
@@ -64,30 +67,16 @@ def validate(
 
     beside: the folder of a config file, where a user may have meant relative paths to begin, and
     plugins to lie. model: see `load_config`.
+
+    Of a tree with stages, each is checked as the config that it makes; the config that is returned
+    is that of none of them: see `stage_configs`.
     """
-    tree = _expand(tree)
-    named = tree.get("plugins")
-    try:  # before any name is looked up that they may add
-        plugins.load(named if _are_texts(named) else [], beside)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    tree = filled(tree)
-    problems: list[str] = []
-    config = None
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        found = explain.mistakes(error.errors())
-        problems, wrong = list(found.values()), {".".join(map(str, place)) for place in found}
-        rest = _without(tree, list(found))
-        if rest is not None:  # what is right so far may still contradict itself
-            rest, _ = places.absolute(rest)
-            others = contradictions(rest)
-            asked = [one for one in others if model or one.key != "model"]
-            problems += [one.text for one in asked if not _concerns(one.key, wrong)]
-    if config is not None:
-        config, problems = places.absolute(config, beside)
-        problems += [one.text for one in contradictions(config) if model or one.key != "model"]
+    if problems := stages.mistakes(tree):
+        config = None
+    elif tree.get("stages"):
+        config, problems = _check_stages(stages.expand(tree), where, beside, model)
+    else:
+        config, problems = _check(tree, where, beside, model)
     if problems:
         problems = list(dict.fromkeys(problems))
         if len(problems) == 1:
@@ -96,6 +85,93 @@ def validate(
         raise UserError(f"{where}: {len(problems)} mistakes\n{lines}")
     assert config is not None
     return config
+
+
+def stage_configs(config: Config) -> dict[str, Config]:
+    """Of a config with stages, that of each stage's run, by name, in order. Raises UserError."""
+    tree = _stages_tree(config)
+    found = {}
+    for name in stages.names_of(tree):
+        own = stages.tree_of(tree, name)
+        assert own is not None
+        found[name] = validate(own, f"stages.{name}")
+    return found
+
+
+def stand_in(config: Config, name: str) -> Config | None:
+    """The config of a stage that begins from others whose models are not there yet: with what those
+    begin with, which has the same shapes; None where there is none such."""
+    own = stages.tree_of(_stages_tree(config), name, stand_in=True)
+    return None if own is None else validate(own, f"stages.{name}")
+
+
+def begins_from(config: Config, name: str) -> list[str]:
+    """Names of the stages that a stage takes models of."""
+    return list(dict.fromkeys(stages.begins_from(_stages_tree(config), name).values()))
+
+
+def _stages_tree(config: Config) -> JsonObject:
+    run = {"name": config.run.name, "storage_path": config.run.storage_path}
+    return {"run": run, "stages": config.stages}
+
+
+def stages_to_yaml(config: Config) -> str:
+    """Of a config with stages: each as it was asked for, as YAML text that reads back as it."""
+    tree = _stages_tree(config)
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _check_stages(
+    tree: JsonObject, where: str, beside: Path | None, model: bool
+) -> tuple[Config | None, list[str]]:
+    """As `_check`, of a tree that `stages.expand` has made: what is wrong with the file itself,
+    then with each stage; what is wrong with all of them in the same way is said once."""
+    config, problems = _check(tree, where, beside, model, alone=False)
+    names = stages.names_of(tree)
+    found: dict[str, list[str]] = {}  # a line -> the stages that it is said of
+    for name in names:
+        own = stages.tree_of(tree, name)
+        assert own is not None
+        said = stages.unknown(tree, name) or _check(own, where, beside, model)[1]
+        for line in said:
+            found.setdefault(line, []).append(name)
+    for line, of in found.items():
+        if line not in problems:
+            problems += [line] if of == names else [f"stages.{name}.{line}" for name in of]
+    return (None if problems else config), problems
+
+
+def _check(
+    tree: JsonObject, where: str, beside: Path | None, model: bool, alone: bool = True
+) -> tuple[Config | None, list[str]]:
+    """The config of a tree, if nothing is wrong with it, and a line for whatever is.
+
+    alone: whether it makes sense by itself; else only each value is looked at.
+    """
+    tree = _expand(tree)
+    named = tree.get("plugins")
+    try:  # before any name is looked up that they may add
+        plugins.load(named if _are_texts(named) else [], beside)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    tree = filled(tree)
+
+    def contradicts(config: Config) -> list[Mistake]:
+        found = contradictions(config) if alone else []
+        return [one for one in found if model or one.key != "model"]
+
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        found = explain.mistakes(error.errors())
+        problems, wrong = list(found.values()), {".".join(map(str, place)) for place in found}
+        rest = _without(tree, list(found))
+        if rest is not None:  # what is right so far may still contradict itself
+            rest, _ = places.absolute(rest)
+            problems += [one.text for one in contradicts(rest) if not _concerns(one.key, wrong)]
+        return None, problems
+    config, problems = places.absolute(config, beside)
+    return config, problems + [one.text for one in contradicts(config)]
 
 
 def _concerns(key: str, wrong: set[str]) -> bool:

@@ -7,7 +7,7 @@ error; a key that is here does something, and its type says what a run that goes
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     Field,
@@ -16,11 +16,11 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
-    model_validator,
 )
 
 from raysft.config import families, strategies
 from raysft.config.augment import Augment
+from raysft.config.checkpoint import Checkpoint
 from raysft.config.evaluation import Evaluate
 from raysft.config.logs import Log
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
@@ -33,7 +33,6 @@ from raysft.config.speech_tokens import SpeechTokens
 from raysft.config.sweep import Sweep
 from raysft.config.training import Optim, Peft, Train
 from raysft.json_types import JsonObject
-from raysft.scorers import figure_of
 
 _READ = PathKey(read=True)
 _DATA = PathKey("data", read=True)
@@ -411,41 +410,6 @@ class Parallel(Section):
         return self.min_workers != self.max_workers
 
 
-class Checkpoint(Section):
-    """When state is saved, and what a start does with it."""
-
-    every: Free[NonNegativeInt] = Field(
-        500, description="steps between checkpoints; 0: only at the end"
-    )
-    keep: Free[PositiveInt] = Field(2, description="checkpoints kept: the last ones")
-    best: Free[str | None] = Field(
-        None, description="evaluation metric (wer/dev) whose best checkpoint is kept as well"
-    )
-    best_mode: Free[Literal["min", "max"]] = Field(
-        "min",
-        description="min: the lowest value is the best; left out: what the metric's scorer says",
-    )
-    path: Fixed[Annotated[str | None, PathKey("store")]] = Field(
-        None,
-        description="folder or URL (s3://...) below which checkpoints go, in a folder of the run's "
-        "name; relative: below run.storage_path; default: the run's folder",
-    )
-    resume: Free[Literal["auto", "weights_only", "never"]] = Field(
-        "auto",
-        description="of a run that is there already: auto continues it; weights_only begins anew "
-        "with its weights; never refuses",
-    )
-    grace_s: Free[PositiveFloat] = Field(
-        30.0, description="seconds to save in on Ctrl-C, SIGTERM or a notice of pre-emption"
-    )
-
-    @model_validator(mode="after")
-    def _mode_of_metric(self) -> Self:
-        if self.best is not None and "best_mode" not in self.model_fields_set:
-            self.best_mode = figure_of(self.best).better
-        return self
-
-
 class Config(Section):
     """The whole tree."""
 
@@ -467,6 +431,19 @@ class Config(Section):
     log: Log = Field(default_factory=Log)
     sweep: Sweep = Field(default_factory=Sweep)
     prepare: Prepare = Field(default_factory=Prepare)
+    stages: Free[list[JsonObject]] = Field(
+        default_factory=list,
+        description="trainings that one command runs in order: of each its name, and the keys in "
+        "which it differs from the rest of the file; stages.NAME.key=value sets one",
+    )
+    only: Free[list[str] | None] = Field(
+        None, description="names of stages: those of them that are run; default: all"
+    )
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _one_name(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
     @property
     def patience_s(self) -> float:

@@ -47,7 +47,7 @@ from raysft.json_types import JsonObject
 from raysft.loggers import check as loggers
 from raysft.run import epochs, plans
 from raysft.run.catalogue import unreadable
-from raysft.run.evaluations import choose, metrics_of
+from raysft.run.evaluations import choose, is_given, metrics_of
 from raysft.run.folder import check_run, read_config, resolve, run_folder
 from raysft.run.ownership import ANYONE, Permit, refuse_held
 from raysft.run.storage import write_whole
@@ -263,7 +263,7 @@ def _check_best(config: Config, evaluation: Index | None) -> None:
     if best is None:
         return
     given = metrics_of(evaluation, config.evaluate) if evaluation is not None else []
-    if best not in given:
+    if not is_given(best, given):
         raise UserError(
             f"checkpoint.best: {best} is not measured; an evaluation on data.eval gives "
             f"{', '.join(given) or 'nothing: it is empty'}"

@@ -84,6 +84,10 @@ def check(config: Config) -> list[Dimension]:
     Raises UserError.
     """
     sweep = config.sweep
+    if config.stages:
+        raise UserError(
+            "stages: a sweep tries values for one training; leave stages out, or train with sft"
+        )
     dimensions = read_space(config)
     check_size(sweep, dimensions)
     if not config.data.eval or not (config.evaluate.at_end or config.evaluate.every):

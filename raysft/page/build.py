@@ -12,6 +12,7 @@ from pathlib import Path
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.page import facts
+from raysft.run.stages import STATE, StagesFolder
 from raysft.run.storage import write_whole
 
 NAME = "report.html"
@@ -47,19 +48,25 @@ def write(folders: Sequence[Path], target: Path | None = None) -> Path:
 
 
 def shown_of(folders: Sequence[Path]) -> JsonObject:
-    """{"title", "at", "runs": of each `facts.of_run`, "sweep": its table or null}. A preparation's
-    page has "prepared" (`raysft.prepare.summary`), and no runs."""
-    sweep = None
+    """{"title", "at", "runs": of each `facts.of_run`, "sweep": its table or null, "stages": rows of
+    `StagesFolder.table`}. A preparation's page has "prepared" (`raysft.prepare.summary`), and no
+    runs."""
+    sweep, stages = None, []
     title = ", ".join(folder.name for folder in folders)
     if len(folders) == 1 and (folders[0] / "results.csv").is_file():
         sweep = table_of(folders[0])
         trials = [folders[0] / row["folder"] for row in sweep["rows"]]
         folders = [trial for trial in trials if _begun(trial)]
+    elif len(folders) == 1 and (folders[0] / STATE).is_file():
+        stages = StagesFolder(folders[0]).table()
+        runs = [folders[0] / row["stage"] for row in stages]
+        folders = [run for run in runs if _begun(run)]
     return {
         "title": title,
         "at": time.strftime("%Y-%m-%d %H:%M"),
         "runs": [facts.of_run(folder, examples=sweep is None) for folder in folders],
         "sweep": sweep,
+        "stages": stages,
     }
 
 

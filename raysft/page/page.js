@@ -296,6 +296,16 @@ function sweep(parent, found) {
   }
 }
 
+// --- stages ---------------------------------------------------------------------------------
+
+function stages(parent, rows) {
+  make("h2", parent, {}, "Stages");
+  table(parent, ["stage", "status", "last step", "best step", "best by"], rows, (cell, row, name) => {
+    if (name === "stage" && row.begun) make("a", cell, { href: row.stage + "/report.html" }, row.stage);
+    else cell.textContent = ({ "last step": row.step, "best step": row.best, "best by": row.by }[name] ?? row[name]) ?? "";
+  });
+}
+
 // --- preparations ----------------------------------------------------------------------------
 
 function histogram(title, found, unit) {
@@ -371,6 +381,7 @@ make("h1", page, {}, shown.title);
 make("p", page, { class: "note" }, "raysft, " + shown.at);
 if (shown.prepared) prepared(page, shown.prepared);
 if (shown.sweep) sweep(page, shown.sweep);
+if (shown.stages && shown.stages.length) stages(page, shown.stages);
 if (shown.runs.length === 1) head(shown.runs[0]);
 if (shown.runs.length) {
   make("h2", page, {}, shown.runs.length > 1 ? "Curves" : "Training");

@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from raysft import patience
-from raysft.config.schema import Checkpoint
+from raysft.config.checkpoint import Checkpoint
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.run.storage import Storage, digest, open_storage

@@ -15,14 +15,15 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from raysft.config.checkpoint import Checkpoint
 from raysft.config.evaluation import Evaluate
-from raysft.config.schema import Checkpoint, Config
+from raysft.config.schema import Config
 from raysft.data.index.table import Index
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -55,7 +56,10 @@ class Measure:
         data = self.sources.get(metric.partition("/")[2], self.sources)
         if of_losses(metric):
             return (data,)
-        signature = self.signatures.get(metric)
+        signature: str | list[tuple[str, str]] | None = self.signatures.get(metric)
+        if "/" not in metric:  # the mean over all sources
+            named = [name for name in self.signatures if name.startswith(f"{metric}/")]
+            signature = [(name, self.signatures[name]) for name in sorted(named)] or None
         return (data, self.rules) if signature is None else (data, self.rules, signature)
 
     @classmethod
@@ -175,6 +179,20 @@ def due(every: int, step: int, total: int) -> bool:
 def figures(line: JsonObject) -> dict[str, float]:
     """The metrics of a line of eval.jsonl: wer/SOURCE, loss/TASK and their kind."""
     return {name: value for name, value in line.items() if "/" in name}
+
+
+def value_of(found: Mapping[str, float], metric: str) -> float:
+    """The value of a metric in an evaluation's figures: of wer/dev its own, of a kind alone (loss,
+    wer) the mean over all tasks or sources that have it. NaN where there is none."""
+    if "/" in metric:
+        return found.get(metric, math.nan)
+    own = [value for name, value in found.items() if name.partition("/")[0] == metric]
+    return math.fsum(own) / len(own) if own else math.nan
+
+
+def is_given(metric: str, names: Iterable[str]) -> bool:
+    """Whether figures of these names give a metric, or the kind that it is."""
+    return any(metric in (name, name.partition("/")[0]) for name in names)
 
 
 def table(line: JsonObject) -> str:
@@ -314,7 +332,7 @@ class Evaluations:
         return {step for step in (*found, self.best(metric, mode, there)) if step is not None}
 
     def _having(self, metric: str) -> list[Evaluation]:
-        return [item for item in self.items if math.isfinite(item.figures.get(metric, math.nan))]
+        return [item for item in self.items if math.isfinite(value_of(item.figures, metric))]
 
     def _series(self, metric: str) -> list[Evaluation]:
         having = self._having(metric)
@@ -325,7 +343,7 @@ class Evaluations:
     ) -> int | None:
         there = set(steps)
         same = {
-            item.step: item.figures
+            item.step: {metric: value_of(item.figures, metric)}
             for item in self._having(metric)
             if item.step in there
             and (

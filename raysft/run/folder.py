@@ -34,7 +34,7 @@ from raysft.data.encode import TEMPLATE
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.patience import patient, patiently
-from raysft.run import identity, ownership, place, threads
+from raysft.run import identity, ownership, place, stages, threads
 from raysft.run.catalogue import Catalogue, Saved
 from raysft.run.ownership import ANYONE, Permit
 from raysft.run.storage import open_storage, write_whole
@@ -330,6 +330,7 @@ def read_config(folder: Path) -> Config:
     """The config a run was last started with. Raises UserError where `folder` is not a run's."""
     written = folder / "config.yaml"
     if not written.is_file():
+        stages.refuse_folder(folder)
         raise UserError(f"{folder}: no run is here (no config.yaml); name a run's folder")
     return validate(_read_tree(written), str(written))
 

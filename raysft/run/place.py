@@ -13,7 +13,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from raysft.config.schema import Checkpoint
+from raysft.config.checkpoint import Checkpoint
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.run.catalogue import Catalogue, Saved, unreadable

@@ -12,7 +12,7 @@ import torch
 from raysft.config.schedule import asked
 from raysft.json_types import JsonObject
 from raysft.run.catalogue import Saved
-from raysft.run.evaluations import Evaluation, predictions_of, progress_of
+from raysft.run.evaluations import Evaluation, is_given, predictions_of, progress_of
 from raysft.run.ownership import Permit
 from raysft.train.checkpoint import Saver, load_weights
 from raysft.train.clock import Clock
@@ -196,7 +196,7 @@ class Keeper:
         best, main = self.job.config.checkpoint.best, self.job.world.is_main
         if main and predictions is not None and predictions.exists():
             os.replace(predictions, predictions_of(self.job.folder, found.step))
-        if best is not None and best not in found.figures and main:
+        if best is not None and not is_given(best, found.figures) and main:
             self._warn(found.step, f"checkpoint.best: {best} is in no figure of this evaluation")
         self.record.evaluation(found, checkpoint)
         if best is not None or self.job.config.evaluate.beside:
