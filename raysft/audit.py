@@ -32,7 +32,7 @@ from raysft.data.plan.verify import Line, Report, check
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.reread import Sample, reread
-from raysft.run import plans
+from raysft.run import plans, stages
 from raysft.run.catalogue import Catalogue
 from raysft.run.folder import load_plugins
 from raysft.run.ledger import Chains, Heads, files
@@ -116,6 +116,7 @@ def _section(run: Path, name: str) -> JsonObject:
     """Of the run's config, alone: of older versions the rest may not be valid any more."""
     path = run / "config.yaml"
     if not path.is_file():
+        stages.refuse_folder(run)
         raise UserError(f"{run}: no run is here (no config.yaml); name a run's folder")
     return read_tree(path.read_text(encoding="utf-8"), str(path)).get(name, {})
 

@@ -95,6 +95,8 @@ def _stages(config: Config, progress: Progress) -> Outcome:
     from raysft.driver import stages
 
     checked = stages.check(config)
+    if stages.all_finished(config):
+        return stages.run(config, progress)
 
     from raysft.driver.session import destination
 

@@ -19,6 +19,7 @@ from raysft.json_types import JsonObject
 from raysft.offered import callable_too
 from raysft.run.folder import load_plugins
 from raysft.run.lines import read_lines
+from raysft.run.stages import refuse_folder
 from raysft.scorers import figure_of, of_losses
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def draw(folder: Path, target: Path | None = None) -> Path:
     import matplotlib.pyplot as plt
 
     if not (folder / "config.yaml").is_file():
+        refuse_folder(folder)
         raise UserError(f"{folder}: no run is here (no config.yaml); name a run's folder")
     metrics = read_lines(folder / "metrics.jsonl", {"step": int, "loss": float})
     if not metrics:

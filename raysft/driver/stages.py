@@ -89,6 +89,12 @@ def check(config: Config, writes: bool = True) -> dict[str, Config]:
     return found
 
 
+def all_finished(config: Config) -> bool:
+    """Whether nothing is left to do of those stages: then `run` needs no Ray."""
+    folder = StagesFolder(run_folder(config))
+    return all(_is_finished(folder, name, one) for name, one in chosen(config).items())
+
+
 def run(config: Config, progress: Progress) -> Staged:
     """Run, or go on with, the stages of `config` that `only` names.
 

@@ -27,6 +27,7 @@ from raysft.errors import UserError
 from raysft.models.base import SpeechModel
 from raysft.parallel.native import HALF
 from raysft.parallel.precision import settled
+from raysft.run import stages
 from raysft.run.catalogue import Saved
 from raysft.run.evaluations import choose
 from raysft.run.folder import check_base, read_config
@@ -72,6 +73,7 @@ def load(given: str, checkpoint: str | None = None) -> Answering:
     if (folder / ADAPTER).is_file():
         return _of_adapter(given, folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
+        stages.refuse_folder(folder)
         raise UserError(
             f"{given}: neither a run (config.yaml) nor a model (config.json) nor an adapter is here"
         )

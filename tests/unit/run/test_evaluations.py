@@ -326,6 +326,38 @@ def test_the_best_is_looked_for_among_checkpoints_and_comparable_figures() -> No
     assert found.best("cer/dev", "min", [1, 2, 3]) is None
 
 
+def test_a_kind_alone_is_the_mean_over_what_has_it() -> None:
+    """Over tasks for losses, over sources for errors; of those that an evaluation has."""
+    whole = measured(a="w", b="w")
+    found = Evaluations(
+        [
+            Evaluation(1, {"loss/asr": 1.0, "loss/tts": 5.0, "wer/a": 0.1, "wer/b": 0.1}, whole),
+            Evaluation(2, {"loss/asr": 2.0, "loss/tts": 3.0, "wer/a": 0.3, "wer/b": 0.0}, whole),
+            Evaluation(
+                3, {"loss/asr": 0.0, "loss/tts": math.nan, "wer/a": 0.0, "wer/b": 0.4}, whole
+            ),
+            Evaluation(4, {"loss/asr": 0.0, "loss/tts": 0.0}, measured(a="w", b="other")),
+        ]
+    )
+    assert found.until(3).best("loss", "min", [1, 2, 3]) == 2, "3.0 and 2.5, and no number"
+    assert found.until(3).best("wer", "min", [1, 2, 3]) == 1
+    assert found.best("loss", "min", [1, 2, 3, 4]) == 4, "what measures the same as the newest"
+    assert found.bests("loss", "min", [1, 2, 3, 4]) == {2, 4}
+    assert found.best("cer", "min", [1, 2, 3, 4]) is None
+
+
+@pytest.mark.parametrize(("best", "given"), [("loss", True), ("wer", False), ("los", False)])
+def test_a_kind_that_nothing_measures_is_refused(best: str, given: bool, tmp_path: Path) -> None:
+    settings = config(tmp_path, checkpoint__best=best, train__max_steps=4)
+    if given:
+        with_best = run(settings)
+        saved, _ = choose(with_best, settings.checkpoint, "best", unreadable)
+        assert saved.step == 2, "the highest, in these runs"
+        return
+    with pytest.raises(UserError, match=rf"checkpoint\.best: {best} is not measured"):
+        run(settings)
+
+
 def test_the_best_by_each_measure_is_spared_until_another_is_better_by_it() -> None:
     def item(step: int, wer: float, measure: Measure | None, final: bool = False) -> Evaluation:
         return Evaluation(step, {"wer/dev": wer}, measure, final)
