@@ -88,7 +88,9 @@ class Source(Section):
         description="nemo: tar archives with the clips of a manifest, beside it or as a path; "
         "audio_{0..127}.tar means 128 of them",
     )
-    columns: dict[Literal["audio", "text", "id", "speaker", "start", "stop"], str] | None = Field(
+    columns: (
+        dict[Literal["audio", "text", "id", "speaker", "language", "start", "stop"], str] | None
+    ) = Field(
         None,
         description="table, parquet: which column holds what, as {audio: path, text: sentence}",
     )
@@ -107,14 +109,14 @@ class Source(Section):
 
 
 class Temperature(Section):
-    """Sizes of sources or tasks made more alike; a plain number is short for {T: ...}."""
+    """Sizes of sources, tasks or languages made more alike; a plain number is its T."""
 
     T: Corpus[float] = Field(
         ge=1,
-        description="1: by size; from about 100 on: all alike. A source (or task) of n examples "
-        "has a share in proportion to n^(1/T), the largest being seen as often as its weight says",
+        description="1: by size; from about 100 on: all alike. A source (task, language) of n "
+        "examples has a share as n^(1/T) is, the largest being seen as often as its weight says",
     )
-    by: Corpus[Literal["source", "task"]] = Field(
+    by: Corpus[Literal["source", "task", "lang"]] = Field(
         "source", description="what examples are counted by"
     )
 
@@ -153,7 +155,7 @@ class Data(Section):
     )
     temperature: Corpus[Temperature | None] = Field(
         None,
-        description="sizes of sources or tasks made more alike: a number, or {T: 5, by: task}",
+        description="sizes of sources (tasks, languages) made more alike: 5, or {T: 5, by: lang}",
     )
     window: Fixed[PositiveInt] = Field(4096, description="examples planned and packed together")
     extend: Free[bool] = Field(

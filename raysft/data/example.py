@@ -190,7 +190,8 @@ class Example:
     evaluation always the same); `tokens`: ids as they are. Where there is one of these, there is
     nothing else.
     `speaker`: who speaks in it, where the source says so; `voice`: an embedding of that speaker, or
-    of the speech itself.
+    of the speech itself. `language`: that its record names where the answer does not begin with it
+    (`lang`); examples are counted by it, and no more.
     `variants` are what it may be instead (another rated dimension, another rater): at each step of
     training one is drawn, itself as likely as each of them, under its own id, task, lang and text.
     It is measured at its longest, and evaluation takes itself. They have none of their own.
@@ -211,6 +212,12 @@ class Example:
     woven: Woven | None = None
     tokens: Tokens | None = None
     voice: tuple[float, ...] = ()
+    language: str | None = None
+
+    @property
+    def counted(self) -> str:
+        """The language that it is counted by; "": it names none."""
+        return self.lang or self.language or ""
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -352,7 +352,10 @@ def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, sa
             say(f"indexing data.{split}: {stage}", share=done / total)
 
     most = config.data.max_quarantined
-    index = build_index(given, split, encoder, _cache(config), most=most, stages=stages)
+    temperature = config.data.temperature if split == "train" else None
+    languages = temperature is not None and temperature.by == "lang"
+    cache = _cache(config)
+    index = build_index(given, split, encoder, cache, most=most, stages=stages, languages=languages)
     if not encoder.writes:
         return index
     for line in unknown_text(encoder, index):

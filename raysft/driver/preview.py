@@ -58,6 +58,7 @@ def dry_run(
             f"audio           {_duration(index.seconds)}{_computed(index, config)}",
             *([f"units           {prepared.encoder.units}"] if prepared.encoder.units else []),
             *_sources(index, prepared.plan.newest, config),
+            *_languages(prepared.plan.newest, config),
             f"steps           {prepared.total_steps:,} in all, {epoch.steps:,} an epoch",
             f"micro-batches   {epoch.micro_batches:,} an epoch, {config.data.lanes} a step",
             f"tokens          {epoch.tokens:,} an epoch ({_by_task(epoch)})",
@@ -120,7 +121,7 @@ def _sources(index: Index, plan: Plan, config: Config) -> list[str]:
     if len(index.sources) < 2:
         return []
     hours = hours_of(index.source, index.seconds, len(index.sources))
-    of = "a pass of its share of data.mix" if config.data.mix else "an epoch"
+    of = _span(config)
     lines: list[str] = []
     for number, source in enumerate(index.sources):
         seen = plan.dealt.seen(number)
@@ -132,6 +133,22 @@ def _sources(index: Index, plan: Plan, config: Config) -> list[str]:
             f"{times:.3g} times {of}, {share:.1%} of it"
         )
     return lines
+
+
+def _languages(plan: Plan, config: Config) -> list[str]:
+    """Of each language, where the plan counts by them, how often an epoch sees it."""
+    lines: list[str] = []
+    for name, count, seen, beside in plan.dealt.languages():
+        times, share = seen / max(1, count), seen / max(1.0, beside)
+        lines.append(
+            f"{'languages' if not lines else '':15} {name or 'none named'}: {_examples(count)}, "
+            f"seen {times:.3g} times {_span(config)}, {share:.1%} of it"
+        )
+    return lines
+
+
+def _span(config: Config) -> str:
+    return "a pass of its share of data.mix" if config.data.mix else "an epoch"
 
 
 def _computed(index: Index, config: Config) -> str:

@@ -96,9 +96,9 @@ def follow(
     if known[-1]["plan_hash"] != now["plan_hash"]:
         if not data.extend and _same_files(known[-1], now):
             log.warning(
-                "%s: the data files are as they were, but their clips are not: %s. This run keeps "
-                "to what it planned, and quarantines a clip that is longer or much shorter than "
-                "that; data.extend=true plans with them from the next epoch on",
+                "%s: the data files are as they were, but what they hold is not: %s. This run "
+                "keeps to what it planned, and quarantines a clip that is longer or much shorter "
+                "than that; data.extend=true plans with them from the next epoch on",
                 run,
                 "; ".join(changed_data(known[-1], now, index)),
             )

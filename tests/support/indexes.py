@@ -113,6 +113,8 @@ def corpus(folder, count=40):
         record = asr(f"{i % 5}.wav", "x" * (i % 9 + 1))
         if i % 3 == 0:
             record["task_type"] = "tts"
+        if i % 4:
+            record["lang"] = ("de", "en", "zu")[i % 4 - 1]
         if i % 7 == 5:
             record["wav_path"] = "missing.wav"
         records.append("{broken" if i % 11 == 4 else record)
@@ -120,10 +122,12 @@ def corpus(folder, count=40):
 
 
 def contents(index):
-    columns = (index.tokens, index.seconds, index.task, index.source)
+    names, language = index.languages
+    columns = (index.tokens, index.seconds, index.task, index.source, language)
     return (
         [column.tolist() for column in columns],
         index.tasks,
+        names,
         index.sources,
         index.examples(np.arange(len(index))),
         index.rejected,

@@ -21,12 +21,13 @@ RATE = 16000
 
 @dataclass(frozen=True)
 class Utterance:
-    """id, speaker, text, and int16 samples at RATE Hz."""
+    """id, speaker, text, int16 samples at RATE Hz, and language."""
 
     id: str
     speaker: str
     text: str
     samples: np.ndarray
+    language: str = "en"
 
     def encoded(self, kind: str = "FLAC") -> bytes:
         """As a file."""
@@ -47,6 +48,7 @@ def corpus(count: int = 5) -> list[Utterance]:
             f"s{n % 2}",
             TEXTS[n % len(TEXTS)],
             rng.integers(-9000, 9000, RATE // 2 + 400 * n).astype(np.int16),
+            {2: "de", 3: "zh"}.get(n % len(TEXTS), "en"),
         )
         for n in range(count)
     ]
@@ -97,7 +99,7 @@ def _nemo(folder: Path, us: list[Utterance]) -> Path:
                 "duration": round(len(u.samples) / RATE, 2),
                 "text": u.text,
                 "speaker": u.speaker,
-                "lang": "en",
+                "lang": u.language,
                 "id": u.id,
             }
             for u in us
@@ -135,7 +137,7 @@ def _nemo_tarred(folder: Path, us: list[Utterance]) -> Path:
         records.append({"audio_filepath": name, "text": u.text, "shard_id": 1, "id": u.id})
         records[-1] |= {"offset": a, "duration": b - a}
     for record, u in zip(records, us):
-        record["speaker"] = u.speaker
+        record |= {"speaker": u.speaker, "source_lang": u.language}
     return jsonl(folder / "tarred_audio_manifest.json", records)
 
 
@@ -145,6 +147,7 @@ def _kaldi(folder: Path, us: list[Utterance]) -> Path:
     (folder / "wav.scp").write_text("".join(f"{u.id} {p}\n" for u, p in zip(us, paths)))
     (folder / "text").write_text("".join(f"{u.id}\t{u.text}\n" for u in us))
     (folder / "utt2spk").write_text("".join(f"{u.id} {u.speaker}\n" for u in us))
+    (folder / "utt2lang").write_text("".join(f"{u.id} {u.language}\n" for u in us))
     return folder
 
 
@@ -203,6 +206,7 @@ def _webdataset(folder: Path, us: list[Utterance]) -> Path:
     members = []
     for u in us:
         note = {"text": u.text, "speaker": u.speaker, "duration": round(len(u.samples) / RATE, 3)}
+        note["lang"] = u.language
         members += [(f"a/{u.id}.flac", u.encoded()), (f"a/{u.id}.json", json.dumps(note).encode())]
     return tar(folder / "000.tar", members)
 
@@ -217,7 +221,7 @@ def _funasr(folder: Path, us: list[Utterance]) -> Path:
             "target": u.text,
             "target_len": 4,
         }
-        | {"speaker": u.speaker}
+        | {"speaker": u.speaker, "text_language": u.language}
         for u in us
     ]
     return jsonl(folder / "funasr.jsonl", records)
@@ -227,7 +231,7 @@ def _emilia(folder: Path, us: list[Utterance]) -> Path:
     written(folder, us)
     records = [
         {"id": u.id, "wav": f"{u.id}.flac", "text": u.text, "duration": len(u.samples) / RATE}
-        | {"speaker": u.speaker, "language": "en", "dnsmos": 3.4}
+        | {"speaker": u.speaker, "language": u.language, "dnsmos": 3.4}
         for u in us
     ]
     return jsonl(folder / "emilia.jsonl", records)
@@ -274,7 +278,9 @@ def _cuts(folder: Path, us: list[Utterance]) -> list[object]:
             channel=0,
             recording=talk,
             supervisions=[
-                SupervisionSegment(u.id, talk.id, 0.0, b - a, text=u.text, speaker=u.speaker)
+                SupervisionSegment(
+                    u.id, talk.id, 0.0, b - a, text=u.text, language=u.language, speaker=u.speaker
+                )
             ],
         )
         for u, (a, b) in zip(us, spans)
@@ -311,7 +317,8 @@ def _common_voice(folder: Path, us: list[Utterance]) -> Path:
     names = "client_id path sentence_id sentence sentence_domain up_votes down_votes age gender "
     names += "accents variant locale segment"
     rows = [
-        [u.speaker, f"{u.id}.flac", "x", u.text, "", "2", "0", "", "", "", "", "en", ""] for u in us
+        [u.speaker, f"{u.id}.flac", "x", u.text, "", "2", "0", "", "", "", "", u.language, ""]
+        for u in us
     ]
     lines = ["\t".join(row) for row in [names.split(), *rows]]
     (folder / "train.tsv").write_text("\n".join(lines) + "\n")
@@ -322,8 +329,8 @@ def _table(folder: Path, us: list[Utterance]) -> Path:
     written(folder / "wav", us, "wav")
     with (folder / "mine.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["clip", "said", "who", "name"])
-        writer.writerows([f"wav/{u.id}.wav", u.text, u.speaker, u.id] for u in us)
+        writer.writerow(["clip", "said", "who", "name", "tongue"])
+        writer.writerows([f"wav/{u.id}.wav", u.text, u.speaker, u.id, u.language] for u in us)
     return folder / "mine.csv"
 
 
@@ -366,8 +373,8 @@ def _clip_folder(folder: Path, us: list[Utterance]) -> Path:
 
 def _hub_rows(us: list[Utterance]) -> pa.Table:
     audio = [{"bytes": u.encoded(), "path": f"{u.id}.flac"} for u in us]
-    names = ("id", "speaker_id", "sentence", "audio")
-    columns = ([u.id for u in us], [u.speaker for u in us], [u.text for u in us], audio)
+    names = ("id", "speaker_id", "sentence", "language", "audio")
+    columns = (*zip(*((u.id, u.speaker, u.text, u.language) for u in us)), audio)
     return pa.table(dict(zip(names, columns)))
 
 
@@ -405,7 +412,8 @@ def _packed(folder: Path, us: list[Utterance]) -> Path:
 @dataclass(frozen=True)
 class Layout:
     """How a corpus is written; the format that `auto` finds; the entry's other keys; texts and ids
-    where they come out otherwise (id: of an utterance and its number); whether speakers are told.
+    where they come out otherwise (id: of an utterance and its number); whether speakers are told,
+    and languages.
     """
 
     write: Callable[[Path, list[Utterance]], Path]
@@ -414,35 +422,44 @@ class Layout:
     text: Callable[[Utterance], str] = lambda u: u.text
     id: Callable[[Utterance, int], str] = lambda u, n: u.id
     speakers: bool = True
+    languages: bool = False
 
 
-COLUMNS = {"columns": {"audio": "clip", "text": "said", "speaker": "who", "id": "name"}}
+COLUMNS = {
+    "columns": {
+        "audio": "clip",
+        "text": "said",
+        "speaker": "who",
+        "id": "name",
+        "language": "tongue",
+    }
+}
 LAYOUTS: dict[str, Layout] = {
-    "nemo": Layout(_nemo, "nemo", {}),
+    "nemo": Layout(_nemo, "nemo", {}, languages=True),
     "nemo_offsets": Layout(_nemo_offsets, "nemo", {}),
-    "nemo_tarred": Layout(_nemo_tarred, "nemo", {"tars": "audio_{0..1}.tar"}),
-    "kaldi": Layout(_kaldi, "kaldi", {}),
+    "nemo_tarred": Layout(_nemo_tarred, "nemo", {"tars": "audio_{0..1}.tar"}, languages=True),
+    "kaldi": Layout(_kaldi, "kaldi", {}, languages=True),
     "kaldi_segments": Layout(_kaldi_segments, "kaldi", {}),
-    "kaldi_commands": Layout(_kaldi_commands, "kaldi", {"commands": True}),
+    "kaldi_commands": Layout(_kaldi_commands, "kaldi", {"commands": True}, languages=True),
     "wenet": Layout(_wenet, "wenet", {}),
     "wenet_segments": Layout(_wenet_segments, "wenet", {}),
     "wenet_shards": Layout(_wenet_shards, "webdataset", {}, speakers=False),
-    "webdataset": Layout(_webdataset, "webdataset", {}),
-    "funasr": Layout(_funasr, "funasr", {}),
-    "emilia": Layout(_emilia, "emilia", {}),
+    "webdataset": Layout(_webdataset, "webdataset", {}, languages=True),
+    "funasr": Layout(_funasr, "funasr", {}, languages=True),
+    "emilia": Layout(_emilia, "emilia", {}, languages=True),
     "step": Layout(_step, "clips_jsonl", {}),
-    "lhotse": Layout(_lhotse, "lhotse", {}),
-    "shar": Layout(_shar, "lhotse", {}),
+    "lhotse": Layout(_lhotse, "lhotse", {}, languages=True),
+    "shar": Layout(_shar, "lhotse", {}, languages=True),
     "librispeech": Layout(_librispeech, "librispeech", {}),
     "ljspeech": Layout(_ljspeech, "ljspeech", {}, speakers=False),
     "aishell": Layout(_aishell, "aishell", {}, lambda u: u.text.replace(" ", "")),
-    "common_voice": Layout(_common_voice, "table", {}),
-    "table": Layout(_table, "table", {"format": "table", **COLUMNS}),
+    "common_voice": Layout(_common_voice, "table", {}, languages=True),
+    "table": Layout(_table, "table", {"format": "table", **COLUMNS}, languages=True),
     "gigaspeech": Layout(_gigaspeech, "gigaspeech", {}),
     "mustc": Layout(_mustc, "mustc", {"columns": {"text": "en"}}, id=lambda u, n: f"ted_1_{n}"),
     "clip_folder": Layout(_clip_folder, "clip_folder", {}, id=lambda u, n: f"{u.speaker}_{u.id}"),
-    "parquet": Layout(_parquet, "parquet", {}),
-    "arrow": Layout(_arrow, "parquet", {}),
+    "parquet": Layout(_parquet, "parquet", {}, languages=True),
+    "arrow": Layout(_arrow, "parquet", {}, languages=True),
     "audiofolder": Layout(_audiofolder, "table", {}),
-    "packed": Layout(_packed, "nemo", {}),
+    "packed": Layout(_packed, "nemo", {}, languages=True),
 }

@@ -69,7 +69,7 @@ class _Moves:
         rows["task"] = renumber(part.tasks, tasks)[rows["task"]]
         rejected = [item for old in part.rejected for item in self._rejected(old)]
         clips = [piece for old in part.clips for piece in self._pieces(old)]
-        return Part(rows, tasks, rejected, tuple(clips), tuple(chunks))
+        return Part(rows, tasks, rejected, tuple(clips), tuple(chunks), part.langs)
 
     def _rejected(self, item: Rejected) -> list[Rejected]:
         number = self._chunk(item.line)

@@ -31,7 +31,7 @@ from raysft.data.index.fan_out import fan_out
 from raysft.data.index.part import digest_of, writing
 from raysft.data.sources import OPTIONS, ResolvedSource
 from raysft.data.sources.base import ORIGIN
-from raysft.data.sources.layout import Layout, fault, here, running_in
+from raysft.data.sources.layout import LANGUAGE, Layout, fault, here, running_in
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
@@ -42,15 +42,18 @@ _RACY_NS = 2_000_000_000
 
 
 def listed(
-    resolved: list[ResolvedSource], folder: Path, workers: int | None
+    resolved: list[ResolvedSource], folder: Path, workers: int | None, languages: bool = False
 ) -> list[ResolvedSource]:
     """The sources, their files those of listings where they need one; folder: the index's.
 
+    languages: whether the language that a record names is kept; other runs have listings without.
     Raises UserError naming the source: a file whose structure is broken, a folder that cannot be
     written, storage that does not answer.
     """
     where = here()  # not that of a task of Ray
-    jobs = [(source, file, folder, where) for source in resolved for file in source.files]
+    jobs = [
+        (source, file, folder, where, languages) for source in resolved for file in source.files
+    ]
     needed = stores.at_once(lambda job: _needed(*job[:2]), jobs)
     todo = [job for job, need in zip(jobs, needed, strict=True) if need]
     sizes = stores.at_once(lambda job: _size(job[1]), todo)
@@ -75,21 +78,22 @@ def _size(file: Path) -> int:
     return patience.known(size, file)
 
 
-def _listing(job: tuple[ResolvedSource, Path, Path, str], _: None) -> Path:
-    source, file, folder, where = job
+def _listing(job: tuple[ResolvedSource, Path, Path, str, bool], _: None) -> Path:
+    source, file, folder, where, languages = job
     try:
         with running_in(where):
-            return patience.known(lambda: _made(source, file, folder), file)
+            return patience.known(lambda: _made(source, file, folder, languages), file)
     except UserError as error:
         raise UserError(f"{source.key}: {error}") from error
 
 
-def _made(source: ResolvedSource, file: Path, folder: Path) -> Path:
+def _made(source: ResolvedSource, file: Path, folder: Path, languages: bool) -> Path:
     given = source.given
     facts = () if given is None else tuple(getattr(given, name) for name in OPTIONS)
     form = formats.get(source.format)
     if given is not None and isinstance(form, Layout):
         facts += form.asked(given)
+    facts += (LANGUAGE,) if languages else ()
     name = digest_of(VERSION, str(file), source.format, *facts)
     place = folder / "listed" / name / (file.parent.name or "root") / f"{file.stem}.jsonl"
     note = place.parent / ORIGIN
@@ -100,7 +104,7 @@ def _made(source: ResolvedSource, file: Path, folder: Path) -> Path:
     with writing(folder):
         place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _write(source, file, temporary, place.parent)
+        _write(source, file, temporary, place.parent, languages)
         if _states(source, file) != before:
             raise UserError(f"{file} changed while it was listed; start again")
         with writing(folder):
@@ -120,12 +124,14 @@ def _made(source: ResolvedSource, file: Path, folder: Path) -> Path:
     return place
 
 
-def _write(source: ResolvedSource, file: Path, target: Path, keep: Path) -> None:
+def _write(source: ResolvedSource, file: Path, target: Path, keep: Path, languages: bool) -> None:
     form = formats.get(source.format)
     given = source.given
     with target.open("wb") as stream:
         if isinstance(form, Layout) and given is not None and form.lists(given):
             for record in form.records(file, given, keep):
+                if not languages:
+                    record.pop(LANGUAGE, None)
                 stream.write(_line(record, file) + b"\n")
         else:
             with stores.opened(file) as origin:

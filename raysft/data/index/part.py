@@ -52,7 +52,7 @@ VERSION = 1
 """Of an index: raise it when its columns or what they mean change. Runs that go on read the index
 they were planned with, and cannot read one of another version."""
 
-MEASURED = 8
+MEASURED = 9
 """Of what is cached below an index's folder: raise it when lengths may come out otherwise than
 before, or other items count as examples. Everything is then measured anew; where it comes out as
 before, a run goes on."""
@@ -68,12 +68,13 @@ ROW = np.dtype(
         ("crc", "<u4"),
         ("name", "<u8"),
         ("heard", "<f4"),
+        ("lang", "<i4"),
     ]
 )
 """An example: its positions in the model, its seconds of audio, its task, and where its record
 lies (byte offset, bytes, line; crc32 of the bytes, by which a later change is noticed), its id's
-hash (`names.hashed`; 0: it has none of its own), and the seconds of audio that the model's encoder
-computes for it (`Encoder.workload`)."""
+hash (`names.hashed`; 0: it has none of its own), the seconds of audio that the model's encoder
+computes for it (`Encoder.workload`), and its language."""
 
 _RACY_NS = 2_000_000_000
 
@@ -99,7 +100,8 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Part:
-    """What a file's items came to. rows: ROW [examples], by line; `task` counts in `tasks`.
+    """What a file's items came to. rows: ROW [examples], by line; `task` counts in `tasks`, `lang`
+    in `langs`, which may hold some that no example has.
 
     clips: what their clips were like, in one or more pieces.
     chunks: of which chunks of the file this is, and the tasks of each; none: of single items.
@@ -110,23 +112,26 @@ class Part:
     rejected: list[Rejected]
     clips: tuple[Piece, ...] = ()
     chunks: tuple[tuple[Chunk, tuple[str, ...]], ...] = ()
+    langs: list[str] = field(default_factory=list)
 
     @classmethod
     def join(cls, parts: Iterable[Part]) -> Part:
-        """Of chunks: one part, sorted by line, its tasks by name."""
+        """Of chunks: one part, sorted by line, its tasks and languages by name."""
         parts = list(parts)
+        langs = sorted({lang for part in parts for lang in part.langs})
         tasks = sorted({task for part in parts for task in part.tasks})
         blocks = [np.zeros(0, ROW)]
         for part in parts:
             rows = part.rows.copy()
             rows["task"] = renumber(part.tasks, tasks)[rows["task"]]
+            rows["lang"] = renumber(part.langs, langs)[rows["lang"]]
             blocks.append(rows)
         rows = np.concatenate(blocks)
         rows = rows[np.argsort(rows["line"], kind="stable")]
         rejected = sorted((r for part in parts for r in part.rejected), key=lambda r: r.line)
         clips = tuple(piece for part in parts for piece in part.clips)
         chunks = sorted((c for part in parts for c in part.chunks), key=lambda c: c[0].first)
-        return cls(rows, tasks, rejected, clips, tuple(chunks))
+        return cls(rows, tasks, rejected, clips, tuple(chunks), langs)
 
     def without(self, lines: Collection[int]) -> Part:
         """The examples of other lines."""
@@ -150,9 +155,9 @@ class Part:
 
 
 def renumber(own: list[str], common: list[str]) -> np.ndarray:
-    """int16 [tasks]: where each of `own` stands in `common`; -1 for one that is not there."""
-    places = [common.index(task) if task in common else -1 for task in own]
-    return np.array(places or [0], np.int16)
+    """int32 [own]: where each of `own` stands in `common`; -1 for one that is not there."""
+    there = {name: place for place, name in enumerate(common)}
+    return np.array([there.get(name, -1) for name in own] or [0], np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +258,8 @@ def _measure(job: Job, encoder: Measures) -> Part:
             rejected.append(_rejected(item, found.id, str(file), found.error, False, found.kind))
     lengths = _probe_all({clip.sound for *_, audio in kept for clip in audio}, encoder)
     tasks = sorted({example.task for _, example, _ in kept})
+    langs = sorted({example.counted for _, example, _ in kept})
+    number = {lang: place for place, lang in enumerate(langs)}
     rows: list[tuple[int | float, ...]] = []
     states = States()
     for item, example, heard_of in kept:
@@ -279,12 +286,13 @@ def _measure(job: Job, encoder: Measures) -> Part:
         seconds = sum(clip.seconds for clip in clips)
         own = names.hashed(example.id) if _names_itself(form, item, example, job) else 0
         place_of = (item.offset, item.size, item.line, zlib.crc32(item.raw), own)
-        rows.append((tokens, seconds, tasks.index(example.task), *place_of, heard))
+        lang = number[example.counted]
+        rows.append((tokens, seconds, tasks.index(example.task), *place_of, heard, lang))
         for audio_of, clip in zip(heard_of, clips):
             if audio_of.stored is not None:  # else the record's checksum tells
                 states.add(item.line, audio_of.stored, clip.size, clip.mtime_ns)
     chunks = ((job.chunk, tuple(tasks)),) if job.chunk is not None else ()
-    return Part(np.array(rows, ROW), tasks, rejected, Piece.of(states), chunks)
+    return Part(np.array(rows, ROW), tasks, rejected, Piece.of(states), chunks, langs)
 
 
 def _names_itself(form: Format, item: Item, example: Example, job: Job) -> bool:
@@ -406,7 +414,7 @@ def _load_part(path: Path, rows: bool) -> Part | None:
         )
         chunks = tuple((Chunk(*chunk), tuple(tasks)) for chunk, tasks in meta["chunks"])
         own = stored["rows"] if rows else np.zeros(0, ROW)
-        return Part(own, meta["tasks"], rejected, pieces, chunks)
+        return Part(own, meta["tasks"], rejected, pieces, chunks, meta["langs"])
 
 
 def save_part(path: Path, part: Part) -> None:
@@ -414,6 +422,7 @@ def save_part(path: Path, part: Part) -> None:
     rejected = [asdict(item) for item in part.rejected]
     meta = {
         "tasks": part.tasks,
+        "langs": part.langs,
         "rejected": rejected,
         "clips": [(len(one.data), one.low, one.high, one.shift) for one in part.clips],
         "chunks": [(astuple(chunk), tasks) for chunk, tasks in part.chunks],

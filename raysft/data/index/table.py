@@ -2,10 +2,11 @@
 
 Made by build.py, read by the plan (its columns) and the stream (`Index.examples`). A folder:
 
-    <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc,again,heard}.npy
+    <index_path>/<name>/{tokens,seconds,task,source,file,offset,size,line,crc,again,heard,
+                         lang}.npy
                         rejected.jsonl   meta.json
 
-Costs 45 bytes an example on disk, no memory but the pages in use; `examples` takes 20 to 30 us an
+Costs 49 bytes an example on disk, no memory but the pages in use; `examples` takes 20 to 30 us an
 example of Ming-UniAudio, 0.2 ms one of 500 units in MoST JSON (parsing them).
 """
 
@@ -52,8 +53,9 @@ _COLUMNS = {
     "crc": "<u4",
     "again": "|u1",
     "heard": "<f4",
+    "lang": "<i4",
 }
-_ADDED = {"again": "names", "heard": "heard"}
+_ADDED = {"again": "names", "heard": "heard", "lang": "langs"}
 """Columns that indexes of earlier versions lack, and what `meta.json` has where they are there."""
 OPEN_FILES = 64  # files kept open
 
@@ -107,6 +109,7 @@ class Index:
         meta = json.loads((folder / "meta.json").read_bytes())
         self.hash: str = meta["hash"]
         self.tasks: list[str] = meta["tasks"]
+        self._langs: list[str] = meta.get("langs", [])
         self.sources = [IndexedSource(item["name"], item["weight"]) for item in meta["sources"]]
         self.described: list[JsonObject] = meta["sources"]
         self.encoder: str = meta["encoder"]
@@ -169,6 +172,19 @@ class Index:
                 "and does not know what an encoder computes; start the job again to rebuild it"
             )
         return self._columns["heard"]
+
+    @property
+    def languages(self) -> tuple[list[str], np.ndarray]:
+        """Languages by name ("": examples that name none), and int32 [N], which of them each
+        example is in. Raises UserError where the index was written by an earlier version, which
+        did not keep them."""
+        if "lang" not in self._columns:
+            raise UserError(
+                f"data.temperature.by: lang: {self.folder} was written by an earlier version of "
+                "raysft and does not know what language examples are in; start the job again to "
+                "rebuild it"
+            )
+        return self._langs, self._columns["lang"]
 
     @property
     def place(self) -> tuple[str, int, Naming | None]:
@@ -312,6 +328,7 @@ def join(
     places = {id(source): number for number, source in enumerate(resolved)}
     owners = [places[id(source)] for source, _ in files]
     tasks = sorted({task for part in found for task in part.tasks})
+    langs, lang = _languages(found)
     hashes = [part.hash() for part in found]
     facts = [
         [owner, digest, source.format, source.task, file.stem, part]
@@ -327,6 +344,8 @@ def join(
         "names": 1,
         "heard": 1,
         "tasks": tasks,
+        "langs": langs,
+        "lang": hashlib.sha256(lang.data).hexdigest(),
         "sources": [
             {"name": s.name, "weight": s.weight, "format": s.format, "task": s.task, **s.caps}
             for s in resolved
@@ -350,10 +369,18 @@ def join(
     text = json.dumps(meta, indent=1).encode()
     target = folder / hashlib.sha256(text + rejected).hexdigest()[:32]
     if not patience.known((target / "meta.json").exists, target):
-        _write(target, text, rejected, tasks, owners, found, again)
+        _write(target, text, rejected, tasks, owners, found, again, lang)
     index = Index.load(target)
     index.repeats = repeats
     return index
+
+
+def _languages(found: list[Part]) -> tuple[list[str], np.ndarray]:
+    """The languages of all parts' examples, by name; int32 [N], which of them each is in."""
+    used = {part.langs[n] for part in found for n in np.unique(part.rows["lang"]).tolist()}
+    langs = sorted(used)
+    columns = [parts.renumber(part.langs, langs)[part.rows["lang"]] for part in found]
+    return langs, np.concatenate([np.zeros(0, np.int32), *columns])
 
 
 def _names(
@@ -413,6 +440,7 @@ def _write(
     owners: list[int],
     found: list[Part],
     again: np.ndarray,
+    lang: np.ndarray,
 ) -> None:
     """Write beside, then rename: readers see a whole index or none."""
     count = sum(len(part.rows) for part in found)
@@ -426,8 +454,9 @@ def _write(
             return np.full(len(part.rows), number, np.int32)
         if name == "task":
             return numbers[number][part.rows["task"]]
-        if name == "again":
-            return again[starts[number] : starts[number + 1]]
+        if name in ("again", "lang"):
+            whole = again if name == "again" else lang
+            return whole[starts[number] : starts[number + 1]]
         return part.rows[name]
 
     def write() -> None:

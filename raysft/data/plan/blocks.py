@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from raysft.data.plan.kinds import Paired
 from raysft.errors import UserError
 
 TOGETHER = 64  # examples
@@ -83,7 +84,7 @@ class Blocks:
     def __init__(
         self,
         tokens: np.ndarray | Sizes,
-        task: np.ndarray,
+        task: np.ndarray | Paired,
         group_of_task: Sequence[int],
         source: np.ndarray,
         weights: Sequence[float],
@@ -98,7 +99,7 @@ class Blocks:
         # Plain views: indexing an np.memmap object itself is several times slower.
         self.tokens = tokens if isinstance(tokens, Sizes) else np.asarray(tokens)
         self.starts = starts
-        self._task = np.asarray(task)
+        self._task = task if isinstance(task, Paired) else np.asarray(task)
         self._group_of_task = np.asarray(group_of_task, np.int64)
         self._groups = int(self._group_of_task.max()) + 1
         self.weights = weights
@@ -125,12 +126,21 @@ class Blocks:
             self.shortest = min(self.shortest, shortest)
             self.present += np.bincount(task, minlength=len(self.present))
             oversize.append(np.flatnonzero(tokens > self.budget) + starts[0])
-            for group in range(groups):
-                mine = self._fits(tokens, task, group)
-                at = starts[:-1] - starts[0]
-                self.counts[group, first:last] = np.add.reduceat(mine, at, dtype=np.int32)
+            self.counts[:, first:last] = self._counted(starts, tokens, task)
         self.oversize = np.concatenate(oversize).astype(np.int64)
         self.examples = self.counts.sum(axis=1, dtype=np.int64)
+
+    def _counted(self, starts: np.ndarray, tokens: np.ndarray, task: np.ndarray) -> np.ndarray:
+        """int [groups, blocks]: examples that fit of the blocks between `starts`; of any number of
+        groups one pass over these columns."""
+        fits = tokens <= self.budget
+        if self._groups == 1:
+            return np.add.reduceat(fits, starts[:-1] - starts[0], dtype=np.int32)[None]
+        blocks = len(starts) - 1
+        block = np.repeat(np.arange(0, blocks * self._groups, self._groups), np.diff(starts))
+        at = (block + self._group_of_task[task])[fits]
+        found = np.bincount(at, minlength=blocks * self._groups)
+        return found.reshape(blocks, self._groups).T
 
     def by_source(self, sources: int) -> np.ndarray:
         """int64 [groups, sources]: examples that fit."""

@@ -47,6 +47,7 @@ def facts(from_epoch: int, index: Index, plan: Plan) -> JsonObject:
         "tasks": index.tasks,
         "sources": [dict(source) for source in index.described],
         "files": [file._asdict() for file in index.files],
+        **({"languages": plan.languages} if plan.languages is not None else {}),
         **({"names": dict(index.naming)} if index.naming is not None else {}),
     }
 
@@ -82,9 +83,13 @@ def _extendable(setting: str) -> bool:
 
 def changed_data(old: JsonObject, new: JsonObject, index: Index) -> list[str]:
     """What of the data differs between two `facts`; index: the one of `new`."""
-    if old["index_hash"] == new["index_hash"]:
-        return []
     found = []
+    if old["index_hash"] == new["index_hash"]:
+        langs = [side.get("languages") for side in (old, new)]
+        # Else data.temperature is another too, which is said of the settings.
+        return ["the languages of its examples are others"] * (
+            None not in langs and langs[0] != langs[1]
+        )
     if old["encoder"] != new["encoder"]:
         found.append("the model's tokenizer or audio features are others (lengths depend on them)")
     for number, (a, b) in enumerate(zip(new["sources"], old["sources"])):

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -43,7 +42,9 @@ from raysft.data.plan.blocks import (
     together,
     too_heavy,
 )
-from raysft.data.plan.shares import Dealt, Wanted, effective, grouped, wanted_of
+from raysft.data.plan.kinds import Languages, of_groups, of_languages, of_tasks
+from raysft.data.plan.lanes import LaneShares
+from raysft.data.plan.shares import Dealt, Wanted, agreeing, effective, grouped, wanted_of
 from raysft.data.plan.windows import InOrder, Shuffled, Windows
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -136,6 +137,7 @@ class Plan:
 
     settings: what the plan depends on beside the index, as json can write it.
     source: int [N], the column it was given. dealt: how often what of it is seen.
+    languages: digest of which example is in which; None: it does not depend on them.
     oversize: int64, rows of the index longer than `data.tokens_per_batch`, or with more audio than
         `data.audio_per_batch`: never planned.
     """
@@ -153,12 +155,14 @@ class Plan:
         algorithm: int = ALGORITHM,
         heard: np.ndarray | None = None,
         wanted: Wanted | None = None,
+        languages: Languages | None = None,
     ) -> None:
         """tokens: int [N], positions of each example, at least 1. task, source: int [N], numbers
         into `tasks` and `weights`; the columns may be memory-mapped. Reads them once. algorithm:
         of planning; a run that goes on keeps the one it began with. heard: float32 [N], seconds
         that an encoder computes for each, which `data.audio_per_batch` needs. wanted: names and
-        caps of the sources, beside their weights.
+        caps of the sources, beside their weights. languages: which `data.temperature` by lang
+        needs.
         Raises UserError where this data cannot be planned as the config says."""
         if len(tokens) == 0:
             raise UserError("data.train has no usable example: nothing to train on")
@@ -170,12 +174,17 @@ class Plan:
             assert heard is not None
             sizes = Sizes(tokens, heard, data.budget, data.audio_per_batch)
             index_hash += hashlib.sha256(np.ascontiguousarray(heard).data).hexdigest()
+        self.languages: str | None = None
+        if data.temperature is not None and data.temperature.by == "lang":
+            assert languages is not None
+            self.languages = languages.digest()
+            index_hash += self.languages
         self._groups = sorted(data.mix)
         self._wanted = wanted or Wanted(list(weights))
-        self._windows = self._planned(sizes, weights, algorithm)
+        self._windows = self._planned(sizes, weights, algorithm, languages)
         self._blocks = self._windows.blocks
         self._check()
-        self._shares = _Shares([data.mix[name] for name in self._groups] or [1.0], data.lanes)
+        self._shares = LaneShares([data.mix[name] for name in self._groups] or [1.0], data.lanes)
         self.oversize = self._blocks.oversize
         self.settings = _settings(data, weights, seed, algorithm) | self._wanted.settings(data)
         self.hash = _hash(index_hash, self.settings)
@@ -188,27 +197,34 @@ class Plan:
         wanted = wanted_of(index)
         columns = index.tokens, index.task, index.tasks, index.source
         heard = None if data.audio_per_batch is None else index.heard
-        return cls(*columns, wanted.weights, index.hash, data, seed, algorithm, heard, wanted)
+        by_lang = data.temperature is not None and data.temperature.by == "lang"
+        langs = Languages(*index.languages) if by_lang else None
+        settings = index.hash, data, seed, algorithm
+        return cls(*columns, wanted.weights, *settings, heard, wanted, langs)
 
     def _planned(
-        self, sizes: np.ndarray | Sizes, weights: Sequence[float], algorithm: int
+        self,
+        sizes: np.ndarray | Sizes,
+        weights: Sequence[float],
+        algorithm: int,
+        languages: Languages | None,
     ) -> Windows:
         """The windows of the index, by that algorithm."""
         data, shuffled = self._data, self._data.order == "shuffled"
         named = bool(set(data.mix) & set(self._wanted.names) - set(self._tasks))
-        by_task = data.temperature is not None and data.temperature.by == "task"
+        by = data.temperature.by if data.temperature is not None else "source"
         now = shuffled and algorithm == ALGORITHM
-        if (named or by_task) and not now:
-            key = "data.mix by source" if named else "data.temperature by task"
+        if (named or by != "source") and not now:
+            key = "data.mix by source" if named else f"data.temperature by {by}"
             why = "order sequential" if not shuffled else "a run that began with an earlier raysft"
             raise UserError(f"{key}: {why} does not know it: leave it out")
         self._of_tasks = not now or not set(data.mix) & set(self._wanted.names)
-        if now and (data.mix or by_task):
-            kinds = list(range(len(self._tasks)))
+        if languages is not None and by == "lang":
+            self._kinds = of_languages(self._task, len(self._tasks), languages)
+        elif now and (data.mix or by == "task"):
+            self._kinds = of_tasks(self._task, len(self._tasks))
         else:
-            number = {name: i for i, name in enumerate(self._groups)}
-            # A task outside the mix is refused below, once it is known to occur.
-            kinds = [number.get(name, 0) for name in self._tasks]
+            self._kinds = of_groups(self._task, self._tasks, self._groups)
         if now:
             starts = counted(self.source)
         elif shuffled and algorithm != plan_v1.ALGORITHM:
@@ -216,13 +232,14 @@ class Plan:
         else:
             starts = together(self.source, data.window, weights)
         budget = sizes.budget if isinstance(sizes, Sizes) else data.budget
-        columns = sizes, self._task, kinds, self.source, weights
+        columns = sizes, self._kinds.column, self._kinds.numbers, self.source, weights
         blocks = Blocks(*columns, starts, budget=budget, seed=self._seed, shuffled=shuffled)
         counts = blocks.by_source(len(weights))
         if now:
-            passes = effective(self._wanted, counts, data)
+            langs = self._kinds.langs
+            passes = effective(self._wanted, counts, data, langs)
             too_heavy(counts.sum(axis=0), (counts * passes).sum(), weights)
-            self.dealt = Dealt(counts, passes, self._groups_of(counts))
+            self.dealt = Dealt(counts, passes, self._groups_of(counts), langs)
             groups = self.dealt.segments(self._groups)
             return Shuffled(blocks, data, self._seed, groups)
         counts = counts.sum(axis=0, keepdims=True)
@@ -232,17 +249,26 @@ class Plan:
         blocks.weights = passes[0].tolist()
         return _BEFORE[algorithm](blocks, data, self._seed) if shuffled else InOrder(blocks, data)
 
+    def passes(self, rows: slice) -> np.ndarray:
+        """float64 [rows]: how often these examples are seen in an epoch or, with `data.mix`, a pass
+        of their group; one that is seen 2.3 times is seen two or three times."""
+        kind = np.asarray(self._kinds.numbers)[self._kinds.column[rows]]
+        return self.dealt.passes[kind, self.source[rows]]
+
     def _groups_of(self, counts: np.ndarray) -> dict[tuple[int, int], str]:
         """Of each kind and source that has examples its group; "" where there is no mix."""
-        if not self._data.mix or self._of_tasks:
-            places = np.argwhere(counts).tolist()
-            names = [self._tasks[kind] if self._data.mix else "" for kind, _ in places]
-            return {
-                (kind, source): name
-                for (kind, source), name in zip(places, names)
-                if name in self._data.mix or not name
-            }
-        return grouped(self._data, self._tasks, list(self._wanted.names), counts > 0)
+        kinds, mix = self._kinds, self._data.mix
+        places = [(kind, source) for kind, source in np.argwhere(counts).tolist()]
+        if not mix:
+            return dict.fromkeys(places, "")
+        if self._of_tasks:
+            names = {(kind, source): self._tasks[kinds.tasks[kind]] for kind, source in places}
+            return {place: name for place, name in names.items() if name in mix}
+        present = np.zeros((len(self._tasks), counts.shape[1]), bool)
+        for kind, source in places:
+            present[kinds.tasks[kind], source] = True
+        groups = grouped(self._data, self._tasks, list(self._wanted.names), present)
+        return {(kind, source): groups[kinds.tasks[kind], source] for kind, source in places}
 
     def start(self, epoch: int = 0, step: int = 0) -> Cursor:
         """The cursor before the first step of `epoch`, when `step` steps have been done before it:
@@ -328,7 +354,8 @@ class Plan:
 
     def _check(self) -> None:
         """Refuse data that this config cannot plan."""
-        budget, present = self._data.tokens_per_batch, self._blocks.present
+        budget = self._data.tokens_per_batch
+        present = self._kinds.by_task(self._blocks.present, len(self._tasks))
         audio = self._data.audio_per_batch
         over = f"data.tokens_per_batch={budget}"
         over += "" if audio is None else f" (or data.audio_per_batch={audio:g})"
@@ -336,7 +363,7 @@ class Plan:
         if self._of_tasks and self._groups and self._groups != tasks:
             raise UserError(
                 f"data.mix names the tasks {', '.join(self._groups)}, the training data has "
-                f"{', '.join(tasks)}: {_mixed(self._groups, tasks)}, or remove data.mix"
+                f"{', '.join(tasks)}: {agreeing(self._groups, tasks)}, or remove data.mix"
             )
         if not self._windows.examples.any():
             raise UserError(
@@ -412,51 +439,6 @@ class _Stream:
                 self._cycle = self._plan._windows.cycle(self._group, self.cycle)
             windows = self._cycle.windows
             self._batches = self._cycle.micro_batches(self.window) if windows else []
-
-
-class _Shares:
-    """How many micro-batches of each group a step has: its share of the lanes, exactly where that
-    is a whole number, else the whole number below or above it, in every step; exact on average."""
-
-    def __init__(self, mix: list[float], lanes: int) -> None:
-        shares = np.array(mix) / sum(mix)
-        if shares.min() * lanes < 1 - 1e-9:
-            raise UserError(
-                f"data.lanes={lanes} is too few for data.mix: a share of {shares.min():.3g} is "
-                "less than one lane, so it cannot hold in every step; use "
-                f"data.lanes={math.ceil(1 / shares.min() - 1e-9)} or more"
-            )
-        exact = shares * lanes
-        self._least = np.floor(exact + 1e-9).astype(np.int64)
-        self._spare = lanes - int(self._least.sum())
-        # The spare lanes go to the groups hit by equally spaced points on their fractions.
-        self._edges = np.cumsum(np.maximum(exact - self._least, 0))
-        self._edges[-1] = self._spare
-
-    def __len__(self) -> int:
-        return len(self._least)
-
-    def at(self, step: int) -> list[int]:
-        """The micro-batches of each group in the step after `step` steps."""
-        if not self._spare:
-            return self._least.tolist()
-        # Multiples of the golden ratio: each group is hit evenly over the steps.
-        offset = step * 0x9E3779B97F4A7C15 % 2**64 / 2**64
-        hit = np.searchsorted(self._edges, offset + np.arange(self._spare), side="right")
-        return (self._least + np.bincount(hit, minlength=len(self._least))).tolist()
-
-
-def _mixed(wanted: list[str], present: list[str]) -> str:
-    """How data.mix and the tasks of the data come to agree."""
-    said = []
-    if more := [name for name in wanted if name not in present]:
-        said.append(
-            f"add data of {', '.join(more)} (clips with their texts serve as asr and as tts: give "
-            f"the file a second entry in data.train, {{path: ..., task: {more[0]}}})"
-        )
-    if less := [name for name in present if name not in wanted]:
-        said.append(f"name {', '.join(less)} in data.mix too")
-    return ", and ".join(said)
 
 
 _BEFORE: dict[int, Callable[[Blocks, Data, int], Windows]] = {

@@ -4,20 +4,20 @@ Between the config and the windows: decides the segments of each group (windows.
 is what a share of `data.mix` is of: a source that is named there, or a task; without mix, all.
 
     weight        how often each example of the source is seen in a cycle
-    temperature   times (n / largest n)^(1/T - 1), n the examples of a source or a task times their
-                  weights: each is then seen in proportion to n^(1/T), the largest as often as its
-                  weight says. As languages are sampled for XLM-R (Conneau et al., 2020; alpha is
-                  1/T) and mT5 (Xue et al., 2021)
+    temperature   times (n / largest n)^(1/T - 1), n the examples of a source, a task or a language
+                  times their weights: each is then seen in proportion to n^(1/T), the largest as
+                  often as its weight says. As languages are sampled for XLM-R (Conneau et al.,
+                  2020; alpha is 1/T) and mT5 (Xue et al., 2021)
     caps          no more than that: of `max_examples`, or the share of its seconds that
                   `max_hours` is; another part in every cycle, until all were seen
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -92,16 +92,26 @@ def hours_of(source: np.ndarray, seconds: np.ndarray, sources: int) -> list[floa
     return (found / 3600).tolist()
 
 
-def effective(wanted: Wanted, counts: np.ndarray, data: Data) -> np.ndarray:
+def effective(
+    wanted: Wanted, counts: np.ndarray, data: Data, langs: Sequence[str] = ()
+) -> np.ndarray:
     """Passes an epoch, float64 [kinds, sources], of examples that share a cycle.
 
     counts: int [kinds, sources] of examples; kinds: tasks where data.temperature is by task.
+    langs: of each kind its language, where it is by lang: all of a language counts together, of
+    whatever task and source it is.
     """
     weights = np.broadcast_to(np.asarray(wanted.weights, np.float64), counts.shape).copy()
     if data.temperature is not None:
         sizes = counts * weights
-        axis = 0 if data.temperature.by == "source" else 1
-        own = np.broadcast_to(sizes.sum(axis=axis, keepdims=True), counts.shape)
+        if data.temperature.by == "source":
+            own = sizes.sum(axis=0, keepdims=True)
+        elif data.temperature.by == "task":
+            own = sizes.sum(axis=1, keepdims=True)
+        else:
+            number = np.unique(langs, return_inverse=True)[1]
+            own = np.bincount(number, sizes.sum(axis=1))[number][:, None]
+        own = np.broadcast_to(own, counts.shape)
         there = own > 0
         ratio = own[there] / own.max(initial=1.0)
         weights[there] *= ratio ** (1 / data.temperature.T - 1)
@@ -110,17 +120,29 @@ def effective(wanted: Wanted, counts: np.ndarray, data: Data) -> np.ndarray:
     return np.minimum(weights, np.array(limits))
 
 
+class Seen(NamedTuple):
+    """A language: how many examples it has, how many of them are seen, and how many with those of
+    other languages in its groups."""
+
+    name: str
+    examples: int
+    seen: float
+    beside: float
+
+
 @dataclass(frozen=True)
 class Dealt:
     """What an epoch sees of what, or with `data.mix` a pass of a group.
 
     counts: int64 [kinds, sources] of examples. passes: float64, of each of them. names: of each
-    kind and source that has examples, its group.
+    kind and source that has examples, its group. langs: of each kind its language, where the plan
+    counts by it.
     """
 
     counts: np.ndarray
     passes: np.ndarray
     names: Mapping[tuple[int, int], str]
+    langs: Sequence[str] = ()
 
     def segments(self, groups: Sequence[str]) -> list[list[Segment]]:
         """Of each group; groups: their names, none where there is no mix."""
@@ -137,8 +159,21 @@ class Dealt:
 
     def beside(self, source: int) -> float:
         """Examples of the groups that examples of this source are in, its own among them."""
-        own = {name for (_, one), name in self.names.items() if one == source}
-        mine = [place for place, name in self.names.items() if name in own]
+        return self._beside({name for (_, one), name in self.names.items() if one == source})
+
+    def languages(self) -> list[Seen]:
+        """Of each language, by name; none where the plan does not count by them."""
+        found = []
+        for lang in sorted(set(self.langs)):
+            kinds = [kind for kind, name in enumerate(self.langs) if name == lang]
+            own = {name for (kind, _), name in self.names.items() if kind in kinds}
+            seen = float((self.counts[kinds] * self.passes[kinds]).sum())
+            found.append(Seen(lang, int(self.counts[kinds].sum()), seen, self._beside(own)))
+        return found
+
+    def _beside(self, groups: Collection[str]) -> float:
+        """Examples of these groups."""
+        mine = [place for place, name in self.names.items() if name in groups]
         return float(sum(self.counts[place] * self.passes[place] for place in mine))
 
 
@@ -187,6 +222,19 @@ def grouped(
             "named there too: remove it"
         )
     return found
+
+
+def agreeing(wanted: list[str], present: list[str]) -> str:
+    """How data.mix and the tasks of the data come to agree."""
+    said = []
+    if more := [name for name in wanted if name not in present]:
+        said.append(
+            f"add data of {', '.join(more)} (clips with their texts serve as asr and as tts: give "
+            f"the file a second entry in data.train, {{path: ..., task: {more[0]}}})"
+        )
+    if less := [name for name in present if name not in wanted]:
+        said.append(f"name {', '.join(less)} in data.mix too")
+    return ", and ".join(said)
 
 
 def explained(weights: Sequence[float], counts: Sequence[int], hours: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """Emilia's lists: JSON lines with wav, text, duration, speaker, language and dnsmos.
 
-{"id": "a1", "wav": "a.mp3", "text": "hello", "duration": 1.5, "speaker": "s1"}
+{"id": "a1", "wav": "a.mp3", "text": "hello", "duration": 1.5, "speaker": "s1", "language": "en"}
 """
 
 from __future__ import annotations

@@ -14,7 +14,15 @@ from raysft.data.example import Audio, Example
 from raysft.data.sources.base import clip_path, default_id, id_field, kind, load_record
 from raysft.data.sources.fields import refuse_placeholders, refuse_unread, stated_seconds
 from raysft.data.sources.json_files import JsonFiles, first_records
-from raysft.data.sources.layout import Layout, fault, listed, seconds
+from raysft.data.sources.layout import (
+    LANGUAGE,
+    LANGUAGES,
+    Layout,
+    fault,
+    language_of,
+    listed,
+    seconds,
+)
 from raysft.data.sources.transcripts import transcript
 from raysft.errors import BadExample
 from raysft.json_types import JsonObject
@@ -24,8 +32,8 @@ class Fielded(JsonFiles, Layout):
     """A dialect; what each of its fields is called, the first that a record has being taken.
 
     told_by: fields that tell a file is of this dialect. start, stop: of a part, in seconds; length:
-    of a part in seconds where it has a start, else what the clip is said to have. harmless: other
-    fields that change nothing.
+    of a part in seconds where it has a start, else what the clip is said to have. languages: that
+    examples are counted by. harmless: other fields that change nothing.
     """
 
     noun = "item"
@@ -38,6 +46,7 @@ class Fielded(JsonFiles, Layout):
     start: str | None = None
     stop: str | None = None
     length: str | None = None
+    languages: tuple[str, ...] = LANGUAGES
     harmless: tuple[str, ...] = ()
 
     def lists(self, given: Source) -> bool:
@@ -65,12 +74,17 @@ class Fielded(JsonFiles, Layout):
             except BadExample as error:
                 yield fault(default_id(file, item.line), str(error), at)
                 continue
-            yield listed(name, text, [told(clip) for clip in clips], speaker=speaker, at=at)
+            more = {"speaker": speaker, "at": at, LANGUAGE: self.language(record)}
+            yield listed(name, text, [told(clip) for clip in clips], **more)
 
     def own(self, record: JsonObject, file: Path, line: int, task: str | None) -> Example:
         """The example of a line."""
         name, clips, text, speaker = self.read(record, file, line)
-        return transcript(name, clips, text, task, speaker, self.tags)
+        return transcript(name, clips, text, task, speaker, self.tags, self.language(record))
+
+    def language(self, record: JsonObject) -> str | None:
+        """That a line names."""
+        return language_of(record, self.languages)
 
     def read(
         self, record: JsonObject, file: Path, line: int, root: str | None = None

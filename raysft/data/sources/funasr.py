@@ -22,6 +22,7 @@ class FunAsr(Fielded):
     audio = ("source",)
     said = ("target",)
     names = ("key",)
+    languages = ("language", "lang", "text_language")
     harmless = (
         "source_len",
         "target_len",

@@ -24,7 +24,7 @@ from raysft.data.sources.lines import lines, table
 from raysft.errors import BadExample, UserError
 from raysft.json_types import Json, JsonObject
 
-_ALSO = ("segments", "utt2spk", "wav.scp")
+_ALSO = ("segments", "utt2spk", "utt2lang", "wav.scp")
 
 
 class Kaldi(Layout):
@@ -63,6 +63,7 @@ class Kaldi(Layout):
         base = _base(folder, clips, given)
         segments = table(folder / "segments") if stores.is_file(folder / "segments") else None
         speakers = table(folder / "utt2spk") if stores.is_file(folder / "utt2spk") else {}
+        languages = table(folder / "utt2lang") if stores.is_file(folder / "utt2lang") else {}
         silent = dict.fromkeys(clips if segments is None else segments)
         for number, line in lines(file):
             name, _, text = line.strip().replace("\t", " ").partition(" ")
@@ -84,9 +85,8 @@ class Kaldi(Layout):
             clip: dict[str, Json] = {"path": below(path, folder_of(file))}
             if start is not None:
                 clip |= {"start": start, "stop": stop}
-            yield listed(
-                name, text.strip(), [clip], speaker=speakers.get(name), at=f"{file.name}:{number}"
-            )
+            more = {"speaker": speakers.get(name), "at": f"{file.name}:{number}"}
+            yield listed(name, text.strip(), [clip], **more, language=languages.get(name))
         for name in silent:
             yield fault(name, f"{name} has no line in text", str(file))
 

@@ -5,6 +5,7 @@ a file of lines below the index's folder (index/listing.py), which is then index
 other. A record of a listing:
 
     {"listed": 1, "id": "a1", "text": "hello", "speaker": "s1", "audio": [CLIP, ...]}
+    {..., "language": "de"}       only where examples are counted by it
     {"listed": 1, "id": "a1", "fault": "has no line in wav.scp", "at": "text:7"}
 
 CLIP: a path, relative ones from the folder of what was listed; or an object with `path` and, where
@@ -18,6 +19,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 
 from raysft import paths, stores
@@ -38,6 +40,8 @@ from raysft.errors import BadExample
 from raysft.json_types import Json, JsonObject
 
 LISTED = "listed"
+LANGUAGE = "language"  # of a listed record; of listings from before there was none
+LANGUAGES = ("language", "lang", "locale")
 _here: ContextVar[str | None] = ContextVar("here", default=None)
 
 
@@ -104,12 +108,13 @@ class Layout(json_lines.JsonLines):
         speaker, text = record.get("speaker"), record.get("text")
         speaker = speaker if isinstance(speaker, str) else None
         try:
-            name = id_field(record, file, line)
+            name, language = id_field(record, file, line), language_of(record, (LANGUAGE,))
             clips = [_clip(clip, file) for clip in record.get("audio") or []]
             if FLOW in record:
-                return of_listed(name, clips, record[FLOW], task, speaker)
-            said = text if isinstance(text, str) else ""
-            return transcript(name, clips, said, task or record.get("task"), speaker, self.tags)
+                found = of_listed(name, clips, record[FLOW], task, speaker)
+                return replace(found, language=language)
+            said, own = text if isinstance(text, str) else "", task or record.get("task")
+            return transcript(name, clips, said, own, speaker, self.tags, language)
         except BadExample as error:
             raise BadExample(f"{error}{at}", error.kind, record.get("id")) from None
 
@@ -119,6 +124,12 @@ def refuse_fault(record: JsonObject) -> None:
     if "fault" in record:
         at = f" ({record['at']})" if record.get("at") else ""
         raise BadExample(f"{record['fault']}{at}", "malformed record", record.get("id"))
+
+
+def language_of(record: JsonObject, names: Sequence[str] = LANGUAGES) -> str | None:
+    """The language that a record names in one of these fields; None: in none of them."""
+    found = (record.get(name) for name in names)
+    return next((value for value in found if isinstance(value, str) and value.strip()), None)
 
 
 def listed(name: str | None, text: str, clips: Sequence[Json], **more: Json) -> JsonObject:

@@ -30,7 +30,17 @@ from raysft.data.sources.base import (
 )
 from raysft.data.sources.fields import refuse_unread
 from raysft.data.sources.json_files import first_records
-from raysft.data.sources.layout import Layout, below, fault, here, inside, listed, seconds
+from raysft.data.sources.layout import (
+    LANGUAGE,
+    Layout,
+    below,
+    fault,
+    here,
+    inside,
+    language_of,
+    listed,
+    seconds,
+)
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
 
@@ -109,7 +119,7 @@ class Lhotse(Layout):
                     raise BadExample(item.error or "")
                 cut = load_record(item.raw)
                 name = str(cut.get("id") or name)
-                text, speaker = _said(cut)
+                text, speaker, language = _said(cut)
                 if members is None:
                     clip = _of_recording(cut, root, file)
                 elif members.get(name):
@@ -121,7 +131,7 @@ class Lhotse(Layout):
             except BadExample as error:
                 yield fault(name, str(error), at)
                 continue
-            yield listed(name, text, [clip], speaker=speaker, at=at)
+            yield listed(name, text, [clip], speaker=speaker, at=at, language=language)
 
 
 def _is_shar(file: Path) -> bool:
@@ -144,8 +154,8 @@ def _members(archive: Path) -> dict[str, deque[tars.Member]]:
     return found
 
 
-def _said(cut: JsonObject) -> tuple[str, str | None]:
-    """Text and speaker of a cut. Raises BadExample where it is no plain one."""
+def _said(cut: JsonObject) -> tuple[str, str | None, str | None]:
+    """Text, speaker and language of a cut. Raises BadExample where it is no plain one."""
     kind = cut.get("type", "MonoCut")
     if kind not in ("MonoCut", "MultiCut"):
         raise BadExample(f"is a {kind}: MonoCut and MultiCut are read; write its audio anew")
@@ -184,7 +194,9 @@ def _said(cut: JsonObject) -> tuple[str, str | None]:
         texts.append(text.strip())
     speakers = {one.get("speaker") for one in supervisions}
     speaker = speakers.pop() if len(speakers) == 1 else None
-    return " ".join(texts), None if speaker is None else str(speaker)
+    named = {language_of(one, (LANGUAGE,)) for one in supervisions}
+    language = named.pop() if len(named) == 1 else None
+    return " ".join(texts), None if speaker is None else str(speaker), language
 
 
 def _recording(cut: JsonObject) -> JsonObject:

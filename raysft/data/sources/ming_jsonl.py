@@ -102,6 +102,7 @@ class MingJsonl(json_lines.JsonLines):
             output=(text,) if asr else (clip,),
             lang=(lang or None) if asr else None,
             text=text,
+            language=None if asr else lang or None,
         )
 
     def _edit(

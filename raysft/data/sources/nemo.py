@@ -19,7 +19,7 @@ from raysft.config.schema import Source
 from raysft.data.sources import tars
 from raysft.data.sources.base import default_id, folder_of, load_record
 from raysft.data.sources.fielded import Fielded, told
-from raysft.data.sources.layout import fault, inside, listed
+from raysft.data.sources.layout import LANGUAGE, fault, inside, listed
 from raysft.data.sources.webdataset import archive
 from raysft.errors import BadExample
 from raysft.json_types import JsonObject
@@ -40,6 +40,7 @@ class Nemo(Fielded):
     said = ("text", "answer")
     start = "offset"
     length = "duration"
+    languages = ("lang", "source_lang")
     harmless = (
         "lang",
         "sampling_rate",
@@ -83,7 +84,8 @@ class Nemo(Fielded):
             except BadExample as error:
                 yield fault(default_id(file, item.line), str(error), at)
                 continue
-            yield listed(name, text, told_clips, speaker=speaker, at=at)
+            more = {"speaker": speaker, "at": at, LANGUAGE: self.language(record)}
+            yield listed(name, text, told_clips, **more)
 
 
 def _archives(file: Path, pattern: str) -> list[Path]:

@@ -3,10 +3,10 @@
     data.train=[{path: train.tsv, columns: {audio: path, text: sentence, speaker: client_id}}]
 
 `columns` says which column holds the clip's path and which its text, and may name `id`, `speaker`,
-`start` and `stop` (seconds). Without it a column's name tells: audio, path, file_name, wav; text,
-sentence, transcription, transcript. Common Voice's tables (client_id, path, sentence, ...; its
-clips in `clips/`) are known by their columns. Tabs part columns where the first line has one, and
-quotes are text then; else commas do, and quotes are CSV's.
+`language`, `start` and `stop` (seconds). Without it a column's name tells: audio, path, file_name,
+wav; text, sentence, transcription, transcript. Common Voice's tables (client_id, path, sentence,
+...; its clips in `clips/`) are known by their columns. Tabs part columns where the first line has
+one, and quotes are text then; else commas do, and quotes are CSV's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from raysft.config.schema import Source
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import BOM, clip_path, folder_of
 from raysft.data.sources.fields import refuse_unread
-from raysft.data.sources.layout import Layout, below, fault, listed, seconds
+from raysft.data.sources.layout import (
+    LANGUAGE,
+    LANGUAGES,
+    Layout,
+    below,
+    fault,
+    language_of,
+    listed,
+    seconds,
+)
 from raysft.data.sources.lines import decoded, lines
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
@@ -31,6 +40,7 @@ AUDIO = ("audio", "path", "file_name", "wav", "audio_path", "audio_filepath", "f
 TEXT = ("text", "sentence", "transcription", "transcript", "txt")
 SPEAKER = ("speaker", "speaker_id", "spk", "client_id")
 ID = ("id", "utt", "utt_id", "key")
+_KNOWN = {"audio": AUDIO, "text": TEXT, "speaker": SPEAKER, "id": ID, LANGUAGE: LANGUAGES}
 
 
 class Table(Layout):
@@ -89,7 +99,7 @@ def chosen(names: list[str], given: Source, file: Path) -> dict[str, str]:
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise UserError(f"{file} has two columns {twice[0]!r}: rename one")
     columns: dict[str, str] = {str(what): name for what, name in (given.columns or {}).items()}
-    for what, known in (("audio", AUDIO), ("text", TEXT), ("speaker", SPEAKER), ("id", ID)):
+    for what, known in _KNOWN.items():
         found = next((name for name in known if name in names), None)
         if what not in columns and found is not None:
             columns[what] = found
@@ -131,7 +141,10 @@ def row_of(
         if (value := seconds(record, columns.get(what))) is not None:
             clip[what] = value
     speaker = record.get(columns.get("speaker", ""))
-    return listed(name, text, [clip], speaker=None if speaker is None else str(speaker), at=at)
+    more = {"speaker": None if speaker is None else str(speaker), "at": at}
+    return listed(
+        name, text, [clip], **more, language=language_of(record, (columns.get(LANGUAGE, ""),))
+    )
 
 
 def _names(file: Path) -> tuple[list[str], str]:

@@ -17,6 +17,7 @@ def transcript(
     task: str | None,
     speaker: str | None = None,
     tags: frozenset[str] = frozenset(),
+    language: str | None = None,
 ) -> Example:
     """asr: the clips are heard, the text answered. tts: the text is read, the clips answered; any
     other task is asr under its name. Raises BadExample where one of them is missing.
@@ -37,4 +38,5 @@ def transcript(
         output=tuple(clips) if spoken else (text,),
         text=text,
         speaker=speaker,
+        language=language,
     )

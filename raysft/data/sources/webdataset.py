@@ -21,7 +21,7 @@ from raysft.config.schema import Source
 from raysft.data.sources import json_lines, tars
 from raysft.data.sources.base import Split, clip_path, folder_of, load_record
 from raysft.data.sources.fields import names_audio_file, refuse_placeholders, refuse_unread
-from raysft.data.sources.layout import Layout, fault, inside, listed, seconds
+from raysft.data.sources.layout import Layout, fault, inside, language_of, listed, seconds
 from raysft.data.sources.lines import lines
 from raysft.data.sources.tars import Member
 from raysft.errors import BadExample, UserError
@@ -112,7 +112,8 @@ class WebDataset(Layout):
             clip["seconds"] = stated
         speaker = next((record[n] for n in ("speaker", "spk", "speaker_id") if record.get(n)), None)
         name = next((record[n] for n in ("id", "utt") if record.get(n)), PurePosixPath(key).name)
-        return listed(str(name), text, [clip], speaker=None if speaker is None else str(speaker))
+        more = {"speaker": None if speaker is None else str(speaker)}
+        return listed(str(name), text, [clip], **more, language=language_of(record))
 
 
 def archive(given: str, file: Path, where: str) -> Path:

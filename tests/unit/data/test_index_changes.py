@@ -100,6 +100,8 @@ def test_any_change_gives_the_index_that_is_measured_from_nothing(tmp_path, smal
             return rng.choices([good, broken], [9, 1])[0]
         wav = rng.choices(["0.wav", "1.wav", "2.wav", "3.wav", "gone.wav"], [4, 4, 4, 4, 1])[0]
         record = asr(wav, "x" * rng.randint(1, 9), task_type=rng.choice(["asr", "tts"]))
+        if rng.random() < 0.5:
+            record["lang"] = rng.choice(["de", "de", "de", f"x{rng.random()}"])
         return rng.choices([json.dumps(record), "{broken", ""], [18, 1, 1])[0]
 
     data = [line() for _ in range(80)]

@@ -61,6 +61,32 @@ def test_a_layout_is_recognised_and_read_to_the_sample(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layouts_languages_are_kept_where_they_are_asked_for(tmp_path: Path, name: str) -> None:
+    layout = LAYOUTS[name]
+    path = layout.write(tmp_path / "data" / name, US)
+    wanted = {layout.id(u, n): u.language if layout.languages else "" for n, u in enumerate(US)}
+    asked, plain = (
+        build_index(
+            [Source(path=str(path), **layout.entry)],
+            "train",
+            Encoder(),
+            tmp_path / "index",
+            workers=1,
+            languages=languages,
+        )
+        for languages in (True, False)
+    )
+    names, column = asked.languages
+    assert dict(zip(asked.ids(np.arange(len(asked))), [names[n] for n in column])) == wanted
+    # What other runs have listed, and what examples are otherwise, does not depend on it.
+    for file in plain.files:
+        records = map(json.loads, Path(file.path).read_text().splitlines())
+        assert not any("language" in record for record in records if "listed" in record)
+    one, two = (index.examples(np.arange(len(index))) for index in (asked, plain))
+    assert [(e.id, e.text, e.lang) for e in one] == [(e.id, e.text, e.lang) for e in two]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_second_index_is_the_first_and_lists_nothing(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

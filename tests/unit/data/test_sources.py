@@ -65,7 +65,8 @@ def test_asr_reads_the_clip_and_answers_the_text(tmp_path):
 def test_tts_reads_the_text_and_answers_the_clip(tmp_path):
     file = write(tmp_path / "train.jsonl", lines({**TTS, "id": 17, "lang": "en"}))
     clip = Audio(str(tmp_path / "a.wav"))
-    assert examples(file) == [Example("17", "tts", ("hello",), (clip,), text="hello")]
+    found = Example("17", "tts", ("hello",), (clip,), text="hello", language="en")
+    assert examples(file) == [found]
 
 
 @pytest.mark.parametrize(

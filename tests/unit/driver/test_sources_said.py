@@ -13,7 +13,8 @@ from raysft.config import Config, load_config
 from raysft.driver import preview
 from raysft.driver.preflight import prepare
 from raysft.errors import UserError
-from tests.support.models import CAUSAL
+from tests.support.indexes import clip
+from tests.support.models import AUDIO, CAUSAL
 
 
 def config(folder: Path, more: dict[str, Any] | None = None, **sources: dict[str, Any]) -> Config:
@@ -66,6 +67,38 @@ def test_a_dry_run_says_how_often_sources_are_seen(tmp_path: Path) -> None:
     assert said(mixed)[1] == (
         "small: 100 examples, seen 1 times a pass of its share of data.mix, 100.0% of it"
     )
+
+
+def spoken(folder: Path, temperature: dict[str, Any], **data: Any) -> Config:
+    """Of clips of 0.2 s in two languages, and in none."""
+    clip(folder / "a.wav", 0.2)
+    langs = ["de"] * 16 + ["sw"] * 4 + [""]
+    rows = [f"a.wav\tab\t{lang}" for lang in langs]
+    source = str(folder / "spoken.tsv")
+    Path(source).write_text("\n".join(["path\tsentence\tlocale", *rows]))
+    tree = {
+        "run": {"name": "run", "storage_path": str(folder / "runs")},
+        "data": {"train": [source], "lanes": 2, "temperature": temperature, **data},
+        "model": AUDIO,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return load_config(folder / "config.yaml")
+
+
+def test_a_dry_run_says_how_often_languages_are_seen(tmp_path: Path) -> None:
+    only = {"mix": {"asr": 1.0}}
+    for data, of in (({}, "an epoch"), (only, "a pass of its share of data.mix")):
+        given = spoken(tmp_path, {"T": 2, "by": "lang"}, **data)
+        lines = preview.dry_run(given).splitlines()
+        at = next(n for n, line in enumerate(lines) if line.startswith("languages"))
+        assert [line[16:] for line in lines[at : at + 3]] == [
+            f"none named: 1 example, seen 4 times {of}, 14.3% of it",
+            f"de: 16 examples, seen 1 times {of}, 57.1% of it",
+            f"sw: 4 examples, seen 2 times {of}, 28.6% of it",
+        ]
+        assert lines[at + 3].startswith("steps")
+    plain = preview.dry_run(spoken(tmp_path, {"T": 2}))
+    assert "languages" not in plain
 
 
 def test_weights_that_are_the_sizes_are_explained(
