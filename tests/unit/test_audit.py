@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from raysft.audit import audit, main
 from raysft.config import Config, to_yaml
 from raysft.config.schema import Data
 from raysft.data.plan.generations import Generation, Generations, open_index
+from raysft.data.plan.kinds import Languages
 from raysft.data.plan.plan import Cursor, Plan, PlannedStep
+from raysft.data.plan.shares import Wanted
 from raysft.data.plan.verify import Report, check
 from raysft.errors import UserError
 from raysft.run import plans
@@ -33,6 +36,49 @@ from tests.support.indexes import build, most
 
 LANES = 3
 QUARANTINED = ("m7", "m20")
+
+
+@pytest.mark.parametrize(
+    ("asked", "data"),
+    [
+        ({}, {"temperature": {"T": 3.0}}),
+        ({}, {"temperature": {"T": 3.0, "by": "task"}}),
+        ({}, {"temperature": {"T": 3.0, "by": "lang"}}),
+        ({"max_examples": [30, None]}, {}),
+        ({"max_examples": [30, None]}, {"order": "sequential"}),
+    ],
+)
+def test_what_is_seen_more_or_less_often_by_the_config_is_no_finding(
+    asked: dict[str, Any], data: dict[str, Any]
+) -> None:
+    n = 200
+    columns = (np.full(n, 20, np.int32), (np.arange(n) % 5 == 0).astype(np.int16), ("asr", "tts"))
+    settings = Data(**{"lanes": LANES, "tokens_per_batch": 60, "window": 16, **data})
+    source, lang = (np.arange(n) >= 150).astype(np.int16), (np.arange(n) % 7 < 2).astype(np.int32)
+    more: dict[str, Any] = {
+        "wanted": Wanted([1.0, 2.5], ("a", "b"), **asked),
+        "languages": Languages(("", "de"), lang),
+    }
+    of = Plan(*columns, source, [1.0, 2.5], "index", settings, 0, **more)
+    every = Generations([Generation(0, n, lambda: of)])
+    count = of.summary(0).steps + of.summary(1).steps
+
+    def recorded() -> list[dict[str, Any]]:
+        steps = itertools.islice(of.steps(of.start()), count + 1)
+        return [
+            {"epoch": step.epoch, "step": step.step, "lane": lane, "ids": list(map(str, rows))}
+            for step in steps
+            for lane, rows in enumerate(step.lanes)
+        ]
+
+    report = Report(LANES)
+    check(every, lambda rows: list(map(str, rows.tolist())), recorded(), (), count, report)
+    assert report.clean and report.epochs == 3, report.findings
+    # A plan that has another weight than it says.
+    of.dealt = replace(of.dealt, passes=of.dealt.passes + 2.0)
+    report = Report(LANES)
+    check(every, lambda rows: list(map(str, rows.tolist())), recorded(), (), count, report)
+    assert "left out of the plan" in report.findings[0]
 
 
 class Run:

@@ -18,6 +18,7 @@ from raysft.data.plan.plan import PlannedStep
 from raysft.json_types import JsonObject
 
 SHOWN = 10  # findings
+_AT_ONCE = 1 << 20  # examples
 
 Line = JsonObject
 """A line of the ledger: epoch, step, lane, ids; of newer runs also quarantined, tensors, chain."""
@@ -203,14 +204,17 @@ class _Counts:
         plan = self._generations.parts[self._number].plan
         if step.after.epoch == step.epoch or plan.settings["mix"]:
             return
-        weights = np.array(plan.settings["weights"])[plan.source]
-        fits = np.ones(len(weights), bool)
+        fits = np.ones(len(self._seen), bool)
         fits[plan.oversize] = False
-        for what, wrong in (
-            ("left out of", fits & (self._seen < np.floor(weights))),
-            ("too often in", (self._seen > np.ceil(weights)) | (~fits & (self._seen > 0))),
-        ):
-            if rows := np.flatnonzero(wrong).tolist():
+        wrongs: dict[str, list[int]] = {"left out of": [], "too often in": []}
+        for at in range(0, len(fits), _AT_ONCE):
+            some = slice(at, at + _AT_ONCE)
+            passes, seen, may = plan.passes(some), self._seen[some], fits[some]
+            wrongs["left out of"] += (np.flatnonzero(may & (seen < np.floor(passes))) + at).tolist()
+            often = (seen > np.ceil(passes)) | (~may & (seen > 0))
+            wrongs["too often in"] += (np.flatnonzero(often) + at).tolist()
+        for what, rows in wrongs.items():
+            if rows:
                 count = "lost" if what.startswith("left") else "repeated"
                 setattr(self._report, count, getattr(self._report, count) + len(rows))
                 names = self._ids_of(np.array(rows[:3]) + self._base)
