@@ -29,6 +29,17 @@ class Patches(Section):
         description="share of patches that are learnt without their condition, for guidance",
         lt=1,
     )
+    history_noise: Fixed[NonNegativeFloat] = Field(
+        0.0,
+        description="spread of the noise, in training, on what has been spoken before, so that "
+        "the text is listened to and small faults are not carried on",
+    )
+    roles: Weights[list[str]] = Field(
+        ["HUMAN", "ASSISTANT"],
+        description="names of who asks and who answers",
+        min_length=2,
+        max_length=2,
+    )
     text_weight: Fixed[NonNegativeFloat] = Field(1.0, description="of the text's loss")
     flow_weight: Fixed[NonNegativeFloat] = Field(1.0, description="of the flow head's loss")
     stop_weight: Fixed[NonNegativeFloat] = Field(0.01, description="of the stop head's loss")

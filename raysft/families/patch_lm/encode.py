@@ -29,7 +29,7 @@ from raysft.families.patch_lm.latents import latents_of
 from raysft.families.patch_lm.prompt import ASKS, MARKERS, PATCH, MingPrompt
 
 LATENTS = "latents"  # of the arrays of an example: frames [patches * size, width], one a clip
-DRAWS = "draws"  # int64 [1]: the seed of what is random in the loss of an example that speaks
+DRAWS = "draws"  # int64 [2]: of one that speaks the seed of its loss, and whether it is to train
 SHAPE = ("size", "width", "depth", "heads", "mlp", "dropout")  # of Patches: in a net's config
 
 
@@ -51,7 +51,7 @@ class PatchEncoder(Encoder):
         self.new_ids = new_to_model(model, tokenizer, ids, new)
         default = Data.model_fields["prompts"].get_default(call_default_factory=True)
         own = {task: text for task, text in data.prompts.items() if text != default.get(task)}
-        self.template = MingPrompt(tokenizer, {**ASKS, **own}, kept)
+        self.template = MingPrompt(tokenizer, {**ASKS, **own}, self.patches.roles, kept)
         self.patch_id = self.template.id_of(PATCH)
         told = [VERSION, "patch_lm", self.template.fingerprint, self.latents.facts]
         told.append(self.patches.size)
@@ -99,7 +99,7 @@ class PatchEncoder(Encoder):
             seed = zlib.crc32(example.id.encode("utf-8", "surrogatepass"))
             if rng is not None:
                 seed = int(rng.integers(2**63))
-            found.arrays[DRAWS] = [np.array([seed], np.int64)]
+            found.arrays[DRAWS] = [np.array([seed, rng is not None], np.int64)]
         return found
 
 

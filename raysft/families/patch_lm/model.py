@@ -159,7 +159,7 @@ class PatchLM(SpeechModel):
         arrays = {
             LATENTS: [frames],
             SPOKEN: [np.array([SILENT])],
-            DRAWS: [np.zeros(1, np.int64)],
+            DRAWS: [np.zeros(2, np.int64)],
         }
         return Document(ids, np.full(2, IGNORED, np.int32), "none", arrays)
 
@@ -216,14 +216,19 @@ class PatchLM(SpeechModel):
             flags = np.concatenate([np.zeros(0, np.int64), *document.arrays.get(SPOKEN, [])])
             flags = flags[:wanted]
             if (flags > HEARD).any():
-                rng = np.random.default_rng(int(document.arrays[DRAWS][0][0]))
+                seed, trains = map(int, document.arrays[DRAWS][0])
+                rng = np.random.default_rng(seed)
                 start = 0
                 for clip in own:
                     said = flags[start : start + len(clip)]
                     if len(said) and said[0] > HEARD:
                         task = self._task_number(document.task) if said[0] == SAID else -1
                         at = np.arange(len(said)) + before + start
-                        found.append(self._utterance(own_patches[start:], at, task, rng))
+                        clean = own_patches[start : start + len(said)]
+                        found.append(self._utterance(clean, at, task, rng))
+                        if trains and (noise := self.patches.history_noise):
+                            drawn = rng.standard_normal(clean.shape, np.float32)
+                            own_patches[start : start + len(said)] = clean + noise * drawn
                     start += len(clip)
             patches.append(own_patches)
             before += wanted

@@ -11,7 +11,8 @@ apart is what an example has, whatever its task is called:
     the same, without  HUMAN <audio> patches </audio> <prompt> ask NEWLINE </prompt>
     its transcript     ASSISTANT <gen_audio> PATCHES
 
-Capitals are learnt, but for HUMAN and ASSISTANT, which are roles between <role> and </role>.
+Capitals are learnt, but for HUMAN and ASSISTANT, which are roles between <role> and </role>
+(`model.patches.roles`).
 
 Costs 40 us an example.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +41,6 @@ AUDIO, AUDIO_END, PATCH = "<audio>", "</audio>", "<audioPatch>"
 PROMPT, PROMPT_END = "<prompt>", "</prompt>"
 ANSWER, SPEAK = "<answer>", "<gen_audio>"
 MARKERS = (ROLE, ROLE_END, AUDIO, AUDIO_END, PATCH, PROMPT, PROMPT_END, ANSWER, SPEAK)
-HUMAN, ASSISTANT = f"{ROLE}HUMAN{ROLE_END}", f"{ROLE}ASSISTANT{ROLE_END}"
 
 ASKS = {
     "asr": "Please recognize the language of this speech and transcribe it. Format: oral.",
@@ -54,10 +55,16 @@ class MingPrompt:
     remark = ""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, prompts: dict[str, str], kept: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompts: dict[str, str],
+        roles: Sequence[str] = ("HUMAN", "ASSISTANT"),
+        kept: str | None = None,
     ) -> None:
-        """tokenizer: with all of MARKERS. prompts: by task, `data.prompts`; kept: `source` of a run
-        that has begun. Raises UserError where the run began with other prompts."""
+        """tokenizer: with all of MARKERS. prompts: by task, `data.prompts`. roles: who asks, and
+        who answers. kept: `source` of a run that has begun. Raises UserError where the run began
+        with other prompts."""
+        self._human, self._assistant = (f"{ROLE}{role}{ROLE_END}" for role in roles)
         self._tokenizer: PreTrainedTokenizerFast | bytes = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._prompts = prompts
@@ -72,7 +79,8 @@ class MingPrompt:
                     f"data.prompts.{task}: contains {match[0]}, a token that steers the model: "
                     "give the instruction alone"
                 )
-        self.source = f"{{# patch_lm: {json.dumps(prompts, sort_keys=True, ensure_ascii=False)} #}}"
+        told = json.dumps([roles, prompts], sort_keys=True, ensure_ascii=False)
+        self.source = f"{{# patch_lm: {told} #}}"
         if kept not in (None, self.source):
             raise UserError(
                 f"data.prompts: the run began with {kept}, and would go on with {self.source}; "
@@ -128,16 +136,17 @@ class MingPrompt:
                 f"model.family: patch_lm hears or speaks, and example {example.id} does neither: "
                 "use model.family: causal_lm for texts"
             )
-        asked = f"{self._ask(example)}\n{self._text(_texts(example.input))}"
-        return [self._pieces(HUMAN, asked, ASSISTANT, AUDIO)], [spoken]
+        ask, text = self._ask(example), self._text(_texts(example.input))
+        asked = f"{ask}\n{text}" if ask else text
+        return [self._pieces(self._human, asked, self._assistant, AUDIO)], [spoken]
 
     def _writes(self, example: Example, heard: Audio) -> tuple[list[Segment], list[Segment]]:
         text = self._text(_texts(example.output))
         if not text:
             raise BadExample("has nothing to be written: its text is empty", "malformed record")
         answer = f"{self._text(example.lang)}\t{text}" if example.lang else text
-        before = self._pieces(HUMAN + self._ask(example), AUDIO)
-        between = self._pieces(AUDIO_END, ASSISTANT)
+        before = self._pieces(self._human + self._ask(example), AUDIO)
+        between = self._pieces(AUDIO_END, self._assistant)
         learnt = np.array([*self._encode(answer), self.end_id], np.int32)
         return [before, heard, between], [learnt]
 
@@ -146,12 +155,12 @@ class MingPrompt:
     ) -> tuple[list[Segment], list[Segment]]:
         asked = example.instruction or _texts(example.input) or self._ask(example)
         request = f"{PROMPT}{self._text(asked)}\n{PROMPT_END}"
-        before = self._pieces(HUMAN, AUDIO)
+        before = self._pieces(self._human, AUDIO)
         transcript = self._text(_texts(example.output))
         if not transcript:
-            between = self._pieces(AUDIO_END, request, ASSISTANT, SPEAK)
+            between = self._pieces(AUDIO_END, request, self._assistant, SPEAK)
             return [before, heard, between], [spoken]
-        between = self._pieces(AUDIO_END, request, ASSISTANT, ANSWER)
+        between = self._pieces(AUDIO_END, request, self._assistant, ANSWER)
         written = np.array([*self._encode(transcript), self._ids[SPEAK]], np.int32)
         return [before, heard, between], [written, spoken]
 
@@ -176,6 +185,8 @@ class MingPrompt:
         return np.array([token for piece in pieces for token in self._encode(piece)], np.int32)
 
     def _encode(self, text: str) -> list[int]:
+        if not text:
+            return []
         try:
             return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as error:  # `tokenizers` raises nothing more special
