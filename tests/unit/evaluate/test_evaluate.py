@@ -34,6 +34,7 @@ from tests.support.models import AUDIO, CAUSAL
 class Oracle:
     """Answers with what it is to learn, as many tokens of it as it may; or with `said`."""
 
+    writes = True
     encoder: Encoder
     said: Callable[[str], str] = lambda text: text
     limits: list[int] = field(default_factory=list)
