@@ -31,6 +31,7 @@ from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.losses import Term
+from raysft.losses.term import CROSS_ENTROPY
 from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.progress import ProgressLine
@@ -272,7 +273,9 @@ def test_figures_and_predictions_do_not_depend_on_the_number_of_workers(
         def module(inputs: dict[str, torch.Tensor]) -> list[Term]:
             ids = oracle._batch.ids
             loss = (torch.tensor(sum(map(len, ids)) / 8), torch.tensor(len(ids)))
-            return [Term("any", torch.zeros(()), torch.zeros(()), {"asr": loss} if ids else {})]
+            return [
+                Term(CROSS_ENTROPY, torch.zeros(()), torch.zeros(()), {"asr": loss} if ids else {})
+            ]
 
         settings, context = Evaluate(tokens_per_batch=80), contextlib.nullcontext
         return evaluate(module, oracle, corpus, read, settings, world, context, True, file)
