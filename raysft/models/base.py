@@ -127,8 +127,11 @@ class SpeechModel(ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of a model that reads and writes text."""
-        assert self._tokenizer is not None, "a model that writes no text has no tokenizer"
+        """Of a model that reads and writes text. Raises UserError for others."""
+        if self._tokenizer is None:
+            raise UserError(
+                f"model: {type(self.net).__name__} reads and writes no text, and has no tokenizer"
+            )
         return self._tokenizer
 
     def wrap(self, model: nn.Module) -> None:
