@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from raysft.config.marks import Free
 from raysft.config.section import Section
@@ -29,6 +36,12 @@ class Flow(Section):
     noise: Free[NonNegativeFloat] = Field(
         0.0, description="that is added after each step (Ming-UniAudio: 0.25)"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.schedule == "ming" and self.steps != 10:
+            raise ValueError(f"schedule ming has 10 steps, found steps: {self.steps}")
+        return self
 
 
 class Speak(Section):

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,7 +27,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from raysft.config import schema
 from raysft.data import remote_code
-from raysft.data.encode import net_class
+from raysft.data.encode import model_family, net_class
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.models.meta import on_meta
@@ -109,7 +109,14 @@ def from_config(settings: JsonObject, auto: Any, seed: int) -> PreTrainedModel:
 
 
 def skeleton(model: schema.Model) -> PreTrainedModel:
-    """The layers of the model without weights, as its family has it built."""
+    """The layers of the model without weights, as its family has it built: where its module has a
+    `skeleton`, by that."""
+    own = getattr(model_family(model).model_module(), "skeleton", plain_skeleton)
+    return cast(PreTrainedModel, own(model))
+
+
+def plain_skeleton(model: schema.Model) -> PreTrainedModel:
+    """Those of the class of transformers that its family names."""
     auto = net_class(model)
     if model.path is None:
         config = make_config(model.config or {})

@@ -14,14 +14,14 @@ and `goes_on`, each divided by the utterances that have one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raysft.config import schema
@@ -31,8 +31,9 @@ from raysft.data.encode import net_class
 from raysft.data.encode.families import model_type
 from raysft.data.example import MicroBatch, Sequence
 from raysft.families.patch_lm.config import MODEL_TYPE, PatchLMConfig
-from raysft.families.patch_lm.encode import DRAWS, LATENTS, PatchEncoder
+from raysft.families.patch_lm.encode import DRAWS, LATENTS, PatchEncoder, settled
 from raysft.families.patch_lm.flow_head import T_UNITS
+from raysft.families.patch_lm.latents import latents_of
 from raysft.families.patch_lm.net import LOSSES, PatchLMForCausalLM
 from raysft.families.patch_lm.speak import speak
 from raysft.losses.chunked import TokenLoss
@@ -42,6 +43,7 @@ from raysft.losses.term import Term
 from raysft.models import loading
 from raysft.models.base import IGNORED, Batch, Document, SpeechModel
 from raysft.models.layout import Static, as_weights, ints, tokens_of
+from raysft.models.meta import on_meta
 from raysft.models.routing import Routing
 from raysft.models.supervised import Supervised
 from raysft.parallel import unread
@@ -360,13 +362,21 @@ def _language_model(
     return found
 
 
-def _with_heads(
-    language_model: PreTrainedModel, encoder: PatchEncoder, seed: int
-) -> PatchLMForCausalLM:
-    patches = encoder.patches
-    config = PatchLMConfig(
-        text_config=language_model.config,
-        latent_width=encoder.latents.width,
+def skeleton(model: schema.Model) -> PreTrainedModel:
+    """The layers of the model without weights: see `loading.skeleton`."""
+    found = loading.plain_skeleton(model)
+    if isinstance(found, PatchLMForCausalLM):
+        return found
+    patches = settled(model)
+    with on_meta():
+        return PatchLMForCausalLM.around(found, _sizes(patches, latents_of(patches).width))
+
+
+def _sizes(patches: Patches, latent: int) -> Callable[[PreTrainedConfig], PatchLMConfig]:
+    """Makes the config of a net of that of its language model."""
+    return lambda text: PatchLMConfig(
+        text_config=text,
+        latent_width=latent,
         patch_size=patches.size,
         flow_width=patches.width,
         flow_depth=patches.depth,
@@ -374,7 +384,13 @@ def _with_heads(
         flow_mlp=patches.mlp,
         flow_dropout=patches.dropout,
     )
+
+
+def _with_heads(
+    language_model: PreTrainedModel, encoder: PatchEncoder, seed: int
+) -> PatchLMForCausalLM:
     with loading.seeded(seed):
-        net = PatchLMForCausalLM(config, language_model)
+        sizes = _sizes(encoder.patches, encoder.latents.width)
+        net = PatchLMForCausalLM.around(language_model, sizes)
     net.generation_config = language_model.generation_config
     return net

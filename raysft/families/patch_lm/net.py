@@ -8,6 +8,7 @@ head, whether it was the last. As in Ming-UniAudio.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     Cache,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -81,6 +83,17 @@ class PatchLMForCausalLM(PreTrainedModel, GenerationMixin):
         own = getattr(language_model, "_no_split_modules", None) or ()
         self._no_split_modules = [*own, "FlowBlock"]
         self.post_init()
+
+    @classmethod
+    def around(
+        cls, language_model: PreTrainedModel, config: Callable[[PreTrainedConfig], PatchLMConfig]
+    ) -> PatchLMForCausalLM:
+        """A net with this language model, which keeps its weights, and the attention that it
+        computes by: a config made of another's forgets that. config: made of its config."""
+        attention = language_model.config._attn_implementation
+        found = cls(config(language_model.config), language_model)
+        found.config._attn_implementation = attention  # its parts' too
+        return found
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.pooling.linear:
