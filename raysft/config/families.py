@@ -320,3 +320,26 @@ register(
         },
     )
 )
+register(
+    Family(
+        name="pair",
+        encode="raysft.families.pair.encode",
+        model="raysft.families.pair.model",
+        types={"raysft_pair": "raysft.families.pair.net:PairForCausalLM"},
+        alone=True,
+        refused_keys={
+            "data.language": _UNTOLD,
+            "data.features": "a pair reads no clips, and learns the mel of its decoder: leave it "
+            "out",
+            "data.unit_noise": "the decoder of a pair learns what units sound like: leave it out",
+            "data.audio_per_batch": "a pair has no audio encoder: leave it out",
+            "data.augment": "the decoder of a pair would learn to make what was varied: leave it "
+            "out",
+        },
+        refused_methods={
+            "qlora": "the weights of its decoder are few: train stages apart",
+            "prefix": "transformers' own models alone take a prefix",
+            "prompt": "transformers' own models alone take positions",
+        },
+    )
+)

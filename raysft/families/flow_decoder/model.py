@@ -12,6 +12,7 @@ Its one term, `flow`, is divided by the values that are scored.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ from raysft.data.example import MicroBatch
 from raysft.families.flow_decoder.config import FlowDecoderConfig
 from raysft.families.flow_decoder.draws import drawn
 from raysft.families.flow_decoder.encode import CODES, DRAWS, MEL, VOICE, FlowEncoder
-from raysft.families.flow_decoder.net import FlowDecoder
+from raysft.families.flow_decoder.net import LOSSES, FlowDecoder
 from raysft.families.flow_decoder.parts import T_UNITS
 from raysft.losses.flow_matching import squares, way
 from raysft.losses.term import Term
@@ -37,7 +38,6 @@ from raysft.models.layout import Static, as_weights, ints
 from raysft.models.supervised import Losses
 
 VALUES = "flow_values"
-_OURS = ("velocity", "scored", "tasks")  # what of a batch is no input of the net
 
 
 class FlowLosses(Losses):
@@ -46,22 +46,37 @@ class FlowLosses(Losses):
     def forward(self, batch: Batch) -> list[Term]:
         """The term `flow`: squared errors over the frames that are scored; in training each example
         as its task weighs."""
-        inputs = {name: value for name, value in batch.items() if name not in _OURS}
+        inputs = {name: value for name, value in batch.items() if name not in LOSSES}
         found = self.lm(**as_weights(inputs, self.lm)).velocity
-        scored, bins = batch["scored"].to(torch.float32), batch["velocity"].shape[-1]
-        each = (squares(found, batch["velocity"]) * scored).sum(1)
-        counts = scored.sum(1) * bins
-        names = list(self.tasks)  # the thread that lays out the next batches may add to them
-        numbers = torch.arange(len(names), device=each.device).unsqueeze(1)
-        chosen = (batch["tasks"].unsqueeze(0) == numbers).to(torch.float32)
-        trained = each
-        if self.weights and self.training:
-            by_name = [float(self.weights.get(name, 1.0)) for name in names]
-            trained = each * torch.tensor([*by_name, 0.0], device=each.device)[batch["tasks"]]
-        total, sums, of_tasks = trained.sum(), chosen * each.detach(), chosen * counts
-        by_task = {name: (sums[i].sum(), of_tasks[i].sum()) for i, name in enumerate(names)}
-        terms = [Term("flow", total.detach(), counts.sum(), by_task, total, VALUES)]
-        return terms + self.penalties(counts.sum())
+        # The thread that lays out the next batches may add to the tasks.
+        term = flow_term(found, batch, list(self.tasks), self.weights if self.training else {})
+        return [term, *self.penalties(term.count)]
+
+
+def flow_term(
+    found: torch.Tensor, batch: Batch, names: Seq[str], weights: Mapping[str, float]
+) -> Term:
+    """The term `flow` of velocities [R, T, bins]. batch: has `LOSSES`. names: of tasks by number.
+    weights: of tasks, 1 where none is given."""
+    scored, bins = batch["scored"].to(torch.float32), batch["velocity"].shape[-1]
+    each = (squares(found, batch["velocity"]) * scored).sum(1)
+    counts = scored.sum(1) * bins
+    numbers = torch.arange(len(names), device=each.device).unsqueeze(1)
+    chosen = (batch["tasks"].unsqueeze(0) == numbers).to(torch.float32)
+    trained = each
+    if weights:
+        by_name = [float(weights.get(name, 1.0)) for name in names]
+        trained = each * torch.tensor([*by_name, 0.0], device=each.device)[batch["tasks"]]
+    total, sums, of_tasks = trained.sum(), chosen * each.detach(), chosen * counts
+    by_task = {name: (sums[i].sum(), of_tasks[i].sum()) for i, name in enumerate(names)}
+    return Term("flow", total.detach(), counts.sum(), by_task, total, VALUES)
+
+
+def scored_values(seeds: np.ndarray, frames: np.ndarray, config: FlowDecoderConfig) -> float:
+    """What the loss of examples is divided by. seeds, frames: int [n], of each."""
+    pairs = zip(seeds.tolist(), frames.tolist(), strict=True)
+    scored = sum(drawn(seed, count, config)[0].scored for seed, count in pairs)
+    return float(scored * config.settings.bins)
 
 
 class FlowModel(SpeechModel):
@@ -175,14 +190,12 @@ class FlowModel(SpeechModel):
     def counts(self, mb: MicroBatch) -> dict[str, float]:
         """supervised: frames that are scored; squares: of all frames' numbers; and the values that
         the loss is divided by."""
-        scored = 0
+        values = 0.0
         if len(mb.lengths):
-            seeds = mb.arrays[DRAWS].values
-            for seed, frames in zip(seeds.tolist(), mb.lengths.tolist(), strict=True):
-                scored += drawn(seed, frames, self.config)[0].scored
+            values = scored_values(mb.arrays[DRAWS].values, mb.lengths, self.config)
         squared = float(np.square(mb.lengths, dtype=np.float64).sum())
-        values = float(scored * self.config.settings.bins)
-        return {"supervised": float(scored), "squares": squared, VALUES: values}
+        scored = values / self.config.settings.bins
+        return {"supervised": scored, "squares": squared, VALUES: values}
 
     def freeze_unreached(self) -> list[str]:
         """Nothing: every batch reaches every parameter of the net."""

@@ -19,6 +19,9 @@ from raysft.families.flow_decoder.conformer import RelativeAttention, UpsampleCo
 from raysft.families.flow_decoder.dit import DiT, DiTBlock
 from raysft.families.flow_decoder.voicebox import Voicebox
 
+LOSSES = ("velocity", "scored", "tasks")
+"""What of a batch the velocities are held against: no input of the net."""
+
 
 class FlowDecoder(PreTrainedModel):
     """Of Step-Audio-EditX's shape, or USDM's: see `FlowDecoderConfig`.
