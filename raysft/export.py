@@ -48,10 +48,12 @@ def export(
     data.features: fbank the feature extractor alone, with a warning: see `AudioLM.save`).
     Raises UserError if `folder` exists and is not an empty folder, or cannot be written.
     """
-    return _write(Path(folder), lambda partial: speech_model.save(partial, state_dict))
+    return written(Path(folder), lambda partial: speech_model.save(partial, state_dict))
 
 
-def _write(folder: Path, fill: Callable[[Path], None]) -> Path:
+def written(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """`folder`, new and absolute, whole or not at all, as `fill` writes it into the one that it is
+    given. Raises UserError if it is there and not empty, or cannot be written."""
     target = folder.absolute()
     check_new_folder("export", target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -148,4 +150,4 @@ def _export_adapter(config: Config, found: Saved, folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(found.read(name))
 
-    _write(folder, fill)
+    written(folder, fill)

@@ -35,6 +35,7 @@ __all__ = [
     "changed_keys",
     "describe",
     "load_config",
+    "pair_of",
     "read_tree",
     "stage_configs",
     "stages_to_yaml",
@@ -108,6 +109,14 @@ def stand_in(config: Config, name: str) -> Config | None:
 def begins_from(config: Config, name: str) -> list[str]:
     """Names of the stages that a stage takes models of."""
     return list(dict.fromkeys(stages.begins_from(_stages_tree(config), name).values()))
+
+
+def pair_of(config: Config, name: str) -> tuple[JsonObject, Path] | None:
+    """The two models that a stage begins with as one (`stages.pair_of`), and the folder for that;
+    None where it has no model.pair."""
+    tree = _stages_tree(config)
+    pair = stages.pair_of(tree, name)
+    return None if pair is None else (pair, stages.start_of(stages.folder_of(tree), name))
 
 
 def _stages_tree(config: Config) -> JsonObject:

@@ -6,7 +6,8 @@ makes the config of a run of it, in a folder below that of all stages. A stage t
 while it trains keeps its best by validation loss, unless it names another metric.
 
 `model.path: stages.NAME` is the model of an earlier stage: its best checkpoint, which is exported
-beside the stages' folders (`best_of`).
+beside the stages' folders (`best_of`). `model.pair: {llm: stages.NAME, flow: stages.NAME}` is two
+of them as one model, of the family `pair`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from raysft.errors import UserError
 from raysft.json_types import Json, JsonObject
 
 BEST = "_best"  # after a stage's name: the folder of its best model
+START = "_start"  # after a stage's name: the pair that it begins with
+PAIR = ("llm", "flow")  # keys of model.pair
+PAIR_WEIGHTS = ("llm_weight", "flow_weight")  # those that it may have beside
 BEST_BY = "loss"  # the validation loss
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
+UNITS = "speech_tokens.safetensors"  # fitted once, for all stages
 _TAKEN = ("owner",)  # of the folder that holds the stages'
 _MODEL = re.compile(r"stages\.(.*)")
 # Of all stages together, never of one.
 _OF_ALL = ("stages", "only", "sweep", "prepare")
 _PLACE = ("run.name", "run.storage_path")
 # Which model it is, and what goes with that one.
-_WHICH = ("path", "config", "tokenizer", "feature_extractor", "revision")
+_WHICH = ("path", "config", "pair", "tokenizer", "feature_extractor", "revision")
 
 
 def names_of(tree: JsonObject) -> list[str]:
@@ -53,10 +58,10 @@ def mistakes(tree: JsonObject) -> list[str]:
         if not isinstance(entry, dict) or not isinstance(name, str):
             found.append(f"stages.{place}: expected a name and keys, as {{name: llm, ...}}")
             continue
-        if not _NAME.fullmatch(name) or name.endswith(BEST) or name in _TAKEN:
+        if not _NAME.fullmatch(name) or name.endswith((BEST, START)) or name in _TAKEN:
             found.append(
                 f"stages.{place}.name: {name!r} cannot be a stage's; a name begins with a letter, "
-                f"has letters, digits, - and _ (at most 40), and does not end in {BEST}"
+                f"has letters, digits, - and _ (at most 40), and does not end in {BEST} or {START}"
             )
         elif name.lower() in [other.lower() for other in names]:
             found.append(f"stages.{place}.name: {name} is there already; give each its own name")
@@ -66,6 +71,7 @@ def mistakes(tree: JsonObject) -> list[str]:
             for key in (*_OF_ALL, *_PLACE)
             if _has(entry, key)
         ]
+        found += [f"stages.{name}.{line}" for line in _wrong_pair(entry)]
     if found:
         return found
     for name in [only] if isinstance(only, str) else only if isinstance(only, list) else []:
@@ -78,6 +84,26 @@ def _has(tree: JsonObject, key: str) -> bool:
     section, _, name = key.partition(".")
     below = tree.get(section)
     return section in tree and (not name or (isinstance(below, dict) and name in below))
+
+
+def _wrong_pair(entry: JsonObject) -> list[str]:
+    """What is wrong with the model.pair of an entry: a line each."""
+    model = entry.get("model")
+    pair = model.get("pair") if isinstance(model, dict) else None
+    if pair is None:
+        return []
+    if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in PAIR):
+        return [f"model.pair: expected {{llm: stages.NAME, flow: stages.NAME}}, found {pair!r}"]
+    found = [
+        f"model.pair.{key}: unknown key{_near(str(key), [*PAIR, *PAIR_WEIGHTS])}"
+        for key in pair
+        if key not in (*PAIR, *PAIR_WEIGHTS)
+    ]
+    for key in PAIR_WEIGHTS:
+        value = pair.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            found.append(f"model.pair.{key}: expected a number greater than 0, found {value!r}")
+    return found
 
 
 def _near(name: str, names: Sequence[str], prefix: str = "") -> str:
@@ -137,10 +163,12 @@ def _without_its_model(base: JsonObject, entry: JsonObject) -> JsonObject:
     if not isinstance(own, dict) or not isinstance(model, dict):
         return base
     gone: tuple[str, ...] = ()
-    if isinstance(own.get("path"), str):
-        gone = _WHICH if _MODEL.fullmatch(own["path"]) else ("config", "revision")
+    if own.get("pair") is not None:
+        gone = _WHICH
+    elif isinstance(own.get("path"), str):
+        gone = _WHICH if _MODEL.fullmatch(own["path"]) else ("config", "pair", "revision")
     elif own.get("config") is not None:
-        gone = ("path", "revision")
+        gone = ("path", "pair", "revision")
     return {**base, "model": {key: model[key] for key in model if key not in gone}}
 
 
@@ -184,6 +212,26 @@ def _models(node: Json, key: str) -> Iterator[tuple[str, str]]:
         yield key, match[1]
 
 
+def start_of(folder: Path, name: str) -> Path:
+    """Where the pair that a stage begins with is assembled. folder: that holds the stages'."""
+    return folder / f"{name}{START}"
+
+
+def pair_of(tree: JsonObject, name: str) -> JsonObject | None:
+    """The model.pair of a stage, with folders for stages; None where it has none. tree: as `expand`
+    gives it."""
+    (entry,) = (entry for entry in tree["stages"] if entry["name"] == name)
+    pair = (entry.get("model") or {}).get("pair")
+    if pair is None:
+        return None
+    found = dict(pair)
+    for key in PAIR:
+        match = _MODEL.fullmatch(found[key])
+        place = best_of(folder_of(tree), match[1]) if match else paths.model(found[key])
+        found[key] = str(place)
+    return found
+
+
 def unknown(tree: JsonObject, name: str) -> list[str]:
     """What is wrong with the stages that a stage takes models of: a line each."""
     names = names_of(tree)
@@ -208,7 +256,15 @@ def tree_of(tree: JsonObject, name: str, stand_in: bool = False) -> JsonObject |
     folder, run = folder_of(tree), found.get("run") or {}
     if not isinstance(run, dict):
         return found  # `load.validate` says so
-    for key, other in begins_from(tree, name).items():
+    if pair_of(tree, name) is not None:
+        pair = found["model"].pop("pair")
+        if not stand_in:
+            found["model"]["path"] = str(start_of(folder, name))
+        elif (shapes := _pair_stand_in(tree, pair)) is None:
+            return None
+        else:
+            found["model"] = {**shapes, **found["model"]}
+    for key, other in dict(_models(found.get("model"), "model")).items():
         if not stand_in:
             _set(found, key, str(best_of(folder, other)))
         elif key != "model.path" or (before := tree_of(tree, other, stand_in=True)) is None:
@@ -222,6 +278,9 @@ def tree_of(tree: JsonObject, name: str, stand_in: bool = False) -> JsonObject |
             found[section] = {}
         if not isinstance(found[section], dict):
             return found  # `load.validate` says so
+    units = found["data"].get("speech_tokens")
+    if isinstance(units, dict) and units.get("path") is None and units == _first_units(tree):
+        found["data"]["speech_tokens"] = {**units, "path": str(folder / UNITS)}
     if found["data"].get("index_path") is None:  # made once for all
         found["data"]["index_path"] = str(folder.parent / "index")
     if found["log"].get("group") is None:
@@ -233,6 +292,30 @@ def tree_of(tree: JsonObject, name: str, stand_in: bool = False) -> JsonObject |
     if isinstance(place, str) and (paths.is_store(place) or place.startswith(("/", "~", "file:"))):
         kept["path"] = f"{place.rstrip('/')}/{folder.name}"
     return found
+
+
+def _first_units(tree: JsonObject) -> Json:
+    """The data.speech_tokens of the first stage that has some: what all that say the same share."""
+    datas = (entry.get("data") for entry in tree["stages"])
+    found = (data.get("speech_tokens") for data in datas if isinstance(data, dict))
+    return next((units for units in found if units), None)
+
+
+def _pair_stand_in(tree: JsonObject, pair: JsonObject) -> JsonObject | None:
+    """A `model` of the shapes of a pair's two; None where one of them is no `model.config`."""
+    parts = []
+    for key in PAIR:
+        match = _MODEL.fullmatch(pair[key])
+        before = tree_of(tree, match[1], stand_in=True) if match else None
+        model = (before or {}).get("model") or {}
+        if model.get("config") is None:
+            return None
+        parts.append(model)
+    llm, flow = parts
+    weights = {key: pair[key] for key in PAIR_WEIGHTS if key in pair}
+    both = {"text_config": llm["config"], "flow_config": flow["config"], **weights}
+    tokenizer = {"tokenizer": llm["tokenizer"]} if "tokenizer" in llm else {}
+    return {"config": {"model_type": "raysft_pair", **both}, **tokenizer}
 
 
 def _set(tree: JsonObject, key: str, value: str) -> None:

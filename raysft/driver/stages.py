@@ -8,6 +8,7 @@ stays the same, it is not looked at again. A stage that begins from that model f
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +17,12 @@ from pathlib import Path
 from raysft import remarks
 from raysft.adapters.attach import VIRTUAL
 from raysft.config import Config, to_tree
-from raysft.config.load import begins_from, stage_configs, stages_to_yaml, stand_in
+from raysft.config.load import begins_from, pair_of, stage_configs, stages_to_yaml, stand_in
 from raysft.driver import launch, preflight, warm
 from raysft.driver.launch import Outcome, Progress
 from raysft.driver.preflight import Say
 from raysft.errors import UserError
-from raysft.export import export_run
+from raysft.export import export_run, written
 from raysft.page.live import with_page, write_page
 from raysft.run.catalogue import Catalogue, Saved
 from raysft.run.evaluations import Evaluations
@@ -70,7 +71,7 @@ def check(config: Config, writes: bool = True) -> dict[str, Config]:
     for name, one in configs.items():
         if _is_finished(folder, name, one):
             continue
-        missing = [n for n in begins_from(config, name) if not folder.best(n).is_dir()]
+        missing = _missing(config, name, folder)
         for other in missing:
             if other not in configs and not folder.begun(other):
                 raise UserError(
@@ -81,9 +82,11 @@ def check(config: Config, writes: bool = True) -> dict[str, Config]:
             shaped = stand_in(config, name)
             if shaped is None:
                 continue
-            one = shaped
+            one = shaped if writes else _own_units(shaped)
         elif missing:
             continue  # once the model is there again
+        elif not writes:
+            one = _own_units(one)
         with _naming(name):
             found[name] = preflight.check(one, writes)
     return found
@@ -110,8 +113,10 @@ def run(config: Config, progress: Progress) -> Staged:
         for number, (name, one) in enumerate(wanted.items(), 1):
             say(f"stage {name}: {number} of {len(wanted)}")
             with _naming(name):
-                for other in begins_from(config, name):
+                done = _is_finished(folder, name, one)
+                for other in () if done else begins_from(config, name):
                     _require(folder, other, say)
+                _start(config, name, folder, say, done)
                 outcome = _run(folder, name, one, shown, begun=bool(staged.stages))
             staged.stages[name] = outcome
             staged.step, staged.evaluation = outcome.step, outcome.evaluation
@@ -137,10 +142,29 @@ def dry_run(
         preflight.saying(progress)(f"stage {name}")
         with _naming(name):
             text = launch.dry_run(checked[name], progress, show, colours)
-        missing = [n for n in begins_from(config, name) if not folder.best(n).is_dir()]
-        shaped = f"; here with the model that {missing[0]} begins with" if missing else ""
+        missing = _missing(config, name, folder)
+        shaped = (
+            f"; here with the model that {' and '.join(missing)} begins with" if missing else ""
+        )
         parts.append(f"stage {name}{shaped}\n{text}")
     return "\n\n".join(parts)
+
+
+def _missing(config: Config, name: str, folder: StagesFolder) -> list[str]:
+    """Stages that a stage begins from whose models are not there yet."""
+    found, others = pair_of(config, name), begins_from(config, name)
+    if found is not None:
+        return [] if found[1].is_dir() else others
+    return [other for other in others if not folder.best(other).is_dir()]
+
+
+def _own_units(config: Config) -> Config:
+    """As a dry run reads it: it leaves no fitted units behind."""
+    units = config.data.speech_tokens
+    if units is None or units.path is None or Path(units.path).exists():
+        return config
+    data = config.data.model_copy(update={"speech_tokens": units.model_copy(update={"path": None})})
+    return config.model_copy(update={"data": data})
 
 
 def _run(
@@ -173,6 +197,31 @@ def _is_finished(folder: StagesFolder, name: str, config: Config) -> bool:
         return False
     how = folder.finished(name)
     return how is not None and how.config == digest_of(to_tree(config))
+
+
+def _start(config: Config, name: str, folder: StagesFolder, say: Say, done: bool) -> None:
+    """Assemble the pair that a stage begins with, where it has one that is not there yet. Raises
+    UserError where it has begun with another. done: it is finished, and needs none."""
+    found = pair_of(config, name)
+    if found is None:
+        return
+    from raysft.families.pair import assemble
+
+    pair, target = found
+    if target.is_dir():
+        if (made := assemble.made_of(target)) == pair:
+            return
+        if folder.begun(name):
+            raise UserError(
+                f"model.pair: {name} began with {made}, and it is {pair} now; set it back, or "
+                f"delete {folder.run(name)} and {target} to begin it anew"
+            )
+        shutil.rmtree(target)
+    if done:
+        return
+    say(f"stage {name}: putting its two models into {target}")
+    remarks.quiet()
+    written(target, lambda partial: assemble.assemble(pair, partial))
 
 
 def _require(folder: StagesFolder, name: str, say: Say) -> None:

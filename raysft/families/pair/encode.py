@@ -47,8 +47,13 @@ def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -
 
 def config_of(model: Model) -> PairConfig:
     """The config of the model. Raises UserError naming what is wrong in it."""
+    from raysft.families.flow_decoder.config import FlowDecoderConfig
     from raysft.families.pair.config import PairConfig
 
+    known = set(FlowDecoderConfig.__dataclass_fields__) | {"model_type"}
+    for key in sorted((model.config or {}).get("flow_config") or {}):
+        if key not in known:
+            raise UserError(f"model.config.flow_config.{key}: unknown key for a flow decoder")
     try:
         if model.config is None:
             return PairConfig.from_pretrained(model.path, **model.hub)

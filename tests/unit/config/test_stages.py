@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from raysft.config import Config, load_config
-from raysft.config.load import begins_from, stage_configs, stages_to_yaml, stand_in
+from raysft.config.load import begins_from, pair_of, stage_configs, stages_to_yaml, stand_in
 from raysft.errors import UserError
+from tests.support import pairs
 from tests.support.models import CAUSAL
 
 TREE: dict[str, Any] = {
@@ -121,6 +122,36 @@ def test_before_it_is_there_one_of_its_shapes_stands_in(load: Callable[..., Conf
     assert shaped.model.unit_token == "[u{}]"
 
 
+def test_two_models_as_one_have_a_folder_that_is_made_of_them(
+    load: Callable[..., Config], tmp_path: Path
+) -> None:
+    """And the file's units are fitted once, for all stages that say the same of them."""
+    pair = {"llm": "stages.llm", "flow": "stages.flow", "flow_weight": 0.5}
+    stages = [
+        {"name": "llm"},
+        {"name": "flow", "model": pairs.flow()},
+        {"name": "joint", "model": {"pair": pair}},
+        {"name": "other", "data": {"speech_tokens": {"clusters": 7}}},
+    ]
+    data = {**TREE["data"], "speech_tokens": {"clusters": 20}, "mix": {}}
+    config = load(stages=stages, data=data)
+    found, folder = stage_configs(config), tmp_path / "runs" / "voice"
+    assert found["joint"].model.path == str(folder / "joint_start")
+    assert (found["joint"].model.config, found["joint"].model.tokenizer) == (None, None)
+    assert sorted(begins_from(config, "joint")) == ["flow", "llm"]
+    assert pair_of(config, "joint") == (
+        {"llm": str(folder / "llm_best"), "flow": str(folder / "flow_best"), "flow_weight": 0.5},
+        folder / "joint_start",
+    )
+    assert pair_of(config, "llm") is None
+    shaped = stand_in(config, "joint")
+    assert shaped is not None and shaped.model.tokenizer == "bytes"
+    parts = {"text_config": CAUSAL["config"], "flow_config": pairs.flow()["config"]}
+    assert shaped.model.config == {"model_type": "raysft_pair", **parts, "flow_weight": 0.5}
+    paths = [one.data.speech_tokens and one.data.speech_tokens.path for one in found.values()]
+    assert paths == [*[str(folder / "speech_tokens.safetensors")] * 3, None]
+
+
 def test_another_type_of_model_takes_nothing_of_the_files(load: Callable[..., Config]) -> None:
     own = {"model_type": "llama", "hidden_size": 8}
     found = stage_configs(load(stages=[{"name": "other", "model": {"config": own}}]))
@@ -163,6 +194,21 @@ def test_what_is_written_down_reads_back_as_the_same_stages(
             [],
             {"stages": [{"name": "a", "model": {"path": "stages.b"}}, {"name": "b"}]},
             r"stages.a.model.path: stages.b does not come before a",
+        ),
+        (
+            [],
+            {"stages": [{"name": "a"}, {"name": "b", "model": {"pair": {"llm": "stages.a"}}}]},
+            r"stages.b.model.pair: expected \{llm: stages.NAME, flow: stages.NAME\}",
+        ),
+        (
+            ["stages.joint.model.pair={llm: stages.llm, flow: stages.flw}"],
+            {},
+            r"stages.joint.model.pair.flow: stages.flw is no stage; did you mean stages.flow\?",
+        ),
+        (
+            ["stages.joint.model.pair={llm: stages.llm, flow: stages.flow, flow_wait: 1}"],
+            {},
+            r"stages.joint.model.pair.flow_wait: unknown key; did you mean flow_weight\?",
         ),
         (["only=lm"], {}, r"only: lm is no stage; did you mean llm\?"),
         (["only=llm"], {"stages": []}, r"only: names stages, and the config has none"),
