@@ -183,11 +183,15 @@ def test_what_a_row_names_is_there(family: Family) -> None:
 
 
 def test_a_name_that_is_no_family_is_refused_with_those_there_are() -> None:
-    said = "model.family: expected 'auto', 'causal_lm', 'audio_lm' or 'seq2seq'"
+    said = (
+        "model.family: expected 'auto', 'causal_lm', 'audio_lm', 'patch_lm', 'seq2seq', "
+        "'flow_decoder' or 'pair'"
+    )
     assert said in refused(model={**CAUSAL, "family": "audio"})
     with pytest.raises(UserError, match=said):
         model_family(Model(**CAUSAL).model_copy(update={"family": "audio"}))
-    assert "  model.family (auto|causal_lm|audio_lm|seq2seq; default 'auto')\n" in describe()
+    names = "auto|causal_lm|audio_lm|patch_lm|seq2seq|flow_decoder|pair"
+    assert f"  model.family ({names}; default 'auto')\n" in describe()
 
 
 @pytest.mark.usefixtures("table")
@@ -244,7 +248,7 @@ def test_a_new_family_is_a_folder_and_a_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.unit_noise: outside_lm has its own noise"):
         make_encoder(config.model, config.data, tmp_path)
     said = refused(model={**CAUSAL, "family": "audio"})
-    assert "'audio_lm', 'seq2seq' or 'outside_lm' (did you mean audio_lm?)" in said
+    assert "'flow_decoder', 'pair' or 'outside_lm' (did you mean audio_lm?)" in said
 
 
 @pytest.mark.usefixtures("table")
