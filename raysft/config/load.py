@@ -155,7 +155,7 @@ def _check(
 ) -> tuple[Config | None, list[str]]:
     """The config of a tree, if nothing is wrong with it, and a line for whatever is.
 
-    alone: whether it makes sense by itself; else only each value is looked at.
+    alone: whether it makes sense by itself; else only each value is looked at, and its name.
     """
     tree = _expand(tree)
     named = tree.get("plugins")
@@ -166,7 +166,7 @@ def _check(
     tree = filled(tree)
 
     def contradicts(config: Config) -> list[Mistake]:
-        found = contradictions(config) if alone else []
+        found = [one for one in contradictions(config) if alone or one.key == "run.name"]
         return [one for one in found if model or one.key != "model"]
 
     try:

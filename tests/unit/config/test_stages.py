@@ -210,6 +210,7 @@ def test_what_is_written_down_reads_back_as_the_same_stages(
             {},
             r"stages.joint.model.pair.flow_wait: unknown key; did you mean flow_weight\?",
         ),
+        (["run.name=a/b"], {}, r"voice.yaml: run.name: 'a/b' is not a plain folder name"),
         (["only=lm"], {}, r"only: lm is no stage; did you mean llm\?"),
         (["only=llm"], {"stages": []}, r"only: names stages, and the config has none"),
         (["stages.lm.optim.lr=1"], {}, r"stages.lm.optim.lr: no stage lm; did you mean llm\?"),
