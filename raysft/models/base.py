@@ -271,6 +271,12 @@ class SpeechModel(ABC):
         }
         return found if self.routing is None else found | self.routing.counts(mb)
 
+    def kept(self, positions: int, width: int, checkpointing: bool) -> float | None:
+        """Bytes of activations that so many positions leave until the backward pass; None: as the
+        layers of a language model do. width: bytes of a number; checkpointing: whether of a layer
+        its input alone."""
+        return None
+
     def loss(self, batch: Batch) -> list[Term]:
         """Terms by the bare module; under a strategy call its wrapped module instead."""
         return self.supervised(batch)

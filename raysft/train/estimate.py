@@ -52,15 +52,17 @@ def estimate(config: Config, speech_model: SpeechModel, workers: int) -> Estimat
     width = 4 if config.train.precision == "fp32" else 2
     rows = 0 if config.data.tokens_per_batch == "auto" else config.data.tokens_per_batch
     layers = text.num_hidden_layers
+    checkpointing = config.train.gradient_checkpointing
     layer = rows * _kept(text, speech_model.net, width)
-    kept = layer * layers
-    if config.train.gradient_checkpointing:
+    own = speech_model.kept(rows, width, checkpointing)
+    kept = layer * layers if own is None else own
+    if checkpointing and own is None:
         kept = layer + rows * 4 * text.hidden_size * layers
     # The loss of chunks makes the gradient of the head while it goes forward.
     kept += rows * 12 * text.hidden_size + 4 * text.vocab_size * text.hidden_size * bool(rows)
     if width == 2 and rows:  # what autocast makes of weights that are kept in float32
         casts = 2 * sum(p.numel() for p in parameters if p.element_size() == 4 and p.dim() > 1)
-        kept += casts / (layers if config.train.gradient_checkpointing else 1)
+        kept += casts / (layers if checkpointing else 1)
     return Estimate(
         {"weights": stored, "gradients": 4 * trained, "moments": 8 * trained},
         frozenset(sharded),

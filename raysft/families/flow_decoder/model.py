@@ -28,6 +28,7 @@ from raysft.data.example import MicroBatch
 from raysft.families.flow_decoder.config import FlowDecoderConfig
 from raysft.families.flow_decoder.draws import drawn
 from raysft.families.flow_decoder.encode import CODES, DRAWS, MEL, VOICE, FlowEncoder
+from raysft.families.flow_decoder.memory import kept
 from raysft.families.flow_decoder.net import LOSSES, FlowDecoder
 from raysft.families.flow_decoder.parts import T_UNITS
 from raysft.losses.flow_matching import squares, way
@@ -196,6 +197,10 @@ class FlowModel(SpeechModel):
         squared = float(np.square(mb.lengths, dtype=np.float64).sum())
         scored = values / self.config.settings.bins
         return {"supervised": scored, "squares": squared, VALUES: values}
+
+    def kept(self, positions: int, width: int, checkpointing: bool) -> float:
+        """See `memory.kept`."""
+        return kept(self.net, positions, width, checkpointing)
 
     def freeze_unreached(self) -> list[str]:
         """Nothing: every batch reaches every parameter of the net."""
