@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch.nn import functional
 
+from raysft.config import Config
+from raysft.config.combinations import contradictions
 from raysft.config.mel import Mel
-from raysft.config.schema import Data, Model
+from raysft.config.schema import Data, Model, Source
 from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips import mels
 from raysft.data.clips.speech_tokens import KMeans
 from raysft.data.encode import make_encoder
 from raysft.data.example import Audio, Example, MicroBatch, Units
+from raysft.data.index.build import build_index
+from raysft.driver import shown
 from raysft.errors import BadExample, UserError
 from raysft.families.flow_decoder.config import FlowDecoderConfig
 from raysft.families.flow_decoder.draws import drawn
@@ -25,7 +29,9 @@ from raysft.families.flow_decoder.encode import FlowEncoder
 from raysft.families.flow_decoder.model import FlowModel
 from raysft.families.flow_decoder.tokens import codes_of
 from raysft.models import build
-from tests.support import flows
+from raysft.run.lines import read_lines
+from raysft.train.probe import _sequence
+from tests.support import flows, in_process
 
 KINDS = ("dit", "one", "voicebox")
 VOICE = tuple(0.5 + 0.1 * n for n in range(flows.SPEAKER))
@@ -348,3 +354,67 @@ def test_what_the_published_training_freezes_is_named(tmp_path: Path) -> None:
     model.freeze(["encoder.*", "input_embedding.*", "encoder_proj.*"])
     left = {name.split(".")[0] for name, p in model.net.named_parameters() if p.requires_grad}
     assert left == {"decoder", "spk_embed_affine_layer"}
+
+
+# -- a run ---------------------------------------------------------------------------------------
+
+
+def sections(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
+    path = str(flows.corpus(folder, kind))
+    return {
+        "data": {
+            "train": [{"path": path}],
+            "eval": [{"path": path, "name": "dev"}],
+            "mode": "padded",
+            "tokens_per_batch": 200,
+        },
+        "model": flows.model(kind),
+        "optim": {"lr": 1e-2},
+        "train": {"max_steps": 20, "precision": "fp32"},
+        "parallel": {"device": "cpu"},
+        "evaluate": {"every": 10},
+        "checkpoint": {"every": 10, "best": "loss/flow"},
+    }
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_run_is_evaluated_by_its_loss_and_nothing_is_asked(tmp_path: Path) -> None:
+    place = in_process.run(tmp_path / "runs", **sections(tmp_path, "dit"))
+    losses = in_process.losses(place)
+    assert len(losses) == 20 and losses[-1] < 0.3 * losses[0]
+    figures = read_lines(place / "eval.jsonl")[-1]
+    assert figures["loss/flow"] == pytest.approx(losses[-1], rel=0.3)
+    assert not [name for name in figures if name.startswith(("wer", "perplexity"))]
+
+
+def test_what_is_shown_of_an_example_is_its_arrays(tmp_path: Path) -> None:
+    encoder = encoder_of("dit", tmp_path)
+    source = Source(path=str(flows.corpus(tmp_path)))
+    index = build_index([source], "train", encoder, tmp_path / "index", workers=1)
+    lines = shown.examples(index, encoder, 200, 1, colours=False)
+    assert lines[0] == "example 1: f0, task flow: 6 positions, 6 supervised, 0.1 s of audio"
+    assert "    mel: float32 [6, 8]" in lines and "    codes: int32 [3, 2]" in lines
+
+
+def test_configs_name_no_tokenizer_and_text_models_do() -> None:
+    said = [m.key for m in contradictions(Config.model_validate({"model": flows.model("dit")}))]
+    assert "model.tokenizer" not in said
+    other = Config.model_validate({"model": {"config": {"model_type": "qwen3"}}})
+    assert "model.tokenizer" in [mistake.key for mistake in contradictions(other)]
+
+
+def test_a_budget_is_tried_with_frames(tmp_path: Path) -> None:
+    model = model_of("voicebox", tmp_path)
+    found = _sequence(model, 37)
+    mb = MicroBatch.join(0, 1, 0, [found, found])
+    (term,) = model.loss(model.collate(mb))
+    assert len(found.input_ids) == 37
+    assert model.counts(mb)["flow_values"] == term.count.item() > 0
+
+
+def test_text_is_not_asked_of_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="FlowDecoder reads and writes no text"):
+        _ = model_of("one", tmp_path).tokenizer
+    example, clip = example_of("one")
+    with pytest.raises(UserError, match="writes no text"):
+        encoder_of("one", tmp_path).prompt(example, [clip])
