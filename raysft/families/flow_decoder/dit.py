@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raysft.families.flow_decoder.config import FlowDecoderConfig
-from raysft.families.flow_decoder.parts import Attention, TimeEmbedding
+from raysft.families.flow_decoder.parts import Attention, Silent, TimeEmbedding
 
 
 class DiTBlock(GradientCheckpointingLayer):
@@ -26,7 +26,7 @@ class DiTBlock(GradientCheckpointingLayer):
         self.ffn_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.ffn_in = nn.Linear(width, ffn)
         self.ffn_out = nn.Linear(ffn, width)
-        self.steer = nn.Linear(width, 6 * width)
+        self.steer = Silent(width, 6 * width)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """x: [R, T, width]. time: [R, width]. mask: bool [R, T]."""
@@ -50,8 +50,8 @@ class DiT(nn.Module):
         self.frame_in = nn.Linear(given, width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, ffn) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.steer = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, bins)
+        self.steer = Silent(width, 2 * width)
+        self.out = Silent(width, bins)
 
     def forward(
         self,

@@ -16,7 +16,8 @@ from transformers.utils import ModelOutput
 
 from raysft.families.flow_decoder.config import MODEL_TYPE, FlowDecoderConfig
 from raysft.families.flow_decoder.conformer import RelativeAttention, UpsampleConformer
-from raysft.families.flow_decoder.dit import DiT, DiTBlock
+from raysft.families.flow_decoder.dit import DiT
+from raysft.families.flow_decoder.parts import Silent
 from raysft.families.flow_decoder.voicebox import Voicebox
 
 LOSSES = ("velocity", "scored", "tasks")
@@ -56,7 +57,10 @@ class FlowDecoder(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         std = float(self.config.initializer_range)
-        if isinstance(module, nn.Linear | nn.Conv1d):
+        if isinstance(module, Silent):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | nn.Conv1d):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -68,10 +72,6 @@ class FlowDecoder(PreTrainedModel):
         elif isinstance(module, RelativeAttention):
             nn.init.xavier_uniform_(module.content_bias)
             nn.init.xavier_uniform_(module.position_bias)
-        if isinstance(module, DiTBlock | DiT):  # after what is in it: lets nothing through yet
-            nn.init.zeros_(module.steer.weight)
-        if isinstance(module, DiT | Voicebox):
-            nn.init.zeros_(module.out.weight)
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of codes."""

@@ -14,6 +14,10 @@ T_SCALE = 1000.0  # times are spread over this
 TIMES = 256  # values that a time becomes
 
 
+class Silent(nn.Linear):
+    """A linear layer that is zero in a new net: it lets nothing through yet."""
+
+
 class TimeEmbedding(nn.Module):
     """A time -> a vector: waves, and two linear layers."""
 

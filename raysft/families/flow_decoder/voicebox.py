@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raysft.families.flow_decoder.config import FlowDecoderConfig
-from raysft.families.flow_decoder.parts import Attention, TimeEmbedding, blanked
+from raysft.families.flow_decoder.parts import Attention, Silent, TimeEmbedding, blanked
 
 
 class VoiceboxBlock(GradientCheckpointingLayer):
@@ -64,7 +64,7 @@ class Voicebox(nn.Module):
         )
         self.blocks = nn.ModuleList(VoiceboxBlock(width, heads, ffn) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, bins)
+        self.out = Silent(width, bins)
 
     def forward(
         self,

@@ -92,6 +92,19 @@ def test_what_is_dropped_does_not_matter_and_what_is_given_does(kind: str) -> No
             torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_net_says_nothing_and_learns_at_once(kind: str) -> None:
+    settings = {k: v for k, v in flows.model(kind)["config"].items() if k != "model_type"}
+    net = FlowDecoder(FlowDecoderConfig(**settings))
+    found = net(**inputs_of(kind, [3, 5])).velocity
+    assert not found.any()
+    for name, parameter in net.named_parameters():
+        silent = name.startswith("decoder.out") or ".steer." in name or name.endswith("bias")
+        assert parameter.any() != silent or "norm" in name or "_bias" in name, name
+    (found - 1).square().sum().backward()
+    assert net.decoder.out.weight.grad is not None and net.decoder.out.weight.grad.any()
+
+
 def test_a_speaker_is_a_direction() -> None:
     net, batch = net_of("dit"), inputs_of("dit", [4, 2])
     with torch.no_grad():
