@@ -47,7 +47,8 @@ def of_listed(
 ) -> Example:
     """The example of a listed record. Raises BadExample."""
     if len(clips) != 1:
-        raise BadExample(f"has {len(clips) or 'no'} clips, and one is to sound", "not one clip")
+        several = f"{len(clips)} clips" if clips else "no clip"
+        raise BadExample(f"has {several}, and one is to sound", "not one clip")
     try:
         values = np.frombuffer(base64.b64decode(record["voice"], validate=True), "<f4")
     except (KeyError, ValueError, binascii.Error) as error:

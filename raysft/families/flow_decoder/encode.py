@@ -207,7 +207,7 @@ def _parts(example: Example) -> tuple[Audio, Units | None]:
     units = [part for part in example.parts if isinstance(part, Units)]
     if len(clips) != 1:
         raise BadExample(
-            f"has {len(clips) or 'no'} clip{'s' * (len(clips) != 1)}, and a flow decoder learns "
+            f"has {len(clips) or 'no'} clip{'s' * (len(clips) > 1)}, and a flow decoder learns "
             "the mel of one",
             "not one clip",
         )

@@ -81,6 +81,13 @@ WITHOUT_A_PATH = {
         "has no clip, and seq2seq reads one",
         "has 2 clips, and seq2seq reads one",
     ],
+    "no speaker embedding": [
+        "has no speaker embedding, and the model reads one of 192 values: make them",
+        "its speaker embedding has 256 values, the model reads 192",
+    ],
+    "tokens of another length": [
+        "its speech tokens (20 rows) are 0.80 s and its clip 0.36 s: they are not of this clip",
+    ],
 }
 
 

@@ -134,7 +134,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
      "tokens of another length"),
     ("voicebox", {"input": (Units((3,) * 2),)}, "0.04 s and its clip 0.36 s",
      "tokens of another length"),
-    ("one", {"output": ()}, "has no clips", "not one clip"),
+    ("one", {"output": ()}, "has no clip,", "not one clip"),
     ("one", {"output": (Audio("a.wav"), Audio("b.wav"))}, "has 2 clips", "not one clip"),
     ("one", {"input": (Units((3,) * 9), Units((3,) * 9))}, "several runs", "malformed record"),
 ]  # fmt: skip
