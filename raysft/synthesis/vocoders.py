@@ -73,15 +73,15 @@ class HubVocoder:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UserError(f"speak.vocoder: no vocoder at {name!r}: {first_line(error)}") from None
-        kinds = {"hifigan": SpeechT5HifiGan, "univnet": UnivNetModel}
+        kinds = {"speecht5_hifigan": SpeechT5HifiGan, "univnet": UnivNetModel}
         if config.model_type not in kinds:
             raise UserError(
                 f"speak.vocoder: {name} is of type {config.model_type}; expected a vocoder of type "
                 f"{' or '.join(kinds)}, or {GRIFFIN_LIM}"
             )
-        hifigan = config.model_type == "hifigan"
+        hifigan = config.model_type == "speecht5_hifigan"
         own = {
-            "rate": config.sampling_rate,
+            "rate": config.sampling_rate if hifigan else _rate(name),
             "bins": config.model_in_dim if hifigan else config.num_mel_bins,
             "hop": int(np.prod(config.upsample_rates if hifigan else config.resblock_stride_sizes)),
         }
@@ -105,6 +105,19 @@ class HubVocoder:
             return _within(self._net(logs).flatten().numpy())
         found = self._net(logs.unsqueeze(0), generator=torch.Generator().manual_seed(0))
         return _within(found.waveforms.flatten().numpy())
+
+
+def _rate(name: str) -> int:
+    """Hz of a UnivNet, which its feature extractor says."""
+    from transformers import UnivNetFeatureExtractor
+
+    try:
+        return int(UnivNetFeatureExtractor.from_pretrained(name).sampling_rate)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"speak.vocoder: {name} has no feature extractor, which says its rate: "
+            f"{first_line(error)}"
+        ) from None
 
 
 def vocoder_of(name: str, mel: Mel) -> Vocoder:

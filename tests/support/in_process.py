@@ -11,6 +11,7 @@ from raysft import worker
 from raysft.config import Config
 from raysft.driver.preflight import prepare
 from raysft.parallel import World
+from raysft.run.folder import write_config
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
 
@@ -27,6 +28,7 @@ def run(folder: Path, **sections: dict[str, Any]) -> Path:
     config = Config.model_validate(tree)
     place = folder / "run"
     place.mkdir(parents=True)
+    write_config(config, place)
     prepared = prepare(config, place)
     data = worker.Data.in_process(config, prepared.encoder, place, prepared.train, prepared.eval)
     train(worker.build_job(config, place, World.current(), data, prepared.total_steps, None))
