@@ -276,6 +276,7 @@ def synthesize(
     overrides: Sequence[str] = (),
     *,
     speaker: str | Path | None = None,
+    decoder: str | Path | None = None,
     task: str = "tts",
     checkpoint: str | None = None,
 ) -> Utterances:
@@ -283,8 +284,9 @@ def synthesize(
 
     model: a run's folder, or an exported one. texts: what is to be said; or files: of a text a
     line (.txt), or manifests of any format. overrides: `speak.KEY=VALUE`. speaker: a clip that each
-    text is said after. task: whose instruction is used (data.prompts). checkpoint: of a run, a
-    step, `best` or `last`. Raises UserError.
+    text is said after. decoder: of a model that writes units, a run or an export of the flow
+    decoder that speaks them. task: whose instruction is used (data.prompts). checkpoint: of a run,
+    a step, `best` or `last`. Raises UserError.
     """
     from raysft.synthesis import asked
 
@@ -296,7 +298,8 @@ def synthesize(
 
     remarks.quiet()
     answering = load(str(model), checkpoint)
-    return Utterances(answering, wanted, settings_of(answering, overrides))
+    speaks = None if decoder is None else load(str(decoder))
+    return Utterances(answering, wanted, settings_of(answering, overrides), speaks)
 
 
 def modality_routing(net: nn.Module, folder: str | Path | None = None) -> None:

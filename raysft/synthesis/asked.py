@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raysft.config.schema import Source
 from raysft.data import sources
-from raysft.data.example import Audio, Example
+from raysft.data.example import Audio, Example, Units
 from raysft.errors import UserError
 from raysft.synthesis.run import asked_of
 
@@ -51,10 +51,16 @@ def _of_manifest(path: Path, task: str, speaker: str | None) -> list[Example]:
         for item in sources.scan(source, file):
             if item.example is None:
                 raise UserError(f"{path}: {item.id}: {item.error}")
-            if any(isinstance(part, Audio) for part in item.example.output):
+            if _speaks(item.example):
                 found.append(item.example)
             elif item.example.text:  # what it says may be said, whatever it was written for
                 found.append(asked_of(item.example.text, task, speaker, item.id))
     if not found:
         raise UserError(f"{path}: none of its examples has a text to be said")
     return found
+
+
+def _speaks(example: Example) -> bool:
+    """Whether it is an example of speaking: of a text, or of units."""
+    units = any(isinstance(part, Units) for part in example.input)
+    return units or any(isinstance(part, Audio) for part in example.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +17,15 @@ from raysft.config.load import apply_override
 from raysft.config.mel import Mel
 from raysft.config.speaking import Speak
 from raysft.data.clips.audio import load as decode
-from raysft.data.example import Audio, Example
+from raysft.data.example import Audio, Example, Units
 from raysft.data.example import Sequence as Encoded
+from raysft.data.tokenizer import unit_pattern
 from raysft.errors import BadExample, UserError
 from raysft.synthesis.vocoders import Vocoder, vocoder_of
 from raysft.transcribe.model import Answering
 
 AT_A_TIME = 16  # answers that are said together
+MOST_UNITS_PER_S = 60  # that a language model writes for a second
 SPOKEN = Audio("what is to be spoken")  # stands for a clip that is not there yet
 
 
@@ -52,14 +55,21 @@ class Utterances:
     """Iterates once over what is said of `asked`, in order, in batches of AT_A_TIME."""
 
     def __init__(
-        self, answering: Answering, asked: Sequence[Example], settings: Speak | None = None
+        self,
+        answering: Answering,
+        asked: Sequence[Example],
+        settings: Speak | None = None,
+        decoder: Answering | None = None,
     ) -> None:
-        """settings: default: the run's. Raises UserError for a model that does not speak, and a
-        vocoder that does not go with it."""
+        """settings: default: the run's. decoder: the flow decoder that speaks the units that a
+        language model writes. Raises UserError for a model that does not speak, a decoder beside
+        one that does, and a vocoder that does not go with it."""
         self.name = answering.name
         self._answering, self._asked = answering, asked
+        self._speaking = answering if decoder is None else decoder
         self._settings = settings or answering.config.speak
-        self.mel = spoken_by(answering)
+        self.mel = spoken_by(self._speaking)
+        self._units = None if decoder is None else _units_of(answering, decoder)
         self.vocoder: Vocoder = vocoder_of(self._settings.vocoder, self.mel)
         self.failed = 0
 
@@ -74,26 +84,53 @@ class Utterances:
         silent = np.zeros(0, np.float32)
         found = [Utterance(one.id, one.text or "", silent, self.vocoder.rate) for one in asked]
         prompts: dict[int, Encoded] = {}
-        for place, example in enumerate(asked):
+        for place, example in enumerate(self._written(asked)):
             try:
-                prompts[place] = self._prompt(example)
+                prompts[place] = _prompt(self._speaking, example)
             except BadExample as error:
                 found[place] = replace(found[place], error=f"{example.id}: {error}")
                 self.failed += 1
         seeds = [seed_of(asked[place].id, self._settings.seed) for place in prompts]
-        with torch.inference_mode(), self._answering.autocast():
-            model = self._answering.speech_model
+        with torch.inference_mode(), self._speaking.autocast():
+            model = self._speaking.speech_model
             frames = model.speak(list(prompts.values()), seeds, self._settings)
         for place, spoken in zip(prompts, frames, strict=True):
             found[place] = replace(found[place], wave=self.vocoder(spoken))
         return found
 
-    def _prompt(self, example: Example) -> Encoded:
-        encoder = self._answering.encoder
-        assert encoder.sample_rate is not None
-        heard = [part for part in example.input if isinstance(part, Audio)]
-        clips = [decode(clip, encoder.sample_rate, encoder.limits) for clip in heard]
-        return encoder.prompt(example, clips)
+    def _written(self, asked: Sequence[Example]) -> list[Example]:
+        """The examples, with the units that the language model writes for them, where one does."""
+        if self._units is None:
+            return list(asked)
+        prompts = [_prompt(self._answering, example) for example in asked]
+        most = max(1, int(self._settings.max_seconds * MOST_UNITS_PER_S))
+        texts = self._answering.generate(prompts, most)
+        found = []
+        for example, text in zip(asked, texts, strict=True):
+            ids = tuple(int(number) for number in self._units.findall(text))
+            found.append(replace(example, input=(Units(ids),), output=(SPOKEN,)))
+        return found
+
+
+def _prompt(answering: Answering, example: Example) -> Encoded:
+    encoder = answering.encoder
+    heard = [part for part in example.input if isinstance(part, Audio)]
+    rate = encoder.sample_rate
+    clips = [] if rate is None else [decode(clip, rate, encoder.limits) for clip in heard]
+    return encoder.prompt(example, clips)
+
+
+def _units_of(answering: Answering, decoder: Answering) -> re.Pattern[str]:
+    """What finds the units in a text that the language model writes. Raises UserError where it
+    writes none, or the decoder is none."""
+    if not answering.encoder.units:
+        raise UserError(
+            f"{answering.name}: its model writes no units for {decoder.name} to speak: name a run "
+            "with data.speech_tokens or model.speech_units"
+        )
+    if decoder.encoder.writes:
+        raise UserError(f"--decoder: {decoder.name} is no flow decoder")
+    return unit_pattern(answering.config.model.unit_token)
 
 
 def settings_of(answering: Answering, overrides: Sequence[str]) -> Speak:
@@ -118,7 +155,7 @@ def spoken_by(answering: Answering) -> Mel:
     if mel is None:
         raise UserError(
             f"{answering.name}: its model writes text and does not speak; name a run of a family "
-            "that does (patch_lm)"
+            "that does (patch_lm), or a flow decoder that speaks its units (--decoder)"
         )
     return mel
 

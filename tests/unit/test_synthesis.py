@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from raysft.config.mel import Mel
 from raysft.data.clips import mels
 from raysft.errors import UserError
 from raysft.synthesis.vocoders import GriffinLim, vocoder_of
-from tests.support import patches
+from tests.support import flows, patches
 from tests.support.in_process import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -93,6 +94,43 @@ def test_a_clip_is_spoken_anew(trained: Path, tmp_path: Path) -> None:
 def test_keys_that_cannot_be_are_named(trained: Path, key: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         list(synthesize(trained, ["x"], [key]))
+
+
+def test_tokens_are_spoken_by_a_flow_decoder(tmp_path: Path) -> None:
+    folder, corpus = (
+        flows.base(tmp_path, "voicebox"),
+        flows.corpus(tmp_path / "corpus", "voicebox", 5),
+    )
+    found = list(synthesize(folder, [str(corpus)], ["speak.flow.steps=2"]))
+    assert [one.id for one in found] == [f"f{number}" for number in range(5)]
+    rate, hop = flows.MEL["rate"], flows.MEL["hop"]
+    for number, one in enumerate(found):
+        seconds = 0.12 * (1 + number % 5)
+        assert one.rate == rate and abs(one.seconds - seconds) <= 2 * hop / rate
+    (silent,) = synthesize(folder, ["a text"])
+    assert "has no speech tokens to be spoken" in silent.error
+
+
+def test_a_decoder_stands_beside_a_model_that_writes_units(trained: Path, tmp_path: Path) -> None:
+    folder = flows.base(tmp_path, "voicebox")
+    with pytest.raises(UserError, match=r"its model writes no units for .* to speak"):
+        synthesize(trained, ["x"], decoder=folder)
+    text = {"model_type": "qwen3", **{k: v for k, v in patches.TEXT.items() if k != "model_type"}}
+    model = {"tokenizer": "bytes", "speech_units": 20, "config": text}
+    lines = tmp_path / "units.json"
+    items = [
+        {"id": f"u{n}", "instruction": "say", "input": "x", "output": f"[Hu{n}][Hu{n + 1}]"}
+        for n in range(8)
+    ]
+    lines.write_text(json.dumps(items))
+    data = {"train": [{"path": str(lines), "task": "tts"}], "tokens_per_batch": 200}
+    writes = run(tmp_path / "writes", data=data, model=model, train={"max_steps": 1})
+    with pytest.raises(UserError, match="does not speak; name a run of a family that does"):
+        synthesize(writes, ["x"])
+    with pytest.raises(UserError, match=r"--decoder: .* is no flow decoder"):
+        synthesize(writes, ["x"], decoder=trained)
+    found = list(synthesize(writes, ["x", "y"], ["speak.max_seconds=1"], decoder=folder))
+    assert all(one.seconds > 0 or "no speech tokens" in one.error for one in found)
 
 
 # -- vocoders ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from raysft.data.clips import mels
 from raysft.data.clips.audio import resample
 from raysft.data.clips.file import resampled_length
 from raysft.data.clips.speech_tokens import SpeechTokenizer, load
-from raysft.data.encode.base import VERSION, Encoded, Encoder
+from raysft.data.encode.base import IGNORED, VERSION, Encoded, Encoder
 from raysft.data.encode.verdict import Verdict
 from raysft.data.encode.wordless import Wordless
 from raysft.data.example import Audio, Example, Sequence, Units
@@ -142,8 +142,34 @@ class FlowEncoder(Encoder):
         return Sequence(example.id, example.task, positions, positions.copy(), arrays, seconds)
 
     def prompt(self, example: Example, clips: Items[np.ndarray]) -> Sequence:
-        """Raises UserError: there is no answer to wait for."""
-        raise UserError("model.family: flow_decoder makes sound of tokens, and writes no text")
+        """What is to be spoken: tokens and speaker, with as many positions as the mel will have
+        frames. Raises BadExample as `encode` does.
+
+        clips: that whose tokens are spoken, where the example brings none.
+        """
+        self._check_voice(example)
+        units = next((part for part in example.parts if isinstance(part, Units)), None)
+        if units is not None:
+            codes = codes_of(units.ids, self.config)
+        elif self.speech_tokens is not None and clips:
+            heard = resample(clips[0], self.sample_rate, self.speech_tokens.sample_rate)
+            codes = codes_of(self.speech_tokens.encode(heard).tolist(), self.config)
+        else:
+            raise BadExample("has no speech tokens to be spoken", "malformed record")
+        rows, config = len(codes), self.config
+        frames = rows * config.upsample
+        if config.of_voicebox:
+            second = float(config.tokens_per_second or 1)
+            frames = round(rows / second * self.mel.frames_per_second)
+        if frames < 1:
+            raise BadExample("has no speech tokens to be spoken", "malformed record")
+        arrays = {CODES: [codes]}
+        if config.speaker_width:
+            arrays[VOICE] = [np.array([example.voice], np.float32)]
+        positions, seconds = np.zeros(frames, np.int32), frames / self.mel.frames_per_second
+        return Sequence(
+            example.id, example.task, positions, np.full(frames, IGNORED, np.int32), arrays, seconds
+        )
 
     def _rows(self, units: Units | None, samples: int) -> int:
         if units is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from raysft.config import schema
+from raysft.config.speaking import Speak
 from raysft.data.encode import net_class
-from raysft.data.example import MicroBatch
+from raysft.data.example import MicroBatch, Sequence
 from raysft.families.flow_decoder.config import FlowDecoderConfig
 from raysft.families.flow_decoder.draws import drawn
 from raysft.families.flow_decoder.encode import CODES, DRAWS, MEL, VOICE, FlowEncoder
@@ -36,6 +37,7 @@ from raysft.losses.term import Term
 from raysft.models import loading
 from raysft.models.base import IGNORED, Batch, Document, SpeechModel
 from raysft.models.layout import Static, as_weights, ints
+from raysft.models.sampling import Velocity, guided, solve
 from raysft.models.supervised import Losses
 
 VALUES = "flow_values"
@@ -166,6 +168,64 @@ class FlowModel(SpeechModel):
             voices = np.concatenate([document.arrays[VOICE][0] for document in documents])
             batch["voice"] = torch.from_numpy(voices)
         return batch, (np.arange(n) * shape[1]).tolist()
+
+    @torch.no_grad()
+    def speak(self, prompts: Seq[Sequence], seeds: Seq[int], settings: Speak) -> list[np.ndarray]:
+        """See `SpeechModel.speak`. Prompts are padded on the right, and seen alone."""
+        if not prompts:
+            return []
+        config, device = self.config, next(self.model.parameters()).device
+        frames = [len(prompt.input_ids) for prompt in prompts]
+        codes = [prompt.arrays[CODES][0] for prompt in prompts]
+        shape = (len(prompts), max(frames), config.settings.bins)
+        own_noise = [np.random.default_rng(seed) for seed in seeds]
+
+        def normal() -> torch.Tensor:
+            found = torch.zeros(shape)
+            for row, (length, rng) in enumerate(zip(frames, own_noise, strict=True)):
+                drawn = rng.standard_normal((length, shape[2]), np.float32)
+                found[row, :length] = torch.from_numpy(drawn)
+            return found.to(device)
+
+        ids = np.zeros((len(prompts), max(map(len, codes)), codes[0].shape[1]), np.int64)
+        spoken = np.zeros(shape[:2], np.int64)
+        for row, (length, own) in enumerate(zip(frames, codes, strict=True)):
+            ids[row, : len(own)] = own
+            spoken[row, :length] = rows_of(length, len(own), config)
+        told: Batch = {
+            "input_ids": ints(ids),
+            "rows": ints(np.array([len(own) for own in codes])),
+        }
+        if config.of_voicebox:
+            told["rows_of"] = ints(spoken)
+        if config.speaker_width:
+            voices = np.concatenate([prompt.arrays[VOICE][0] for prompt in prompts])
+            told["voice"] = torch.from_numpy(voices)
+        told = as_weights({name: value.to(device) for name, value in told.items()}, self.net)
+        there = torch.arange(shape[1], device=device) < torch.tensor(frames, device=device)[:, None]
+
+        def by(nothing: bool) -> Velocity:
+            dropped = torch.full((len(prompts),), nothing, device=device)
+            mean, speaker = self.net.conditions(length=shape[1], dropped=dropped, **told)
+            given = torch.zeros(shape, dtype=mean.dtype, device=device)
+
+            def velocity(where: torch.Tensor, t: float) -> torch.Tensor:
+                units = torch.full((len(prompts),), round(t * T_UNITS), device=device)
+                where = where.to(mean.dtype)
+                found = self.net.decoder(where, units, mean, given, speaker, there)
+                return cast(torch.Tensor, found).float() * there.unsqueeze(2)
+
+            return velocity
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            guidance = settings.flow.guidance
+            velocity = guided(by(False), by(True) if guidance else by(False), guidance)
+            found = solve(velocity, normal(), settings.flow, normal)
+        finally:
+            self.model.train(training)
+        return [row[:length].numpy() for row, length in zip(found.cpu(), frames, strict=True)]
 
     def collate(
         self,

@@ -106,8 +106,22 @@ class FlowDecoder(PreTrainedModel):
         0. dropped: bool [R], whether all conditions are left out. rows_of: int64 [R, T], voicebox:
         the row of codes that each frame is spoken by. voice: [R, speaker_width].
         """
-        length = at.shape[1]
-        there = torch.arange(length, device=at.device) < frames.unsqueeze(1)
+        there = torch.arange(at.shape[1], device=at.device) < frames.unsqueeze(1)
+        mean, speaker = self.conditions(input_ids, rows, at.shape[1], dropped, rows_of, voice)
+        given = prompt * (~dropped).view(-1, 1, 1).to(prompt.dtype)
+        return ModelOutput(velocity=self.decoder(at, units, mean, given, speaker, there))
+
+    def conditions(
+        self,
+        input_ids: torch.Tensor,
+        rows: torch.Tensor,
+        length: int,
+        dropped: torch.Tensor,
+        rows_of: torch.Tensor | None = None,
+        voice: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the decoder is told of `length` frames: their mean [R, T, bins] (voicebox: unit
+        embeddings), and the speaker [R, bins] where it reads one. The rest, as in `forward`."""
         kept = ~dropped
         if self.config.of_voicebox:
             assert rows_of is not None
@@ -115,7 +129,7 @@ class FlowDecoder(PreTrainedModel):
             codes = input_ids.squeeze(-1).gather(1, rows_of)
             mean = self.input_embedding(codes.masked_fill(dropped.unsqueeze(1), nothing))
         else:
-            known = torch.arange(input_ids.shape[1], device=at.device) < rows.unsqueeze(1)
+            known = torch.arange(input_ids.shape[1], device=rows.device) < rows.unsqueeze(1)
             embedded = self.input_embedding(input_ids).flatten(2)
             mean = self.encoder_proj(self.encoder(embedded, known))[:, :length]
             mean = mean * kept.view(-1, 1, 1).to(mean.dtype)
@@ -126,9 +140,7 @@ class FlowDecoder(PreTrainedModel):
             layer = self.spk_embed_affine_layer
             speaker = layer(direction.to(layer.weight.dtype)).to(mean.dtype)
             speaker = speaker * kept.unsqueeze(1).to(mean.dtype)
-        given = prompt * kept.view(-1, 1, 1).to(prompt.dtype)
-        found = self.decoder(at, units, mean, given, speaker, there)
-        return ModelOutput(velocity=found)
+        return mean, speaker
 
 
 AutoConfig.register(MODEL_TYPE, FlowDecoderConfig, exist_ok=True)

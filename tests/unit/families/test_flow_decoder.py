@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from raysft.config import Config
 from raysft.config.combinations import contradictions
 from raysft.config.mel import Mel
 from raysft.config.schema import Data, Model, Source
+from raysft.config.speaking import Speak
 from raysft.config.speech_tokens import SpeechTokens
 from raysft.data.clips import mels
 from raysft.data.clips.speech_tokens import KMeans
@@ -26,7 +29,8 @@ from raysft.errors import BadExample, UserError
 from raysft.families.flow_decoder.config import FlowDecoderConfig
 from raysft.families.flow_decoder.draws import drawn
 from raysft.families.flow_decoder.encode import FlowEncoder
-from raysft.families.flow_decoder.model import FlowModel
+from raysft.families.flow_decoder.model import FlowModel, rows_of
+from raysft.families.flow_decoder.parts import T_UNITS
 from raysft.families.flow_decoder.tokens import codes_of
 from raysft.models import build
 from raysft.run.lines import read_lines
@@ -415,6 +419,46 @@ def test_a_budget_is_tried_with_frames(tmp_path: Path) -> None:
 def test_text_is_not_asked_of_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="FlowDecoder reads and writes no text"):
         _ = model_of("one", tmp_path).tokenizer
-    example, clip = example_of("one")
-    with pytest.raises(UserError, match="writes no text"):
-        encoder_of("one", tmp_path).prompt(example, [clip])
+    silent = replace(example_of("one")[0], input=())
+    with pytest.raises(BadExample, match="has no speech tokens to be spoken"):
+        encoder_of("one", tmp_path).prompt(silent, [])
+
+
+@pytest.mark.parametrize("kind", ["dit", "one", "voicebox"])
+def test_tokens_are_spoken_by_the_flow_from_their_noise(kind: str, tmp_path: Path) -> None:
+    model, encoder = model_of(kind, tmp_path), encoder_of(kind, tmp_path)
+    examples = [example_of(kind, 0.24 + 0.12 * number)[0] for number in range(5)]
+    prompts = [encoder.prompt(example, []) for example in examples]
+    settings = Speak.model_validate({"flow": {"steps": 3, "guidance": 0.7, "schedule": "cosine"}})
+    together = model.speak(prompts, range(5), settings)
+    config, bins = encoder.config, encoder.mel.bins
+    assert [len(one) for one in together] == [len(prompt.input_ids) for prompt in prompts]
+    for place, prompt in enumerate(prompts):
+        (alone,) = model.speak([prompt], [place], settings)
+        np.testing.assert_allclose(alone, together[place], rtol=0, atol=1e-4)
+    # By the net itself, as it is trained: a step of Euler along v + 0.7 (v - v_null).
+    prompt, length = prompts[-1], len(prompts[-1].input_ids)
+    codes = prompt.arrays["codes"][0]
+    noise = np.random.default_rng(4).standard_normal((length, bins), np.float32)
+    where = torch.from_numpy(noise)[None]
+    told = {
+        "input_ids": torch.from_numpy(codes.astype(np.int64))[None],
+        "rows": torch.tensor([len(codes)]),
+        "frames": torch.tensor([length]),
+        "prompt": torch.zeros(1, length, bins),
+    }
+    if kind == "voicebox":
+        told["rows_of"] = torch.from_numpy(rows_of(length, len(codes), config))[None]
+    if config.speaker_width:
+        told["voice"] = torch.from_numpy(prompt.arrays["voice"][0])
+    model.net.eval()
+    times = [1 - math.cos(math.pi * step / 6) for step in range(4)]
+    with torch.no_grad():
+        for start, stop in pairwise(times):
+            units = torch.tensor([round(start * T_UNITS)])
+            given, bare = (
+                model.net(at=where, units=units, dropped=torch.tensor([off]), **told).velocity
+                for off in (False, True)
+            )
+            where = where + (stop - start) * (given + 0.7 * (given - bare))
+    np.testing.assert_allclose(where[0].numpy(), together[-1], rtol=0, atol=1e-4)
