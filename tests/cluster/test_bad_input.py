@@ -165,6 +165,7 @@ def test_a_budget_smaller_than_every_example(write: Callable[..., Path]) -> None
     assert "data.tokens_per_batch" in line and "smaller than every example" in line
 
 
+@pytest.mark.slow
 def test_what_a_restart_cannot_mend_is_said_once_with_its_cause_and_its_place(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:

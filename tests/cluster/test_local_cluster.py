@@ -160,6 +160,7 @@ def test_a_submission_without_the_token_is_refused(
     assert cluster.run(*command).returncode == 0 and trace.exists()  # with it
 
 
+@pytest.mark.slow
 def test_raysft_comes_with_the_working_directory_and_is_nowhere_else(cluster: Cluster) -> None:
     look = (PYTHON, "-c", "import raysft; print('from', raysft.__file__)")
     # -P: without the folder that the cluster was started in, which is the source's here.

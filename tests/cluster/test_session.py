@@ -165,6 +165,7 @@ def test_an_address_that_cannot_work_is_one_readable_line(
     assert address in out
 
 
+@pytest.mark.slow
 def test_a_run_begins_in_processes_that_were_started_while_it_was_prepared(
     tmp_path: Path,
 ) -> None:

@@ -13,16 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModel
 
 from raysft.audit import audit
 from raysft.export import export_run
-from raysft.run.catalogue import Catalogue
-from raysft.run.folder import read_config
-from raysft.run.lines import read_lines
-from raysft.train.checkpoint import read_weights
 from tests.support import flows, worlds
+from tests.support.compared import gradient, losses, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 8
@@ -53,23 +49,6 @@ def write(folder: Path, kind: str, name: str, strategy: str, **sections: dict[st
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def losses(folder: Path, name: str) -> list[float]:
-    return [line["loss"] for line in read_lines(folder / "runs" / name / "metrics.jsonl")]
-
-
-def gradient(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(folder / "runs" / name / "gradient.safetensors")
-
-
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """To 1e-5 of each parameter's largest gradient."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        size = value.abs().max().item()
-        # What only shifts all scores of a row alike has no gradient but rounding.
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5 * max(size, 1e-2))
 
 
 @pytest.mark.parametrize(
@@ -131,14 +110,8 @@ def test_runs_go_on_to_the_last_bit(kind: str, strategy: str, tmp_path: Path) ->
         assert torch.equal(first[f"lm.{name}"], value), name
 
 
-def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    run = folder / "runs" / name
-    saved, _ = Catalogue.of(read_config(run).checkpoint, run).newest()
-    assert saved is not None
-    return read_weights(saved)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_adapters_train_alone(strategy: str, tmp_path: Path) -> None:
     peft = {"method": "lora", "r": 2, "alpha": 4}
     one = write(tmp_path, "dit", "one", "ddp", peft=peft)

@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from raysft.audit import audit
-from tests.properties.test_flow_runs import MATRIX, gradient, losses, same, weights
+from tests.properties.test_flow_runs import MATRIX
 from tests.support import pairs, worlds
+from tests.support.compared import gradient, losses, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 8
@@ -55,6 +56,7 @@ def test_gradients_are_those_of_one_process(size: int, mode: str, tmp_path: Path
         same(gradient(tmp_path, strategy), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [

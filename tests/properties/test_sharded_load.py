@@ -133,10 +133,7 @@ def curve(
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=() if case in ("fsdp", "zero3") else pytest.mark.slow)
-        for case in CASES | SLOW
-    ],
+    [pytest.param(case, marks=() if case == "fsdp" else pytest.mark.slow) for case in CASES | SLOW],
 )
 def test_a_model_that_is_read_when_it_is_sharded_trains_as_one_read_whole(
     case: str, tmp_path: Path

@@ -28,7 +28,6 @@ from raysft.json_types import JsonObject
 TASKS = ("asr", "tts", "edit")
 READ = frozenset(["task_type", "wav_path", "text", "lang", "id"])
 EDITS = frozenset(["task_type", "prompt_wav_path", "target_wav_path", "text", "target_text", "id"])
-CLIPS = ("wav_path", "prompt_wav_path")  # a record of Ming's has one of these
 
 
 class MingJsonl(json_lines.JsonLines):
@@ -55,8 +54,8 @@ class MingJsonl(json_lines.JsonLines):
             if not isinstance(record, dict):
                 continue
             item = "output" in record and ("instruction" in record or "input" in record)
-            clip = any(name in record for name in CLIPS)
-            if clip or ("task_type" in record and not item):
+            own = "task_type" in record or "prompt_wav_path" in record
+            if "wav_path" in record or (own and not item):
                 return True
         return False
 
