@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from raysft.config.marks import Fixed, Weights
@@ -14,10 +12,7 @@ from raysft.config.section import Section
 class Patches(Section):
     """How speech is cut into patches, and the heads that speak them."""
 
-    latents: Weights[Literal["mel"]] = Field(
-        "mel", description="what frames are; mel: log-mel spectrograms"
-    )
-    mel: Weights[Mel | None] = Field(None, description="latents: mel: of which kind")
+    mel: Weights[Mel | None] = Field(None, description="what frames are: log-mel of which kind")
     size: Weights[PositiveInt] = Field(5, description="frames of a patch")
     width: Weights[PositiveInt] = Field(1024, description="of the flow head")
     depth: Weights[PositiveInt] = Field(28, description="layers of the flow head")

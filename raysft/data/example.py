@@ -247,11 +247,17 @@ class Example:
         """One of its forms, any as likely as any other; itself where rng is None. Nothing is taken
         from rng where it has no variants."""
         if self.woven is not None:
-            fixed = np.random.default_rng(zlib.crc32(self.id.encode("utf-8", "surrogatepass")))
-            return replace(self, document=self.woven.drawn(rng or fixed), woven=None)
+            drawn = self.woven.drawn(rng or np.random.default_rng(self.seed()))
+            return replace(self, document=drawn, woven=None)
         if rng is None or not self.variants:
             return self
         return self.forms[rng.integers(1 + len(self.variants))]
+
+    def seed(self, rng: np.random.Generator | None = None) -> int:
+        """Of what is random in it: drawn from rng, in training; None: by its id."""
+        if rng is not None:
+            return int(rng.integers(2**63))
+        return zlib.crc32(self.id.encode("utf-8", "surrogatepass"))
 
     def of_form(self, form: Example, values: Iterable[_Value]) -> Iterable[_Value]:
         """values: one of each clip of `audio()`, or none at all; those of a form's clips."""

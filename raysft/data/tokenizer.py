@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raysft.config.schema import Model
+from raysft.data import remote_code
 from raysft.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,6 +142,26 @@ def unit_ids(tokenizer: PreTrainedTokenizerFast, form: str = UNIT) -> np.ndarray
             "unit tokens must be numbered without gaps"
         )
     return np.array([found[unit] for unit in range(len(found))], np.int64)
+
+
+class HoldsTokenizer:
+    """Something that has a transformers tokenizer, and travels to data tasks without making it
+    there: it takes a second of imports to unpickle."""
+
+    _tokenizer: PreTrainedTokenizerFast | bytes
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The transformers tokenizer."""
+        if isinstance(self._tokenizer, bytes):
+            self._tokenizer = remote_code.unpacked(self._tokenizer)
+        return self._tokenizer
+
+    def __getstate__(self) -> dict[str, object]:
+        state = dict(self.__dict__)
+        if not isinstance(self._tokenizer, bytes):
+            state["_tokenizer"] = remote_code.packed(self._tokenizer, "AutoTokenizer")
+        return state
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

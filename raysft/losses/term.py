@@ -40,6 +40,32 @@ class Term(NamedTuple):
     aside: bool = False
 
 
+def of_rows(
+    name: str,
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+    tasks: torch.Tensor,
+    names: Sequence[str],
+    weights: Mapping[str, float],
+    counted: str,
+    weight: float = 1.0,
+) -> Term:
+    """The term of rows that each have a sum of their own, with its graph, and a count of it.
+
+    sums, counts: [R]. tasks: int64 [R], numbers in `names`; -1: nobody's, which counts nothing.
+    weights: of tasks in what is trained, 1 where none is given. The rest, as in `Term`.
+    """
+    trained = sums
+    if weights:
+        by_name = [float(weights.get(task, 1.0)) for task in names]
+        trained = sums * torch.tensor([*by_name, 0.0], device=sums.device)[tasks]
+    numbers = torch.arange(len(names), device=sums.device).unsqueeze(1)
+    chosen = (tasks.unsqueeze(0) == numbers).to(torch.float32)
+    own, of_tasks, total = chosen * sums.detach(), chosen * counts, trained.sum()
+    by_task = {task: (own[i].sum(), of_tasks[i].sum()) for i, task in enumerate(names)}
+    return Term(name, total.detach(), counts.sum(), by_task, total, counted, weight)
+
+
 @dataclass
 class Sums:
     """Reported terms, summed. values: float64 [terms, 2, 1 + tasks]: sums, and the counts behind

@@ -52,6 +52,11 @@ def _of_manifest(path: Path, task: str, speaker: str | None) -> list[Example]:
             if item.example is None:
                 raise UserError(f"{path}: {item.id}: {item.error}")
             if _speaks(item.example):
+                if speaker is not None:
+                    raise UserError(
+                        f"--speaker: {path} says itself what is heard before {item.id}: leave it "
+                        "out, or give the texts"
+                    )
                 found.append(item.example)
             elif item.example.text:  # what it says may be said, whatever it was written for
                 found.append(asked_of(item.example.text, task, speaker, item.id))

@@ -84,12 +84,12 @@ class Utterances:
         silent = np.zeros(0, np.float32)
         found = [Utterance(one.id, one.text or "", silent, self.vocoder.rate) for one in asked]
         prompts: dict[int, Encoded] = {}
-        for place, example in enumerate(self._written(asked)):
-            try:
-                prompts[place] = _prompt(self._speaking, example)
-            except BadExample as error:
-                found[place] = replace(found[place], error=f"{example.id}: {error}")
+        for place, prompt in enumerate(self._prompts(asked)):
+            if isinstance(prompt, BadExample):
+                found[place] = replace(found[place], error=f"{asked[place].id}: {prompt}")
                 self.failed += 1
+            else:
+                prompts[place] = prompt
         seeds = [seed_of(asked[place].id, self._settings.seed) for place in prompts]
         with torch.inference_mode(), self._speaking.autocast():
             model = self._speaking.speech_model
@@ -98,26 +98,31 @@ class Utterances:
             found[place] = replace(found[place], wave=self.vocoder(spoken))
         return found
 
-    def _written(self, asked: Sequence[Example]) -> list[Example]:
-        """The examples, with the units that the language model writes for them, where one does."""
+    def _prompts(self, asked: Sequence[Example]) -> list[Encoded | BadExample]:
+        """What the model that speaks is asked: of a flow decoder, the units that the language model
+        beside it writes."""
+        found = [_prompt(self._answering, example) for example in asked]
         if self._units is None:
-            return list(asked)
-        prompts = [_prompt(self._answering, example) for example in asked]
+            return found
+        good = {place: one for place, one in enumerate(found) if not isinstance(one, BadExample)}
         most = max(1, int(self._settings.max_seconds * MOST_UNITS_PER_S))
-        texts = self._answering.generate(prompts, most)
-        found = []
-        for example, text in zip(asked, texts, strict=True):
-            ids = tuple(int(number) for number in self._units.findall(text))
-            found.append(replace(example, input=(Units(ids),), output=(SPOKEN,)))
+        texts = self._answering.generate(list(good.values()), most)
+        for place, text in zip(good, texts, strict=True):
+            units = Units(tuple(int(number) for number in self._units.findall(text)))
+            written = replace(asked[place], input=(units,), output=(SPOKEN,))
+            found[place] = _prompt(self._speaking, written)
         return found
 
 
-def _prompt(answering: Answering, example: Example) -> Encoded:
+def _prompt(answering: Answering, example: Example) -> Encoded | BadExample:
     encoder = answering.encoder
     heard = [part for part in example.input if isinstance(part, Audio)]
     rate = encoder.sample_rate
-    clips = [] if rate is None else [decode(clip, rate, encoder.limits) for clip in heard]
-    return encoder.prompt(example, clips)
+    try:
+        clips = [] if rate is None else [decode(clip, rate, encoder.limits) for clip in heard]
+        return encoder.prompt(example, clips)
+    except BadExample as error:
+        return error
 
 
 def _units_of(answering: Answering, decoder: Answering) -> re.Pattern[str]:

@@ -15,15 +15,13 @@ import torch
 import yaml
 from transformers import AutoModel
 
-from raysft.audit import audit
 from raysft.export import export_run
 from tests.support import flows, worlds
-from tests.support.compared import gradient, losses, same, weights
+from tests.support.compared import MATRIX, goes_on, gradient, losses, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS = 8
 FROZEN = ["encoder.*", "input_embedding.*", "encoder_proj.*"]
-MATRIX = "tests.support.matrix"
 
 
 def write(folder: Path, kind: str, name: str, strategy: str, **sections: dict[str, Any]) -> Path:
@@ -94,16 +92,7 @@ def test_gradients_are_those_of_one_process(
 def test_runs_go_on_to_the_last_bit(kind: str, strategy: str, tmp_path: Path) -> None:
     one = write(tmp_path, kind, "one", "ddp")
     two = [write(tmp_path, kind, name, strategy) for name in ("whole", "again_whole")]
-    assert worlds.run(1, one, module=MATRIX) == 0
-    assert worlds.run(2, *two, kill_at=7, module=MATRIX) == 0
-    expected, found = losses(tmp_path, "one"), losses(tmp_path, "whole")
-    assert len(expected) == STEPS
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert losses(tmp_path, "again_whole")[-4:] == found[-4:]  # from the checkpoint of step 4 on
-    first, second = weights(tmp_path, "whole"), weights(tmp_path, "again_whole")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert audit(tmp_path / "runs" / "again_whole").clean
+    first = goes_on(tmp_path, one, *two, STEPS)
     export_run(tmp_path / "runs" / "whole", tmp_path / "out")
     exported = AutoModel.from_pretrained(tmp_path / "out").state_dict()
     for name, value in exported.items():

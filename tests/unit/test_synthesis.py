@@ -83,6 +83,12 @@ def test_a_clip_is_spoken_anew(trained: Path, tmp_path: Path) -> None:
     assert "none.wav" in lost.error and not len(lost.wave)
 
 
+def test_what_a_manifest_says_of_what_is_heard_is_not_passed_over(trained: Path) -> None:
+    manifest, clip = trained.parent / "corpus" / "patches.jsonl", trained.parent / "corpus/0.wav"
+    with pytest.raises(UserError, match=r"--speaker: .* says itself what is heard before p0"):
+        synthesize(trained, [str(manifest)], speaker=clip)
+
+
 @pytest.mark.parametrize(
     ("key", "reason"),
     [

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raysft.families.flow_decoder.config import FlowDecoderConfig
-from raysft.families.flow_decoder.parts import blanked, by_heads, joined, waves
+from raysft.models.flow_parts import blanked, by_heads, joined, waves
 
 
 class RelativeAttention(nn.Module):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,13 +126,10 @@ class FlowEncoder(Encoder):
             assert self.speech_tokens is not None  # `measure` has asked for it
             heard = resample(wave, self.sample_rate, self.speech_tokens.sample_rate)
             codes = codes_of(self.speech_tokens.encode(heard).tolist(), self.config)
-        seed = zlib.crc32(example.id.encode("utf-8", "surrogatepass"))
-        if rng is not None:
-            seed = int(rng.integers(2**63))
         arrays = {
             CODES: [codes[:rows]],
             MEL: [mels.log_mel(wave, self.mel)[:frames]],
-            DRAWS: [np.array([seed], np.int64)],
+            DRAWS: [np.array([example.seed(rng)], np.int64)],
         }
         if self.config.speaker_width:
             arrays[VOICE] = [np.array([example.voice], np.float32)]

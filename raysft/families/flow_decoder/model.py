@@ -31,11 +31,11 @@ from raysft.families.flow_decoder.draws import drawn
 from raysft.families.flow_decoder.encode import CODES, DRAWS, MEL, VOICE, FlowEncoder
 from raysft.families.flow_decoder.memory import kept
 from raysft.families.flow_decoder.net import LOSSES, FlowDecoder
-from raysft.families.flow_decoder.parts import T_UNITS
 from raysft.losses.flow_matching import squares, way
-from raysft.losses.term import Term
+from raysft.losses.term import Term, of_rows
 from raysft.models import loading
 from raysft.models.base import IGNORED, Batch, Document, SpeechModel
+from raysft.models.flow_parts import T_UNITS
 from raysft.models.layout import Static, as_weights, ints
 from raysft.models.sampling import Velocity, guided, solve
 from raysft.models.supervised import Losses
@@ -64,15 +64,7 @@ def flow_term(
     scored, bins = batch["scored"].to(torch.float32), batch["velocity"].shape[-1]
     each = (squares(found, batch["velocity"]) * scored).sum(1)
     counts = scored.sum(1) * bins
-    numbers = torch.arange(len(names), device=each.device).unsqueeze(1)
-    chosen = (batch["tasks"].unsqueeze(0) == numbers).to(torch.float32)
-    trained = each
-    if weights:
-        by_name = [float(weights.get(name, 1.0)) for name in names]
-        trained = each * torch.tensor([*by_name, 0.0], device=each.device)[batch["tasks"]]
-    total, sums, of_tasks = trained.sum(), chosen * each.detach(), chosen * counts
-    by_task = {name: (sums[i].sum(), of_tasks[i].sum()) for i, name in enumerate(names)}
-    return Term("flow", total.detach(), counts.sum(), by_task, total, VALUES)
+    return of_rows("flow", each, counts, batch["tasks"], names, weights, VALUES)
 
 
 def scored_values(seeds: np.ndarray, frames: np.ndarray, config: FlowDecoderConfig) -> float:
@@ -221,7 +213,8 @@ class FlowModel(SpeechModel):
         self.model.eval()
         try:
             guidance = settings.flow.guidance
-            velocity = guided(by(False), by(True) if guidance else by(False), guidance)
+            given = by(False)
+            velocity = guided(given, by(True) if guidance else given, guidance)
             found = solve(velocity, normal(), settings.flow, normal)
         finally:
             self.model.train(training)

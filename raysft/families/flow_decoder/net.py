@@ -17,8 +17,8 @@ from transformers.utils import ModelOutput
 from raysft.families.flow_decoder.config import MODEL_TYPE, FlowDecoderConfig
 from raysft.families.flow_decoder.conformer import RelativeAttention, UpsampleConformer
 from raysft.families.flow_decoder.dit import DiT
-from raysft.families.flow_decoder.parts import Silent
 from raysft.families.flow_decoder.voicebox import Voicebox
+from raysft.models.flow_parts import Silent
 
 LOSSES = ("velocity", "scored", "tasks")
 """What of a batch the velocities are held against: no input of the net."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raysft.families.flow_decoder.config import FlowDecoderConfig
-from raysft.families.flow_decoder.parts import Attention, Silent, TimeEmbedding, blanked
+from raysft.models.flow_parts import Attention, Silent, TimeEmbedding, blanked
 
 
 class VoiceboxBlock(GradientCheckpointingLayer):

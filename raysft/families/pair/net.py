@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raysft.families.flow_decoder.config import FlowDecoderConfig
 from raysft.families.flow_decoder.net import LOSSES, FlowDecoder
 from raysft.families.pair.config import MODEL_TYPE, PairConfig
+from raysft.models.around import AroundLM
 
 FLOW = "flow_"  # before the names of the flow decoder's inputs
 
 
-class PairForCausalLM(PreTrainedModel, GenerationMixin):
+class PairForCausalLM(AroundLM):
     """llm: the language model. flow: the flow decoder. Neither computes by the other's."""
 
     config_class = PairConfig
-    base_model_prefix = ""
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(
         self,
@@ -47,25 +42,10 @@ class PairForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Each of the two has done so."""
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The language model's."""
-        return self.llm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """The language model's."""
-        self.llm.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The language model's."""
-        return self.llm.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """The language model's."""
-        self.llm.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self, *args: object, **kwargs: object) -> nn.Module:
-        """The language model's."""
-        return self.llm.get_decoder(*args, **kwargs)
+    @property
+    def inner(self) -> PreTrainedModel:
+        """See `AroundLM`."""
+        return self.llm
 
     def forward(
         self, input_ids: torch.Tensor | None = None, **kwargs: object

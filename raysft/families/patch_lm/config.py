@@ -15,7 +15,8 @@ MODEL_TYPE = "raysft_patch_lm"
 class PatchLMConfig(PreTrainedConfig):
     """text_config: of the language model. latent_width: values of a frame. patch_size: frames of a
     patch. flow_*: of the flow head. latents: how frames are made of a clip, as `model.patches` says
-    it. patch_token_id: stands where a patch is heard or spoken."""
+    it. patch_token_id: stands where a patch is heard or spoken. roles: names of who asks
+    and who answers."""
 
     model_type = MODEL_TYPE
     sub_configs_defaults: ClassVar[dict] = {
@@ -32,6 +33,7 @@ class PatchLMConfig(PreTrainedConfig):
     flow_dropout: float | int = 0.1
     latents: dict | None = None
     patch_token_id: int | None = None
+    roles: list | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
@@ -53,4 +55,5 @@ class PatchLMConfig(PreTrainedConfig):
             "heads": self.flow_heads,
             "mlp": self.flow_mlp,
             "dropout": self.flow_dropout,
+            "roles": self.roles or ["HUMAN", "ASSISTANT"],
         }

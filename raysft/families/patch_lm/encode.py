@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence as Items
 from pathlib import Path
 
@@ -30,7 +29,8 @@ from raysft.families.patch_lm.prompt import ASKS, MARKERS, PATCH, MingPrompt
 
 LATENTS = "latents"  # of the arrays of an example: frames [patches * size, width], one a clip
 DRAWS = "draws"  # int64 [2]: of one that speaks the seed of its loss, and whether it is to train
-SHAPE = ("size", "width", "depth", "heads", "mlp", "dropout")  # of Patches: in a net's config
+SHAPE = ("size", "width", "depth", "heads", "mlp", "dropout", "roles")
+"""Of `Patches`: what a net keeps in its config."""
 
 
 class PatchEncoder(Encoder):
@@ -96,10 +96,7 @@ class PatchEncoder(Encoder):
         in training, of its id in evaluation."""
         found = super().encode(example, clips, rng, promised)
         if (found.labels == self.patch_id).any():
-            seed = zlib.crc32(example.id.encode("utf-8", "surrogatepass"))
-            if rng is not None:
-                seed = int(rng.integers(2**63))
-            found.arrays[DRAWS] = [np.array([seed, rng is not None], np.int64)]
+            found.arrays[DRAWS] = [np.array([example.seed(rng), rng is not None], np.int64)]
         return found
 
 

@@ -32,16 +32,16 @@ from raysft.data.encode.families import model_type
 from raysft.data.example import MicroBatch, Sequence
 from raysft.families.patch_lm.config import MODEL_TYPE, PatchLMConfig
 from raysft.families.patch_lm.encode import DRAWS, LATENTS, PatchEncoder, settled
-from raysft.families.patch_lm.flow_head import T_UNITS
 from raysft.families.patch_lm.latents import latents_of
 from raysft.families.patch_lm.net import LOSSES, PatchLMForCausalLM
 from raysft.families.patch_lm.speak import speak
 from raysft.losses.chunked import TokenLoss
 from raysft.losses.flow_matching import squares, way
 from raysft.losses.stop import NEAR, labels, stop_loss
-from raysft.losses.term import Term
+from raysft.losses.term import Term, of_rows
 from raysft.models import loading
 from raysft.models.base import IGNORED, Batch, Document, SpeechModel
+from raysft.models.flow_parts import T_UNITS
 from raysft.models.layout import Static, as_weights, ints, tokens_of
 from raysft.models.meta import on_meta
 from raysft.models.routing import Routing
@@ -90,28 +90,14 @@ class PatchSupervised(Supervised):
         found = stop_loss(stops, own["stops"], owners, rows)
         goes_on = found.goes_on.float() * counted
         tasks = torch.full((rows,), -1, device=device).index_copy(0, owners, own["speech_tasks"])
-        names = list(self.tasks)
-
-        def term(name: str, sums: torch.Tensor, count: torch.Tensor, weight: float) -> Term:
-            """sums, count: [rows]."""
-            trained = sums
-            if self.weights and self.training:
-                by_name = [float(self.weights.get(task, 1.0)) for task in names]
-                trained = sums * torch.tensor([*by_name, 0.0], device=device)[tasks]
-            of_task = (tasks.unsqueeze(0) == torch.arange(len(names), device=device)[:, None]).to(
-                sums.dtype
-            )
-            by_task = {
-                task: ((of_task[i] * sums.detach()).sum(), (of_task[i] * count).sum())
-                for i, task in enumerate(names)
-            }
-            total = trained.sum()
-            return Term(name, total.detach(), count.sum(), by_task, total, name, weight)
-
+        names, weights = list(self.tasks), self.weights if self.training else {}
         half = settings.stop_weight / 2
-        terms.append(term("flow", flow, values, settings.flow_weight))
-        terms.append(term("stop", found.last * counted, counted, half))
-        terms.append(term("goes_on", found.hardest * goes_on, goes_on, half))
+        for name, sums, count, weight in (
+            ("flow", flow, values, settings.flow_weight),
+            ("stop", found.last * counted, counted, half),
+            ("goes_on", found.hardest * goes_on, goes_on, half),
+        ):
+            terms.append(of_rows(name, sums, count, tasks, names, weights, name, weight))
         for name, losses, count in (
             ("likely_stop", found.last, counted),
             ("likely_goes_on", found.hardest, goes_on),
@@ -198,7 +184,8 @@ class PatchLM(SpeechModel):
     ) -> Batch:
         """As `SpeechModel.collate`, with what the module's docstring says."""
         batch = super().collate(mb, side, static)
-        batch["patch_at"] = self._places(batch)
+        if "patch_at" not in batch:  # packed: `rows` has not made them
+            batch["patch_at"] = self._places(batch)
         return batch
 
     def _places(self, batch: Batch) -> torch.Tensor:
@@ -206,7 +193,7 @@ class PatchLM(SpeechModel):
 
     def features(self, documents: list[Document]) -> Batch:
         """The patches of all documents, and of those to be spoken what heads learn."""
-        size, shape = self.patches.size, (self.patches.size, self.latent)
+        shape = (self.patches.size, self.latent)
         patches: list[np.ndarray] = [np.zeros((0, *shape), np.float32)]
         found: list[_Utterance] = []
         before = 0
@@ -235,14 +222,13 @@ class PatchLM(SpeechModel):
             patches.append(own_patches)
             before += wanted
         batch = {"patches": torch.from_numpy(np.concatenate(patches))}
-        assert batch["patches"].shape[1:] == (size, self.latent)
         return batch | (_joined(found) if found else {})
 
     def _utterance(
         self, patches: np.ndarray, at: np.ndarray, task: int, rng: np.random.Generator
     ) -> _Utterance:
-        """patches: its own first. at: their numbers in the batch."""
-        data = torch.from_numpy(np.ascontiguousarray(patches[: len(at)]))
+        """patches: its own. at: their numbers in the batch."""
+        data = torch.from_numpy(np.ascontiguousarray(patches))
         units = rng.integers(T_UNITS, size=len(at))
         noise = torch.from_numpy(rng.standard_normal(data.shape, np.float32))
         dropped = rng.random(len(at)) < self.patches.condition_dropout
@@ -383,6 +369,7 @@ def _sizes(patches: Patches, latent: int) -> Callable[[PreTrainedConfig], PatchL
         flow_heads=patches.heads,
         flow_mlp=patches.mlp,
         flow_dropout=patches.dropout,
+        roles=patches.roles,
     )
 
 

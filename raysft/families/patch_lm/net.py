@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -25,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raysft.families.patch_lm.config import MODEL_TYPE, PatchLMConfig
 from raysft.families.patch_lm.flow_head import FlowHead
+from raysft.models.around import AroundLM
 
 LOSSES = ("owners", "speech_tasks", "velocity", "stops", "counted")
 """What of a batch the heads are held against: no input of the net."""
@@ -50,16 +50,10 @@ class LinearPooling(nn.Module):
         return self.linear(self.norm(frames)).mean(1)
 
 
-class PatchLMForCausalLM(PreTrainedModel, GenerationMixin):
+class PatchLMForCausalLM(AroundLM):
     """The language model with pooling, flow head and stop head."""
 
     config_class = PatchLMConfig
-    base_model_prefix = ""
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: PatchLMConfig, language_model: PreTrainedModel | None = None):
         """language_model: one that is there already; None: one of random weights."""
@@ -108,25 +102,10 @@ class PatchLMForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The language model's."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """The language model's."""
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The language model's."""
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """The language model's."""
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self, *args: object, **kwargs: object) -> nn.Module:
-        """The language model's."""
-        return self.language_model.get_decoder(*args, **kwargs)
+    @property
+    def inner(self) -> PreTrainedModel:
+        """See `AroundLM`."""
+        return self.language_model
 
     def embedded(
         self,
@@ -171,23 +150,13 @@ class PatchLMForCausalLM(PreTrainedModel, GenerationMixin):
             assert input_ids is not None
             heard = (None, None) if begun else (patches, patch_at)
             inputs_embeds = self.embedded(input_ids, *heard)
-        held: list[torch.Tensor] = []
-
-        def hold(head: nn.Module, args: tuple[torch.Tensor]) -> None:
-            held.append(args[0])
-
-        head = self.get_output_embeddings()
-        hook = head.register_forward_pre_hook(hold, prepend=True)
-        try:
-            found = self.language_model(
-                inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs
-            )
-        finally:
-            hook.remove()
+        found, last = self.with_hidden(
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs
+        )
         if spoken is not None:
             assert patches is not None and patch_at is not None and noisy is not None
             assert first is not None and units is not None and dropped is not None
-            hidden = held[0].flatten(0, 1)
+            hidden = last.flatten(0, 1)
             at = patch_at[spoken]
             condition = hidden[at - 1]
             if self.training:
@@ -197,6 +166,22 @@ class PatchLMForCausalLM(PreTrainedModel, GenerationMixin):
             velocity = self.flow_head(noisy, units, condition, before)
             self.spoken = Spoken(velocity, self.stop_head(hidden[at]))
         return found
+
+    def with_hidden(self, **kwargs: object) -> tuple[CausalLMOutputWithPast, torch.Tensor]:
+        """What the language model makes of its inputs, and the hidden states [R, L, hidden] that
+        its head was given."""
+        held: list[torch.Tensor] = []
+
+        def hold(head: nn.Module, args: tuple[torch.Tensor]) -> None:
+            held.append(args[0])
+
+        # Before the head's other hooks, which choose among them.
+        hook = self.get_output_embeddings().register_forward_pre_hook(hold, prepend=True)
+        try:
+            found = self.language_model(**kwargs)
+        finally:
+            hook.remove()
+        return found, held[0]
 
     def take_spoken(self) -> Spoken:
         """What the last forward pass made of the patches to be spoken, which is given once."""

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raysft.data import remote_code
 from raysft.data.example import Audio, Example
 from raysft.data.segments import Rendered, Segment
+from raysft.data.tokenizer import HoldsTokenizer
 from raysft.errors import BadExample, UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ ASKS = {
 """What Ming-UniAudio is asked, by task."""
 
 
-class MingPrompt:
+class MingPrompt(HoldsTokenizer):
     """Makes examples the sequences above. See `raysft.data.encode.base.Renders`."""
 
     remark = ""
@@ -65,7 +65,7 @@ class MingPrompt:
         who answers. kept: `source` of a run that has begun. Raises UserError where the run began
         with other prompts."""
         self._human, self._assistant = (f"{ROLE}{role}{ROLE_END}" for role in roles)
-        self._tokenizer: PreTrainedTokenizerFast | bytes = tokenizer
+        self._tokenizer = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._prompts = prompts
         self.end_id = int(tokenizer.eos_token_id)
@@ -88,19 +88,6 @@ class MingPrompt:
             )
         content = self._backend.to_str() + json.dumps([self.source, self.end_id])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The transformers tokenizer."""
-        if isinstance(self._tokenizer, bytes):
-            self._tokenizer = remote_code.unpacked(self._tokenizer)
-        return self._tokenizer
-
-    def __getstate__(self) -> dict[str, object]:
-        state = dict(self.__dict__)
-        if not isinstance(self._tokenizer, bytes):  # it takes a second of imports to unpickle
-            state["_tokenizer"] = remote_code.packed(self._tokenizer, "AutoTokenizer")
-        return state
 
     def id_of(self, marker: str) -> int:
         """The id of one of MARKERS."""

@@ -13,16 +13,15 @@ import numpy as np
 import torch
 
 from raysft.config.speaking import Speak
-from raysft.families.patch_lm.flow_head import T_UNITS
 from raysft.families.patch_lm.net import PatchLMForCausalLM
+from raysft.losses.stop import STOPS
+from raysft.models.flow_parts import T_UNITS
 from raysft.models.layout import Batch
 from raysft.models.sampling import Velocity, guided, solve
 
-STOPS = 1  # the stop head's class of last patches
 
-
-class Spoken:
-    """One answer that is being said. noise: of its own."""
+class Answer:
+    """What is being said after one prompt. rng: gives its noise."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -47,7 +46,7 @@ def speak(
     device = inputs["input_ids"].device
     rate = frames_per_second / size
     most, fewest = max(1, int(settings.max_seconds * rate)), int(settings.min_seconds * rate)
-    answers = [Spoken(seed) for seed in seeds]
+    answers = [Answer(seed) for seed in seeds]
     embeds = net.embedded(inputs["input_ids"], inputs.get("patches"), inputs.get("patch_at"))
     mask, positions = inputs["attention_mask"], inputs.get("position_ids")
     history = torch.zeros(len(answers), size, latent, device=device)
@@ -78,30 +77,23 @@ def _hidden(
     cache: object,
 ) -> tuple[torch.Tensor, object]:
     """The hidden states of the last position [R, hidden], and the cache that now holds it."""
-    held: list[torch.Tensor] = []
-    hook = net.get_output_embeddings().register_forward_pre_hook(
-        lambda head, args: held.append(args[0]), prepend=True
-    )
     told = {} if positions is None else {"position_ids": positions}
-    try:
-        found = net.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **told,
-        )
-    finally:
-        hook.remove()
-    return held[0][:, -1], found.past_key_values
+    found, hidden = net.with_hidden(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **told,
+    )
+    return hidden[:, -1], found.past_key_values
 
 
 def _patch(
     net: PatchLMForCausalLM,
     hidden: torch.Tensor,
     history: torch.Tensor,
-    answers: list[Spoken],
+    answers: list[Answer],
     settings: Speak,
 ) -> torch.Tensor:
     """The next patch of each answer [R, S, latent]."""

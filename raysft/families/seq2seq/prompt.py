@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raysft.data import remote_code
 from raysft.data.example import ASSISTANT, Audio, Example
 from raysft.data.segments import Rendered, Segment
+from raysft.data.tokenizer import HoldsTokenizer
 from raysft.errors import BadExample, UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ ENGLISH = "en"
 LANGUAGE = "unknown language"  # the kind of reason
 
 
-class Prompt(ABC):
+class Prompt(HoldsTokenizer, ABC):
     """Makes examples a clip, the tokens before their text, and their text.
 
     kind: model type, as messages call it. codes: of the languages that the model is told. source:
@@ -52,7 +52,7 @@ class Prompt(ABC):
     remark = ""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer: PreTrainedTokenizerFast | bytes = tokenizer
+        self._tokenizer = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self.end_id = int(tokenizer.eos_token_id)
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -126,19 +126,6 @@ class Prompt(ABC):
     def _unknown(self, language: str) -> str:
         known = ", ".join(self.codes)
         return f"language {language!r} is unknown to the tokenizer, which has {known}"
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The transformers tokenizer."""
-        if isinstance(self._tokenizer, bytes):
-            self._tokenizer = remote_code.unpacked(self._tokenizer)
-        return self._tokenizer
-
-    def __getstate__(self) -> dict[str, object]:
-        state = dict(self.__dict__)
-        if not isinstance(self._tokenizer, bytes):  # it takes a second of imports to unpickle
-            state["_tokenizer"] = remote_code.packed(self._tokenizer, "AutoTokenizer")
-        return state
 
     def render(self, example: Example) -> Rendered:
         """Clip and tokens, then text and end. Raises BadExample, or UserError where none of its

@@ -30,9 +30,9 @@ from raysft.families.flow_decoder.config import FlowDecoderConfig
 from raysft.families.flow_decoder.draws import drawn
 from raysft.families.flow_decoder.encode import FlowEncoder
 from raysft.families.flow_decoder.model import FlowModel, rows_of
-from raysft.families.flow_decoder.parts import T_UNITS
 from raysft.families.flow_decoder.tokens import codes_of
 from raysft.models import build
+from raysft.models.flow_parts import T_UNITS
 from raysft.run.lines import read_lines
 from raysft.train.probe import _sequence
 from tests.support import flows, in_process

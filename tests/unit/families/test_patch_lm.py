@@ -16,12 +16,13 @@ from raysft.data.clips.audio import load
 from raysft.data.encode import make_encoder
 from raysft.data.example import Audio, Example, MicroBatch, Sequence, Units
 from raysft.errors import BadExample, UserError
+from raysft.export import export
 from raysft.families.patch_lm.encode import DRAWS, LATENTS, PatchEncoder
-from raysft.families.patch_lm.flow_head import T_UNITS
 from raysft.families.patch_lm.model import PatchLM
 from raysft.losses.stop import labels
 from raysft.losses.term import Term
 from raysft.models import build
+from raysft.models.flow_parts import T_UNITS
 from tests.support import patches
 
 OFF = -100
@@ -371,3 +372,21 @@ def test_speaking_goes_patch_by_patch_as_it_was_trained(tmp_path: Path) -> None:
             where = where + 0.5 * net.flow_head(where, units, condition, history)
         torch.testing.assert_close(where[0], said[number], rtol=0, atol=1e-4)
         history = where
+
+
+def test_an_export_is_trained_on_as_it_was_made(tmp_path: Path) -> None:
+    told = {"roles": ["user", "model"]}
+    encoder = encoder_of(**told)
+    export(model_of(encoder, **told), tmp_path / "out")
+    again = {"path": str(tmp_path / "out")}
+    found = make_encoder(Model.model_validate(again), Data(), "none")
+    assert isinstance(found, PatchEncoder)
+    assert found.patches == encoder.patches and found.fingerprint == encoder.fingerprint
+    free = make_encoder(
+        Model.model_validate({**again, "patches": {"stop_weight": 0.5}}), Data(), "none"
+    )
+    assert isinstance(free, PatchEncoder) and free.patches.stop_weight == 0.5
+    for key, value in (("size", 3), ("roles", ["a", "b"]), ("mel", {"preset": "usdm"})):
+        other = Model.model_validate({**again, "patches": {key: value}})
+        with pytest.raises(UserError, match=rf"model\.patches\.{key}: the model at model\.path"):
+            make_encoder(other, Data(), "none")

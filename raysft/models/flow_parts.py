@@ -1,4 +1,4 @@
-"""What the encoder and both estimators are built of."""
+"""What networks that predict velocities are built of: times, attention, rotary positions."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """x: [R, T, width]. mask: bool [R, T], what there is."""
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [R, T, width]. mask: bool [R, T], what there is; None: all."""
         query, key, value = (
             by_heads(linear(x), self.heads) for linear in (self.to_q, self.to_k, self.to_v)
         )
         found = functional.scaled_dot_product_attention(
-            rotated(query), rotated(key), value, mask[:, None, None]
+            rotated(query), rotated(key), value, None if mask is None else mask[:, None, None]
         )
         return self.to_out(joined(found))
 
