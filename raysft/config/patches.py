@@ -29,6 +29,11 @@ class Patches(Section):
         description="spread of the noise, in training, on what has been spoken before, so that "
         "the text is listened to and small faults are not carried on",
     )
+    time_power: Fixed[PositiveInt] = Field(
+        1,
+        description="in training a patch is learnt at the time u ** time_power of its way, u "
+        "uniform; above 1: more near the noise, where alone the text decides what will be said",
+    )
     roles: Weights[list[str]] = Field(
         ["HUMAN", "ASSISTANT"],
         description="names of who asks and who answers",

@@ -214,7 +214,8 @@ class PatchLM(SpeechModel):
                         task = self._task_number(document.task) if said[0] == SAID else -1
                         at = np.arange(len(said)) + before + start
                         clean = own_patches[start : start + len(said)]
-                        found.append(self._utterance(clean, at, task, rng))
+                        power = self.patches.time_power if trains else 1
+                        found.append(self._utterance(clean, at, task, rng, power))
                         if trains and (noise := self.patches.history_noise):
                             drawn = rng.standard_normal(clean.shape, np.float32)
                             own_patches[start : start + len(said)] = clean + noise * drawn
@@ -225,11 +226,18 @@ class PatchLM(SpeechModel):
         return batch | (_joined(found) if found else {})
 
     def _utterance(
-        self, patches: np.ndarray, at: np.ndarray, task: int, rng: np.random.Generator
+        self,
+        patches: np.ndarray,
+        at: np.ndarray,
+        task: int,
+        rng: np.random.Generator,
+        power: int,
     ) -> _Utterance:
-        """patches: its own. at: their numbers in the batch."""
+        """patches: its own. at: their numbers in the batch. power: of times."""
         data = torch.from_numpy(np.ascontiguousarray(patches))
-        units = rng.integers(T_UNITS, size=len(at))
+        units = first = rng.integers(T_UNITS, size=len(at))
+        for _ in range(power - 1):  # whole numbers: the same on every processor
+            units = units * first // T_UNITS
         noise = torch.from_numpy(rng.standard_normal(data.shape, np.float32))
         dropped = rng.random(len(at)) < self.patches.condition_dropout
         t = torch.from_numpy((units / T_UNITS).astype(np.float32)).view(-1, 1, 1)

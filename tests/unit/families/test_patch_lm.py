@@ -289,6 +289,19 @@ def test_a_turn_of_nothing_reaches_every_parameter_and_counts_nothing() -> None:
     assert set(model.counts(MicroBatch.join(0, 1, 0, [])).values()) == {0.0}
 
 
+def test_times_near_the_noise_are_for_training_alone(tmp_path: Path) -> None:
+    (example,) = [one for one in examples_of(tmp_path, 3) if one.task == "tts"]
+    units = {}
+    for power in (1, 3):
+        encoder = encoder_of(time_power=power)
+        model = model_of(encoder, time_power=power)
+        for seed in (7, None):
+            mb = MicroBatch.join(0, 1, 0, [encoded(encoder, example, seed)])
+            units[power, seed] = model.collate(mb)["units"].double() / T_UNITS
+    torch.testing.assert_close(units[3, 7], units[1, 7] ** 3, rtol=0, atol=1e-6)
+    assert torch.equal(units[3, None], units[1, None])
+
+
 def test_noise_on_what_was_spoken_is_for_training_alone(tmp_path: Path) -> None:
     encoder = encoder_of(history_noise=0.5)
     model = model_of(encoder, history_noise=0.5)
