@@ -22,6 +22,7 @@ from raysft.config import families, strategies
 from raysft.config.augment import Augment
 from raysft.config.checkpoint import Checkpoint
 from raysft.config.evaluation import Evaluate
+from raysft.config.judging import Judging
 from raysft.config.logs import Log
 from raysft.config.marks import Base, Corpus, Fixed, Free, OneOf, PathKey, Weights
 from raysft.config.moe import Moe
@@ -100,6 +101,9 @@ class Source(Section):
     document_start: NonNegativeInt | None = Field(
         None,
         description="token_ids: the id that begins a document, where a row packs several (USDM: 1)",
+    )
+    judging: Judging | None = Field(
+        None, description="drama: rubrics, wordings and dimensions that are asked about"
     )
     commands: bool = Field(
         False,

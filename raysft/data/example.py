@@ -15,6 +15,8 @@ from typing import TypeVar
 import numpy as np
 
 from raysft.data import weave
+from raysft.data.judged import Asked, Judged
+from raysft.scorers.rated import Rated
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,8 @@ class Example:
     to the one that ends it; `woven`: what such a document is drawn of at each step of training (in
     evaluation always the same); `tokens`: ids as they are. Where there is one of these, there is
     nothing else.
+    `judged`: what it may ask about at a step, and the answers (see `judged.Judged`), itself being
+    one of these; `rated`: in evaluation what raters said of what it asks about.
     `speaker`: who speaks in it, where the source says so; `voice`: an embedding of that speaker, or
     of the speech itself. `language`: that its record names where the answer does not begin with it
     (`lang`); examples are counted by it, and no more.
@@ -213,6 +217,8 @@ class Example:
     tokens: Tokens | None = None
     voice: tuple[float, ...] = ()
     language: str | None = None
+    judged: Judged | None = None
+    rated: tuple[Rated, ...] = ()
 
     @property
     def counted(self) -> str:
@@ -234,9 +240,11 @@ class Example:
     @property
     def forms(self) -> list[Example]:
         """What it may be at a step: itself first. Of variants only what is asked and answered
-        counts. Of what is woven: what takes as much room as any."""
+        counts. Of what is woven, and of what is judged: what takes as much room as any."""
         if self.woven is not None:
             return [replace(self, document=self.woven.longest(), woven=None)]
+        if self.judged is not None:
+            return [self._asking(asked) for asked in self.judged.forms()]
         own = [
             replace(variant, id=self.id, task=self.task, lang=self.lang, text=self.text)
             for variant in self.variants
@@ -249,9 +257,15 @@ class Example:
         if self.woven is not None:
             drawn = self.woven.drawn(rng or np.random.default_rng(self.seed()))
             return replace(self, document=drawn, woven=None)
+        if rng is not None and self.judged is not None:
+            return self._asking(self.judged.drawn(rng))
         if rng is None or not self.variants:
             return self
         return self.forms[rng.integers(1 + len(self.variants))]
+
+    def _asking(self, asked: Asked) -> Example:
+        question, answer = asked
+        return replace(self, instruction=question, output=(answer,), text=answer, judged=None)
 
     def seed(self, rng: np.random.Generator | None = None) -> int:
         """Of what is random in it: drawn from rng, in training; None: by its id."""

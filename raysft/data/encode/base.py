@@ -159,7 +159,7 @@ class Encoder(ABC):
 
         Raises BadExample (this example cannot be used) or UserError (none of its kind can).
         """
-        drawn = example.variants or example.woven is not None
+        drawn = example.variants or example.woven is not None or example.judged is not None
         forms = example.forms if drawn else [example]
         return max(self._measured(form, [*example.of_form(form, samples)]) for form in forms)
 

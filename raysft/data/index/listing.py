@@ -93,6 +93,7 @@ def _made(source: ResolvedSource, file: Path, folder: Path, languages: bool) -> 
     form = formats.get(source.format)
     if given is not None and isinstance(form, Layout):
         facts += form.asked(given)
+        facts += (source.split,) if form.by_split else ()
     facts += (LANGUAGE,) if languages else ()
     name = digest_of(VERSION, str(file), source.format, *facts)
     place = folder / "listed" / name / (file.parent.name or "root") / f"{file.stem}.jsonl"
@@ -129,7 +130,7 @@ def _write(source: ResolvedSource, file: Path, target: Path, keep: Path, languag
     given = source.given
     with target.open("wb") as stream:
         if isinstance(form, Layout) and given is not None and form.lists(given):
-            for record in form.records(file, given, keep):
+            for record in form.of_split(file, given, source.split, keep):
                 if not languages:
                     record.pop(LANGUAGE, None)
                 stream.write(_line(record, file) + b"\n")

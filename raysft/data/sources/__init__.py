@@ -35,7 +35,8 @@ from raysft.errors import BadExample, UserError
 __all__ = ["ResolvedSource", "formats", "get", "read", "register", "resolve", "resolve_all", "scan"]
 
 OPTIONS = ("root", "tars", "columns", "commands", "document_start", "subset")
-"""Keys of an entry that only some formats read."""
+"""Keys of an entry that only some formats read, but for those that `Layout.asked` tells of."""
+LATER = ("judging",)
 AUTO = "auto"  # a source's format: by the content of its files
 _registered: dict[str, Format] = {}
 
@@ -124,6 +125,7 @@ def _resolve(source: Source, split: Split, key: str) -> ResolvedSource:
         weight=source.weight,
         files=tuple(files),
         given=source,
+        split=split,
     )
 
 
@@ -144,7 +146,7 @@ def _place(given: str) -> Path:
 
 def _check_options(source: Source, form: Format) -> None:
     """Keys of an entry that its format does not read."""
-    for name in OPTIONS:
+    for name in (*OPTIONS, *LATER):
         if getattr(source, name) not in (None, False) and name not in getattr(form, "options", ()):
             takers = [f.name for f in formats().values() if name in getattr(f, "options", ())]
             raise UserError(f"{name}: format {form.name} does not read it; {', '.join(takers)} do")
@@ -208,7 +210,7 @@ def _items(
     form: Format, source: ResolvedSource, file: Path, chunk: Chunk | None, keep: Path | None
 ) -> Iterator[Item]:
     if isinstance(form, Layout) and source.given is not None and form.lists(source.given):
-        for number, record in enumerate(form.records(file, source.given, keep), 1):
+        for number, record in enumerate(form.of_split(file, source.given, source.split, keep), 1):
             yield Item(0, 0, number, json.dumps(record, ensure_ascii=False).encode())
     else:
         yield from form.items(file, chunk)

@@ -165,6 +165,7 @@ class ResolvedSource:
     files: tuple[Path, ...]
     given: Source | None = None
     """The entry itself."""
+    split: Split = "train"
 
     @property
     def caps(self) -> JsonObject:

@@ -27,6 +27,7 @@ from raysft.config.schema import Source
 from raysft.data.example import Audio, Cell, Example, Measured, Within
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import (
+    Split,
     clip_path,
     folder_of,
     id_field,
@@ -69,6 +70,8 @@ class Layout(json_lines.JsonLines):
     """The keys of an entry beyond those that all have, which it reads."""
     tags: frozenset[str] = frozenset()
     """Texts that are none; see `transcript`."""
+    by_split: bool = False
+    """Whether what is evaluated is listed otherwise than what is trained on; see `of_split`."""
     from_here: bool = False
     """Whether relative paths of clips may begin at the folder that the command runs in."""
 
@@ -85,6 +88,12 @@ class Layout(json_lines.JsonLines):
         """The records of one of `files`, in a fixed order. keep: a folder for files that it has to
         make. Raises UserError where its structure is broken, and OSError."""
         raise NotImplementedError
+
+    def of_split(
+        self, file: Path, given: Source, split: Split, keep: Path | None = None
+    ) -> Iterator[JsonObject]:
+        """`records`, of what is trained on or evaluated; the same where not `by_split`."""
+        return self.records(file, given, keep)
 
     def beside(self, file: Path, given: Source) -> Sequence[Path] | None:
         """The other files that its records come from: where none of these and itself has changed,
