@@ -14,6 +14,7 @@ _READ = PathKey("data", read=True)
 Dataset = Literal[
     "ROLE",
     "RoleVariation",
+    "RoleReasoning",
     "RoleCaption",
     "RoleEmotion",
     "RoleVariationCaption",

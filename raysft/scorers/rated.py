@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 class Rated:
     """One dimension of a recording.
 
-    original: id of its record. kind: role or arche. ratings: those that were given, one a rater,
+    original: id of its record. kind: role or arche. annotated: its field of the record's
+    annotations. ratings: those that were given, one a rater,
     whole numbers of the scale. lowest, highest: of the scale. label: how an answer names the
     dimension where it rates several (`[PitchDynamics]4`); "": it rates one. context: fields of the
     record that results show.
@@ -19,6 +20,7 @@ class Rated:
     original: str
     kind: str
     dimension: str
+    annotated: str
     ratings: tuple[int, ...]
     lowest: int = 1
     highest: int = 5

@@ -38,7 +38,7 @@ from raysft.data.sources.base import (
     text_field,
 )
 from raysft.data.sources.fields import refuse_unread
-from raysft.data.sources.layout import LISTED, Layout, fault, refuse_fault
+from raysft.data.sources.layout import LISTED, Layout, fault
 from raysft.errors import BadExample, UserError
 from raysft.json_types import Json, JsonObject
 from raysft.scorers.rated import Rated
@@ -46,7 +46,14 @@ from raysft.scorers.rated import Rated
 TASK, QUESTION_TASK = "rating", "qa"
 KINDS = {"Arche": "arche", "AVQA": "avqa"}  # what each dataset_name is; others are roles
 NAMES = {
-    *("ROLE", "RoleVariation", "RoleCaption", "RoleEmotion", "RoleVariationCaption"),
+    *(
+        "ROLE",
+        "RoleVariation",
+        "RoleReasoning",
+        "RoleCaption",
+        "RoleEmotion",
+        "RoleVariationCaption",
+    ),
     *("RoleAllFixOrder", "RoleAllFixOrderConsistent", "RoleAllFlexOrder"),
     *("RoleAllFlexOrderConsistent", "Arche", "AVQA"),
 }
@@ -55,6 +62,7 @@ CAPTIONS = {
     "RoleVariationCaption": "audio_caption",
     "RoleEmotion": "emotion_caption",
 }
+WORDED = ("RoleVariation", "RoleReasoning", "RoleVariationCaption")
 NOT_APPLICABLE = ("na", "n/a", "n.a.", "not applicable")
 SHOWN = ("char_profile", "char_style", "transcript", "local_scene", "question")
 READ = frozenset(
@@ -143,7 +151,8 @@ class Drama(Layout):
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example of a listed record. Raises BadExample naming what is wrong with it."""
         listed = load_record(raw)
-        refuse_fault(listed)
+        if "dataset" not in listed:
+            return super().parse(raw, file, line, task)
         try:
             if listed["dataset"] == "AVQA":
                 return _question(listed, file, task)
@@ -180,7 +189,7 @@ def _dataset(record: JsonObject) -> str:
 def _wordings(judging: Judging, dataset: str) -> list[str] | None:
     if judging.variations is not None:
         return [*rubric.named(judging.variations, "")]
-    if "Variation" in dataset:
+    if dataset in WORDED:
         raise UserError(f"judging.variations: {dataset} is asked in wordings of a file: name it")
     return None
 
@@ -306,6 +315,7 @@ def _dimensions(listed: JsonObject) -> list[Dimension]:
             str(listed["id"]),
             KINDS.get(dataset, "role"),
             one.name,
+            one.field,
             ratings,
             one.lowest,
             one.highest,
