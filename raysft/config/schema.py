@@ -200,10 +200,11 @@ class Data(Section):
         },
         description="instruction by task, for examples that bring none",
     )
-    template: Fixed[Literal["auto", "plain", "chat"]] = Field(
+    template: Fixed[Literal["auto", "plain", "chat", "step"]] = Field(
         "auto",
         description="chat: the chat template of tokenizer or processor; plain: instruction, input "
-        "and answer on lines of their own; auto: chat where there is one",
+        "and answer on lines of their own; auto: chat where there is one; step: Step-Audio's, with "
+        "its tokens <|BOT|> and <|EOT|>",
     )
     supervise: Fixed[Literal["all", "last"]] = Field(
         "all",

@@ -47,6 +47,7 @@ _UNUSUAL = re.compile(r"^[<\[/|{#\u2581\uff5c]+ ?\w.", re.DOTALL)
 _LOOKS = {"startswith", "endswith", "split", "rsplit", "partition", "rpartition", "find", "count"}
 _LOOKS |= {"rfind", "index", "rindex", "replace", "removeprefix", "removesuffix"}
 _MARKER = re.compile(r"<\|.*\|>", re.DOTALL)
+_MARKERS = re.compile(r"<\|[^<>|\s]+\|>")
 
 Part = dict[str, str]
 """A part of a message: {"type": "text", "text": ...} or {"type": "audio"}."""
@@ -356,3 +357,16 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast, sources: Sequence[str]) -
     }
     found |= set(tokenizer.all_special_tokens)
     return {token for token in found if token.strip()}
+
+
+def unread(tokenizer: PreTrainedTokenizerFast, shown: str) -> str:
+    """A remark on markers that a template writes (shown: around nothing) and that are no tokens: so
+    they are in some models, and so they come out beside a tokenizer that is another model's."""
+    known = tokenizer.get_vocab()
+    found = [name for name in dict.fromkeys(_MARKERS.findall(shown)) if name not in known]
+    if not found:
+        return ""
+    return (
+        f"the chat template writes {', '.join(found[:3])}, no token of the tokenizer, which "
+        "reads it letter by letter: is it the template of this model?"
+    )

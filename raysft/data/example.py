@@ -196,6 +196,8 @@ class Example:
     `speaker`: who speaks in it, where the source says so; `voice`: an embedding of that speaker, or
     of the speech itself. `language`: that its record names where the answer does not begin with it
     (`lang`); examples are counted by it, and no more.
+    `script`: by what its turns are told in place of the chat template alone (`data.scripts`); "":
+    none.
     `variants` are what it may be instead (another rated dimension, another rater): at each step of
     training one is drawn, itself as likely as each of them, under its own id, task, lang and text.
     It is measured at its longest, and evaluation takes itself. They have none of their own.
@@ -219,6 +221,7 @@ class Example:
     language: str | None = None
     judged: Judged | None = None
     rated: tuple[Rated, ...] = ()
+    script: str = ""
 
     @property
     def counted(self) -> str:

@@ -42,6 +42,7 @@ _WORDS = {
     "shorter than indexed": r"shorter than indexed",
     "malformed record": r"not (?:valid|readable|a JSON)|fields? '|task_type is|holds half a surr",
     "bad text": r"its text (?:contains|cannot)",
+    "one speaker twice": r"is a dialog in which speaker",
     "unknown unit": r"unit -?\d+, but",
     "unknown token": r"has the id \d+, and the tokenizer has",
     "no kind": r"token .* is in no group",

@@ -23,8 +23,16 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from raysft.config.schema import Data
-from raysft.data import remote_code, untold
-from raysft.data.chat import Chat, Frame, control_tokens, freeze, is_plain, plain_template
+from raysft.data import remote_code, scripts, untold
+from raysft.data.chat import (
+    Chat,
+    Frame,
+    control_tokens,
+    freeze,
+    is_plain,
+    plain_template,
+    unread,
+)
 from raysft.data.conversation import Conversations, Shown, last_learnt
 from raysft.data.example import ASSISTANT, Audio, Example, Part, Units
 from raysft.data.segments import Rendered, Segment, bare, cut
@@ -56,7 +64,6 @@ __all__ = [
 ]
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_MARKERS = re.compile(r"<\|[^<>|\s]+\|>")
 # Questions whose frames are made ahead: as kinds of their parts.
 _SHAPES = ((), ("text",), ("audio",), ("audio", "text"), ("text", "audio"))
 _KNOWN = 256  # prompts whose ids are kept: with clips or units for input there are few
@@ -108,9 +115,11 @@ class Template:
         self._tokenizer: PreTrainedTokenizerFast | bytes = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._prompts, self._supervise = dict(data.prompts), data.supervise
-        self._hole, self._markup = hole or "", markup or hole or ""
+        self._hole, self._markup, self._units = hole or "", markup or hole or "", units
         self._hole_id: int | None = tokenizer.convert_tokens_to_ids(hole) if hole else None
-        if own is None and data.template != "plain":
+        if data.template == "step":
+            own = scripts.step_template(tokenizer)
+        elif own is None and data.template != "plain":
             own = template_of(tokenizer)
         if data.template == "chat" and own is None:
             raise UserError(
@@ -157,7 +166,8 @@ class Template:
         self._refuse_control_in_prompts()
         if self.chat:
             self._refuse_unknown(first)
-            self.remark = self.remark or self._unread(first)
+            shown = f"{first.prompt([''])}{first.answer('')}{self._end}"
+            self.remark = self.remark or unread(tokenizer, shown)
         self._lead, self._tail = (self._shown(text) for text in (first.lead, first.tail))
         self.fingerprint = self._fingerprint()
 
@@ -207,19 +217,6 @@ class Template:
                     "writes something else: give the instruction without it"
                 )
 
-    def _unread(self, frame: Frame) -> str:
-        """A remark on markers that the template writes and that are no tokens: so they are in some
-        models, and so they come out beside a tokenizer that is another model's."""
-        known = self.tokenizer.get_vocab()
-        shown = f"{frame.prompt([''])}{frame.answer('')}{self._end}"
-        found = [name for name in dict.fromkeys(_MARKERS.findall(shown)) if name not in known]
-        if not found:
-            return ""
-        return (
-            f"the chat template writes {', '.join(found[:3])}, no token of the tokenizer, which "
-            "reads it letter by letter: is it the template of this model?"
-        )
-
     def _shown(self, text: str) -> str:
         """A text as it comes back from the model."""
         ids = self._encode(text)
@@ -256,6 +253,10 @@ class Template:
 
     def render(self, example: Example) -> Rendered:
         """Its segments. Raises BadExample, or UserError without a prompt."""
+        if example.script == scripts.DIALOG:
+            return scripts.dialog(example, self.tools(), self._prompts)
+        if example.script:
+            example = scripts.conversation(example, self._prompts)
         if example.turns:
             return self._conversation(example)
         if example.tokens is not None:
@@ -302,6 +303,10 @@ class Template:
     def prompt(self, example: Example) -> list[Segment]:
         """What a model is given to answer it: of a conversation, all before the last turn that is
         learnt. Raises as `render` does."""
+        if example.script == scripts.DIALOG:
+            return scripts.asked(example, self.tools(), self._prompts).segments
+        if example.script:
+            example = scripts.conversation(example, self._prompts)
         if not example.turns:
             return self.render(example).prompt
         self._check_turns(example)
@@ -354,6 +359,17 @@ class Template:
                 raise BadExample(
                     f"its text becomes {name}, a token that steers the model", "bad text"
                 )
+
+    def tools(self) -> scripts.Tools:
+        """For scripts. Raises UserError where there are no units to tell them with."""
+        if self._hole_id is None or self._units is None:
+            raise UserError(
+                "data: a dialog of speech needs a model that reads and writes units: causal_lm "
+                "with model.speech_units or data.speech_tokens"
+            )
+        token, hole = self._backend.token_to_id, (self._hole, self._hole_id)
+        guards = self._control, self._steers
+        return scripts.Tools(self._encode, self._rest, token, *guards, hole, self._ends)
 
     def answer_of(self, generated: str) -> str:
         """The answer in a generated text: without what the template writes around it."""

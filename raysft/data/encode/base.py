@@ -115,6 +115,7 @@ class Encoder(ABC):
     augment: how clips are varied in training; None: they are not.
     spectrogram: where a clip's features are among its arrays; None: the model reads none.
     sounds: the log-mel that its model speaks; None: it writes text.
+    speaker: of the model in it that sounds the units it writes; None: there is none.
     """
 
     sample_rate: int | None
@@ -131,6 +132,7 @@ class Encoder(ABC):
     augment: Augmentation | None = None
     spectrogram: Spectrogram | None = None
     sounds: Mel | None = None
+    speaker: Encoder | None = None
     _slower: tuple[float, ...] = ()  # factors of speed with which examples are measured
 
     @property

@@ -85,6 +85,9 @@ WITHOUT_A_PATH = {
         "has no speaker embedding, and the model reads one of 192 values: make them",
         "its speaker embedding has 256 values, the model reads 192",
     ],
+    "one speaker twice": [
+        "is a dialog in which speaker b has two turns in a row (2 and 3)",
+    ],
     "tokens of another length": [
         "its speech tokens (20 rows) are 0.80 s and its clip 0.36 s: they are not of this clip",
     ],
