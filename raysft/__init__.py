@@ -1,7 +1,7 @@
 """raysft: supervised fine-tuning of speech+text models on Ray.
 
 `from raysft import load_config, prepare, train, sweep, evaluate, export, report, dry_run,
-transcribe, synthesize` (see `raysft.library`); each is imported when it is asked for.
+transcribe, synthesize, clone` (see `raysft.library`); each is imported when it is asked for.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from raysft import environment as environment  # first of all: before libraries look for a home
 
 if TYPE_CHECKING:
+    from raysft.library import clone as clone
     from raysft.library import dry_run as dry_run
     from raysft.library import evaluate as evaluate
     from raysft.library import export as export
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_OFFERED = ("dry_run", "export", "load_config", "modality_routing", "synthesize")
+_OFFERED = ("clone", "dry_run", "export", "load_config", "modality_routing", "synthesize")
 _PACKAGES = (
     "evaluate",
     "report",

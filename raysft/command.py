@@ -102,16 +102,19 @@ What is asked is what the run was trained with (its data.prompts by task, its ch
 
 SYNTHESIZE = """Says texts, by a run or an exported folder of a model that speaks. Needs no Ray.
 
-{command} RUN TEXT|FILE ... [--out FOLDER|FILE.wav] [--decoder RUN] [--speaker CLIP]
-    [--task TASK] [--checkpoint N|best|last] [speak.KEY=VALUE ...] [--debug]
+{command} RUN TEXT|FILE ... [--out FOLDER|FILE.wav] [--decoder RUN]
+    [--speaker CLIP [--speaker-text TEXT]] [--task TASK] [--checkpoint N|best|last]
+    [speak.KEY=VALUE ...] [--debug]
 
 TEXT is what is to be said; FILE has a text a line (.txt), or is a manifest of any format that
 data.train takes. A wave file each goes to FOLDER (left out: said); its path is printed, TAB, text.
 
 --decoder: of a language model that writes units: the run of the flow decoder that speaks them.
---speaker: a clip that is heard before each text: what it says is said anew, as the text asks.
---task: whose instruction is used (tts). speak.flow.steps, speak.flow.guidance, speak.seed,
-speak.vocoder and other keys of speak say how; with the same seed the same is said.
+--speaker: a clip that is heard before each text: what it says is said anew, as the text asks. With
+--speaker-text, which says what it says, each text is said in its voice.
+--task: whose instruction is used (tts); dialog: TEXT is a clip, and its spoken reply is said;
+printed are the path, TAB, what was heard, TAB, the reply. speak.flow.steps, speak.flow.guidance,
+speak.seed, speak.vocoder and other keys of speak say how; with the same seed the same is said.
 """
 
 USAGE = """usage: raysft COMMAND ... (raysft COMMAND --help says more)
@@ -280,7 +283,7 @@ def transcribe(argv: Sequence[str], command: str = "raysft transcribe") -> None:
 
 def synthesize(argv: Sequence[str], command: str = "raysft synthesize") -> None:
     """Write a wave as soon as it is said; leaves with exit code 1 where one is missing."""
-    flags = ["out=", "decoder=", "speaker=", "task=", "checkpoint="]
+    flags = ["out=", "decoder=", "speaker=", "speaker-text=", "task=", "checkpoint="]
     arguments = parse(argv, SYNTHESIZE.format(command=command), 2, flags, keys=False, more=True)
     run, *words = arguments.positional
     texts = [word for word in words if not word.startswith("speak.")]
@@ -295,6 +298,7 @@ def synthesize(argv: Sequence[str], command: str = "raysft synthesize") -> None:
         texts,
         [word for word in words if word.startswith("speak.")],
         speaker=given.get("speaker"),
+        speaker_text=given.get("speaker-text"),
         decoder=given.get("decoder"),
         task=given.get("task", "tts"),
         checkpoint=given.get("checkpoint"),
@@ -303,7 +307,8 @@ def synthesize(argv: Sequence[str], command: str = "raysft synthesize") -> None:
         if one.error:
             print(f"error: {one.error}", file=sys.stderr, flush=True)
         else:
-            print(f"{out.write(one)}\t{one.text}", flush=True)
+            said = (one.heard, one.text) if one.heard else (one.text,)
+            print("\t".join([str(out.write(one)), *said]), flush=True)
     if utterances.failed:
         raise SystemExit(1)
 

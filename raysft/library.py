@@ -1,5 +1,5 @@
 """The jobs as functions: `from raysft import load_config, prepare, train, sweep, evaluate, export,
-dry_run, transcribe, synthesize`.
+dry_run, transcribe, synthesize, clone`.
 
 The jobs call these and nothing else, so that a program does what a command line does: the same
 checks, the same folders, the same UserError with the same line for whatever a user can mend. Each
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from raysft.transcribe.run import Transcripts
 
 __all__ = [
+    "clone",
     "dry_run",
     "evaluate",
     "export",
@@ -276,6 +277,7 @@ def synthesize(
     overrides: Sequence[str] = (),
     *,
     speaker: str | Path | None = None,
+    speaker_text: str | None = None,
     decoder: str | Path | None = None,
     task: str = "tts",
     checkpoint: str | None = None,
@@ -284,13 +286,15 @@ def synthesize(
 
     model: a run's folder, or an exported one. texts: what is to be said; or files: of a text a
     line (.txt), or manifests of any format. overrides: `speak.KEY=VALUE`. speaker: a clip that each
-    text is said after. decoder: of a model that writes units, a run or an export of the flow
-    decoder that speaks them. task: whose instruction is used (data.prompts). checkpoint: of a run,
-    a step, `best` or `last`. Raises UserError.
+    text is said after; speaker_text: what it says, where each text is to be said in its voice.
+    decoder: of a model that writes units, a run or an export of the flow decoder that speaks them.
+    task: whose instruction is used (data.prompts); with `dialog` texts are clips, and what is said
+    replies to them. checkpoint: of a run, a step, `best` or `last`. Raises UserError.
     """
     from raysft.synthesis import asked
 
-    wanted = asked.read(texts, task, None if speaker is None else str(Path(speaker).absolute()))
+    clip = None if speaker is None else str(Path(speaker).absolute())
+    wanted = asked.read(texts, task, clip, speaker_text)
 
     from raysft import remarks
     from raysft.synthesis.run import Utterances, settings_of
@@ -300,6 +304,34 @@ def synthesize(
     answering = load(str(model), checkpoint)
     speaks = None if decoder is None else load(str(decoder))
     return Utterances(answering, wanted, settings_of(answering, overrides), speaks)
+
+
+def clone(
+    model: str | Path,
+    prompt_audio: str | Path,
+    prompt_text: str,
+    text: str | Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    decoder: str | Path | None = None,
+    checkpoint: str | None = None,
+) -> Utterances:
+    """What a model says in the voice of a clip: an `Utterance` of `text`, or of each of them.
+
+    prompt_audio, prompt_text: the clip, and what it says. The rest, as `synthesize` takes it: a
+    language model of units takes a decoder beside it, but for a pair; what makes units of the clip,
+    and an embedding for a decoder that reads one, are speak.speech_tokens and speak.speakers.
+    """
+    texts = [text] if isinstance(text, str) else text
+    return synthesize(
+        model,
+        texts,
+        overrides,
+        speaker=prompt_audio,
+        speaker_text=prompt_text,
+        decoder=decoder,
+        checkpoint=checkpoint,
+    )
 
 
 def modality_routing(net: nn.Module, folder: str | Path | None = None) -> None:

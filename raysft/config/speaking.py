@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from raysft.config.marks import Free
+from raysft.config.prepare import Speakers, UnitsOfModels
 from raysft.config.section import Section
 
 
@@ -55,6 +56,16 @@ class Speak(Section):
     min_seconds: Free[NonNegativeFloat] = Field(0.0, description="before which nothing stops")
     stop: Free[float] = Field(
         0.5, description="patch_lm: probability from which a patch is the last", gt=0, le=1
+    )
+    speech_tokens: Free[UnitsOfModels | None] = Field(
+        None,
+        description="what makes units of the clips that are heard, as prepare.speech_tokens made "
+        "those that were learnt; default: data.speech_tokens of the run",
+    )
+    speakers: Free[Speakers | None] = Field(
+        None,
+        description="what makes embeddings of the voice that is spoken in, for a flow decoder that "
+        "reads one, as prepare.speakers made those that were learnt",
     )
     vocoder: Free[str] = Field(
         "griffin_lim",

@@ -70,6 +70,7 @@ class SpeechModel(ABC):
     virtual: positions that train in front of a prompt. unended: answers cut at their limit so far.
     routing: the experts of a mixture and what they did, where its routers are known. writes:
     whether it reads and writes text: else it has no tokenizer, and is evaluated by its losses.
+    speaker: the model in it that sounds the units it writes; None: there is none.
     """
 
     new_ids: Seq[int] = ()
@@ -80,6 +81,7 @@ class SpeechModel(ABC):
     unended = 0
     routing: Routing | None = None
     writes = True
+    speaker: SpeechModel | None = None
     answer_of: Callable[[str], str] = staticmethod(str)
 
     def __init__(
@@ -327,9 +329,14 @@ class SpeechModel(ABC):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Seq[Sequence], max_new_tokens: int, synced_gpus: bool = False
+        self,
+        prompts: Seq[Sequence],
+        max_new_tokens: int,
+        synced_gpus: bool = False,
+        within: generation.Within | None = None,
     ) -> list[str]:
-        """Greedy answers to `prompts`, without special tokens.
+        """Greedy answers to `prompts`, without special tokens; within: default, up to any of
+        stop_ids.
 
         synced_gpus: keep every worker in step until the last has finished (sharded weights, whose
         root must be unsharded around this call); then workers without prompts call it too.
@@ -345,7 +352,7 @@ class SpeechModel(ABC):
             batches += [([], 1)] * (int(rounds) - len(batches))
         answers = [""] * len(documents)
         for rows, most in batches:
-            found = self._generate([documents[i] for i in rows], most, synced_gpus)
+            found = self._generate([documents[i] for i in rows], most, synced_gpus, within)
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
         return answers
@@ -377,7 +384,13 @@ class SpeechModel(ABC):
                 found.append((group, tokens))
         return found
 
-    def _generate(self, asked: list[Document], max_new_tokens: int, synced_gpus: bool) -> list[str]:
+    def _generate(
+        self,
+        asked: list[Document],
+        max_new_tokens: int,
+        synced_gpus: bool,
+        within: generation.Within | None,
+    ) -> list[str]:
         documents = list(asked)
         if not documents and not synced_gpus:
             return []
@@ -389,7 +402,8 @@ class SpeechModel(ABC):
         inputs = as_weights(inputs, self.net)
         # The model's own generation config may sample or penalise repetition: not in evaluation.
         own, training = self.net.generation_config, self.model.training
-        self.net.generation_config = self._greedy(own, max_new_tokens)
+        greedy = self._greedy(own, max_new_tokens)
+        self.net.generation_config = greedy if within is None else within.of(greedy)
         self.model.eval()
         try:
             tokens = self._answered(inputs, synced_gpus)
@@ -397,7 +411,8 @@ class SpeechModel(ABC):
             self.net.generation_config = own
             self.model.train(training)
         answers = tokens[: len(asked), tokens_of(inputs).shape[1] :].tolist()
-        return [self._text(answer) for answer in answers]
+        stops = self.stop_ids if within is None else within.stops
+        return [self._text(answer, stops) for answer in answers]
 
     def _greedy(self, own: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
         """How answers of at most so many tokens are generated. own: the model's config."""
@@ -410,9 +425,9 @@ class SpeechModel(ABC):
         # Of transformers or peft, whose modules mypy takes for any.
         return self.model.generate(**inputs, synced_gpus=synced_gpus)  # type: ignore[operator]
 
-    def _text(self, answer: list[int]) -> str:
+    def _text(self, answer: list[int], stops: Seq[int]) -> str:
         """Decode up to the first stop token."""
-        end = next((i for i, token in enumerate(answer) if token in self.stop_ids), len(answer))
+        end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
         self.unended += end == len(answer)
         return self.answer_of(self.tokenizer.decode(answer[:end], skip_special_tokens=True))
 

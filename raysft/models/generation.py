@@ -9,10 +9,25 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 
 from transformers import GenerationConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Within:
+    """What an answer is written within. stops: tokens that end it. forbidden: those it has not."""
+
+    stops: tuple[int, ...]
+    forbidden: tuple[int, ...] = ()
+
+    def of(self, config: GenerationConfig) -> GenerationConfig:
+        """`config`, within this."""
+        config.eos_token_id = list(self.stops)
+        config.suppress_tokens = list(self.forbidden) or None
+        return config
 
 
 def mend(net: PreTrainedModel) -> None:

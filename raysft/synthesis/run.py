@@ -16,12 +16,15 @@ from raysft.config.explain import mistakes
 from raysft.config.load import apply_override
 from raysft.config.mel import Mel
 from raysft.config.speaking import Speak
+from raysft.data import scripts
 from raysft.data.clips.audio import load as decode
-from raysft.data.example import Audio, Example, Units
+from raysft.data.example import ASSISTANT, Audio, Example, Turn, Units
 from raysft.data.example import Sequence as Encoded
 from raysft.data.tokenizer import unit_pattern
 from raysft.errors import BadExample, UserError
+from raysft.synthesis.dialog import Replies, Reply
 from raysft.synthesis.vocoders import Vocoder, vocoder_of
+from raysft.synthesis.voices import Voices, heard
 from raysft.transcribe.model import Answering
 
 AT_A_TIME = 16  # answers that are said together
@@ -31,18 +34,41 @@ SPOKEN = Audio("what is to be spoken")  # stands for a clip that is not there ye
 
 @dataclass(frozen=True)
 class Utterance:
-    """What was said, or in `error` why nothing was. wave: float32 [samples] at `rate`."""
+    """What was said, or in `error` why nothing was. wave: float32 [samples] at `rate`. heard: of a
+    dialog, what the user said, as the model heard it."""
 
     id: str
     text: str
     wave: np.ndarray
     rate: int
     error: str = ""
+    heard: str = ""
 
     @property
     def seconds(self) -> float:
         """How long it is."""
         return len(self.wave) / self.rate
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A voice that is to be spoken in: the path of a clip, and what it says."""
+
+    path: str
+    text: str
+
+
+def cloned(text: str, task: str, voice: Shown, name: str = "") -> Example:
+    """An example that asks for `text` to be said in a voice."""
+    shown = Turn("system", (voice.text, Audio(voice.path)))
+    turns = (shown, Turn("user", (text,)), Turn(ASSISTANT, (SPOKEN,)))
+    return Example(name or text, task, (), (), turns=turns, script=scripts.CLONE, text=text)
+
+
+def replied(path: str, name: str) -> Example:
+    """An example that asks for a spoken reply to the clip at `path`."""
+    turns = (Turn("user", (Audio(path),)),)
+    return Example(name, scripts.DIALOG, (), (), turns=turns, script=scripts.DIALOG)
 
 
 def asked_of(text: str, task: str, speaker: str | None = None, name: str = "") -> Example:
@@ -62,15 +88,19 @@ class Utterances:
         decoder: Answering | None = None,
     ) -> None:
         """settings: default: the run's. decoder: the flow decoder that speaks the units that a
-        language model writes. Raises UserError for a model that does not speak, a decoder beside
-        one that does, and a vocoder that does not go with it."""
+        language model writes; default: the model's own, where it has one (a pair). Raises UserError
+        for a model that does not speak, a decoder beside one that does, and a vocoder that does not
+        go with it."""
         self.name = answering.name
         self._answering, self._asked = answering, asked
+        decoder = decoder or answering.speaker
         self._speaking = answering if decoder is None else decoder
         self._settings = settings or answering.config.speak
         self.mel = spoken_by(self._speaking)
         self._units = None if decoder is None else _units_of(answering, decoder)
         self.vocoder: Vocoder = vocoder_of(self._settings.vocoder, self.mel)
+        self._voices = Voices(self._settings, answering.encoder.limits)
+        self._replies: Replies | None = None
         self.failed = 0
 
     def __len__(self) -> int:
@@ -84,7 +114,9 @@ class Utterances:
         silent = np.zeros(0, np.float32)
         found = [Utterance(one.id, one.text or "", silent, self.vocoder.rate) for one in asked]
         prompts: dict[int, Encoded] = {}
-        for place, prompt in enumerate(self._prompts(asked)):
+        for place, (prompt, reply) in enumerate(self._prompts(asked)):
+            if reply is not None:
+                found[place] = replace(found[place], text=reply.said, heard=reply.heard)
             if isinstance(prompt, BadExample):
                 found[place] = replace(found[place], error=f"{asked[place].id}: {prompt}")
                 self.failed += 1
@@ -98,28 +130,86 @@ class Utterances:
             found[place] = replace(found[place], wave=self.vocoder(spoken))
         return found
 
-    def _prompts(self, asked: Sequence[Example]) -> list[Encoded | BadExample]:
+    def _prompts(self, asked: Sequence[Example]) -> list[tuple[Encoded | BadExample, Reply | None]]:
         """What the model that speaks is asked: of a flow decoder, the units that the language model
-        beside it writes."""
-        found = [_prompt(self._answering, example) for example in asked]
+        beside it writes; and the reply to a dialog."""
         if self._units is None:
-            return found
-        good = {place: one for place, one in enumerate(found) if not isinstance(one, BadExample)}
+            return [(self._asked_alone(example), None) for example in asked]
         most = max(1, int(self._settings.max_seconds * MOST_UNITS_PER_S))
-        texts = self._answering.generate(list(good.values()), most)
-        for place, text in zip(good, texts, strict=True):
-            units = Units(tuple(int(number) for number in self._units.findall(text)))
-            written = replace(asked[place], input=(units,), output=(SPOKEN,))
-            found[place] = _prompt(self._speaking, written)
+        replies = self._answered([one for one in asked if one.script == scripts.DIALOG], most)
+        others = self._written([one for one in asked if one.script != scripts.DIALOG], most)
+        found: list[tuple[Encoded | BadExample, Reply | None]] = []
+        for example in asked:
+            reply = next(replies) if example.script == scripts.DIALOG else None
+            units = next(others) if reply is None else reply.error or reply.units
+            prompt = units if isinstance(units, BadExample) else self._sounding(example, units)
+            found.append((prompt, reply))
+        return found
+
+    def _asked_alone(self, example: Example) -> Encoded | BadExample:
+        """What a model that speaks by itself is asked."""
+        if example.script and not self._answering.encoder.writes:
+            return BadExample(
+                f"is a {example.script}: what is said in it is a language model's to write; name "
+                "that, and this one as its decoder",
+                "malformed record",
+            )
+        return _prompt(self._answering, example)
+
+    def _answered(self, asked: Sequence[Example], most: int) -> Iterator[Reply]:
+        """Replies to dialogs."""
+        if not asked:
+            return iter(())
+        if self._replies is None:
+            self._replies = Replies(self._answering, self._heard)
+        return iter(self._replies(asked, most))
+
+    def _written(
+        self, asked: Sequence[Example], most: int
+    ) -> Iterator[tuple[int, ...] | BadExample]:
+        """The units that the language model writes."""
+        assert self._units is not None
+        found = [self._heard(self._answering, example) for example in asked]
+        good = [one for one in found if not isinstance(one, BadExample)]
+        texts = iter(self._answering.generate(good, most) if good else ())
+        for one in found:
+            if isinstance(one, BadExample):
+                yield one
+            else:
+                yield tuple(int(number) for number in self._units.findall(next(texts)))
+
+    def _heard(self, answering: Answering, example: Example) -> Encoded | BadExample:
+        """What a language model is asked, its clips heard by speak.speech_tokens."""
+        try:
+            return _prompt(answering, self._voices.heard(example))
+        except BadExample as error:
+            return error
+
+    def _sounding(self, example: Example, units: tuple[int, ...]) -> Encoded | BadExample:
+        """What the flow decoder is asked: units, in the voice that is heard."""
+        try:
+            voice = example.voice
+            if not voice and example.script != scripts.DIALOG:  # whose clip is another's
+                voice = self._voices.embedding(example)
+        except BadExample as error:
+            return error
+        asked = replace(
+            example, input=(Units(units),), output=(SPOKEN,), turns=(), script="", voice=voice
+        )
+        found = _prompt(self._speaking, asked)
+        shown = heard(example) and example.script != scripts.DIALOG
+        if isinstance(found, BadExample) and not voice and shown:
+            return BadExample(f"{found} (speak.speakers makes one of the clip)", found.kind)
         return found
 
 
 def _prompt(answering: Answering, example: Example) -> Encoded | BadExample:
     encoder = answering.encoder
-    heard = [part for part in example.input if isinstance(part, Audio)]
     rate = encoder.sample_rate
     try:
-        clips = [] if rate is None else [decode(clip, rate, encoder.limits) for clip in heard]
+        clips = []
+        if rate is not None:
+            clips = [decode(clip, rate, encoder.limits) for clip in heard(example)]
         return encoder.prompt(example, clips)
     except BadExample as error:
         return error
@@ -160,7 +250,7 @@ def spoken_by(answering: Answering) -> Mel:
     if mel is None:
         raise UserError(
             f"{answering.name}: its model writes text and does not speak; name a run of a family "
-            "that does (patch_lm), or a flow decoder that speaks its units (--decoder)"
+            "that does (patch_lm, pair), or a flow decoder that speaks its units (--decoder)"
         )
     return mel
 

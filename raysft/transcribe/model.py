@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from raysft.data.encode import Encoder, make_encoder, model_family, require_temp
 from raysft.data.example import Sequence as Encoded
 from raysft.errors import UserError
 from raysft.models.base import SpeechModel
+from raysft.models.generation import Within
 from raysft.parallel.native import HALF
 from raysft.parallel.precision import settled
 from raysft.run import stages
@@ -37,6 +38,7 @@ from raysft.worker import build_model
 log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
+UNIT_FORMS = ("<|unit{}|>", "<audio_{}>", "[Hu{}]")  # that published models have
 LAYERS = ("LORA", "ADALORA", "IA3")  # adapters of layers, not of positions
 
 
@@ -50,10 +52,20 @@ class Answering:
     speech_model: SpeechModel
     autocast: Callable[[], AbstractContextManager[object]]
 
-    def generate(self, prompts: Sequence[Encoded], most: int) -> list[str]:
-        """Answers of at most so many tokens, in order."""
+    def generate(
+        self, prompts: Sequence[Encoded], most: int, within: Within | None = None
+    ) -> list[str]:
+        """Answers of at most so many tokens, in order; within: see `SpeechModel.generate`."""
         with torch.inference_mode(), self.autocast():
-            return self.speech_model.generate(prompts, most)
+            return self.speech_model.generate(prompts, most, within=within)
+
+    @property
+    def speaker(self) -> Answering | None:
+        """The decoder that stands in the same model; None: there is none."""
+        encoder, model = self.encoder.speaker, self.speech_model.speaker
+        if encoder is None or model is None:
+            return None
+        return replace(self, encoder=encoder, speech_model=model)
 
 
 def load(given: str, checkpoint: str | None = None) -> Answering:
@@ -78,7 +90,7 @@ def load(given: str, checkpoint: str | None = None) -> Answering:
             f"{given}: neither a run (config.yaml) nor a model (config.json) nor an adapter is here"
         )
     hub.check(name, "RUN_OR_FOLDER")
-    config = Config(model=Model(path=name), data=Data(mode="padded"))
+    config = Config(model=_of_units(Model(path=name), folder), data=Data(mode="padded"))
     # Of no run's folder: what is fitted or kept for one is not looked for in a model's.
     encoder, speech_model = _build(config, folder / "no-run")
     return _ready(given, config, encoder, speech_model, _device(), _halved(config, speech_model))
@@ -117,7 +129,7 @@ def _of_adapter(given: str, folder: Path) -> Answering:
     hub.check(base, f"{given}: base_model_name_or_path")
     if model_family(model).every_causal_lm:  # whose units may be new
         model.tokenizer = str(folder)
-    config = Config(model=model, data=Data(mode="padded"))
+    config = Config(model=_of_units(model, folder), data=Data(mode="padded"))
     encoder, speech_model = _build(config, folder)
     half = _halved(config, speech_model)
 
@@ -125,6 +137,14 @@ def _of_adapter(given: str, folder: Path) -> Answering:
 
     speech_model.wrap(PeftModel.from_pretrained(speech_model.net, str(folder)))
     return _ready(given, config, encoder, speech_model, _device(), half)
+
+
+def _of_units(model: Model, folder: Path) -> Model:
+    """With the name of its units, which an exported folder does not say but in its tokens."""
+    known = folder / "tokenizer.json"
+    names = known.read_text(encoding="utf-8") if known.is_file() else ""
+    forms = (form for form in UNIT_FORMS if json.dumps(form.format(0)) in names)
+    return model.model_copy(update={"unit_token": next(forms, model.unit_token)})
 
 
 def _build(config: Config, run: Path) -> tuple[Encoder, SpeechModel]:

@@ -85,6 +85,11 @@ class CausalLMEncoder(Encoder):
             parts.append(around)
         self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    @property
+    def unit_tokens(self) -> tuple[int, ...]:
+        """The id of each unit."""
+        return tuple(self._unit_ids.tolist())
+
     def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
         """A position a unit, and one a marker. BadExample: a unit without a token, a clip without
         a unit."""

@@ -72,6 +72,7 @@ class PairEncoder(Encoder):
     def __init__(self, llm: CausalLMEncoder, flow: FlowEncoder) -> None:
         """Of the two models."""
         self.llm, self.flow = llm, flow
+        self.speaker = flow
         self.sample_rate = flow.sample_rate
         self.template, self.new_ids, self.units = llm.template, llm.new_ids, llm.units
         told = f"pair {llm.fingerprint} {flow.fingerprint}"
@@ -122,7 +123,7 @@ class PairEncoder(Encoder):
 
     def prompt(self, example: Example, clips: Items[np.ndarray]) -> Sequence:
         """What the language model is asked."""
-        written = self._written(example)
+        written = example if example.script else self._written(example)
         return self.llm.prompt(written, self._heard(written, clips))
 
     def _written(self, example: Example) -> Example:

@@ -78,7 +78,7 @@ class PairLM(SpeechModel):
     ) -> None:
         """encoder: of the same config."""
         self._own = net
-        self._sound = FlowModel(net.flow, "padded", encoder.flow)
+        self.speaker = self._sound = FlowModel(net.flow, "padded", encoder.flow)
         super().__init__(net, encoder.tokenizer, mode, [encoder.end_id])
 
     def _supervised(self, model: nn.Module) -> Supervised:

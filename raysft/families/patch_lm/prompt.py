@@ -10,6 +10,8 @@ apart is what an example has, whatever its task is called:
                        ASSISTANT <answer> TEXT <gen_audio> PATCHES
     the same, without  HUMAN <audio> patches </audio> <prompt> ask NEWLINE </prompt>
     its transcript     ASSISTANT <gen_audio> PATCHES
+    goes on speaking   HUMAN ask NEWLINE text of the clip, text ASSISTANT <audio> patches PATCHES
+    in a clip's voice  (asked alone, never learnt)
 
 Capitals are learnt, but for HUMAN and ASSISTANT, which are roles between <role> and </role>
 (`model.patches.roles`).
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raysft.data.example import Audio, Example
+from raysft.data.scripts import CLONE
 from raysft.data.segments import Rendered, Segment
 from raysft.data.tokenizer import HoldsTokenizer
 from raysft.errors import BadExample, UserError
@@ -101,6 +104,8 @@ class MingPrompt(HoldsTokenizer):
 
     def prompt(self, example: Example) -> list[Segment]:
         """What is given. Raises as `render` does."""
+        if example.script == CLONE:
+            return self._goes_on(example)
         return self._cut(example)[0]
 
     def answer_of(self, generated: str) -> str:
@@ -126,6 +131,17 @@ class MingPrompt(HoldsTokenizer):
         ask, text = self._ask(example), self._text(_texts(example.input))
         asked = f"{ask}\n{text}" if ask else text
         return [self._pieces(self._human, asked, self._assistant, AUDIO)], [spoken]
+
+    def _goes_on(self, example: Example) -> list[Segment]:
+        """A clip with its text, as the beginning of what is said."""
+        shown, user = example.turns[0].content, example.turns[1].content
+        clip = next((part for part in shown if isinstance(part, Audio)), None)
+        text, more = _texts(shown).strip(), _texts(user).strip()
+        if clip is None or not text or not more:
+            raise BadExample("has no clip of the voice, or an empty text", "malformed record")
+        ask, both = self._ask(example), self._text(f"{text} {more}")
+        asked = f"{ask}\n{both}" if ask else both
+        return [self._pieces(self._human, asked, self._assistant, AUDIO), clip]
 
     def _writes(self, example: Example, heard: Audio) -> tuple[list[Segment], list[Segment]]:
         text = self._text(_texts(example.output))

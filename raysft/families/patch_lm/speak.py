@@ -50,6 +50,10 @@ def speak(
     embeds = net.embedded(inputs["input_ids"], inputs.get("patches"), inputs.get("patch_at"))
     mask, positions = inputs["attention_mask"], inputs.get("position_ids")
     history = torch.zeros(len(answers), size, latent, device=device)
+    if "patches" in inputs and "patch_at" in inputs:  # a row that ends in a patch goes on behind it
+        ends = inputs["patch_at"] % mask.shape[1] == mask.shape[1] - 1
+        rows = inputs["patch_at"][ends] // mask.shape[1]
+        history[rows] = inputs["patches"][ends].to(history.dtype)
     cache = None
     for number in range(most):
         hidden, cache = _hidden(net, embeds, mask, positions, cache)
