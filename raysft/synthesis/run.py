@@ -217,7 +217,7 @@ def _prompt(answering: Answering, example: Example) -> Encoded | BadExample:
 
 def _units_of(answering: Answering, decoder: Answering) -> re.Pattern[str]:
     """What finds the units in a text that the language model writes. Raises UserError where it
-    writes none, or the decoder is none."""
+    writes none, the decoder is none, or their units are not the same."""
     if not answering.encoder.units:
         raise UserError(
             f"{answering.name}: its model writes no units for {decoder.name} to speak: name a run "
@@ -225,6 +225,14 @@ def _units_of(answering: Answering, decoder: Answering) -> re.Pattern[str]:
         )
     if decoder.encoder.writes:
         raise UserError(f"--decoder: {decoder.name} is no flow decoder")
+    written, spoken = (
+        getattr(one.encoder, "speech_tokens", None) for one in (answering, decoder)
+    )  # of runs that make units of clips
+    if written and spoken and written.fingerprint() != spoken.fingerprint():
+        raise UserError(
+            f"--decoder: {decoder.name} learnt other units than {answering.name} writes: their "
+            "speech tokenizers differ; train both with one data.speech_tokens.path, or as stages"
+        )
     return unit_pattern(answering.config.model.unit_token)
 
 

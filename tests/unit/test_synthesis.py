@@ -14,6 +14,7 @@ import torch
 from raysft import command, synthesize
 from raysft.config.mel import Mel
 from raysft.data.clips import mels
+from raysft.data.clips.speech_tokens import KMeans
 from raysft.errors import UserError
 from raysft.synthesis.vocoders import GriffinLim, vocoder_of
 from tests.support import flows, patches
@@ -137,6 +138,39 @@ def test_a_decoder_stands_beside_a_model_that_writes_units(trained: Path, tmp_pa
         synthesize(writes, ["x"], decoder=trained)
     found = list(synthesize(writes, ["x", "y"], ["speak.max_seconds=1"], decoder=folder))
     assert all(one.seconds > 0 or "no speech tokens" in one.error for one in found)
+
+
+def test_a_decoder_of_other_units_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    books = []
+    for name in ("one", "two"):
+        centroids = rng.standard_normal((20, 2 * 80)).astype(np.float32)
+        KMeans(centroids, "log_mel", 80, 2).save(tmp_path / name)
+        books.append({"clusters": 20, "stack": 2, "path": str(tmp_path / name)})
+    flows.corpus(tmp_path)
+    clips = tmp_path / "clips.jsonl"
+    items = [
+        {"task_type": "asr", "wav_path": f"{n}.wav", "text": "x", "id": f"c{n}"} for n in range(8)
+    ]
+    clips.write_text("".join(json.dumps(item) + "\n" for item in items))
+    data: dict[str, Any] = {"train": [{"path": str(clips), "task": "tts"}]}
+    data |= {"tokens_per_batch": 400, "speech_tokens": books[0]}
+    text = {"tokenizer": "bytes", "config": dict(patches.TEXT)}
+    train = {"max_steps": 1, "precision": "fp32"}
+    writes = run(tmp_path / "writes", data=data, model=text, train=train)
+    data |= {"train": [{"path": str(clips), "task": "flow"}], "mode": "padded"}
+    decoders = [
+        run(
+            tmp_path / f"speaks{number}",
+            data={**data, "speech_tokens": book},
+            model=flows.model("voicebox"),
+            train=train,
+        )
+        for number, book in enumerate(books)
+    ]
+    list(synthesize(writes, ["x"], ["speak.max_seconds=0.2"], decoder=decoders[0]))
+    with pytest.raises(UserError, match=r"learnt other units than .* writes"):
+        synthesize(writes, ["x"], decoder=decoders[1])
 
 
 # -- vocoders ------------------------------------------------------------------------------------
