@@ -29,6 +29,7 @@ from raysft.data.plan.generations import open_index
 from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
 from raysft.evaluate.answers import reference_of
+from raysft.evaluate.judging import judged
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.json_types import JsonObject
 from raysft.models import experts, fastest
@@ -47,6 +48,7 @@ from raysft.run.catalogue import Catalogue, Saved
 from raysft.run.evaluations import Measure
 from raysft.run.folder import EXPERTS, check_base, initial_weights
 from raysft.run.storage import write_whole
+from raysft.scorers.rated import Rated
 from raysft.train.checkpoint import load_weights, newest_sound
 from raysft.train.feed import Feed, one_shape
 from raysft.train.flops import cost_of, formula_holds
@@ -363,9 +365,13 @@ class Evaluation:
         index, read, strategy = self.data.eval, self.data.read_eval, self.strategy
         assert index is not None and read is not None
         names = [source.name for source in index.sources]
+        judges = judged(index.tasks, self.config.evaluate.metrics)
 
         def references(rows: np.ndarray) -> list[str | None]:
             return [reference_of(example) for example in index.examples(rows)]
+
+        def rated(rows: np.ndarray) -> list[tuple[Rated, ...]]:
+            return [example.rated for example in index.examples(rows)]
 
         def batches(rows: list[np.ndarray]) -> Iterator[MicroBatch]:
             return read(Work(0, number, 0, chosen) for number, chosen in enumerate(rows))
@@ -374,7 +380,7 @@ class Evaluation:
             return evaluate(
                 strategy.module,
                 self.speech_model,
-                Corpus(index.tokens, index.source, names, references),
+                Corpus(index.tokens, index.source, names, references, rated if judges else None),
                 batches,
                 self.config.evaluate,
                 self.world,

@@ -8,9 +8,9 @@ counted, and which figures come of the sums of all workers, is the scorers' (`ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,16 @@ from raysft.data.example import MicroBatch, Quarantined
 from raysft.data.example import Sequence as Encoded
 from raysft.data.plan import pack
 from raysft.evaluate.answers import keeps_tab, limit_for, transcript
+from raysft.evaluate.judging import Digits, counting
+from raysft.json_types import JsonObject
 from raysft.losses.term import Term
 from raysft.models.base import SpeechModel
 from raysft.parallel import World
 from raysft.patience import patient
 from raysft.run.lines import encoded
 from raysft.scorers import Answer, Loss, Scorer, Sums, added, figures_of, scorers
+from raysft.scorers.rated import Rated
+from raysft.scorers.ratings import scored
 from raysft.train.step import to_device
 
 Read = Callable[[list[np.ndarray]], Iterator[MicroBatch]]
@@ -35,12 +39,14 @@ Counted = dict[tuple[str, str, str], Sums]  # by a scorer, what figures are of, 
 
 @dataclass
 class Corpus:
-    """What evaluation needs of an index: lengths, names, and the reference texts by row."""
+    """What evaluation needs of an index: lengths, names, and the reference texts by row. rated:
+    what raters said of each; None: of no example anything."""
 
     tokens: np.ndarray
     source: np.ndarray
     source_names: list[str]
     references: Callable[[np.ndarray], list[str | None]]
+    rated: Callable[[np.ndarray], list[tuple[Rated, ...]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,10 @@ def evaluate(
     """Figures of losses by task, of texts by source: the same on every worker. A collective.
 
     `read` turns lists of index rows into micro-batches, in order. `predictions` is a file of JSON
-    lines (id, source, reference, hypothesis) that rank 0 writes. `synced`: sharded parameters, so
-    every worker must run the same number of forward passes. `seen` is called before each round
-    of batches with how many are done and how many there are; `tell`, on rank 0, with what has to
-    be known of the figures.
+    lines (id, source, reference, hypothesis; `ratings` of what was rated) that rank 0 writes.
+    `synced`: sharded parameters, so every worker must run the same number of forward passes.
+    `seen` is called before each round of batches with how many are done and how many there are;
+    `tell`, on rank 0, with what has to be known of the figures.
     """
     plan = batches(corpus, settings.tokens_per_batch, None if final else settings.max_examples)
     mine = plan[world.rank :: world.size]
@@ -133,7 +139,10 @@ def evaluate(
     unusable: list[Quarantined] = []
     stream = read(mine)
     generates = settings.generate and speech_model.writes
-    with torch.inference_mode(mode=not synced), torch.no_grad():
+    judges = corpus.rated is not None and speech_model.writes
+    digits = Digits.of(speech_model.tokenizer) if judges else None
+    beside = counting(speech_model, digits) if digits is not None else nullcontext(set[str]())
+    with beside as terms, torch.inference_mode(mode=not synced), torch.no_grad():
         for number in range(rounds):
             seen(number, rounds)
             rows = mine[number] if number < len(mine) else np.zeros(0, np.int64)
@@ -141,13 +150,13 @@ def evaluate(
             unusable += batch.quarantined
             with autocast():
                 found = module(to_device(speech_model.collate(batch), world.device))
-            for term in _right(found):
+            for term in _right(found, terms):
                 for task, (loss, count) in term.by_task.items():
                     one = Loss(float(loss), float(count), term.name, term.weight)
                     losses.setdefault(task, []).append(one)
             if generates:
                 answered += _transcribe(
-                    speech_model, corpus, batch, rows, settings, autocast, synced
+                    speech_model, corpus, batch, rows, settings, autocast, synced, digits
                 )
     world.barrier(lambda: seen(rounds, rounds))  # some have had longer answers
     spaced = generates and not keeps_tab(speech_model.tokenizer)
@@ -156,6 +165,11 @@ def evaluate(
     parts = world.gather((counted, answered, unusable))
     if world.is_main:
         everything = sorted((one for _, part, _ in parts for one in part), key=lambda one: one.row)
+        if digits is not None and not digits.ways:
+            tell(
+                "model.tokenizer: digits are no tokens of their own, so that no rating has "
+                "probabilities: figures are those of what is answered"
+            )
         for text in _remarks(everything, [q for *_, part in parts for q in part]):
             tell(text)
         if predictions is not None and everything:
@@ -163,11 +177,18 @@ def evaluate(
     return _figures([part for part, *_ in parts], corpus.source_names, settings)
 
 
-def _right(terms: list[Term]) -> list[Term]:
-    """Those of a model's terms that say how well it gives right answers: its first, and those that
-    are counted in something else; not what is added to the first."""
+def _right(terms: list[Term], names: Collection[str] = ()) -> list[Term]:
+    """Those of a model's terms that say how well it gives right answers: its first, those that are
+    counted in something else, and those with `names`; not what is added to the first."""
     first, *others = terms
-    return [first, *(t for t in others if t.reported and t.counted not in (None, first.counted))]
+    return [
+        first,
+        *(
+            t
+            for t in others
+            if t.name in names or (t.reported and t.counted not in (None, first.counted))
+        ),
+    ]
 
 
 def _transcribe(
@@ -178,6 +199,7 @@ def _transcribe(
     settings: Evaluate,
     autocast: Callable[[], AbstractContextManager[object]],
     synced: bool,
+    digits: Digits | None = None,
 ) -> list[Answered]:
     """The answers to those examples of a batch that have a reference and a metric, as the model
     gives them. By place: ids may repeat."""
@@ -189,12 +211,23 @@ def _transcribe(
     lengths = answer_lengths(batch)
     limit = limit_for([lengths[place] for place in wanted], settings.max_new_tokens)
     with autocast():
-        texts = speech_model.generate(
-            [prompts[place] for place in wanted], limit, synced_gpus=synced
-        )
+        chosen = [prompts[place] for place in wanted]
+        if digits is None:
+            texts = speech_model.generate(chosen, limit, synced_gpus=synced)
+        else:
+            answers = speech_model.answers(chosen, limit, synced, digits.watched)
+            texts = [answer.text for answer in answers]
     if not wanted:
         return []
     rows = rows[np.array(batch.slots, np.int64)[wanted]]
+    rated: list[tuple[Rated, ...]] = [()] * len(wanted)
+    chances: list[tuple[float | None, ...]] = [()] * len(wanted)
+    if digits is not None and corpus.rated is not None:
+        rated = corpus.rated(rows)
+        chances = [
+            tuple(digits.probability(answer, one, speech_model.tokenizer) for one in own)
+            for answer, own in zip(answers, rated, strict=True)
+        ]
     return [
         Answered(
             int(row),
@@ -205,12 +238,14 @@ def _transcribe(
                 lang=batch.langs[place],
                 reference=reference,
                 hypothesis=text,
+                rated=own,
+                probability=chance,
             ),
             lengths[place],
             limit,
         )
-        for place, row, reference, text in zip(
-            wanted, rows, corpus.references(rows), texts, strict=True
+        for place, row, reference, text, own, chance in zip(
+            wanted, rows, corpus.references(rows), texts, rated, chances, strict=True
         )
         if reference is not None
     ]
@@ -282,7 +317,9 @@ def _write(predictions: Path, answered: list[Answered]) -> None:
     with open(predictions, "wb") as out:
         for one in answered:
             keys = ("id", "source", "reference", "hypothesis")
-            line = {key: getattr(one.answer, key) for key in keys}
+            line: JsonObject = {key: getattr(one.answer, key) for key in keys}
+            if one.answer.rated:
+                line["ratings"] = [asdict(found) for found in scored(one.answer)]
             out.write(encoded(line))
 
 

@@ -31,7 +31,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raysft.config.speaking import Speak
@@ -57,6 +62,7 @@ from raysft.models.modality import Plan
 from raysft.models.router_losses import Weights
 from raysft.models.routing import Routing
 from raysft.models.supervised import PREFIX, Losses, Supervised
+from raysft.models.watched import Generated, Watch
 from raysft.parallel import unread
 
 
@@ -82,6 +88,7 @@ class SpeechModel(ABC):
     routing: Routing | None = None
     writes = True
     speaker: SpeechModel | None = None
+    _watch: Watch | None = None
     answer_of: Callable[[str], str] = staticmethod(str)
 
     def __init__(
@@ -335,9 +342,22 @@ class SpeechModel(ABC):
         synced_gpus: bool = False,
         within: generation.Within | None = None,
     ) -> list[str]:
-        """Greedy answers to `prompts`, without special tokens; within: default, up to any of
-        stop_ids.
+        """Greedy answers to `prompts`, without special tokens: the texts of `answers`."""
+        found = self.answers(prompts, max_new_tokens, synced_gpus, within=within)
+        return [one.text for one in found]
 
+    @torch.no_grad()
+    def answers(
+        self,
+        prompts: Seq[Sequence],
+        max_new_tokens: int,
+        synced_gpus: bool = False,
+        watched: Seq[int] = (),
+        within: generation.Within | None = None,
+    ) -> list[Generated]:
+        """Greedy answers to `prompts`, and what they were chosen by.
+
+        watched: tokens whose logits are wanted. within: default, up to any of stop_ids.
         synced_gpus: keep every worker in step until the last has finished (sharded weights, whose
         root must be unsharded around this call); then workers without prompts call it too.
         Answers are those of one prompt at a time, and end where the model's positions end. They
@@ -350,9 +370,11 @@ class SpeechModel(ABC):
             rounds = torch.tensor(len(batches), device=next(self.model.parameters()).device)
             dist.all_reduce(rounds, dist.ReduceOp.MAX)
             batches += [([], 1)] * (int(rounds) - len(batches))
-        answers = [""] * len(documents)
+        nothing = Generated("", [], np.zeros((0, len(watched)), np.float32))
+        answers = [nothing] * len(documents)
         for rows, most in batches:
-            found = self._generate([documents[i] for i in rows], most, synced_gpus, within)
+            asked = [documents[i] for i in rows]
+            found = self._generate(asked, most, synced_gpus, watched, within)
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
         return answers
@@ -389,8 +411,9 @@ class SpeechModel(ABC):
         asked: list[Document],
         max_new_tokens: int,
         synced_gpus: bool,
+        watched: Seq[int],
         within: generation.Within | None,
-    ) -> list[str]:
+    ) -> list[Generated]:
         documents = list(asked)
         if not documents and not synced_gpus:
             return []
@@ -405,6 +428,7 @@ class SpeechModel(ABC):
         greedy = self._greedy(own, max_new_tokens)
         self.net.generation_config = greedy if within is None else within.of(greedy)
         self.model.eval()
+        self._watch = Watch(watched) if watched else None
         try:
             tokens = self._answered(inputs, synced_gpus)
         finally:
@@ -412,7 +436,7 @@ class SpeechModel(ABC):
             self.model.train(training)
         answers = tokens[: len(asked), tokens_of(inputs).shape[1] :].tolist()
         stops = self.stop_ids if within is None else within.stops
-        return [self._text(answer, stops) for answer in answers]
+        return [self._generated(row, answer, stops) for row, answer in enumerate(answers)]
 
     def _greedy(self, own: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
         """How answers of at most so many tokens are generated. own: the model's config."""
@@ -423,11 +447,28 @@ class SpeechModel(ABC):
     def _answered(self, inputs: Batch, synced_gpus: bool) -> torch.Tensor:
         """Prompts with their answers [R, L + new], by `net.generation_config`."""
         # Of transformers or peft, whose modules mypy takes for any.
-        return self.model.generate(**inputs, synced_gpus=synced_gpus)  # type: ignore[operator]
+        watch = self._watching()
+        return self.model.generate(**inputs, **watch, synced_gpus=synced_gpus)  # type: ignore[operator]
+
+    def _watching(self) -> dict[str, LogitsProcessorList]:
+        """What `generate` is told beside its inputs: to keep the logits that are wanted."""
+        if self._watch is None:
+            return {}
+        return {"logits_processor": LogitsProcessorList([self._watch])}
+
+    def _generated(self, row: int, answer: list[int], stops: Seq[int]) -> Generated:
+        """An answer up to its first stop token."""
+        end = self._end(answer, stops)
+        logits = np.zeros((end, 0), np.float32) if self._watch is None else self._watch.of(row, end)
+        return Generated(self._text(answer, stops), answer[:end], logits)
+
+    @staticmethod
+    def _end(answer: list[int], stops: Seq[int]) -> int:
+        return next((i for i, token in enumerate(answer) if token in stops), len(answer))
 
     def _text(self, answer: list[int], stops: Seq[int]) -> str:
         """Decode up to the first stop token."""
-        end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
+        end = self._end(answer, stops)
         self.unended += end == len(answer)
         return self.answer_of(self.tokenizer.decode(answer[:end], skip_special_tokens=True))
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from raysft.scorers.rated import Rated
+
 CROSS_ENTROPY = "cross_entropy"  # the term of a loss that perplexity is of
 
 Wants = Literal["text", "losses"]
@@ -50,7 +52,9 @@ class Figure:
 class Answer:
     """What a scorer of texts is given: an example's transcript, and what the model made of it.
 
-    lang: as the example has it. hypothesis: without the name of a language before it.
+    lang: as the example has it. hypothesis: without the name of a language before it. rated: what
+    raters said of what it rates; probability: of each the mean by the model's probabilities, None
+    where it has none.
     """
 
     id: str
@@ -59,6 +63,8 @@ class Answer:
     lang: str | None
     reference: str
     hypothesis: str
+    rated: tuple[Rated, ...] = ()
+    probability: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)

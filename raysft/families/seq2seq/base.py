@@ -92,7 +92,9 @@ class Seq2Seq(SpeechModel):
     def _answered(self, inputs: Batch, synced_gpus: bool) -> torch.Tensor:
         """By what transformers generates with for all models: Whisper's own would look for a prompt
         and cut clips that are longer than a chunk. peft's layers are in the net itself."""
-        answers = GenerationMixin.generate(self.net, **inputs, synced_gpus=synced_gpus)
+        answers = GenerationMixin.generate(
+            self.net, **inputs, **self._watching(), synced_gpus=synced_gpus
+        )
         assert isinstance(answers, torch.Tensor)
         return answers
 

@@ -1,0 +1,38 @@
+"""Logits of some tokens while answers are generated, as the model gives them: before any sampler,
+filter or temperature has changed them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor
+
+
+class Generated(NamedTuple):
+    """An answer. tokens: up to the one that ends it. logits: float32 [tokens, watched] of the
+    watched ids where each token was chosen."""
+
+    text: str
+    tokens: list[int]
+    logits: np.ndarray
+
+
+class Watch(LogitsProcessor):
+    """Keeps the logits of `ids` [W] of each step, and changes none."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores: [R, V]; they are returned as they are."""
+        self.steps.append(scores[:, self.ids].float().cpu())
+        return scores
+
+    def of(self, row: int, tokens: int) -> np.ndarray:
+        """Float32 [tokens, W] of a row."""
+        found = [step[row].numpy() for step in self.steps[:tokens]]
+        return np.stack(found) if found else np.zeros((0, len(self.ids)), np.float32)
