@@ -77,7 +77,8 @@ One page of a run, a sweep, or several runs beside each other: report.html, a fi
 {command} RUN [RUN ...] [--out FILE.html] [--debug]
 
 RUN is the folder of a run, of a sweep or of stages. A run writes its page itself, at every
-evaluation.
+evaluation. Of folders with results of judging (RUN/evaluations/NAME/judged, or Speech-DRAME's own),
+a model each: pictures of how they agree with raters, into the first or into --out FOLDER.
 """
 
 TRANSCRIBE = """Text of clips, by a run or a model's folder. Needs no Ray.

@@ -213,13 +213,18 @@ def prepare(config: Config, progress: Progress = _silent) -> Prepared:
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the page of a run, of a sweep, or of several runs beside each other; returns its path:
     report.html in the folder (of several, in the one above the first), or `out`. Needs no Ray.
+    Of folders with results of judging, none of them a run: pictures of how these agree with the
+    raters, in the first of them or in the folder `out`; returns that of the correlations.
 
     Raises UserError where a folder is none, or there is nothing to show yet.
     """
-    from raysft.page import build
+    from raysft.page import build, judged
 
     target = None if out is None else paths.argument(str(out), "--out")
-    return build.write([paths.argument(str(folder), "RUN") for folder in folders], target)
+    places = [paths.argument(str(folder), "RUN") for folder in folders]
+    if all(map(judged.holds_results_alone, places)):
+        return judged.draw(places, target)[0]
+    return build.write(places, target)
 
 
 def sweep(config: Config, progress: Progress = _silent) -> Swept:

@@ -45,7 +45,7 @@ from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.loggers import check as loggers
 from raysft.page.live import with_page
-from raysft.run import plans
+from raysft.run import judged, plans
 from raysft.run.catalogue import Catalogue, Saved, unreadable
 from raysft.run.evaluations import Evaluations, Measure, choose, left, table
 from raysft.run.folder import (
@@ -143,6 +143,7 @@ def evaluate(config: Config, run: Path, progress: Progress, step: str = "last") 
         _wait_for_nodes(config, say)
         workers.run(config, folder, settings, saved.step, progress)
         (line,) = read_lines(folder / "eval.jsonl")
+        judged.write(folder / "predictions.jsonl", folder / judged.FOLDER)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; nothing was recorded, the run is as it was") from None
     finally:

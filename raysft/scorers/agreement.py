@@ -61,7 +61,7 @@ def intervals(
     scores: Sequence[float],
     groups: Sequence[str],
     seed: int = 0,
-    draws: int = DRAWS,
+    draws: int | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Of each of INTERVALS the middle 95% of its values over bootstrap samples (percentiles).
 
@@ -72,6 +72,7 @@ def intervals(
     by_group: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         by_group.setdefault(group, []).append(place)
+    draws = DRAWS if draws is None else draws
     places = [np.array(by_group[group]) for group in sorted(by_group)]
     if len(places) < 2:
         return {}
