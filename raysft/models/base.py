@@ -31,12 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from raysft.config.speaking import Speak
@@ -62,7 +57,7 @@ from raysft.models.modality import Plan
 from raysft.models.router_losses import Weights
 from raysft.models.routing import Routing
 from raysft.models.supervised import PREFIX, Losses, Supervised
-from raysft.models.watched import Generated, Watch
+from raysft.models.watched import Generated, Watch, ended, watching
 from raysft.parallel import unread
 
 
@@ -447,28 +442,18 @@ class SpeechModel(ABC):
     def _answered(self, inputs: Batch, synced_gpus: bool) -> torch.Tensor:
         """Prompts with their answers [R, L + new], by `net.generation_config`."""
         # Of transformers or peft, whose modules mypy takes for any.
-        watch = self._watching()
+        watch = watching(self._watch)
         return self.model.generate(**inputs, **watch, synced_gpus=synced_gpus)  # type: ignore[operator]
-
-    def _watching(self) -> dict[str, LogitsProcessorList]:
-        """What `generate` is told beside its inputs: to keep the logits that are wanted."""
-        if self._watch is None:
-            return {}
-        return {"logits_processor": LogitsProcessorList([self._watch])}
 
     def _generated(self, row: int, answer: list[int], stops: Seq[int]) -> Generated:
         """An answer up to its first stop token."""
-        end = self._end(answer, stops)
+        end = ended(answer, stops)
         logits = np.zeros((end, 0), np.float32) if self._watch is None else self._watch.of(row, end)
         return Generated(self._text(answer, stops), answer[:end], logits)
 
-    @staticmethod
-    def _end(answer: list[int], stops: Seq[int]) -> int:
-        return next((i for i, token in enumerate(answer) if token in stops), len(answer))
-
     def _text(self, answer: list[int], stops: Seq[int]) -> str:
         """Decode up to the first stop token."""
-        end = self._end(answer, stops)
+        end = ended(answer, stops)
         self.unended += end == len(answer)
         return self.answer_of(self.tokenizer.decode(answer[:end], skip_special_tokens=True))
 

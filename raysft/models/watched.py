@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 
 class Generated(NamedTuple):
@@ -36,3 +36,13 @@ class Watch(LogitsProcessor):
         """Float32 [tokens, W] of a row."""
         found = [step[row].numpy() for step in self.steps[:tokens]]
         return np.stack(found) if found else np.zeros((0, len(self.ids)), np.float32)
+
+
+def watching(watch: Watch | None) -> dict[str, LogitsProcessorList]:
+    """What `generate` is told beside its inputs: to keep the logits that are wanted."""
+    return {} if watch is None else {"logits_processor": LogitsProcessorList([watch])}
+
+
+def ended(answer: Sequence[int], stops: Sequence[int]) -> int:
+    """Tokens of an answer before the one that ends it."""
+    return next((i for i, token in enumerate(answer) if token in stops), len(answer))

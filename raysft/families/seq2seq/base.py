@@ -22,6 +22,7 @@ from raysft.families.seq2seq.clip_encode import FEATURES
 from raysft.families.seq2seq.prompts import Saved
 from raysft.models.base import Batch, Document, SpeechModel
 from raysft.models.layout import pad
+from raysft.models.watched import watching
 
 
 class Seq2Seq(SpeechModel):
@@ -93,7 +94,7 @@ class Seq2Seq(SpeechModel):
         """By what transformers generates with for all models: Whisper's own would look for a prompt
         and cut clips that are longer than a chunk. peft's layers are in the net itself."""
         answers = GenerationMixin.generate(
-            self.net, **inputs, **self._watching(), synced_gpus=synced_gpus
+            self.net, **inputs, **watching(self._watch), synced_gpus=synced_gpus
         )
         assert isinstance(answers, torch.Tensor)
         return answers
