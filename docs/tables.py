@@ -20,7 +20,7 @@ from raysft.config.resume import rule_of
 from raysft.config.schema import Config
 from raysft.config.strategies import STRATEGIES
 from raysft.data import sources
-from raysft.scorers import scorers
+from raysft.scorers import SPEAKING, scorers
 
 PARTS = {
     "weights": "parameters",
@@ -139,6 +139,8 @@ def figures() -> str:
         for figure in scorer.figures:
             better = "lower" if figure.better == "min" else "higher"
             tasks = ", ".join(scorer.tasks) if scorer.wants == "text" else "all"
+            if scorer.wants == "speech":
+                tasks = f"{', '.join(SPEAKING)}, where they are [heard](#what-a-model-speaks)"
             rows.append((f"`{figure.name}/{by.upper()}`", scorer.name, by, tasks, better))
     return table(("metric", "scorer", "of each", "of tasks, by default", "better is"), rows)
 

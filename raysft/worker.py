@@ -45,7 +45,7 @@ from raysft.parallel.native import HALF
 from raysft.patience import patient
 from raysft.run import plans
 from raysft.run.catalogue import Catalogue, Saved
-from raysft.run.evaluations import Measure
+from raysft.run.evaluations import Measure, spoken_of
 from raysft.run.folder import EXPERTS, check_base, initial_weights
 from raysft.run.storage import write_whole
 from raysft.scorers.rated import Rated
@@ -61,6 +61,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[JsonObject], None]
 Read = Callable[[Iterator[Work]], Iterator[MicroBatch]]
+Seen = Callable[[int, int], None]
+Tell = Callable[[str], None]
+Hear = Callable[["Evaluation", bool, Path | None, Seen, Tell], dict[str, float]]
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Data:
     """Examples and how to read them.
 
     examples: of the training data, usable or not: what data.max_quarantined is a share of.
+    hear: measures what the model speaks, where that is asked for (`raysft.hearing`); None: nobody.
     """
 
     examples: int
@@ -75,6 +79,7 @@ class Data:
     encoder: Encoder
     read_train: Read | None
     read_eval: Read | None
+    hear: Hear | None = None
 
     @classmethod
     def in_process(
@@ -352,7 +357,7 @@ class Evaluation:
     def measure(self, final: bool) -> Measure:
         """What an evaluation would measure."""
         assert self.data.eval is not None  # who makes one sees to it
-        return Measure.taken(self.data.eval, self.config.evaluate, final)
+        return Measure.taken(self.data.eval, self.config.evaluate, final, self.config.speak)
 
     def __call__(
         self,
@@ -377,7 +382,8 @@ class Evaluation:
             return read(Work(0, number, 0, chosen) for number, chosen in enumerate(rows))
 
         with strategy.whole() as whole:
-            return evaluate(
+            synced = traits_of(self.config.parallel.strategy).synced and whole is not True
+            found = evaluate(
                 strategy.module,
                 self.speech_model,
                 Corpus(index.tokens, index.source, names, references, rated if judges else None),
@@ -387,10 +393,14 @@ class Evaluation:
                 strategy.autocast,
                 final,
                 predictions=predictions,
-                synced=traits_of(self.config.parallel.strategy).synced and whole is not True,
+                synced=synced,
                 seen=seen,
                 tell=tell,
             )
+            if final and self.data.hear is not None:
+                folder = None if predictions is None else spoken_of(predictions)
+                found |= self.data.hear(self, synced, folder, seen, tell)
+        return found
 
 
 @dataclass

@@ -119,6 +119,13 @@ def _run(config: Config) -> list[Mistake]:
             "evaluate.workers",
             "only evaluate.beside has workers that evaluate; set that, or leave it out",
         )
+    asked = next((key for key in ("asr", "speakers") if getattr(config.evaluate, key)), None)
+    if asked and not (config.data.eval and config.evaluate.generate):
+        why = "no source" if config.evaluate.generate else "sources, but evaluate.generate is false"
+        found.add(
+            f"evaluate.{asked}",
+            f"nothing is spoken: data.eval names {why}; change that, or leave this key out",
+        )
     if config.evaluate.metrics.get("tts"):
         found.add(
             "evaluate.metrics.tts",

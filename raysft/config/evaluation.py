@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from raysft.config.marks import Free, OneOf, PathKey, one_of
+from raysft.config.prepare import Speakers
 from raysft.config.section import Section
 from raysft.scorers import by_task, text_figures
 
@@ -66,6 +67,19 @@ class Evaluate(Section):
         description="whisper_english: a JSON file {british: american, ...} of spellings made equal",
     )
 
+    asr: Free[Annotated[str | None, PathKey("model")]] = Field(
+        None,
+        description="a run that transcribes, an exported folder or a hub id: at the end, what the "
+        "model speaks of data.eval is heard by it, and WER and CER of that are measured, and of "
+        "the real clips by way of the same vocoder",
+    )
+    speakers: Free[Speakers | None] = Field(
+        None, description="what tells who speaks: how alike what is spoken is to the real clip"
+    )
+    speak_examples: Free[PositiveInt] = Field(
+        40, description="examples of each task that are spoken for these, evenly over data.eval"
+    )
+
     @field_validator("bleu_tokenize", mode="plain")
     @classmethod
     def _known_words(cls, value: Any) -> str | dict[str, str]:
@@ -74,6 +88,11 @@ class Evaluate(Section):
             known = one_of([repr(name) for name in _BLEU_WORDS])
             raise ValueError(f"{known}, or one of them by source")
         return value
+
+    @property
+    def speaks(self) -> bool:
+        """Whether what a model speaks is measured."""
+        return self.asr is not None or self.speakers is not None
 
     @property
     def apart(self) -> int:

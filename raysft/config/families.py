@@ -36,6 +36,7 @@ class Family:
     every_causal_lm: whether it takes all types of AutoModelForCausalLM as well.
     hears: whether its models read audio as it is.
     writes: whether they read and write text: others have no tokenizer.
+    speaks: whether they speak mel spectrograms (`Encoder.sounds`).
     alone: whether no other family may take its types, though AutoModelForCausalLM has them: as
         half a model.
     parts: their modules beside the language model, which is quantised without them.
@@ -52,6 +53,7 @@ class Family:
     every_causal_lm: bool = False
     hears: bool = False
     writes: bool = True
+    speaks: bool = False
     alone: bool = False
     parts: tuple[str, ...] = ()
     refused_types: Mapping[str, str] = field(default_factory=dict)
@@ -234,6 +236,7 @@ register(
         types={"raysft_patch_lm": "raysft.families.patch_lm.net:PatchLMForCausalLM"},
         every_causal_lm=True,
         hears=True,
+        speaks=True,
         alone=True,
         parts=("pooling", "flow_head", "stop_head"),
         refused_keys={
@@ -296,6 +299,7 @@ register(
         model="raysft.families.flow_decoder.model",
         types={"raysft_flow_decoder": "raysft.families.flow_decoder.net:FlowDecoder"},
         writes=False,
+        speaks=True,
         alone=True,
         refused_keys={
             **dict.fromkeys(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from raysft.parallel import World
-    from raysft.worker import Data, Read
+    from raysft.worker import Data, Hear, Read
 
 Progress = Callable[[JsonObject], None]
 
@@ -111,6 +111,7 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
         encoder=ray.get(settings["encoder"]),
         read_train=reader("train", config.data.budget, config.run.seed),
         read_eval=reader("eval", config.evaluate.tokens_per_batch, None),
+        hear=_hear(config),
     )
     names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
     nodes = sorted(set(world.gather(names[here])))
@@ -148,6 +149,14 @@ def _train_or_evaluate(settings: Settings, monitor: ActorHandle) -> None:
         train(job)
     finally:
         orphaned.close()
+
+
+def _hear(config: Config) -> Hear | None:
+    if not config.evaluate.speaks:
+        return None
+    from raysft.hearing.run import hear
+
+    return hear
 
 
 def _evaluate(

@@ -317,7 +317,7 @@ def _evaluation_due(config: Config, folder: Path, step: int, index: Index | None
         return False
     done = Evaluations.load(folder)
     if index is not None:
-        return not done.known(step, Measure.taken(index, config.evaluate, final=True))
+        return not done.known(step, Measure.taken(index, config.evaluate, True, config.speak))
     return not any(item.step == step and item.whole for item in done.items)
 
 

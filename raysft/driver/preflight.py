@@ -40,9 +40,11 @@ from raysft.data.plan.shares import explained, hours_of
 from raysft.data.quarantine import OVER_BUDGET, kind_of
 from raysft.data.quarantine import summary as quarantined
 from raysft.driver import pools
+from raysft.driver.metrics import tell_of_metrics
 from raysft.driver.session import check_kept
 from raysft.driver.unknown import unknown_text
 from raysft.errors import BadExample, UserError
+from raysft.hearing import check as hearing
 from raysft.json_types import JsonObject
 from raysft.loggers import check as loggers
 from raysft.run import epochs, plans
@@ -51,7 +53,7 @@ from raysft.run.evaluations import choose, is_given, metrics_of
 from raysft.run.folder import check_run, read_config, resolve, run_folder
 from raysft.run.ownership import ANYONE, Permit, refuse_held
 from raysft.run.storage import write_whole
-from raysft.scorers import bleu, figures_of
+from raysft.scorers import bleu
 from raysft.scorers.normalize import read_spelling
 
 log = logging.getLogger(__name__)
@@ -165,6 +167,7 @@ def check_export(run: Path, out: Path, step: str) -> None:
 
 
 def _check_evaluation_data(config: Config) -> None:
+    hearing.check(config)
     sources.resolve_all(config.data.eval, "eval")
     if config.evaluate.spelling is not None:
         read_spelling(config.evaluate.spelling)
@@ -277,6 +280,7 @@ def read_eval(config: Config, run: Path, folder: Path, say: Say = silent) -> tup
     require_template(run)
     encoder = make_encoder(config.model, config.data, run)
     encoder.limits = Limits.of(config.data, folder)
+    hearing.check_tools(config, encoder)
     _prove(config, encoder)
     return encoder, _index(config, "eval", encoder, say)
 
@@ -306,6 +310,7 @@ def read_train(
         speech_tokens.fit_or_load(units, folder, clips_of(config), config.run.seed)
     say("loading the tokenizer")
     encoder = make_encoder(config.model, config.data, folder)
+    hearing.check_tools(config, encoder)
     permit.require()
     _keep_template(encoder, folder)
     say("proving that batches are exact for this model")
@@ -356,44 +361,15 @@ def _index(config: Config, split: Literal["train", "eval"], encoder: Encoder, sa
     languages = temperature is not None and temperature.by == "lang"
     cache = _cache(config)
     index = build_index(given, split, encoder, cache, most=most, stages=stages, languages=languages)
+    if split == "eval":
+        hearing.check_data(config, index)
     if not encoder.writes:
         return index
     for line in unknown_text(encoder, index):
         log.warning("data.%s: %s", split, line)
     if split == "eval":
-        _tell_of_metrics(config, index, say)
+        tell_of_metrics(config, index, say)
     return index
-
-
-def _tell_of_metrics(config: Config, index: Index, say: Say) -> None:
-    """Which examples are not answered, for nothing would compare their answers; and tasks in
-    evaluate.metrics that no example has."""
-    metrics = config.evaluate.metrics
-    counts = np.bincount(index.task, minlength=len(index.tasks)).tolist()
-    found = {task: count for task, count in zip(index.tasks, counts) if count}
-    silent = {task: count for task, count in found.items() if not figures_of(task, metrics)}
-    silent.pop("tts", None)  # its answers are speech: there is no metric to name
-    if config.evaluate.generate and silent:
-        tasks = ", ".join(f"{count:,} of {task}" for task, count in silent.items())
-        say(
-            f"data.eval: examples without a metric are not answered, only their loss is measured: "
-            f"{tasks} (evaluate.metrics: {{{next(iter(silent))}: [...]}} names one)"
-        )
-    for task in metrics:
-        if task not in found:
-            log.warning(
-                "evaluate.metrics.%s: no example of data.eval is of this task; there are %s",
-                task,
-                ", ".join(found) or "none",
-            )
-    words, names = config.evaluate.bleu_tokenize, [source.name for source in index.sources]
-    for name in () if isinstance(words, str) else words:
-        if name not in names:
-            log.warning(
-                "evaluate.bleu_tokenize.%s: no source of data.eval has this name; there are %s",
-                name,
-                ", ".join(names),
-            )
 
 
 def _keep_template(encoder: Encoder, folder: Path) -> None:

@@ -17,6 +17,7 @@ from raysft.data.clips.audio import Limits, load
 from raysft.data.example import Audio
 from raysft.data.quarantine import kind_of_line
 from raysft.errors import BadExample, UserError
+from raysft.hearing import samples
 from raysft.json_types import JsonObject
 from raysft.run.answers import KINDS, clips_of, compared
 from raysft.run.evaluations import predictions_of
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 RATE = 16_000  # Hz, of clips that the page cannot have as they are
 POINTS = 1500  # of a curve
 EXAMPLES = 24
+SPOKEN = 12
+MEASURED = (
+    *("wer", "wer_bound", "distortion", "distortion_bound", "similarity", "similarity_bound"),
+)
 CLIP_BYTES = 400_000  # of a file that is put into the page as it is
 CLIP_S = 60.0  # of one that is decoded
 PLAYED = {
@@ -80,6 +85,7 @@ def of_run(folder: Path, examples: bool = True) -> JsonObject:
         "events": _events(folder),
         "quarantine": quarantine(folder),
         "examples": _examples(folder, [e["step"] for e in evaluations]) if examples else [],
+        "spoken": _spoken(folder) if examples else [],
         "experts": _experts(folder),
         "seconds": _number(float(sum(line.get("seconds", 0.0) for line in metrics))),
     }
@@ -196,6 +202,44 @@ def _examples(folder: Path, steps: Sequence[int]) -> list[JsonObject]:
         }
         for errors, parts, line in shown
     ]
+
+
+def _spoken(folder: Path) -> list[JsonObject]:
+    """What the run spoke last, half of these with most errors, the others as they come: what was
+    heard against what was to be said, and both waves as data URLs."""
+    there = samples.newest(folder)
+    lines = samples.read(there) if there is not None else []
+    order = sorted(range(len(lines)), key=lambda place: -lines[place].get("wer", 0.0))
+    half = SPOKEN // 2
+    shown = [lines[place] for place in [*order[:half], *sorted(order[half:])[:half]]]
+    return [
+        {
+            "id": line["id"],
+            "task": line["task"],
+            "parts": _parts(line),
+            "numbers": {key: _number(line[key]) for key in MEASURED if key in line},
+            "spoken": _flac(there / line["spoken"]),
+            "bound": _flac(there / line["bound"]),
+        }
+        for line in shown
+        if there is not None
+    ]
+
+
+def _parts(line: JsonObject) -> list[JsonObject]:
+    """What was heard against what was to be said; one of them alone, where the other is unknown."""
+    said, heard = line.get("reference"), line.get("heard")
+    if said is not None and heard is not None:
+        return compared(said, heard)[1]
+    alone = heard if said is None else said
+    return [{"kind": "equal", "said": alone, "heard": alone}] if alone else []
+
+
+def _flac(path: Path) -> str | None:
+    """A data URL; None for a wave that is too much for a page."""
+    if path.stat().st_size > CLIP_BYTES:
+        return None
+    return f"data:audio/flac;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _clips(folder: Path, ids: set[str]) -> dict[str, str]:

@@ -189,18 +189,40 @@ function examples(parent, run) {
     else if (name === "source") cell.textContent = row.source;
     else if (name === "words wrong") cell.textContent = row.errors;
     else if (name === "clip") { if (row.clip) make("audio", cell, { controls: "", preload: "metadata", src: row.clip }); }
-    else {
-      cell.className = "text";
-      for (const part of row.parts) {
-        const span = make("span", cell, { class: part.kind });
-        if (part.kind === "substitute") {
-          make("span", span, { class: "said" }, part.said);
-          span.append(" ");
-          make("span", span, { class: "heard" }, part.heard);
-        } else span.textContent = part.kind === "insert" ? part.heard : part.said;
-        cell.append(" ");
-      }
-    }
+    else differences(cell, row.parts);
+  });
+}
+
+function differences(cell, parts) {
+  cell.className = "text";
+  for (const part of parts) {
+    const span = make("span", cell, { class: part.kind });
+    if (part.kind === "substitute") {
+      make("span", span, { class: "said" }, part.said);
+      span.append(" ");
+      make("span", span, { class: "heard" }, part.heard);
+    } else span.textContent = part.kind === "insert" ? part.heard : part.said;
+    cell.append(" ");
+  }
+}
+
+function spoken(parent, run) {
+  if (!run.spoken.length) return;
+  make("h2", parent, {}, "What it spoke");
+  make("p", parent, { class: "note" },
+    "Newest evaluation that was heard: half of these are those with most errors. Struck out: to be said, not heard; coloured: heard, not to be said. In brackets and in the last column: the real clip by the same vocoder, which is the best that the model can do.");
+  const of = { wer: (value) => (100 * value).toFixed(1) + "%", distortion: (value) => value.toFixed(1) + " dB", similarity: (value) => value.toFixed(2) };
+  const columns = ["", "task", ...Object.keys(of).filter((key) => run.spoken.some((row) => key in row.numbers)), "to be said, and heard", "spoken", "real, same vocoder"];
+  table(parent, columns, run.spoken, (cell, row, name) => {
+    const player = (url) => { if (url) make("audio", cell, { controls: "", preload: "metadata", src: url }); };
+    if (name === "") cell.textContent = row.id;
+    else if (name === "task") cell.textContent = row.task;
+    else if (name === "spoken") player(row.spoken);
+    else if (name === "real, same vocoder") player(row.bound);
+    else if (name in of) {
+      const [own, bound] = [row.numbers[name], row.numbers[name + "_bound"]];
+      cell.textContent = own == null ? "" : of[name](own) + (bound == null ? "" : ` (${of[name](bound)})`);
+    } else differences(cell, row.parts);
   });
 }
 
@@ -211,6 +233,7 @@ function details(parent, run) {
     for (const one of run.experts) chart(box, heat(one), true);
   }
   examples(parent, run);
+  spoken(parent, run);
   if (run.quarantine.length) {
     make("h2", parent, {}, "Quarantine");
     table(parent, ["kind", "count", "first"], run.quarantine, (cell, row, name) => {

@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +26,7 @@ import numpy as np
 from raysft.config.checkpoint import Checkpoint
 from raysft.config.evaluation import Evaluate
 from raysft.config.schema import Config
+from raysft.config.speaking import Speak
 from raysft.data.index.table import Index
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
@@ -63,8 +66,11 @@ class Measure:
         return (data, self.rules) if signature is None else (data, self.rules, signature)
 
     @classmethod
-    def taken(cls, index: Index, settings: Evaluate, final: bool) -> Measure:
-        """Of an evaluation on `index`. final: of all examples, whatever evaluate.max_examples."""
+    def taken(
+        cls, index: Index, settings: Evaluate, final: bool, speak: Speak | None = None
+    ) -> Measure:
+        """Of an evaluation on `index`. final: of all examples, whatever evaluate.max_examples, and
+        of what the model speaks, as `speak` says."""
         counts = np.bincount(index.source, minlength=len(index.sources)).tolist()
         found = {}
         for number, (source, count) in enumerate(zip(index.described, counts)):
@@ -76,6 +82,9 @@ class Measure:
         facts = [_RULES, *(getattr(settings, key) for key in _DECIDING)]
         if settings.metrics:  # only then: the rules of a run from before there was this key stay
             facts.append(settings.metrics)
+        if settings.speaks and final and speak is not None:
+            told = settings.model_dump(include={"asr", "speakers", "speak_examples"})
+            facts.append([told, speak.model_dump()])
         rules = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         return cls(found, rules, _signatures(index, settings))
 
@@ -162,12 +171,31 @@ def predictions_of(run: Path, step: int, draft: str = "") -> Path:
     return run / "predictions" / (f".{draft}.{name}" if draft else name)
 
 
+def spoken_of(predictions: Path) -> Path:
+    """The folder of what was spoken in the evaluation whose answers are in this file."""
+    return predictions.with_suffix(".spoken")
+
+
 def clear_drafts(run: Path, owner: str) -> None:
-    """Delete what is not finished of `predictions_of`, of all owners but the one whose drafts begin
-    so."""
-    for draft in (run / "predictions").glob(".*.jsonl"):
-        if not draft.name.startswith(f".{owner}"):
+    """Delete what is not finished of `predictions_of` and `spoken_of`, of all owners but the one
+    whose drafts begin so."""
+    for draft in (run / "predictions").glob(".*"):
+        if draft.name.startswith(f".{owner}"):
+            continue
+        if draft.suffix == ".jsonl":
             draft.unlink(missing_ok=True)
+        elif draft.suffix == ".spoken":
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def place_answers(run: Path, draft: Path, step: int) -> None:
+    """Make a draft of what was answered at `step`, and of what was spoken, that of the run."""
+    target = predictions_of(run, step)
+    if draft.exists():
+        os.replace(draft, target)
+    if spoken_of(draft).exists():
+        shutil.rmtree(spoken_of(target), ignore_errors=True)
+        os.replace(spoken_of(draft), spoken_of(target))
 
 
 def due(every: int, step: int, total: int) -> bool:
@@ -207,8 +235,13 @@ def table(line: JsonObject) -> str:
         used, there = sources[source]["examples"], sources[source]["of"]
         return f"{there:,}" if used == there else f"{used:,} of {there:,}"
 
+    spoken = {n.partition("/")[2] for n in found if n.startswith("spoken/")}
+
+    def of_task(name: str) -> bool:
+        return of_losses(name) or name.partition("/")[2] in spoken
+
     for title, by_task in (("source", False), ("task", True)):
-        mine = {n: v for n, v in found.items() if of_losses(n) == by_task}
+        mine = {n: v for n, v in found.items() if of_task(n) == by_task}
         kinds = list(dict.fromkeys(name.partition("/")[0] for name in mine))
         names = list(dict.fromkeys(name.partition("/")[2] for name in mine))
         rows = [[title, *kinds]] if mine else []

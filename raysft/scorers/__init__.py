@@ -12,13 +12,15 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 
 from raysft.errors import UserError
-from raysft.scorers.base import Answer, Figure, Loss, Scorer, Sums, added
+from raysft.scorers.base import SPEAKING, Answer, Figure, Loss, Scorer, Spoken, Sums, added
 
 __all__ = [
+    "SPEAKING",
     "Answer",
     "Figure",
     "Loss",
     "Scorer",
+    "Spoken",
     "Sums",
     "added",
     "by_task",

@@ -10,7 +10,8 @@ from raysft.scorers.rated import Rated
 
 CROSS_ENTROPY = "cross_entropy"  # the term of a loss that perplexity is of
 
-Wants = Literal["text", "losses"]
+Wants = Literal["text", "losses", "speech"]
+SPEAKING = ("tts", "edit", "flow")  # tasks whose answers are speech
 Better = Literal["min", "max"]
 Sums = dict[str, Any]  # by name; values add up with +, over parts of a corpus and over workers
 
@@ -79,14 +80,36 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Spoken:
+    """What a scorer of speech is given: an example as the model spoke it, and, as its bound, its
+    real clip by way of the same mel and vocoder.
+
+    reference: what is said in it; None where nothing says so. heard: by `evaluate.asr`; None where
+    there is none. distortion: in dB, of the real clip. similarity: cosine with the real clip's
+    speaker; None where nothing tells speakers apart (`evaluate.speakers`).
+    """
+
+    id: str
+    task: str
+    reference: str | None
+    heard: str | None
+    heard_bound: str | None
+    distortion: float
+    distortion_bound: float
+    similarity: float | None = None
+    similarity_bound: float | None = None
+
+
+@dataclass(frozen=True)
 class Scorer:
     """One kind of measurement of an evaluation. Needs no torch, jiwer or sacrebleu to be made.
 
     figures: those it can give.
-    count: of some `Answer`s of a source, or `Loss`es of a task, never none of them: their sums.
+    count: of some `Answer`s of a source, `Loss`es or `Spoken`s of a task, never none: their sums.
         Called on the worker that has them.
     result: figures by name, of the sums of all workers; what cannot be divided is left out.
-    wants: text: what the model generates, by source; losses: those of right answers, by task.
+    wants: text: what the model generates, by source; losses: those of right answers, by task;
+        speech: what it speaks, by task, where `evaluate` asks for that.
     tasks: of the examples whose texts are wanted, where `evaluate.metrics` does not name the task.
     only: tasks whose losses are wanted; (): of all.
     signature: how its figures of a source are made, where they mean little without; eval.jsonl has

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raysft.scorers.base import Figure, Scorer, Sums
+from raysft.scorers.base import SPEAKING, Figure, Scorer, Sums
 from raysft.scorers.losses import count, means_of
 
 TERMS = {"flow": ("flow",), "stop": ("stop", "goes_on")}
@@ -24,5 +24,5 @@ SCORER = Scorer(
     count,
     _result,
     wants="losses",
-    only=("tts", "edit", "flow"),
+    only=SPEAKING,
 )

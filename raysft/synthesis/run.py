@@ -123,7 +123,7 @@ class Utterances:
             else:
                 prompts[place] = prompt
         seeds = [seed_of(asked[place].id, self._settings.seed) for place in prompts]
-        with torch.inference_mode(), self._speaking.autocast():
+        with torch.no_grad(), self._speaking.autocast():  # shards may be gathered here
             model = self._speaking.speech_model
             frames = model.speak(list(prompts.values()), seeds, self._settings)
         for place, spoken in zip(prompts, frames, strict=True):
@@ -210,7 +210,7 @@ def _prompt(answering: Answering, example: Example) -> Encoded | BadExample:
         clips = []
         if rate is not None:
             clips = [decode(clip, rate, encoder.limits) for clip in heard(example)]
-        return encoder.prompt(example, clips)
+        return encoder.speaking(example, clips)
     except BadExample as error:
         return error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,13 @@ import torch
 from raysft.config.schedule import asked
 from raysft.json_types import JsonObject
 from raysft.run.catalogue import Saved
-from raysft.run.evaluations import Evaluation, is_given, predictions_of, progress_of
+from raysft.run.evaluations import (
+    Evaluation,
+    is_given,
+    place_answers,
+    predictions_of,
+    progress_of,
+)
 from raysft.run.ownership import Permit
 from raysft.train.checkpoint import Saver, load_weights
 from raysft.train.clock import Clock
@@ -194,8 +199,8 @@ class Keeper:
         """predictions: a file that is to be that of this evaluation, where it is there."""
         self.record.require()  # a worker that was frozen meanwhile may own nothing any more
         best, main = self.job.config.checkpoint.best, self.job.world.is_main
-        if main and predictions is not None and predictions.exists():
-            os.replace(predictions, predictions_of(self.job.folder, found.step))
+        if main and predictions is not None:
+            place_answers(self.job.folder, predictions, found.step)
         if best is not None and not is_given(best, found.figures) and main:
             self._warn(found.step, f"checkpoint.best: {best} is in no figure of this evaluation")
         self.record.evaluation(found, checkpoint)

@@ -10,6 +10,7 @@ import torch
 from raysft import worker
 from raysft.config import Config
 from raysft.driver.preflight import prepare
+from raysft.hearing.run import hear
 from raysft.parallel import World
 from raysft.run.folder import write_config
 from raysft.run.lines import read_lines
@@ -31,6 +32,7 @@ def run(folder: Path, **sections: dict[str, Any]) -> Path:
     write_config(config, place)
     prepared = prepare(config, place)
     data = worker.Data.in_process(config, prepared.encoder, place, prepared.train, prepared.eval)
+    data.hear = hear if config.evaluate.speaks else None
     train(worker.build_job(config, place, World.current(), data, prepared.total_steps, None))
     return place
 

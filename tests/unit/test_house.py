@@ -30,6 +30,7 @@ ROOMS = (
         "export",
         "transcribe",
         "synthesis",
+        "hearing",
         "reread",
         "cli",
         "progress",

@@ -316,6 +316,11 @@ class Encoder(ABC):
         parts = [self._encoded(segment, rest, None, answer=False) for segment in segments]
         return self._joined(example, parts, [False] * len(parts))
 
+    def speaking(self, example: Example, clips: Items[np.ndarray]) -> Sequence:
+        """As `prompt`, up to where speech begins: behind what is written before it, where the
+        example has that."""
+        return self.prompt(example, clips)
+
     def _length(self, segment: Segment, samples: Iterator[int], answer: bool, factor: float) -> int:
         if isinstance(segment, np.ndarray):
             return len(segment)

@@ -4,7 +4,8 @@
 
 The clip's path is `wav`, `wav_path`, `audio_path` or `path`; a relative one begins at the folder of
 the file. `speech_token` may be left out where data.speech_tokens makes them, and `spk_embedding`
-(or `utt_embedding`) where the model reads none. `text` and `speaker` are notes.
+(or `utt_embedding`) where the model reads none. `speaker` is a note, and `text`, which is what the
+clip says, is for evaluation alone (`evaluate.asr`).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class FlowJsonl(json_lines.JsonLines):
         refuse_unread(record, READ, clip=given)
         voice = next((name for name in VOICES if record.get(name)), VOICES[0])
         name = id_field({"id": record.get("id", record.get("utt"))}, file, line)
-        speaker = record.get("speaker", record.get("spk"))
+        speaker, text = record.get("speaker", record.get("spk")), record.get("text")
         return sounding(
             name,
             Audio(path),
@@ -65,6 +66,7 @@ class FlowJsonl(json_lines.JsonLines):
             values(record, voice),
             task,
             speaker if isinstance(speaker, str) else None,
+            text if isinstance(text, str) and text.strip() else None,
         )
 
 

@@ -116,14 +116,15 @@ class Layout(json_lines.JsonLines):
         refuse_fault(record)
         speaker, text = record.get("speaker"), record.get("text")
         speaker = speaker if isinstance(speaker, str) else None
+        text = text if isinstance(text, str) else ""
         try:
             name, language = id_field(record, file, line), language_of(record, (LANGUAGE,))
             clips = [_clip(clip, file) for clip in record.get("audio") or []]
             if FLOW in record:
-                found = of_listed(name, clips, record[FLOW], task, speaker)
+                found = of_listed(name, clips, record[FLOW], task, speaker, text or None)
                 return replace(found, language=language)
-            said, own = text if isinstance(text, str) else "", task or record.get("task")
-            return transcript(name, clips, said, own, speaker, self.tags, language)
+            own = task or record.get("task")
+            return transcript(name, clips, text, own, speaker, self.tags, language)
         except BadExample as error:
             raise BadExample(f"{error}{at}", error.kind, record.get("id")) from None
 

@@ -29,10 +29,13 @@ def sounding(
     voice: Sequence[float],
     task: str | None,
     speaker: str | None = None,
+    text: str | None = None,
 ) -> Example:
-    """The example. Where there are no tokens they are to be made of the clip."""
+    """The example. Where there are no tokens they are to be made of the clip. text: what is said in
+    it, for evaluation alone."""
     said = (Units(tuple(tokens)),) if len(tokens) else ()
-    return Example(name, task or TASK, said, (clip,), speaker=speaker, voice=tuple(voice))
+    own = tuple(voice)
+    return Example(name, task or TASK, said, (clip,), text=text, speaker=speaker, voice=own)
 
 
 def told(tokens: Sequence[int] | None, voice: Sequence[float] | None) -> JsonObject:
@@ -43,7 +46,12 @@ def told(tokens: Sequence[int] | None, voice: Sequence[float] | None) -> JsonObj
 
 
 def of_listed(
-    name: str, clips: Sequence[Audio], record: JsonObject, task: str | None, speaker: str | None
+    name: str,
+    clips: Sequence[Audio],
+    record: JsonObject,
+    task: str | None,
+    speaker: str | None,
+    text: str | None,
 ) -> Example:
     """The example of a listed record. Raises BadExample."""
     if len(clips) != 1:
@@ -53,7 +61,8 @@ def of_listed(
         values = np.frombuffer(base64.b64decode(record["voice"], validate=True), "<f4")
     except (KeyError, ValueError, binascii.Error) as error:
         raise BadExample(f"is no record of a listing: {error}", "malformed record") from None
-    return sounding(name, clips[0], numbers(record, "tokens"), values.tolist(), task, speaker)
+    tokens = numbers(record, "tokens")
+    return sounding(name, clips[0], tokens, values.tolist(), task, speaker, text)
 
 
 def numbers(record: JsonObject, name: str) -> list[int]:

@@ -85,6 +85,13 @@ class PatchEncoder(Encoder):
         own = np.ascontiguousarray(frames[: count * self.patches.size], np.float32)
         return Encoded(ids, len(clip) / self.sample_rate, {LATENTS: own})
 
+    def speaking(self, example: Example, clips: Items[np.ndarray]) -> Sequence:
+        """See `Encoder.speaking`."""
+        rest = iter(enumerate(clips))
+        segments = self.template.speaking(example)
+        parts = [self._encoded(segment, rest, None, answer=False) for segment in segments]
+        return self._joined(example, parts, [False] * len(parts))
+
     def encode(
         self,
         example: Example,

@@ -108,6 +108,12 @@ class MingPrompt(HoldsTokenizer):
             return self._goes_on(example)
         return self._cut(example)[0]
 
+    def speaking(self, example: Example) -> list[Segment]:
+        """What stands before the clip that is spoken: what is given, and what is written before.
+        Raises as `render` does."""
+        given, learnt = self._cut(example)
+        return [*given, *learnt[:-1]]
+
     def answer_of(self, generated: str) -> str:
         """What is generated, as it is."""
         return generated

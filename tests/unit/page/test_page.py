@@ -3,6 +3,8 @@ all of it."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import yaml
 
 from raysft.config import load_config, to_yaml
 from raysft.errors import UserError
+from raysft.hearing import samples
 from raysft.library import report
 from raysft.page.build import NAME, shown_of
+from raysft.scorers import Spoken
 from tests.conftest import tone
 from tests.support.models import AUDIO
 
@@ -33,8 +38,6 @@ def lines(path: Path, found: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run as its files have it: 4000 steps, a restart, a mixture, 30 answers."""
-    import soundfile
-
     folder = tmp_path_factory.mktemp("page")
     clips = [
         {"task_type": "asr", "id": f"clip-{n}", "wav_path": "a.flac", "text": "one two"}
@@ -78,6 +81,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     answers[29] |= {"reference": WORST, "hypothesis": "one too three"}
     lines(run / "predictions" / f"step_{STEPS}.jsonl", answers)
+    wave = tone(0.3, 16000, 200)
+    said = [
+        samples.Sample(
+            Spoken(f"said-{n}", "tts", "one two", f"one two{' too' * n}", "one two", 6.0, 3.0),
+            samples.flac(wave, 16000),
+            samples.flac(wave / 2, 16000),
+            n / 2,
+            0.0,
+        )
+        for n in range(14)
+    ]
+    samples.write(run / "predictions" / f"step_{STEPS}.spoken", said)
     lines(run / "experts.jsonl", [{"tokens": {"all": [[3, 1], [2, 2]]}}] * 4)
     return run
 
@@ -97,6 +112,23 @@ def test_it_shows_what_the_run_has_written(run: Path) -> None:
     assert worst["id"] == "clip-29" and worst["errors"] == 2
     assert sorted(part["kind"] for part in worst["parts"]) == ["equal", "insert", "substitute"]
     assert all(one["clip"].startswith("data:audio/flac;base64,") for one in shown["examples"])
+
+
+def test_it_plays_what_was_spoken_beside_the_real_clip(run: Path) -> None:
+    (shown,) = shown_of([run])["runs"]
+    said = [one["id"] for one in shown["spoken"]]
+    assert said == [f"said-{n}" for n in (13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5)]
+    worst = shown["spoken"][0]
+    assert worst["numbers"]["wer"] == 6.5 and worst["numbers"]["distortion_bound"] == 3.0
+    assert "similarity" not in worst["numbers"]
+    assert worst["parts"] == [
+        {"kind": "equal", "said": "one two", "heard": "one two"},
+        {"kind": "insert", "said": "", "heard": " ".join(["too"] * 13)},
+    ]
+    for name in ("spoken", "bound"):
+        head, _, data = worst[name].partition(",")
+        wave, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
+        assert head == "data:audio/flac;base64" and rate == 16000 and len(wave) == 0.3 * rate
 
 
 def test_the_page_is_one_file_that_asks_nothing_of_any_host(run: Path) -> None:
@@ -143,7 +175,9 @@ SEEN = """
     .map((row) => [...row.children].map((cell) => cell.textContent));
   const tell = () => {
     document.body.dataset.seen = JSON.stringify({
-      inked, orders, errors, table, seconds: audio ? audio.duration : null,
+      inked, orders, errors, table, players: document.querySelectorAll("audio[src]").length,
+      heads: [...document.querySelectorAll("h2")].map((head) => head.textContent),
+      seconds: audio ? audio.duration : null,
       wide: document.documentElement.scrollWidth > innerWidth,
     });
   };
@@ -188,6 +222,7 @@ def test_a_browser_draws_every_chart_of_a_run_and_plays_its_clips(
     assert found["errors"] == [] and not found["wide"]
     assert len(found["inked"]) >= 8 and all(found["inked"])
     assert found["seconds"] == pytest.approx(0.7, abs=0.05)
+    assert "What it spoke" in found["heads"] and found["players"] == 24 + 2 * 12
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
