@@ -293,3 +293,20 @@ def test_data_without_anything_that_is_spoken_is_refused(folder: Path, asr: Path
     with pytest.raises(UserError, match=r"speak\.vocoder: no vocoder at"):
         speak = {"vocoder": str(folder / "nothing")}
         run(folder / "vocoder", data=data, evaluate=evaluate, speak=speak, **rest)
+
+
+# -- by the job, on workers ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_job_finds_the_same_with_any_workers(spoke: Path, strategy: str) -> None:
+    words = [f"parallel.strategy={strategy}", "parallel.workers=2"]
+    found = library.evaluate(spoke, words)
+    expected = figures(spoke)
+    for name, value in expected.items():
+        if name.endswith(("/tts", "/edit")):
+            assert found.evaluation[name] == pytest.approx(value, rel=0.05), name
+    there = newest(spoke)
+    assert there is not None and there == found.folder / "predictions.spoken"
+    assert [line["id"] for line in read(there)][:5] == ["p0", "p3", "p9", "p15", "p21"]
