@@ -47,8 +47,9 @@ def check(config: Config) -> None:
     family = model_family(config.model)
     if not family.speaks:
         raise UserError(
-            f"{KEY if settings.asr else OTHERS}: models of family {family.name} write text and do "
-            "not speak: leave it out (their answers are measured by evaluate.metrics)"
+            f"{KEY if settings.asr else OTHERS}: models of family {family.name} do not speak by "
+            "themselves, or are not heard yet: leave it out (what is written is measured by "
+            "evaluate.metrics)"
         )
     if settings.asr is not None:
         _check_asr(settings.asr)

@@ -111,6 +111,8 @@ class MingPrompt(HoldsTokenizer):
     def speaking(self, example: Example) -> list[Segment]:
         """What stands before the clip that is spoken: what is given, and what is written before.
         Raises as `render` does."""
+        if example.script == CLONE:
+            return self._goes_on(example)
         given, learnt = self._cut(example)
         return [*given, *learnt[:-1]]
 

@@ -298,7 +298,7 @@ def test_what_does_not_speak_and_speakers_that_are_none_are_refused(
     assert "evaluate.speakers.path" in said and "does not exist" in said
     said = refused(spoke, "evaluate.generate=false")
     assert "evaluate.asr: nothing is spoken" in said
-    with pytest.raises(UserError, match=r"evaluate\.asr: .*family causal_lm write text and do not"):
+    with pytest.raises(UserError, match=r"evaluate\.asr: .*family causal_lm do not speak"):
         from raysft.hearing.check import check
 
         check(Config.model_validate({"model": CAUSAL, "evaluate": {"asr": str(asr)}}))
