@@ -47,6 +47,7 @@ from raysft.config.combinations import contradictions
 from raysft.config.families import Family
 from raysft.config.schema import Config
 from raysft.data.encode import model_family
+from raysft.data.encode.families import model_type
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.models.base import SpeechModel
@@ -128,8 +129,25 @@ def check(config: Config, new_ids: Sequence[int] = (), total_steps: int = 0) -> 
         family, net = model_family(config.model), skeleton(config.model)
         if config.peft.method == "qlora":
             refuse_widths(net, family)
+        _refuse_new_parts(config, family, net)
         settings, names = _settings(config, net, family, new_ids, total_steps)
         find(config, settings, names, net, experts.matrices(config.peft, net))
+
+
+def _refuse_new_parts(config: Config, family: Family, net: PreTrainedModel) -> None:
+    """Raises UserError where the family gives parts of its own to a model that had none, and they
+    would stay as they were drawn."""
+    if config.model.path is None or config.peft.path is not None:
+        return  # all of it is drawn, or the adapter has them
+    if not family.every_causal_lm or model_type(config.model) in family.types:
+        return
+    own = [part for part in family.parts if hasattr(net, part)]
+    if lacking := [part for part in own if part not in config.peft.modules_to_save]:
+        raise UserError(
+            f"peft.modules_to_save: {', '.join(lacking)} are new to the model at model.path, and "
+            f"peft.method: {config.peft.method} would leave them as they are drawn: "
+            f"peft.modules_to_save: [{', '.join(own)}]"
+        )
 
 
 def add_adapters(speech_model: SpeechModel, config: Config, total_steps: int) -> PeftAdapters:

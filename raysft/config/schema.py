@@ -90,10 +90,12 @@ class Source(Section):
         "audio_{0..127}.tar means 128 of them",
     )
     columns: (
-        dict[Literal["audio", "text", "id", "speaker", "language", "start", "stop"], str] | None
+        dict[Literal["audio", "text", "id", "speaker", "language", "start", "stop", "latents"], str]
+        | None
     ) = Field(
         None,
-        description="table, parquet: which column holds what, as {audio: path, text: sentence}",
+        description="table, parquet: which column holds what, as {audio: path, text: sentence}; "
+        "parquet: latents instead of audio, for model.patches.column",
     )
     subset: str | None = Field(
         None, description="gigaspeech: whose segments are taken: XL, L, M, S, XS, DEV or TEST"

@@ -62,6 +62,7 @@ class Audio:
         messages call it, and its alone.
     held: where its file lies in another; the path is then what messages call it, as with bytes.
     measured: of its file, where that is written beside it: it is then not opened for its length.
+    latents: frames, and values of each, where the cell that holds it has latents of a clip.
     """
 
     path: str
@@ -72,6 +73,7 @@ class Audio:
     bytes: bytes | None = field(default=None, repr=False)
     held: Within | Cell | None = None
     measured: Measured | None = None
+    latents: tuple[int, int] | None = None
 
     @property
     def stored(self) -> str | None:
@@ -95,7 +97,7 @@ class Audio:
         """The same, whatever is stated of it."""
         if self.stated is None:
             return self
-        return Audio(self.path, None, self.start, self.stop, self.channel, self.bytes, self.held)
+        return replace(self, stated=None, measured=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,8 @@ def plan_of(model: schema.Model, net: PreTrainedModel, encoder: Encoder) -> Plan
     if wrong:  # refused with the config; not where a program makes one
         raise UserError(wrong[0].text)
     size = size_of(net, encoder)
-    kinds = tuple(_kind(group, groups, net, size, every, top_k) for group in groups)
+    audio = _audio_token(net, encoder)
+    kinds = tuple(_kind(group, groups, net, audio, size, every, top_k) for group in groups)
     plan = Plan(kinds, asked.softmax, asked.renormalize, asked.several)
     _check_experts(plan, net, every, scoring)
     if kept is not None:
@@ -161,10 +162,15 @@ def _standard(net: PreTrainedModel) -> tuple[Scoring, int, int]:
 
 
 def _kind(
-    group: Group, groups: list[Group], net: PreTrainedModel, size: int, every: int, top_k: int
+    group: Group,
+    groups: list[Group],
+    net: PreTrainedModel,
+    audio: int | None,
+    size: int,
+    every: int,
+    top_k: int,
 ) -> Kind:
-    """A group with its ids, of a vocabulary of `size`."""
-    audio = _audio_token(net.config)
+    """A group with its ids, of a vocabulary of `size`. audio: as `_audio_token`."""
     if any(other.ids == "audio" for other in groups) and audio is None:
         own = next(other for other in groups if other.ids == "audio")
         raise UserError(
@@ -206,8 +212,11 @@ def _ids(group: Group, audio: int | None) -> Sequence[Span]:
     return group.ids
 
 
-def _audio_token(config: PreTrainedConfig) -> int | None:
+def _audio_token(net: PreTrainedModel, encoder: Encoder) -> int | None:
     """The id at the positions of clips, of a model that hears."""
+    config = net.config
+    if encoder.audio_id is not None:
+        return encoder.audio_id
     parts = (config, getattr(config, "audio_config", None))
     found = (getattr(part, "audio_token_id", None) for part in parts)
     return next((token for token in found if token is not None), None)
@@ -267,7 +276,7 @@ def _cover(plan: Plan, net: PreTrainedModel, encoder: Encoder) -> None:
     tokenizer = encoder.tokenizer
     table = plan.table(size_of(net, encoder))
     needed = {"the end of an answer": [encoder.end_id], "a unit": list(encoder.new_ids)}
-    audio = _audio_token(net.config)
+    audio = _audio_token(net, encoder)
     needed["audio"] = [] if audio is None else [audio]
     own = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
     needed["a special token"] = [token for token in own if token is not None]

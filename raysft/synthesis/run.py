@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from raysft.config import Config
 from raysft.config.explain import mistakes
 from raysft.config.load import apply_override
-from raysft.config.mel import Mel
 from raysft.config.speaking import Speak
 from raysft.data import scripts
 from raysft.data.clips.audio import load as decode
@@ -23,7 +22,7 @@ from raysft.data.example import Sequence as Encoded
 from raysft.data.tokenizer import unit_pattern
 from raysft.errors import BadExample, UserError
 from raysft.synthesis.dialog import Replies, Reply
-from raysft.synthesis.vocoders import Vocoder, vocoder_of
+from raysft.synthesis.vocoders import GRIFFIN_LIM, Decoder, Raw, Vocoder, vocoder_of
 from raysft.synthesis.voices import Voices, heard
 from raysft.transcribe.model import Answering
 
@@ -34,20 +33,22 @@ SPOKEN = Audio("what is to be spoken")  # stands for a clip that is not there ye
 
 @dataclass(frozen=True)
 class Utterance:
-    """What was said, or in `error` why nothing was. wave: float32 [samples] at `rate`. heard: of a
-    dialog, what the user said, as the model heard it."""
+    """What was said, or in `error` why nothing was. wave: float32 [samples] at `rate`; of a model
+    that speaks latents which nothing makes waves of, `latents`: float32 [frames, width], `rate` of
+    them a second. heard: of a dialog, what the user said, as the model heard it."""
 
     id: str
     text: str
     wave: np.ndarray
-    rate: int
+    rate: float
     error: str = ""
     heard: str = ""
+    latents: np.ndarray | None = None
 
     @property
     def seconds(self) -> float:
         """How long it is."""
-        return len(self.wave) / self.rate
+        return len(self.wave if self.latents is None else self.latents) / self.rate
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,8 @@ class Utterances:
         decoder = decoder or answering.speaker
         self._speaking = answering if decoder is None else decoder
         self._settings = settings or answering.config.speak
-        self.mel = spoken_by(self._speaking)
+        self.vocoder = voice_of(self._speaking, self._settings.vocoder)
         self._units = None if decoder is None else _units_of(answering, decoder)
-        self.vocoder: Vocoder = vocoder_of(self._settings.vocoder, self.mel)
         self._voices = Voices(self._settings, answering.encoder.limits)
         self._replies: Replies | None = None
         self.failed = 0
@@ -127,7 +127,10 @@ class Utterances:
             model = self._speaking.speech_model
             frames = model.speak(list(prompts.values()), seeds, self._settings)
         for place, spoken in zip(prompts, frames, strict=True):
-            found[place] = replace(found[place], wave=self.vocoder(spoken))
+            if isinstance(self.vocoder, Raw):
+                found[place] = replace(found[place], latents=self.vocoder(spoken))
+            else:
+                found[place] = replace(found[place], wave=self.vocoder(spoken))
         return found
 
     def _prompts(self, asked: Sequence[Example]) -> list[tuple[Encoded | BadExample, Reply | None]]:
@@ -252,15 +255,27 @@ def settings_of(answering: Answering, overrides: Sequence[str]) -> Speak:
         raise UserError(first) from None
 
 
-def spoken_by(answering: Answering) -> Mel:
-    """The mel spectrograms that a model speaks. Raises UserError where it speaks none."""
-    mel = answering.encoder.sounds
-    if mel is None:
+def voice_of(answering: Answering, vocoder: str) -> Vocoder | Raw:
+    """What makes waves of what a model speaks: `speak.vocoder`, or the decoder of the codec whose
+    latents it speaks; where there is none, what gives latents as the data has them. Raises
+    UserError where it speaks nothing, or they do not go together."""
+    encoder = answering.encoder
+    if encoder.sounds is not None:
+        return vocoder_of(vocoder, encoder.sounds)
+    if encoder.waves is None and encoder.raw is None:
         raise UserError(
             f"{answering.name}: its model writes text and does not speak; name a run of a family "
             "that does (patch_lm, pair), or a flow decoder that speaks its units (--decoder)"
         )
-    return mel
+    if vocoder != GRIFFIN_LIM:
+        raise UserError(
+            f"speak.vocoder: {vocoder}, but {answering.name} speaks latents of a codec, whose own "
+            "decoder makes waves of them (model.patches.codec): leave it out"
+        )
+    if encoder.waves is not None:
+        return Decoder(encoder.waves, int(encoder.spoken_rate))
+    assert encoder.raw is not None
+    return Raw(encoder.raw, encoder.spoken_rate)
 
 
 def seed_of(name: str, seed: int) -> int:

@@ -8,6 +8,7 @@ Costs 0.15 s for a second of speech by Griffin-Lim on one core.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -105,6 +106,30 @@ class HubVocoder:
             return _within(self._net(logs).flatten().numpy())
         found = self._net(logs.unsqueeze(0), generator=torch.Generator().manual_seed(0))
         return _within(found.waveforms.flatten().numpy())
+
+
+class Decoder:
+    """A codec's own decoder."""
+
+    def __init__(self, waves: Callable[[np.ndarray], np.ndarray], rate: int) -> None:
+        """waves: float32 [frames, width] -> [samples] at `rate` Hz."""
+        self.waves, self.rate = waves, rate
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """See `Vocoder`; frames: [frames, width]."""
+        return _within(self.waves(frames))
+
+
+class Raw:
+    """No vocoder: latents as the data has them."""
+
+    def __init__(self, raw: Callable[[np.ndarray], np.ndarray], rate: float) -> None:
+        """raw: float32 [frames, width] -> the same. rate: frames a second."""
+        self.raw, self.rate = raw, rate
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """float32 [frames, width] -> the same, not normalised."""
+        return self.raw(frames).astype(np.float32)
 
 
 def _rate(name: str) -> int:

@@ -150,7 +150,8 @@ def _of_units(model: Model, folder: Path) -> Model:
 def _build(config: Config, run: Path) -> tuple[Encoder, SpeechModel]:
     encoder = make_encoder(config.model, config.data, run)
     # What training leaves out (silence, long clips) is transcribed as it is.
-    encoder.limits = Limits(read_timeout_s=config.data.read_timeout_s)
+    latents = encoder.limits.latents
+    encoder.limits = Limits(read_timeout_s=config.data.read_timeout_s, latents=latents)
     speech_model, _ = build_model(config, encoder, 0)
     learned = speech_model.verdict.learned
     encoder.limit(None if learned is None else learned - speech_model.virtual)

@@ -38,10 +38,10 @@ import soxr
 
 from raysft import patience, stores
 from raysft.config.schema import Data
-from raysft.data.clips import open_track
+from raysft.data.clips import cells, open_track
 from raysft.data.clips.cut import Shared, bounds, length, sample_at
 from raysft.data.clips.file import File, Piece, Track, decoding, resampled_length
-from raysft.data.example import Audio, Within
+from raysft.data.example import Audio, Cell, Within
 from raysft.errors import BadExample
 
 __all__ = [
@@ -66,6 +66,7 @@ class Limits:
     """Which clips are used, and how long reading one may take: the keys of `data` of these names.
 
     stalled: folder that remembers clips whose read did not return; None: nothing does.
+    latents: values a second of latents that are read instead of clips; 0: clips are read.
     """
 
     min_seconds: float = SHORTEST_S
@@ -73,6 +74,7 @@ class Limits:
     silence_db: float | None = None
     read_timeout_s: float = 60.0
     stalled: str | None = None
+    latents: int = 0
 
     @classmethod
     def of(cls, data: Data, run_folder: Path | None = None) -> Limits:
@@ -110,6 +112,10 @@ def probe(clip: Audio | str, limits: Limits = Limits()) -> Probed:
     if clip.part:
         return part_of(clip, probe(clip.file, ANY), limits)
     size, mtime_ns = _status(clip)
+    if clip.latents is not None:
+        rate = _latent_rate(clip, limits)
+        _check_length(clip.path, math.prod(clip.latents), rate, limits)
+        return Probed(math.prod(clip.latents), rate, size, mtime_ns, 1)
     if (known := clip.measured) is not None:
         _check_length(clip.path, known.samples, known.rate, limits)
         return Probed(known.samples, known.rate, size, mtime_ns, known.channels)
@@ -152,6 +158,8 @@ def load(
     """
     clip = _clip(clip)
     path, state = clip.path, _status(clip, indexed)
+    if clip.latents is not None:
+        return _latents(clip, _latent_rate(clip, limits), limits)
     of_file = ANY if clip.part else limits
     # A part may be little of its file, which is then not read whole for it.
     with (
@@ -175,6 +183,29 @@ def load(
             "silent",
         )
     return resample(samples, own_rate, rate)
+
+
+def _latent_rate(clip: Audio, limits: Limits) -> int:
+    """Raises BadExample where clips are read, and no latents."""
+    if not limits.latents:
+        raise BadExample(f"{clip.path}: holds latents, and this model reads clips", "not audio")
+    return limits.latents
+
+
+def _latents(clip: Audio, rate: int, limits: Limits) -> np.ndarray:
+    """The values of a cell of latents, frame by frame: float32 [frames * width]."""
+    assert clip.latents is not None and isinstance(clip.held, Cell)
+    found = np.frombuffer(cells.read(clip.held), "<f4")
+    if len(found) != math.prod(clip.latents):
+        raise BadExample(
+            f"{clip.path}: holds {len(found)} values, and {math.prod(clip.latents)} when it was "
+            "indexed: was the file replaced? A new run measures it again",
+            "longer than indexed",
+        )
+    _check_length(clip.path, len(found), rate, limits)
+    if not np.isfinite(found).all():
+        raise BadExample(f"{clip.path}: has NaN or infinite values", "NaN or infinite")
+    return found
 
 
 def _whole(clip: Audio, file: File, track: Track, most_seconds: float) -> np.ndarray:

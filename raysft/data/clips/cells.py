@@ -1,6 +1,7 @@
 """Clips in cells of Parquet: read by groups of rows, as Parquet lets them be read.
 
-Stands under clips/file.py. A cell is in a page that is compressed together with its neighbours', so
+Stands under clips/file.py; cells of latents, lists of frames, are read as their float32 values, one
+after the other. A cell is in a page that is compressed together with its neighbours', so
 that a group of rows is decoded for it; what was decoded last is kept, for neighbours are read one
 after the other. Shards that raysft writes need none of this: see sources/shards.py.
 """
@@ -10,10 +11,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from raysft import stores
 from raysft.data.example import Cell
 from raysft.errors import BadExample, first_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 KEPT = 1 << 28  # bytes of columns that are kept
 
@@ -61,7 +66,17 @@ def _read_column(cell: Cell) -> list[bytes | None]:
     column = table.column(0)
     if pa.types.is_struct(column.type):  # of the name there may be dots in its own
         column = pc.struct_field(column, cell.column.rpartition(".")[2])
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return [_values(cell) for cell in column]
     return column.to_pylist()
+
+
+def _values(cell: pa.Scalar) -> bytes | None:
+    """A list of frames. Whoever listed it has seen that all have as many values."""
+    if not cell.is_valid:
+        return None
+    flat = cell.values.flatten()  # of this row alone
+    return flat.to_numpy(zero_copy_only=False).astype("<f4").tobytes()
 
 
 def _size(column: list[bytes | None]) -> int:

@@ -6,6 +6,7 @@ Stands between `audio` and the micro-batches; one module a model family (see `En
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -52,7 +53,8 @@ def make_encoder(model: Model, data: Data, run_folder: str | Path) -> Encoder:
     looked for there (`data.clips.recordings.FILE`). Raises UserError.
     """
     encoder = _encoder(model, data, Path(run_folder))
-    encoder.limits = Limits.of(data, Path(run_folder))
+    limits = Limits.of(data, Path(run_folder))
+    encoder.limits = replace(limits, latents=encoder.latents_per_second)
     encoder.augment = Augmentation.of(data, Path(run_folder))
     if encoder.augment is not None:
         _check_heard(encoder, encoder.augment)

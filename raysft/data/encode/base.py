@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,13 +28,19 @@ from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import Audio, Example, Sequence, Units
 from raysft.data.text import Rendered, Segment
-from raysft.errors import BadExample
+from raysft.errors import BadExample, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VERSION = 2  # of the encoding: raise it when ids or lengths change with the same config
 EXCESS = 0.02  # share by which an example may be longer than it was measured
+_WRONG_KIND = {
+    False: "holds latents (columns: {latents: NAME}), and this model reads clips: set "
+    "model.patches.column for a patch_lm that learns them, or name a column of audio",
+    True: "holds a clip, and model.patches.column reads latents: name their column in the entry, "
+    "columns: {latents: NAME}",
+}
 IGNORED = -100  # label of positions that are not learnt
 
 
@@ -111,10 +117,15 @@ class Encoder(ABC):
     units: which unit tokens are used and which are new, in words; "" where there are none.
     writes: whether its model reads and writes text: else it has no tokenizer.
     says_language: whether the answer of an asr example begins with its lang.
+    audio_id: the id at the positions of clips, where its model's config does not say it.
     kinds: of a mixture whose experts are for kinds of tokens: of each token id, -1 where of none.
     augment: how clips are varied in training; None: they are not.
     spectrogram: where a clip's features are among its arrays; None: the model reads none.
-    sounds: the log-mel that its model speaks; None: it writes text.
+    sounds: the log-mel that its model speaks; None: it writes text, or speaks otherwise.
+    latents_per_second: values of latents that it reads instead of clips; 0: it reads clips.
+    waves: makes waves [samples] at spoken_rate Hz of the frames [frames, width] that its model
+        speaks, where those are no log-mel. raw: makes such frames what the data has of them,
+        spoken_rate a second, where nothing makes waves of them.
     speaker: of the model in it that sounds the units it writes; None: there is none.
     """
 
@@ -128,11 +139,16 @@ class Encoder(ABC):
     units: str = ""
     writes: bool = True
     says_language: bool = True
+    audio_id: int | None = None
     kinds: np.ndarray | None = None
     augment: Augmentation | None = None
     spectrogram: Spectrogram | None = None
     sounds: Mel | None = None
     speaker: Encoder | None = None
+    latents_per_second: int = 0
+    waves: Callable[[np.ndarray], np.ndarray] | None = None
+    spoken_rate: float = 0.0
+    raw: Callable[[np.ndarray], np.ndarray] | None = None
     _slower: tuple[float, ...] = ()  # factors of speed with which examples are measured
 
     @property
@@ -326,6 +342,7 @@ class Encoder(ABC):
             return len(segment)
         if isinstance(segment, Units):
             return self.part_length(segment, 0, answer)
+        self._check_latents(segment)
         count = next(samples, 0)  # 0: nothing was measured, for this encoder takes no clips
         if factor != 1 and not answer:
             count = length_at(count, factor)
@@ -351,6 +368,8 @@ class Encoder(ABC):
             clip = varied.by.varied(clip, rate, varied.rng, number, factors, self.limits)
         if clip is not None:
             self._check_length(len(clip))
+        if isinstance(segment, Audio):
+            self._check_latents(segment)
         self.part_length(segment, 0 if clip is None else len(clip), answer)  # for its refusals
         found = self.part_encoded(segment, clip, rng)
         self._check_kinds(found.ids)
@@ -359,6 +378,11 @@ class Encoder(ABC):
             arrays = varied.by.masked(found.arrays, where, len(clip), varied.rng, number)
             found = replace(found, arrays=arrays)
         return found
+
+    def _check_latents(self, clip: Audio) -> None:
+        """Raises UserError for latents where clips are read, and the other way round."""
+        if (clip.latents is not None) != bool(self.latents_per_second):
+            raise UserError(_WRONG_KIND[bool(self.latents_per_second)])
 
     def _check_most(self, samples: int, most: float | None) -> None:
         """Raises BadExample for a clip of more samples than `most`, which the model reads at most;

@@ -10,7 +10,8 @@ other. A record of a listing:
 
 CLIP: a path, relative ones from the folder of what was listed; or an object with `path` and, where
 they are meant, `start`, `stop` (seconds), `channel`, `seconds` (that it is said to have), `within`
-[file, offset, size], or `cell` [file, row group, row, column]; `measured`: [samples, Hz, channels].
+[file, offset, size], or `cell` [file, row group, row, column]; `measured`: [samples, Hz, channels];
+`latents`: [frames, values of each] where the cell holds latents.
 """
 
 from __future__ import annotations
@@ -213,6 +214,7 @@ def _clip(clip: Json, file: Path) -> Audio:
         clip.get("channel"),
         held=held,
         measured=Measured(*clip["measured"]) if clip.get("measured") else None,
+        latents=(*clip["latents"],) if clip.get("latents") else None,
     )
 
 

@@ -2,6 +2,9 @@
 
     audio: {bytes, path} or a path or bytes, text: string        columns as table.py knows them
 
+`columns: {latents: NAME}` instead of audio: a column of lists of frames, lists of numbers each, for
+models that read latents (`model.patches.column`); of Parquet alone.
+
 A source is a file, or a folder with *.parquet (of a data set of the hub: hf://datasets/NAME/data),
 or one that `datasets` saved (data-*.arrow). Files named train-... are for training, test-... and
 validation-... for evaluation, where there are such. Clips in the rows are read out of the file:
@@ -23,7 +26,7 @@ from raysft.config.schema import Source
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import Split, folder_of
 from raysft.data.sources.layout import Layout, below, fault
-from raysft.data.sources.table import chosen, row_of
+from raysft.data.sources.table import LATENTS, chosen, row_of
 from raysft.errors import BadExample, UserError
 from raysft.json_types import JsonObject
 
@@ -93,6 +96,9 @@ def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
         with stores.random_access(file) as stream:
             whole = pq.ParquetFile(stream)
             columns = chosen(whole.schema_arrow.names, given, file)
+            if LATENTS in columns:
+                yield from _latents(whole, columns, file, given)
+                return
             audio = whole.schema_arrow.field(columns["audio"]).type
             rest = [name for name in whole.schema_arrow.names if name != columns["audio"]]
             inner = _bytes_in(audio, columns["audio"])
@@ -111,6 +117,53 @@ def _parquet(file: Path, given: Source) -> Iterator[JsonObject]:
                     yield _row(record, columns, file, number, given, {"cell": cell} if cell else {})
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: damaged, or no Parquet: {stores.damage(error)}") from None
+
+
+def _latents(
+    whole: pq.ParquetFile, columns: dict[str, str], file: Path, given: Source
+) -> Iterator[JsonObject]:
+    """Rows whose clips are latents: of a row the frames are counted, and their values."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    name = columns[LATENTS]
+    kind = whole.schema_arrow.field(name).type
+    frames = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else None
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if frames is None or not any(is_one(frames) for is_one in lists):
+        raise UserError(
+            f"columns.{LATENTS}: column {name!r} of {file} is {kind}, expected lists of frames, "
+            "lists of numbers each"
+        )
+    if not pa.types.is_floating(frames.value_type):
+        raise UserError(
+            f"columns.{LATENTS}: column {name!r} of {file} holds {frames.value_type}, no floats"
+        )
+    rest = [column for column in whole.schema_arrow.names if column != name]
+    number = 0
+    for group in range(whole.num_row_groups):
+        rows = whole.read_row_group(group, columns=rest).to_pylist()
+        cells = whole.read_row_group(group, columns=[name]).column(0)
+        for row, (record, cell) in enumerate(zip(rows, cells, strict=True)):
+            number += 1
+            at = f"{file.name}: row {number}"
+            record = {key: value for key, value in record.items() if value is not None}
+            own = str(record.get(columns.get("id", ""), f"{file.stem}:{number}"))
+            each = pc.list_value_length(cell.values).to_pylist() if cell.is_valid else []
+            width = each[0] if each else None
+            if not width or set(each) != {width}:
+                why = "frames of several widths" if width else "no frames"
+                yield fault(own, f"column {name!r} holds {why}", at)
+                continue
+            clip: JsonObject = {
+                "path": f"{file.name}::{number}",
+                "cell": [below(str(file), folder_of(file)), group, row, name],
+                LATENTS: [len(cell.values), width],
+            }
+            try:
+                yield row_of(record, own, columns, at, file, given.root, clip)
+            except BadExample as error:
+                yield fault(own, str(error), at)
 
 
 def _there(whole: pq.ParquetFile, group: int, inner: str) -> list[bool] | None:
@@ -185,6 +238,8 @@ def _arrow(file: Path, given: Source) -> Iterator[JsonObject]:
                 else reader
             )
             columns = chosen(reader.schema.names, given, file)
+            if LATENTS in columns:
+                raise UserError(f"columns.{LATENTS}: are read of Parquet: write {file} as that")
             inner = _bytes_in(reader.schema.field(columns["audio"]).type, columns["audio"])
             number = 0
             for batch in batches:

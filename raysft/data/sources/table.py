@@ -40,6 +40,7 @@ AUDIO = ("audio", "path", "file_name", "wav", "audio_path", "audio_filepath", "f
 TEXT = ("text", "sentence", "transcription", "transcript", "txt")
 SPEAKER = ("speaker", "speaker_id", "spk", "client_id")
 ID = ("id", "utt", "utt_id", "key")
+LATENTS = "latents"  # of `columns`: a column of Parquet instead of clips
 _KNOWN = {"audio": AUDIO, "text": TEXT, "speaker": SPEAKER, "id": ID, LANGUAGE: LANGUAGES}
 
 
@@ -74,6 +75,8 @@ class Table(Layout):
         """A row each."""
         names, mark = _names(file)
         columns = chosen(names, given, file)
+        if LATENTS in columns:
+            raise UserError(f"columns.{LATENTS}: are read of Parquet: write {file} as that")
         common_voice = "client_id" in names and "sentence" in names
         root = given.root
         if root is None and common_voice and stores.is_dir(file.parent / CLIPS):
@@ -103,7 +106,9 @@ def chosen(names: list[str], given: Source, file: Path) -> dict[str, str]:
         found = next((name for name in known if name in names), None)
         if what not in columns and found is not None:
             columns[what] = found
-    for what in ("audio", "text"):
+    if LATENTS in columns:
+        columns.pop("audio", None)
+    for what in (LATENTS if LATENTS in columns else "audio", "text"):
         if what not in columns:
             raise UserError(
                 f"{file} has no column that is known to hold the {what} (columns: "
@@ -131,7 +136,7 @@ def row_of(
     if not isinstance(text, str):
         raise BadExample(f"column {columns['text']!r} holds no text")
     read = frozenset(columns.values()) | {"sentence_id", "segment", "up_votes", "down_votes"}
-    path = record.get(columns["audio"])
+    path = record.get(columns.get("audio", ""))
     refuse_unread(record, read, clip=path if isinstance(path, str) else None)
     if clip is None:
         if not isinstance(path, str) or not path.strip():

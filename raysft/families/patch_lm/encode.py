@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raysft.config.patches import Patches
+from raysft.config.patches import Codec, Patches
 from raysft.config.schema import Data, Model
 from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.base import VERSION, Encoded, Encoder
@@ -24,11 +24,13 @@ from raysft.data.encode.families import model_type
 from raysft.data.example import Audio, Example, Sequence, Units
 from raysft.data.tokenizer import add_markers, load_tokenizer, new_to_model
 from raysft.errors import BadExample, UserError
-from raysft.families.patch_lm.latents import latents_of
+from raysft.families.patch_lm.codecs import CodecLatents
+from raysft.families.patch_lm.latents import ColumnLatents, latents_of
 from raysft.families.patch_lm.prompt import ASKS, MARKERS, PATCH, MingPrompt
 
 LATENTS = "latents"  # of the arrays of an example: frames [patches * size, width], one a clip
 DRAWS = "draws"  # int64 [2]: of one that speaks the seed of its loss, and whether it is to train
+FRAMES = ("mel", "codec", "column")  # of `Patches`: what frames are
 SHAPE = ("size", "width", "depth", "heads", "mlp", "dropout", "roles")
 """Of `Patches`: what a net keeps in its config."""
 
@@ -44,21 +46,42 @@ class PatchEncoder(Encoder):
         self.patches = settled(model)
         self.latents = latents_of(self.patches)
         self.sample_rate = self.latents.rate
-        self.spectrogram = Spectrogram(LATENTS)
         self.sounds = self.patches.mel
+        if self.sounds is not None:
+            self.spectrogram = Spectrogram(LATENTS)
+        if isinstance(self.latents, CodecLatents):
+            self.waves, self.spoken_rate = self.latents.wave, self.latents.rate
+        if isinstance(self.latents, ColumnLatents):
+            if data.augment is not None:
+                raise UserError(
+                    "data.augment: varies clips, and model.patches.column reads latents: leave it "
+                    "out"
+                )
+            self.latents_per_second = self.latents.rate
+            self.raw, self.spoken_rate = self.latents.raw, self.latents.frames_per_second
+            if (codec := self.latents.codec) is not None:
+                self.waves, self.spoken_rate = codec.wave, codec.rate
         tokenizer = load_tokenizer(model, 0)
         ids, new = add_markers(tokenizer, MARKERS)
         self.new_ids = new_to_model(model, tokenizer, ids, new)
         default = Data.model_fields["prompts"].get_default(call_default_factory=True)
         own = {task: text for task, text in data.prompts.items() if text != default.get(task)}
         self.template = MingPrompt(tokenizer, {**ASKS, **own}, self.patches.roles, kept)
-        self.patch_id = self.template.id_of(PATCH)
-        told = [VERSION, "patch_lm", self.template.fingerprint, self.latents.facts]
+        self.patch_id = self.audio_id = self.template.id_of(PATCH)
+        told = [VERSION, "patch_lm", self.template.fingerprint, self.latents.identity]
         told.append(self.patches.size)
         self.fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def part_length(self, part: Audio | Units, samples: int, answer: bool) -> int:
-        """Patches of the clip. BadExample: it has none."""
+        """Patches of the clip. BadExample: it has none. UserError: its latents are of another
+        width."""
+        if isinstance(part, Audio) and part.latents is not None:
+            width = part.latents[1]
+            if width != self.latents.width:
+                raise UserError(
+                    f"model.patches.column.width: {self.latents.width}, but the frames of its "
+                    f"column have {width} values: say {width}"
+                )
         found = self.latents.frames(samples) // self.patches.size
         if found < 1:
             raise BadExample(
@@ -133,11 +156,23 @@ def settled(model: Model) -> Patches:
     own = Patches.model_validate({**(config.latents or {}), **config.facts})
     if given is None:
         return own
-    for key in ("mel", *SHAPE):
-        if key in given.model_fields_set and getattr(given, key) != getattr(own, key):
+    if own.column is not None and given.codec is not None:
+        own.codec = given.codec  # which makes waves, and nothing that is learnt
+    for key in (*FRAMES, *SHAPE):
+        asked, made = getattr(given, key), getattr(own, key)
+        if key in given.model_fields_set and asked != made and not _moved(asked, made):
             raise UserError(
-                f"model.patches.{key}: the model at model.path was made with "
-                f"{getattr(own, key)}: leave it out"
+                f"model.patches.{key}: the model at model.path was made with {made}: leave it out"
             )
-    free = given.model_dump(include=given.model_fields_set - {"mel", *SHAPE})
+    free = given.model_dump(include=given.model_fields_set - {*FRAMES, *SHAPE})
+    if given.codec is not None and own.codec is not None:
+        own.codec.path = given.codec.path
     return Patches.model_validate({**own.model_dump(), **free})
+
+
+def _moved(asked: object, made: object) -> bool:
+    """Whether a codec is the one of the model in all that is said, but for where it lies."""
+    if not isinstance(asked, Codec) or not isinstance(made, Codec):
+        return False
+    said = asked.model_dump(include=asked.model_fields_set - {"path"})
+    return said.items() <= made.model_dump().items()
