@@ -14,7 +14,8 @@ Cost: the rows of a router's weight are multiplied once, as ever; the choice is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -221,6 +222,19 @@ class Routing:
             wrong = int(ids[kinds < 0][0])
             raise ValueError(f"modality routing: token {wrong} is of no kind (raysft_moe_modality)")
         self.begin(kinds)
+
+    @contextmanager
+    def told(self, net: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
+        """Of what is given embeddings, for the length of a `with` block: the tokens that they stand
+        for. ids: [R, L]. mask: [R, all so far]."""
+        if self.plan is None:
+            yield
+            return
+        self.before(net, (), {"input_ids": ids, "attention_mask": mask})
+        try:
+            yield
+        finally:
+            self.after()
 
     def after(self, *_: object) -> None:
         """See `before`."""

@@ -260,7 +260,8 @@ class PatchLM(SpeechModel):
         training = self.model.training
         self.model.eval()
         try:
-            return speak(self._own, inputs, seeds, settings, self.frames_per_second)
+            rate = self.frames_per_second
+            return speak(self._own, inputs, seeds, settings, rate, self.routing)
         finally:
             self.model.train(training)
 

@@ -8,6 +8,7 @@ position, where it was trained to say it.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from raysft.families.patch_lm.net import PatchLMForCausalLM
 from raysft.losses.stop import STOPS
 from raysft.models.flow_parts import T_UNITS
 from raysft.models.layout import Batch
+from raysft.models.routing import Routing
 from raysft.models.sampling import Velocity, guided, solve
 
 
@@ -36,11 +38,13 @@ def speak(
     seeds: Seq[int],
     settings: Speak,
     frames_per_second: float,
+    routing: Routing | None = None,
 ) -> list[np.ndarray]:
     """What is said after each prompt: frames [patches * S, latent].
 
     inputs: rows padded on the left, on the net's device: input_ids, attention_mask [R, L],
     position_ids where the model takes them, patches and patch_at. seeds: of each row's noise.
+    routing: of a mixture, whose experts may be for kinds of tokens.
     """
     size, latent = net.config.patch_size, net.config.latent_width
     device = inputs["input_ids"].device
@@ -54,9 +58,13 @@ def speak(
         ends = inputs["patch_at"] % mask.shape[1] == mask.shape[1] - 1
         rows = inputs["patch_at"][ends] // mask.shape[1]
         history[rows] = inputs["patches"][ends].to(history.dtype)
-    cache = None
+    cache, ids = None, inputs["input_ids"]
     for number in range(most):
-        hidden, cache = _hidden(net, embeds, mask, positions, cache)
+        told: AbstractContextManager[None] = nullcontext()
+        if routing is not None:
+            told = routing.told(net, ids, mask)
+        with told:  # whoever is given embeddings cannot tell
+            hidden, cache = _hidden(net, embeds, mask, positions, cache)
         if number >= max(1, fewest):
             stops = net.stop_head(hidden).float().softmax(-1)[:, STOPS] > settings.stop
             for answer, stop in zip(answers, stops.tolist(), strict=True):
@@ -67,6 +75,7 @@ def speak(
         for answer, patch in zip(answers, history.cpu().numpy(), strict=True):
             if not answer.ended:
                 answer.patches.append(patch)
+        ids = torch.full((len(answers), 1), net.config.patch_token_id, device=device)
         embeds = net.pooling(history).unsqueeze(1).to(embeds.dtype)
         mask = torch.cat([mask, mask.new_ones(len(answers), 1)], 1)
         positions = None if positions is None else positions[:, -1:] + 1

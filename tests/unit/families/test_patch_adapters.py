@@ -1,4 +1,4 @@
-"""patch_lm and pair under adapters: what trains, speaks and exports."""
+"""patch_lm and pair under adapters, and patch_lm on a mixture: what trains, speaks and exports."""
 
 from __future__ import annotations
 
@@ -85,6 +85,33 @@ def test_qlora_leaves_the_heads_whole_and_trains_them(tmp_path: Path) -> None:
         assert any(part in name and bool(value.abs().any()) for name, value in trained.items())
     export_run(folder, tmp_path / "merged", merge=True)
     speaks(tmp_path / "merged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("own", "method"), [(False, "none"), (True, "none"), (False, "lora")])
+def test_kinds_of_tokens_have_their_experts_and_routers(
+    own: bool, method: str, tmp_path: Path
+) -> None:
+    model = patches.model()
+    model["config"] |= {"model_type": "qwen3_moe", "moe_intermediate_size": 16, "num_experts": 4}
+    model["config"] |= {"num_experts_per_tok": 2, "mlp_only_layers": []}
+    groups = {"text": {"ids": "rest", "experts": "0-1"}, "audio": {"ids": "audio"}}
+    groups["audio"]["experts"] = "2-3"
+    modality = {"groups": groups, **({"from": "one_router"} if own else {})}
+    model["moe"] = {"modality": modality}
+    folder = run(
+        tmp_path,
+        data=data(tmp_path),
+        model=model,
+        peft={"method": method},
+        train=TRAIN,
+        evaluate={"every": 3},
+        speak=SPEAK,
+    )
+    assert len(losses(folder)) == 3
+    speaks(folder)
+    export_run(folder, tmp_path / "out", merge=method != "none")
+    speaks(tmp_path / "out")
 
 
 @pytest.mark.slow
