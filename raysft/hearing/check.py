@@ -109,11 +109,17 @@ def check_tools(config: Config, encoder: Encoder) -> None:
     """Open, and close again, the vocoder and what tells speakers apart. encoder: of the model that
     speaks. Raises UserError where they cannot be had, or do not go with it."""
     settings = config.evaluate
-    if not settings.speaks or encoder.sounds is None:
+    if not settings.speaks:
         return
-    from raysft.synthesis.vocoders import vocoder_of  # torch
+    if encoder.latents_per_second:
+        raise UserError(
+            f"{KEY}: its model learns latents of a column, beside which there are no clips to "
+            "compare with: leave it out"
+        )
+    if encoder.sounds is not None:
+        from raysft.synthesis.vocoders import vocoder_of  # torch
 
-    vocoder_of(config.speak.vocoder, encoder.sounds)
+        vocoder_of(config.speak.vocoder, encoder.sounds)
     if settings.speakers is not None:
         listener_of(settings.speakers)
 

@@ -24,10 +24,10 @@ import soundfile
 
 from raysft import patience
 from raysft.config.evaluation import Evaluate
-from raysft.config.mel import Mel
 from raysft.data.clips import mels
 from raysft.data.clips.audio import load as decode
 from raysft.data.clips.audio import resample
+from raysft.data.encode.base import Encoder
 from raysft.data.example import Audio, Example, Units
 from raysft.data.index.table import Index
 from raysft.errors import BadExample, UserError
@@ -37,7 +37,7 @@ from raysft.hearing.distortion import distortion
 from raysft.scorers import SPEAKING, Spoken, added, scorers
 from raysft.scorers.error_rates import error_rates
 from raysft.synthesis.run import SPOKEN, Utterance, Utterances
-from raysft.synthesis.vocoders import Vocoder
+from raysft.synthesis.vocoders import Raw, Vocoder
 from raysft.transcribe.asked import Asked
 from raysft.transcribe.model import Answering, load
 from raysft.transcribe.run import Transcripts
@@ -75,6 +75,8 @@ def hear(
     for done, (place, one) in enumerate(zip(spoken, speaking, strict=True)):
         said[place] = one
         seen(min(done, len(own)) + 1, 2 * len(own) + 1)
+    vocoder = speaking.vocoder
+    assert not isinstance(vocoder, Raw)  # `check_tools` refuses it
     embed = _embedding(config.evaluate)
     pairs: dict[int, tuple[Wave, Wave, Wave]] = {}
     lost: list[str] = []
@@ -82,7 +84,7 @@ def hear(
         try:
             if said[place].error:
                 raise BadExample(said[place].error)
-            pairs[place] = _waves(wanted[place], said[place], speaking.mel, speaking.vocoder)
+            pairs[place] = _waves(wanted[place], said[place], data.encoder, vocoder)
         except (BadExample, OSError) as error:
             lost.append(f"{wanted[place].id}: {error}")
     heard, unheard = _heard(config.evaluate.asr, [wanted[p] for p in pairs], pairs, seen, len(own))
@@ -147,14 +149,21 @@ def _clip(example: Example) -> Audio:
 
 
 def _waves(
-    example: Example, said: Utterance, mel: Mel, vocoder: Vocoder
+    example: Example, said: Utterance, encoder: Encoder, vocoder: Vocoder
 ) -> tuple[Wave, Wave, Wave]:
     """What was spoken, the real clip by the same vocoder, and the real clip."""
-    real = decode(_clip(example), mel.rate)
-    if mels.frames(len(real), mel) < 1:
-        raise BadExample(f"its clip of {len(real) / mel.rate:.3f} s has no frame", "too short")
-    bound = vocoder(mels.log_mel(real, mel))
-    return (said.wave, said.rate), (bound, vocoder.rate), (real, mel.rate)
+    mel = encoder.sounds
+    rate = encoder.sample_rate if mel is None else mel.rate
+    assert rate is not None
+    real = decode(_clip(example), rate)
+    if mel is not None:
+        frames = mels.log_mel(real, mel) if mels.frames(len(real), mel) else None
+    else:
+        assert encoder.frames_of is not None
+        frames = encoder.frames_of(real)
+    if frames is None or not len(frames):
+        raise BadExample(f"its clip of {len(real) / rate:.3f} s has no frame", "too short")
+    return (said.wave, int(said.rate)), (vocoder(frames), vocoder.rate), (real, rate)
 
 
 def _heard(

@@ -125,7 +125,8 @@ class Encoder(ABC):
     latents_per_second: values of latents that it reads instead of clips; 0: it reads clips.
     waves: makes waves [samples] at spoken_rate Hz of the frames [frames, width] that its model
         speaks, where those are no log-mel. raw: makes such frames what the data has of them,
-        spoken_rate a second, where nothing makes waves of them.
+        spoken_rate a second, where nothing makes waves of them. frames_of: makes such frames of a
+        clip, where that is how they are made.
     speaker: of the model in it that sounds the units it writes; None: there is none.
     """
 
@@ -149,6 +150,7 @@ class Encoder(ABC):
     waves: Callable[[np.ndarray], np.ndarray] | None = None
     spoken_rate: float = 0.0
     raw: Callable[[np.ndarray], np.ndarray] | None = None
+    frames_of: Callable[[np.ndarray], np.ndarray] | None = None
     _slower: tuple[float, ...] = ()  # factors of speed with which examples are measured
 
     @property

@@ -51,6 +51,7 @@ class PatchEncoder(Encoder):
             self.spectrogram = Spectrogram(LATENTS)
         if isinstance(self.latents, CodecLatents):
             self.waves, self.spoken_rate = self.latents.wave, self.latents.rate
+            self.frames_of = self.latents
         if isinstance(self.latents, ColumnLatents):
             if data.augment is not None:
                 raise UserError(

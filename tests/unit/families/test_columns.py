@@ -21,6 +21,7 @@ from raysft.driver.preflight import prepare
 from raysft.errors import BadExample, UserError
 from raysft.export import export
 from raysft.families.patch_lm.encode import LATENTS, PatchEncoder
+from raysft.hearing.check import check_tools
 from raysft.transcribe.model import load as answering
 from tests.support import codecs, patches
 from tests.support.in_process import losses, run
@@ -165,6 +166,9 @@ def test_a_run_learns_a_column_and_speaks_it(
     data = {"train": [source(table(tmp_path))], "tokens_per_batch": 400}
     speak = {"max_seconds": 0.2, "flow": {"steps": 2}}
     folder = run(tmp_path, data=data, model=model, train=train, speak=speak)
+    encoder = answering(str(folder)).encoder
+    with pytest.raises(UserError, match=r"evaluate\.asr: .* latents of a column"):
+        check_tools(Config.model_validate({"evaluate": {"asr": "some"}}), encoder)
     assert len(losses(folder)) == 2
     out = tmp_path / "one.npy"
     command.synthesize([str(folder), "one", "--out", str(out)])

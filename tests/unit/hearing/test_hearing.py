@@ -12,6 +12,8 @@ import jiwer
 import numpy as np
 import pytest
 import soundfile
+import torch
+import transformers
 import yaml
 
 from raysft import library, synthesize, transcribe
@@ -33,7 +35,7 @@ from raysft.run.evaluations import table
 from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
 from raysft.synthesis.vocoders import GriffinLim
-from tests.support import flows, listeners, patches
+from tests.support import codecs, flows, listeners, patches
 from tests.support.in_process import run
 from tests.support.models import AUDIO, CAUSAL
 
@@ -207,6 +209,33 @@ def test_the_bound_is_the_real_clip_by_the_same_vocoder(
                 own = [line[f"{key}{end}"] for line in lines if line["task"] == task]
                 assert found[f"{name}{end}/{task}"] == pytest.approx(np.mean(own))
     assert 0 < found["mcd_bound/tts"] < found["mcd/tts"]
+
+
+def test_the_bound_of_a_codec_is_what_it_makes_of_its_own_latents(folder: Path, asr: Path) -> None:
+    codec = codecs.codec(folder, "encodec")
+    corpus = patches.corpus(folder / "corpus")
+    data: dict[str, Any] = {"train": source(corpus), "eval": source(of_task(corpus, "tts"))}
+    data |= {"tokens_per_batch": 800, "prompts": PROMPTS}
+    there = run(
+        folder / "codec",
+        data=data,
+        model=patches.model(mel=None, codec={"path": str(codec)}),
+        train={"max_steps": 1, "precision": "fp32"},
+        speak=SPEAK,
+        evaluate={"asr": str(asr), "speak_examples": 2, "max_new_tokens": 4},
+    )
+    found = newest(there)
+    assert found is not None
+    model = transformers.EncodecModel.from_pretrained(codec).eval()
+    rows = {x["id"]: x for x in read_lines(corpus)}
+    for line in read(found):
+        real = decode(str(corpus.parent / rows[line["id"]]["wav_path"]), codecs.RATE)
+        with torch.no_grad():
+            wave = torch.from_numpy(real).view(1, 1, -1)
+            expected = model.decoder(model.encoder(wave)).flatten().numpy()
+        bound, rate = soundfile.read(found / line["bound"], dtype="float32")
+        assert rate == codecs.RATE
+        np.testing.assert_allclose(bound, expected[: len(bound)].clip(-1, 1), atol=1e-3)
 
 
 def test_speech_begins_where_training_has_it_begin(spoke: Path) -> None:
