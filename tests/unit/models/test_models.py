@@ -405,4 +405,4 @@ def test_an_answer_is_given_without_what_the_chat_template_writes_around_it(tmp_
     learnt = encoder.encode(Example("a", "asr", ("x",), ("one two",), instruction="go"), [])
     answer = learnt.labels[learnt.labels != -100].tolist()
     assert "<think>" in encoder.tokenizer.decode(answer)
-    assert adapter._text(answer) == "one two"
+    assert adapter._text(answer, adapter.stop_ids) == "one two"
