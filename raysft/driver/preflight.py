@@ -28,8 +28,8 @@ from raysft.data.clips.stalled import ClipReader
 from raysft.data.encode import (
     TEMPLATE,
     Encoder,
+    check_model,
     make_encoder,
-    model_family,
     require_template,
 )
 from raysft.data.example import Audio, Quarantined
@@ -116,7 +116,7 @@ def check(config: Config, writes: bool = True) -> Config:
         hub.check(config.model.tokenizer, "model.tokenizer")
     if config.peft.path is not None:
         hub.check(config.peft.path, "peft.path")
-    model_family(config.model)
+    check_model(config.model)
     _check_experts(config)
     _check_names(config)
     sources.resolve_all(config.data.train, "train")

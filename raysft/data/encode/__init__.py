@@ -15,13 +15,14 @@ from raysft.config.schema import Data, Model
 from raysft.data.clips.audio import Limits
 from raysft.data.clips.augment import Augmentation
 from raysft.data.encode.base import Encoder
-from raysft.data.encode.families import model_family, net_class
+from raysft.data.encode.families import check_model, model_family, net_class
 from raysft.errors import UserError
 
 __all__ = [
     "TEMPLATE",
     "Encode",
     "Encoder",
+    "check_model",
     "make_encoder",
     "model_family",
     "net_class",
@@ -33,7 +34,11 @@ TEMPLATE = "chat_template.jinja"
 
 
 class Encode(Protocol):
-    """The module of a family that makes its encoders (`Family.encode`)."""
+    """The module of a family that makes its encoders (`Family.encode`).
+
+    It may have a `check_model(model)`, which raises UserError for a section `model` that cannot
+    be: what is said before anything is read or trained.
+    """
 
     def make_encoder(self, model: Model, data: Data, run_folder: Path, kept: str | None) -> Encoder:
         """The encoder of `model`. Reads no weights, and imports no torch unless features need it.

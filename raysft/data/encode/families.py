@@ -36,6 +36,14 @@ def model_family(model: Model) -> Family:
     return _family_and_type(model)[0]
 
 
+def check_model(model: Model) -> None:
+    """Look for mistakes in the section `model` that its family can tell without data. Raises
+    UserError as `model_family` does, and naming the key."""
+    found = getattr(model_family(model).encode_module(), "check_model", None)
+    if found is not None:
+        found(model)
+
+
 def net_class(model: Model) -> Any:
     """The class of transformers that builds the model: its own, or an auto class. Imports torch.
 

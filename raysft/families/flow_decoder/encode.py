@@ -48,6 +48,13 @@ def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -
     return FlowEncoder(data, config_of(model), fitted)
 
 
+def check_model(model: Model) -> None:
+    """See `raysft.data.encode.Encode`."""
+    from raysft.families.flow_decoder.settings import config_of
+
+    config_of(model)
+
+
 class FlowEncoder(Encoder):
     """Speech tokens in, a mel out."""
 

@@ -136,6 +136,11 @@ def make_encoder(model: Model, data: Data, run_folder: Path, kept: str | None) -
     return PatchEncoder(model, data, kept)
 
 
+def check_model(model: Model) -> None:
+    """See `raysft.data.encode.Encode`."""
+    latents_of(settled(model))
+
+
 def settled(model: Model) -> Patches:
     """What patches are: `model.patches`, with what a model of this family says itself. Raises
     UserError where neither does, or they contradict each other."""

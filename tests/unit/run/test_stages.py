@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from raysft import audit
+from raysft.config import load_config
 from raysft.driver import stages as driven
 from raysft.errors import UserError
 from raysft.page.build import shown_of
@@ -18,7 +21,7 @@ from raysft.run.folder import read_config
 from raysft.run.stages import Finished, StagesFolder
 from raysft.train.loop import train
 from raysft.transcribe.model import load
-from tests.support import worlds
+from tests.support import flows, patches, worlds
 
 HOW = Finished("digest", 40, 20, "loss")
 
@@ -124,3 +127,33 @@ def test_where_nothing_is_evaluated_the_last_is_the_best_and_it_is_made_once(
 def test_a_stage_that_is_not_finished_gives_no_model(folder: StagesFolder) -> None:
     with pytest.raises(UserError, match="begins from llm, which is not finished"):
         driven._require(folder, "llm", lambda text, share=None: None)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            flows.model("one", upsample=3),
+            r"stage speaks: model\.config\.upsample: 3 frames for each of 25 tokens",
+        ),
+        (flows.model("one", widht=3), r"stage speaks: model\.config\.widht: unknown key"),
+        (patches.model(mel=None), r"stage speaks: model\.patches\.mel: say which"),
+    ],
+)
+def test_a_model_that_cannot_be_is_said_before_any_stage_is_trained(
+    model: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    corpus = str(flows.corpus(tmp_path / "corpus", "one"))
+    tree = {
+        "run": {"name": "voice", "storage_path": str(tmp_path)},
+        "data": {"train": [{"path": corpus, "task": "flow"}], "mode": "padded"},
+        "stages": [
+            {"name": "first", "model": flows.model("one")},
+            {"name": "speaks", "model": model},
+        ],
+    }
+    (tmp_path / "voice.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(str(tmp_path / "voice.yaml"))
+    with pytest.raises(UserError, match=said):
+        driven.check(config)
+    assert not (tmp_path / "voice" / "first").exists()
