@@ -330,6 +330,7 @@ register(
         encode="raysft.families.pair.encode",
         model="raysft.families.pair.model",
         types={"raysft_pair": "raysft.families.pair.net:PairForCausalLM"},
+        speaks=True,
         alone=True,
         refused_keys={
             "data.language": _UNTOLD,

@@ -116,10 +116,11 @@ def check_tools(config: Config, encoder: Encoder) -> None:
             f"{KEY}: its model learns latents of a column, beside which there are no clips to "
             "compare with: leave it out"
         )
-    if encoder.sounds is not None:
+    mel = encoder.sounds if encoder.speaker is None else encoder.speaker.sounds
+    if mel is not None:
         from raysft.synthesis.vocoders import vocoder_of  # torch
 
-        vocoder_of(config.speak.vocoder, encoder.sounds)
+        vocoder_of(config.speak.vocoder, mel)
     if settings.speakers is not None:
         listener_of(settings.speakers)
 

@@ -75,7 +75,7 @@ def hear(
     for done, (place, one) in enumerate(zip(spoken, speaking, strict=True)):
         said[place] = one
         seen(min(done, len(own)) + 1, 2 * len(own) + 1)
-    vocoder = speaking.vocoder
+    vocoder, voice = speaking.vocoder, data.encoder.speaker or data.encoder
     assert not isinstance(vocoder, Raw)  # `check_tools` refuses it
     embed = _embedding(config.evaluate)
     pairs: dict[int, tuple[Wave, Wave, Wave]] = {}
@@ -84,7 +84,7 @@ def hear(
         try:
             if said[place].error:
                 raise BadExample(said[place].error)
-            pairs[place] = _waves(wanted[place], said[place], data.encoder, vocoder)
+            pairs[place] = _waves(wanted[place], said[place], voice, vocoder)
         except (BadExample, OSError) as error:
             lost.append(f"{wanted[place].id}: {error}")
     heard, unheard = _heard(config.evaluate.asr, [wanted[p] for p in pairs], pairs, seen, len(own))

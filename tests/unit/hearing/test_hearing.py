@@ -24,6 +24,7 @@ from raysft.data import sources
 from raysft.data.clips import mels
 from raysft.data.clips.audio import load as decode
 from raysft.data.clips.audio import resample
+from raysft.data.clips.speech_tokens import KMeans
 from raysft.data.encode import make_encoder
 from raysft.data.encode.base import IGNORED
 from raysft.errors import UserError
@@ -35,7 +36,7 @@ from raysft.run.evaluations import table
 from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
 from raysft.synthesis.vocoders import GriffinLim
-from tests.support import codecs, flows, listeners, patches
+from tests.support import codecs, flows, listeners, pairs, patches
 from tests.support.in_process import run
 from tests.support.models import AUDIO, CAUSAL
 
@@ -298,6 +299,34 @@ def refused(place: Path, *words: str) -> str:
         library.evaluate(place, words)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_a_pair_is_heard_by_what_its_decoder_makes_of_its_units(folder: Path, asr: Path) -> None:
+    data = pairs.data(folder / "pair", tokens_per_batch=400)
+    rng = np.random.default_rng(0)
+    KMeans(rng.standard_normal((pairs.UNITS, 4 * 80)).astype(np.float32), "log_mel", 80, 4).save(
+        Path(data["speech_tokens"]["path"])
+    )
+    data["eval"] = data["train"]
+    there = run(
+        folder / "both",
+        data=data,
+        model=pairs.model(),
+        train={"max_steps": 12, "precision": "fp32"},
+        optim={"lr": 0.02},
+        speak=SPEAK,
+        evaluate={"asr": str(asr), "speak_examples": 4, "max_new_tokens": 4},
+    )
+    found = newest(there)
+    assert found is not None
+    lines, mel = read(found), Mel.model_validate(flows.MEL)
+    said = {one.id: one for one in synthesize(there, [str(folder / "pair" / "said.jsonl")])}
+    for line in lines:
+        spoken, rate = soundfile.read(found / line["spoken"], dtype="float32")
+        again = said[line["id"]].wave
+        assert rate == pairs.RATE and len(spoken) == len(again)
+        assert np.abs(mels.log_mel(spoken, mel) - mels.log_mel(again, mel)).mean() < 0.1
+    assert 1 <= len(lines) == figures(there)["spoken/tts"] <= 4
 
 
 def test_what_does_not_transcribe_is_refused_first(folder: Path, spoke: Path, asr: Path) -> None:
