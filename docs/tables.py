@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raysft.config import families, losses
+from raysft.config import families, losses, rewards
 from raysft.config.combinations import PEFT_KEYS, contradictions
 from raysft.config.marks import one_of
 from raysft.config.reference import Entry, entries
@@ -129,6 +129,12 @@ def token_losses() -> str:
     """What `train.losses` takes."""
     rows = ((f"`{name}`", losses.about(name)) for name in losses.choices())
     return table(("`train.losses`", "what it does"), rows)
+
+
+def earned() -> str:
+    """What `train.grpo.rewards` takes."""
+    rows = ((f"`{name}`", rewards.about(name)) for name in rewards.choices())
+    return table(("`train.grpo.rewards`", "an answer earns"), rows)
 
 
 def figures() -> str:
@@ -250,6 +256,7 @@ MADE: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "families": rows_of_families,
     "losses": token_losses,
+    "rewards": earned,
     "figures": figures,
     "matrix": matrix,
 }

@@ -1,9 +1,9 @@
 """What somebody has beside raysft: modules that the config names, and rows of installed packages.
 
 `plugins: [my_module]` imports my_module, which gives what it has to `register`: of
-`raysft.data.sources`, `raysft.config.families`, `raysft.config.strategies`, `raysft.config.losses`
-or `raysft.scorers`. A package that is installed may name rows of these tables as entry points
-(GROUPS) instead; they are there whatever the config says.
+`raysft.data.sources`, `raysft.config.families`, `raysft.config.strategies`, `raysft.config.losses`,
+`raysft.config.rewards` or `raysft.scorers`. A package that is installed may name rows of these
+tables as entry points (GROUPS) instead; they are there whatever the config says.
 
 Every process that reads a config, measures or reads data, or trains calls `load` before it asks a
 table: the driver with the names of the config, all others with what `loaded` was there. It costs
@@ -30,6 +30,7 @@ GROUPS = {
     "raysft.families": "raysft.config.families",
     "raysft.strategies": "raysft.config.strategies",
     "raysft.losses": "raysft.config.losses",
+    "raysft.rewards": "raysft.config.rewards",
     "raysft.scorers": "raysft.scorers",
 }
 """Group of entry points -> the module whose `register` takes what each names: a row."""

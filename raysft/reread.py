@@ -61,7 +61,7 @@ def reread(run: Path, sample: Sample, report: Report) -> None:
     budget = config.data.tokens_per_batch
     if not isinstance(budget, int):
         raise UserError(f"{run}: has no data.tokens_per_batch yet: it has not begun to train")
-    encoder = make_encoder(config.model, config.data, run)
+    encoder = make_encoder(config.model, config.data, run, config.train.objective)
     encoder.limits = Limits.of(config.data)
     reader = Reader(open_index(plans.places(run)), encoder, budget, config.run.seed)
     others = _other_versions(run)

@@ -24,11 +24,11 @@ from raysft.config.moe import Backend
 from raysft.config.strategies import traits_of
 from raysft.data.encode import Encoder
 from raysft.data.example import MicroBatch
+from raysft.data.facts import reference_of
 from raysft.data.index.build import Index
 from raysft.data.plan.generations import open_index
 from raysft.data.read.reader import Reader, Work
 from raysft.errors import UserError
-from raysft.evaluate.answers import reference_of
 from raysft.evaluate.judging import judged
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.json_types import JsonObject
@@ -39,6 +39,7 @@ from raysft.models.experts import why_not
 from raysft.models.layout import Static
 from raysft.models.modality import CONFIG
 from raysft.models.reach import summary
+from raysft.objectives import build as objectives
 from raysft.parallel import Strategy, World, determinism, make_strategy, precision, unread
 from raysft.parallel.blocks import blocks, experts_of
 from raysft.parallel.native import HALF
@@ -125,6 +126,7 @@ def build_model(
         adapters = add_adapters(speech_model, config, total_steps)
     elif config.train.freeze:
         speech_model.freeze(config.train.freeze)
+    objectives.prepare(config, speech_model)
     if config.train.gradient_checkpointing:
         speech_model.enable_gradient_checkpointing()
     return speech_model, adapters
@@ -175,6 +177,9 @@ def build_job(
     if (held := getattr(strategy, "gradients", None)) is not None:
         tried = {**tried, "gradients": held}
     static = one_shape(config, world.device)
+    shapes = Static(config.data.budget) if static else None
+    initial = initial_weights(folder)
+    built = objectives.build(config, speech_model, strategy, world, shapes, initial)
     settings, half = config.data, config.train.precision != "fp32"
     slow = _slow_experts(config, speech_model, world)
     if slow is not None and world.is_main and progress is not None:
@@ -188,7 +193,8 @@ def build_job(
         world,
         total_steps,
         settings.prefetch,
-        Static(settings.budget) if static else None,
+        shapes,
+        built.lay_out,
     )
     return Job(
         config=config,
@@ -204,7 +210,8 @@ def build_job(
         if data.eval is not None
         else None,
         progress=progress if world.is_main else None,
-        weights=initial_weights(folder),
+        weights=initial,
+        objective=built.objective,
         identity=plans.identity(folder),
         adapters=adapters,
         cost=cost,

@@ -11,6 +11,7 @@ from pathlib import Path
 from raysft.config.deepspeed import check as check_deepspeed
 from raysft.config.deepspeed import wrong_stage
 from raysft.config.families import AUTO, Family, any_text, named, owner
+from raysft.config.learnt import check as check_objective
 from raysft.config.modality import read_groups
 from raysft.config.schema import Config, Optim, Peft, Section
 from raysft.config.strategies import names, traits_of
@@ -48,6 +49,7 @@ def contradictions(config: Config) -> list[Mistake]:
         *_peft(config),
         *_experts(config),
         *_optim(config),
+        *check_objective(config, _row_of(config)),
         *_kinds(config),
         *_augment(config),
     ]

@@ -40,6 +40,8 @@ class Family:
     alone: whether no other family may take its types, though AutoModelForCausalLM has them: as
         half a model.
     parts: their modules beside the language model, which is quantised without them.
+    objectives: what `train.objective` may be; beside sft they ask of its models sampled tokens,
+        and that their losses are `models.supervised.Supervised`.
     refused_types: model type that looks like one of its own -> why it cannot be trained.
     refused_keys: key of `data` or `model` that cannot be set -> why, and the remedy.
     refused_methods: `peft.method` that cannot train them -> why.
@@ -56,6 +58,7 @@ class Family:
     speaks: bool = False
     alone: bool = False
     parts: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ("sft",)
     refused_types: Mapping[str, str] = field(default_factory=dict)
     refused_keys: Mapping[str, str] = field(default_factory=dict)
     refused_methods: Mapping[str, str] = field(default_factory=dict)
@@ -147,6 +150,7 @@ def by_type() -> str:
     return ", ".join([*said, f"others: {any_text().name}"])
 
 
+_OBJECTIVES = ("sft", "grpo")
 _UNTOLD = "only seq2seq is told which language is spoken: leave it out"
 _NO_CHAT = "patch_lm writes the sequences of Ming-UniAudio: leave it out"
 _NO_TEXT = "flow_decoder reads no text: leave it out"
@@ -160,6 +164,7 @@ register(
         encode="raysft.families.causal_lm.encode",
         model="raysft.families.causal_lm.model",
         every_causal_lm=True,
+        objectives=_OBJECTIVES,
         refused_keys={
             "data.language": _UNTOLD,
             "data.audio_per_batch": "causal_lm has no audio encoder: leave it out",
@@ -208,6 +213,7 @@ register(
             "nemotron_h_omni": "its Mamba layers carry a state from one document to the next",
         },
         hears=True,
+        objectives=_OBJECTIVES,
         parts=(
             *("audio_tower", "multi_modal_projector", "embed_audio", "embed_tokens_extend"),
             *("encoder", "projector", "visual", "vision_tower", "embed_vision"),

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from raysft.config import losses as token_losses
 from raysft.config.marks import Fixed, Free, Length, OneOf, PathKey, Stepwise, Weights
+from raysft.config.objectives import Grpo, Objective
 from raysft.config.section import Section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -73,6 +74,12 @@ class Train(Section):
     epochs: Length[PositiveInt | None] = Field(
         None, description="passes over the data (default 1); beside max_steps: what ends first"
     )
+    objective: Fixed[Objective] = Field(
+        "sft",
+        description="what a step learns; sft: right answers; grpo: of sampled answers those that "
+        "earn more than others to the same prompt",
+    )
+    grpo: Grpo = Field(default_factory=Grpo)
     task_weights: Stepwise[dict[str, PositiveFloat]] = Field(
         default_factory=dict,
         description="weight of a task's tokens in the loss, e.g. {asr: 1.0, tts: 0.5}; default 1",

@@ -39,7 +39,7 @@ from raysft.data.plan.plan import Cursor, Plan
 from raysft.data.plan.shares import explained, hours_of
 from raysft.data.quarantine import OVER_BUDGET, kind_of
 from raysft.data.quarantine import summary as quarantined
-from raysft.driver import pools
+from raysft.driver import learnable, pools
 from raysft.driver.metrics import tell_of_metrics
 from raysft.driver.session import check_kept
 from raysft.driver.unknown import unknown_text
@@ -243,7 +243,7 @@ def prepare(
     _check_usable(config, index, newest)
     plan = plans.follow(folder, index, config.data, config.run.seed, cursor, permit)
     plan.kept = epochs.Kept(folder, permit)
-    _check_task_weights(config, plans.tasks(folder))
+    learnable.check(config, index, plans.tasks(folder))
     rejected = [*index.rejected, *_oversize(newest, index, config)]
     rejected += evaluation.rejected if evaluation is not None else []
     steps = total_steps(config, plan)
@@ -285,16 +285,6 @@ def read_eval(config: Config, run: Path, folder: Path, say: Say = silent) -> tup
     return encoder, _index(config, "eval", encoder, say)
 
 
-def _check_task_weights(config: Config, tasks: list[str]) -> None:
-    """A name that no example has would weigh nothing, without a word."""
-    for name in config.train.task_weights:
-        if name not in tasks:
-            raise UserError(
-                f"train.task_weights: {name} is no task of the training data, which has "
-                f"{', '.join(sorted(tasks))}; name one of these"
-            )
-
-
 def read_train(
     config: Config, folder: Path, say: Say = silent, permit: Permit = ANYONE
 ) -> tuple[Encoder, Index]:
@@ -309,7 +299,7 @@ def read_train(
             say(f"fitting {units.clusters} speech units on up to {units.fit_clips:,} clips")
         speech_tokens.fit_or_load(units, folder, clips_of(config), config.run.seed)
     say("loading the tokenizer")
-    encoder = make_encoder(config.model, config.data, folder)
+    encoder = make_encoder(config.model, config.data, folder, config.train.objective)
     hearing.check_tools(config, encoder)
     permit.require()
     _keep_template(encoder, folder)

@@ -6,20 +6,9 @@ from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 
-from raysft.data.example import Example
 from raysft.scorers.normalize import plain
 
 MOST_NEW_TOKENS = 4096  # that the default limit allows, however long a reference is
-
-
-def reference_of(example: Example) -> str | None:
-    """The text that an answer is compared with: the example's own `text`, else what is to be
-    answered; None where a part of that is no text."""
-    if any(not isinstance(part, str) for part in example.output):
-        return None
-    if example.text is None and example.output:
-        return "".join(str(part) for part in example.output)
-    return example.text
 
 
 def limit_for(references: Collection[int], most: int | None) -> int:

@@ -7,8 +7,8 @@ CHUNK_BYTES.
 
 - The gradients of a chunk are computed along with its losses, so nothing is computed twice. Until
   the backward pass the head's gradient is held: as much as the head itself, if it trains.
-- In float16, where gradients that are not scaled yet would vanish, a chunk's logits are computed
-  once more in the backward pass.
+- In float16, where gradients that are not scaled yet would vanish, and where the loss is no sum
+  over tokens, a chunk's logits are computed once more in the backward pass.
 - All rows in one chunk: as if nothing was cut.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -89,10 +89,38 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+class OfTokens(Protocol):
+    """Losses of tokens: `Kinds`, or what `learns.Learns` says of tokens that have a context."""
+
+    @property
+    def rows(self) -> int:
+        """Numbers of a token."""
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the total of all tokens is the sum of those of any parts of them."""
+
+    def of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Float32 [rows, M] of logits [M, V]."""
+
+    def total(self, losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """What is trained of [rows, M]. weights: float32 [M] or [M, C], of each token."""
+
+
 class Kinds(NamedTuple):
     """The losses of a token: the cross-entropy, and others by (function, weight)."""
 
     more: tuple[tuple[TokenLoss, float], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """See `OfTokens`."""
+        return 1 + len(self.more)
+
+    @property
+    def by_token(self) -> bool:
+        """See `OfTokens`."""
+        return True
 
     def of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Float32 [1 + more, M] of logits [M, V]."""
@@ -119,7 +147,7 @@ def weighted_sum(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Te
 
 
 def _of_hidden(
-    kinds: Kinds, forward: Forward, hidden: torch.Tensor, targets: torch.Tensor
+    kinds: OfTokens, forward: Forward, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     return kinds.of_logits(forward(hidden), targets)
 
@@ -131,19 +159,20 @@ def chunked_losses(
     targets: torch.Tensor,
     rows: int,
     weights: torch.Tensor | None = None,
-    kinds: Kinds = CROSS_ENTROPY_ALONE,
+    kinds: OfTokens = CROSS_ENTROPY_ALONE,
 ) -> torch.Tensor:
-    """Of hidden [M, H]: [1 + kinds.more, M + 1], the losses without a gradient and, last in the
+    """Of hidden [M, H]: [kinds.rows, M + 1], the losses without a gradient and, last in the
     first row, what is trained, with one.
 
     rows: how many have logits at a time. forward: what the head computes, without its hooks, whose
-    work is done when this is called. weights: of each token in the sum, float32 [M]; None: 1.
+    work is done when this is called. weights: of each token in the sum, float32 [M]; None: 1; or
+    its context [M, C], where kinds asks for one.
     """
     parts = list(zip(hidden.split(rows), targets.split(rows), strict=True))
     if not torch.is_grad_enabled():
         losses = torch.cat([_of_hidden(kinds, forward, *part) for part in parts], 1)
         total = kinds.total(losses, weights)
-    elif not _in_float16(hidden):
+    elif kinds.by_token and not _in_float16(hidden):
         trained = [p for p in head.parameters() if p.requires_grad]
         losses, total = _Ahead.apply(kinds, forward, rows, targets, weights, hidden, *trained)
     else:
@@ -151,7 +180,7 @@ def chunked_losses(
             [checkpoint(_of_hidden, kinds, forward, *p, use_reentrant=False) for p in parts], 1
         )
         total = kinds.total(losses, weights)
-    last = torch.cat([total.unsqueeze(0), losses.new_zeros(len(kinds.more))])
+    last = torch.cat([total.unsqueeze(0), losses.new_zeros(kinds.rows - 1)])
     return torch.cat([losses.detach(), last.unsqueeze(1)], 1)
 
 
@@ -161,7 +190,7 @@ class _Ahead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kinds: Kinds,
+        kinds: OfTokens,
         forward: Forward,
         rows: int,
         targets: torch.Tensor,

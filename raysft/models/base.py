@@ -41,12 +41,14 @@ from raysft.errors import UserError
 from raysft.losses.chunked import TokenLoss
 from raysft.losses.term import Term
 from raysft.models import experts, generation, reach, routing, targets
+from raysft.models.draws import Draws
 from raysft.models.layout import (
     IGNORED,
     Batch,
     Document,
     Static,
     as_weights,
+    context_of,
     fill_supervised,
     ints,
     pack,
@@ -71,7 +73,8 @@ class SpeechModel(ABC):
     virtual: positions that train in front of a prompt. unended: answers cut at their limit so far.
     routing: the experts of a mixture and what they did, where its routers are known. writes:
     whether it reads and writes text: else it has no tokenizer, and is evaluated by its losses.
-    speaker: the model in it that sounds the units it writes; None: there is none.
+    speaker: the model in it that sounds the units it writes; None: there is none. placeholders:
+    tokens that stand where audio is heard, and in no answer.
     """
 
     new_ids: Seq[int] = ()
@@ -83,7 +86,9 @@ class SpeechModel(ABC):
     routing: Routing | None = None
     writes = True
     speaker: SpeechModel | None = None
+    placeholders: Seq[int] = ()
     _watch: Watch | None = None
+    _choose: Draws | None = None
     answer_of: Callable[[str], str] = staticmethod(str)
 
     def __init__(
@@ -237,6 +242,7 @@ class SpeechModel(ABC):
         batch["keep"] = ints(np.concatenate(keep))
         batch["targets"] = ints(np.concatenate(targets))
         batch["tasks"] = ints(np.concatenate([np.zeros(0), *tasks]))
+        batch |= context_of(documents)
         if "real" in batch:
             fill_supervised(batch)
         if self.routing is not None:
@@ -349,8 +355,9 @@ class SpeechModel(ABC):
         synced_gpus: bool = False,
         watched: Seq[int] = (),
         within: generation.Within | None = None,
+        choose: Draws | None = None,
     ) -> list[Generated]:
-        """Greedy answers to `prompts`, and what they were chosen by.
+        """Answers to `prompts`, greedy unless `choose` chooses, and what they were chosen by.
 
         watched: tokens whose logits are wanted. within: default, up to any of stop_ids.
         synced_gpus: keep every worker in step until the last has finished (sharded weights, whose
@@ -369,6 +376,7 @@ class SpeechModel(ABC):
         answers = [nothing] * len(documents)
         for rows, most in batches:
             asked = [documents[i] for i in rows]
+            self._choose = None if choose is None else choose.of(rows)
             found = self._generate(asked, most, synced_gpus, watched, within)
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
@@ -442,14 +450,14 @@ class SpeechModel(ABC):
     def _answered(self, inputs: Batch, synced_gpus: bool) -> torch.Tensor:
         """Prompts with their answers [R, L + new], by `net.generation_config`."""
         # Of transformers or peft, whose modules mypy takes for any.
-        watch = watching(self._watch)
+        watch = watching(self._watch, self._choose)
         return self.model.generate(**inputs, **watch, synced_gpus=synced_gpus)  # type: ignore[operator]
 
     def _generated(self, row: int, answer: list[int], stops: Seq[int]) -> Generated:
         """An answer up to its first stop token."""
         end = ended(answer, stops)
         logits = np.zeros((end, 0), np.float32) if self._watch is None else self._watch.of(row, end)
-        return Generated(self._text(answer, stops), answer[:end], logits)
+        return Generated(self._text(answer, stops), answer[:end], logits, answer[end : end + 1])
 
     def _text(self, answer: list[int], stops: Seq[int]) -> str:
         """Decode up to the first stop token."""

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 IGNORED = -100  # the label of what is not learnt
+CONTEXT = "context"
+"""The array of a sequence, and of a batch, with a row of numbers for each supervised token (see
+`losses.learns`): float32 [M, C], in a batch as the bits int32."""
 
 Batch = dict[str, torch.Tensor]
 
@@ -95,6 +98,17 @@ def fill_supervised(batch: Batch) -> None:
         own = batch[name]
         more = own.new_full((_up(len(own), SUPERVISED) - len(own),), value)
         batch[name] = torch.cat([own, more])
+    if (context := batch.get(CONTEXT)) is not None:
+        more = context.new_zeros(len(batch["keep"]) - len(context), context.shape[1])
+        batch[CONTEXT] = torch.cat([context, more])
+
+
+def context_of(documents: list[Document]) -> Batch:
+    """The context of what is supervised in `documents`, in their order; {} where none has one."""
+    found = [array for d in documents for array in d.arrays.get(CONTEXT, ())]
+    if not found:
+        return {}
+    return {CONTEXT: torch.from_numpy(np.concatenate(found)).view(torch.int32)}
 
 
 def _up(number: int, multiple: int) -> int:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from raysft.errors import UserError
 from raysft.losses.chunked import (
     Kinds,
+    OfTokens,
     TokenLoss,
     chunk_rows,
     chunked_losses,
@@ -24,17 +25,19 @@ from raysft.losses.chunked import (
     in_one_call,
     weighted_sum,
 )
+from raysft.losses.learns import Learns
 from raysft.losses.term import CROSS_ENTROPY, Term
 from raysft.models import balance, router_losses
 from raysft.models.attention import document_mask
 from raysft.models.copies import with_weights
-from raysft.models.layout import Batch, as_weights, tokens_of
+from raysft.models.layout import CONTEXT, Batch, as_weights, tokens_of
 from raysft.models.routing import Routing
 
 # What of a batch is no input of the model.
-_OURS = ("keep", "targets", "tasks", "kinds", "real")
+_OURS = ("keep", "targets", "tasks", "kinds", "real", CONTEXT)
 # Parameter names of `Supervised` (and so of checkpoints) are the plain model's after this prefix.
 PREFIX = "lm."
+LOGPS = "logps"
 
 
 class Losses(nn.Module):
@@ -76,7 +79,9 @@ class Losses(nn.Module):
 class Supervised(Losses):
     """A language model with its losses of tokens.
 
-    more: losses beside the cross-entropy: name, function, weight.
+    more: losses beside the cross-entropy: name, function, weight. learns: what batches whose tokens
+    have a context teach. telling: instead of terms a pass gives one, LOGPS, whose sum is [M]: the
+    negative log-probability of each supervised token.
     """
 
     lm: PreTrainedModel
@@ -91,6 +96,8 @@ class Supervised(Losses):
     ) -> None:
         super().__init__(net, tasks, weights, routing)
         self.more = more
+        self.learns: Learns | None = None
+        self.telling = False
         self.rows: int | None = None  # through the head at a time; None: see `chunk_rows`
         self.balance = balance.coefficient(net)
         self._keep: torch.Tensor | None = None
@@ -145,7 +152,20 @@ class Supervised(Losses):
         if real is not None:  # of the rows of M some count for nothing
             counted = (batch["tasks"] >= 0).float()
             weights = counted if weights is None else weights * counted
-        losses, total, unbalanced = self._losses(inputs, batch["keep"], batch["targets"], weights)
+        learns = self.learns if CONTEXT in batch else None
+        kinds: OfTokens = Kinds(tuple((loss, weight) for _, loss, weight in self.more))
+        of_tokens = weights
+        if learns is not None:  # bits, so that nothing rounds them on the way
+            context = batch[CONTEXT].view(torch.float32)
+            kinds, of_tokens = learns, context
+            if weights is not None:
+                of_tokens = learns.weighted(context, weights)
+            if self.telling:  # what the context has is not known yet
+                of_tokens = None
+        keep, targets = batch["keep"], batch["targets"]
+        losses, total, unbalanced = self._losses(inputs, keep, targets, of_tokens, kinds)
+        if self.telling:
+            return [Term(LOGPS, losses[0].detach(), losses.new_ones(()))]
         # By comparison, not by scattered additions: the same bits every time on a GPU too.
         numbers = torch.arange(len(names), device=losses.device).unsqueeze(1)
         chosen = (batch["tasks"].unsqueeze(0) == numbers).float()
@@ -159,10 +179,13 @@ class Supervised(Losses):
             by_task = {task: (sums[i], counts[i]) for i, task in enumerate(names)}
             return Term(name, weighted_sum(each, weights), count, by_task, *rest)
 
-        first, *others = losses.detach()
-        terms = [term(CROSS_ENTROPY, first, total)]
-        for each, (name, _, weight) in zip(others, self.more, strict=True):
-            terms.append(term(name, each, None, "supervised", weight))
+        if learns is not None:
+            terms = learns.terms(losses, total, context, chosen, names)
+        else:
+            first, *others = losses.detach()
+            terms = [term(CROSS_ENTROPY, first, total)]
+            for each, (name, _, weight) in zip(others, self.more, strict=True):
+                terms.append(term(name, each, None, "supervised", weight))
         if unbalanced is not None:
             found = unbalanced * count
             terms.append(Term("balance", found.detach(), count, trained=found, reported=False))
@@ -177,13 +200,13 @@ class Supervised(Losses):
         keep: torch.Tensor,
         targets: torch.Tensor,
         weights: torch.Tensor | None,
+        kinds: OfTokens,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Float32 losses [kinds, M] and what is trained of them, with the graph; the balance loss.
 
         Those of many rows are made inside the head, which returns them as logits [1, kinds, M + 1]:
         whatever is hooked to the head sees one call, on every worker.
         """
-        kinds = Kinds(tuple((loss, weight) for _, loss, weight in self.more))
         head, rows = self._head[0], self.rows or chunk_rows(self._vocabulary, keep.device)
         chunked = self._head_is_last and len(keep) > rows and not in_one_call(head)
         own, compute = head.__dict__.get("forward"), head.forward

@@ -13,11 +13,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 class Generated(NamedTuple):
     """An answer. tokens: up to the one that ends it. logits: float32 [tokens, watched] of the
-    watched ids where each token was chosen."""
+    watched ids where each token was chosen. end: the one that ends it; []: it was cut."""
 
     text: str
     tokens: list[int]
     logits: np.ndarray
+    end: list[int] = []  # noqa: RUF012 - of a tuple: nobody changes it
 
 
 class Watch(LogitsProcessor):
@@ -38,9 +39,13 @@ class Watch(LogitsProcessor):
         return np.stack(found) if found else np.zeros((0, len(self.ids)), np.float32)
 
 
-def watching(watch: Watch | None) -> dict[str, LogitsProcessorList]:
-    """What `generate` is told beside its inputs: to keep the logits that are wanted."""
-    return {} if watch is None else {"logits_processor": LogitsProcessorList([watch])}
+def watching(
+    watch: Watch | None, choose: LogitsProcessor | None = None
+) -> dict[str, LogitsProcessorList]:
+    """What `generate` is told beside its inputs: to keep the logits that are wanted; choose: then
+    to leave of each row's the one of the token that it is to take."""
+    found = [each for each in (watch, choose) if each is not None]
+    return {"logits_processor": LogitsProcessorList(found)} if found else {}
 
 
 def ended(answer: Sequence[int], stops: Sequence[int]) -> int:

@@ -7,6 +7,7 @@
      "ids": [...],           the examples trained on, in the order planned
      "quarantined": [...],   those planned here that could not be used: ids and these are the plan's
      "tensors": "...",       digest of what the model was given (see `data.digest`)
+     "rollouts": "...",      where answers were sampled: digest of their tokens
      "chain": "..."}         digest of the chain of this lane's line before, and of this line
 
 Before a lane's first line its chain is made of the run's identity. Where the lanes' chains stand
@@ -81,10 +82,11 @@ class Ledger:
         ids: list[str],
         quarantined: Iterable[str] = (),
         tensors: str = "",
+        told: Line | None = None,
     ) -> None:
-        """Record one micro-batch, after its step is done."""
+        """Record one micro-batch, after its step is done. told: what else its line is to say."""
         line: Line = {"epoch": epoch, "step": step, "lane": lane, "ids": ids}
-        line |= {"quarantined": list(quarantined), "tensors": tensors}
+        line |= {"quarantined": list(quarantined), "tensors": tensors, **(told or {})}
         line["chain"] = chain(self.heads[lane], line)
         if self._files[lane].size >= FULL:
             following = self._open(lane, step, new=True)

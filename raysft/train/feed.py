@@ -10,6 +10,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -25,6 +26,7 @@ from raysft.parallel import World
 from raysft.train.step import StepBatch, Turn
 
 Read = Callable[[Iterator[Work]], Iterator[MicroBatch]]
+LayOut = Callable[[MicroBatch], Turn]
 
 
 class Feed:
@@ -40,14 +42,16 @@ class Feed:
         total_steps: int,
         prefetch: int,
         static: Static | None = None,
+        lay_out: LayOut | None = None,
     ) -> None:
-        """static: shapes of packed rows; None: of what a micro-batch holds."""
+        """static: shapes of packed rows; None: of what a micro-batch holds. lay_out: default:
+        `turn_of`."""
         self.plan = plan
-        self.speech_model = speech_model
         self.read = read
         self.world = world
         self.total_steps = total_steps
-        self.static = static
+        self.speech_model = speech_model
+        self.lay_out = lay_out or partial(turn_of, speech_model, static=static)
         self.lanes = world.lanes(lanes)
         self.turns = world.turns(lanes)
         self._ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(
@@ -133,11 +137,11 @@ class Feed:
                 close()
 
     def _assemble(self, step: PlannedStep, found: list[MicroBatch]) -> StepBatch:
-        turns = [turn_of(self.speech_model, batch, self.static) for batch in found]
+        turns = [self.lay_out(batch) for batch in found]
         while len(turns) < self.turns:  # no such lane: a turn of weight zero
             lane = len(step.lanes) + len(turns)
             empty = MicroBatch.join(step.epoch, step.step, lane, [])
-            turns.append(turn_of(self.speech_model, empty, self.static))
+            turns.append(self.lay_out(empty))
         return StepBatch(step.epoch, step.step, step.after.to_json(), turns, found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -76,6 +76,24 @@ class Evaluate(Protocol):
         ...
 
 
+class Objective(Protocol):
+    """What a step learns where that is not right answers as they are planned.
+
+    updates: steps of the optimizer that are made of a batch.
+    """
+
+    updates: int
+
+    def prepared(self, batch: StepBatch, beat: Callable[[str], None]) -> StepBatch:
+        """What is to be trained on in place of `batch`. A collective. beat: told what is being
+        done, whenever there is progress."""
+        ...
+
+    def figures(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """For metrics.jsonl, of the counts of some steps."""
+        ...
+
+
 class Beside(Protocol):
     """Evaluations that are made beside training, as rank 0 has them."""
 
@@ -104,7 +122,7 @@ class Job:
         where the run has none. extras: files that every checkpoint carries. start: facts for the
         first event of this start. hung: told why, before a worker that makes no progress ends its
         process; None: never ends it. adapters: what `peft.method` trains, None for all weights.
-    routing: of a mixture whose routers are known.
+    routing: of a mixture whose routers are known. objective: None: right answers.
     cost: FLOPs of what is counted, for the metrics; None: not known. submitted: when this start was
         asked for (time.time()), where it is the first of a submission: until then the run was idle.
     until: a step at which it saves and leaves, evaluated where that is due; 0: the last one.
@@ -131,6 +149,7 @@ class Job:
     weights: Saved | None = None
     adapters: AdapterState | None = None
     beside: Beside | None = None
+    objective: Objective | None = None
     cost: Cost | None = None
     routing: Routing | None = None
     extras: dict[str, bytes] = field(default_factory=dict)

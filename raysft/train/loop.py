@@ -7,12 +7,14 @@ as if nothing had happened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from raysft.config.schedule import another_length
 from raysft.config.schedule import rate as rate_at
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
+from raysft.losses.term import Sums
 from raysft.parallel import World
 from raysft.parallel.strategy import Stepped
 from raysft.run import place
@@ -44,6 +46,7 @@ def train(job: Job) -> int:
         job.progress,
         job.cost,
         mixture=loads is not None,
+        figures=job.objective.figures if job.objective is not None else lambda counts: {},
     )
     try:
         record.take_over(job.lease)
@@ -69,25 +72,14 @@ def train(job: Job) -> int:
             if keeper.first:  # some have loaded, and read, for longer
                 keeper.meet()
             keeper.beat(f"in step {batch.step}")
+            if job.objective is not None:
+                batch = job.objective.prepared(batch, keeper.beat)
             ready = job.beside.ready() if job.beside is not None else 0
             counts, signal, ready = _counts(world, batch, job.signal(), ready)
             record.quarantine(batch, counts)
-            sums = forward_backward(
-                strategy,
-                world,
-                batch,
-                job.tasks,
-                counts,
-                config.run.seed,
-                partial(keeper.turn, batch),
-            )
             step, cursor = batch.step, batch.after
             rate = rate_at(config.optim, step, job.total_steps)
-            found = Stepped(0.0, skipped=False)
-            if counts["supervised"]:
-                found = strategy.step(rate, partial(job.after_step, step))
-            else:
-                strategy.drop()
+            sums, found = _updated(job, batch, counts, rate, partial(keeper.turn, batch))
             world.sum_tensor(sums.values)
             totals.add(sums, counts, found.skipped)
             record.ledger(batch)
@@ -129,6 +121,38 @@ def train(job: Job) -> int:
         keeper.close()
         record.close()
     return step
+
+
+def _updated(
+    job: Job,
+    batch: StepBatch,
+    counts: dict[str, float],
+    rate: float,
+    begins: Callable[[int], None],
+) -> tuple[Sums, Stepped]:
+    """Move the weights by a batch, as often as the objective says; this worker's terms, of all
+    times, and what became of the last one, or of one that was skipped."""
+    strategy, times = job.strategy, job.objective.updates if job.objective is not None else 1
+    sums, became = None, Stepped(0.0, skipped=False)
+    for update in range(times):
+        own = forward_backward(
+            strategy, job.world, batch, job.tasks, counts, job.config.run.seed, begins, update
+        )
+        if sums is not None:
+            own.values += sums.values
+        sums = own
+        if not counts["supervised"]:
+            strategy.drop()
+            continue
+        last = update == times - 1
+        found = strategy.step(rate, partial(job.after_step, batch.step) if last else _nothing)
+        became = became if became.skipped else found
+    assert sums is not None
+    return sums, became
+
+
+def _nothing() -> None:
+    pass
 
 
 def _permit(job: Job, record: Record) -> Permit:

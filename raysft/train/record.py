@@ -120,9 +120,10 @@ class Record:
         progress: Callable[[JsonObject], None] | None,
         cost: Cost | None = None,
         mixture: bool = False,
+        figures: Callable[[dict[str, float]], dict[str, float]] = lambda counts: {},
     ) -> None:
         """examples: what data.max_quarantined is a share of. cost: of what is counted. mixture:
-        whether there are loads of experts to tell of."""
+        whether there are loads of experts to tell of. figures: more of them, of counts."""
         self.config = config
         self.folder = folder
         self.world = world
@@ -131,6 +132,7 @@ class Record:
         self.progress = progress
         self.cost = cost
         self.mixture = mixture
+        self.figures = figures
         self._peak = peak_flops(world.device, config.train.precision)
         self.known = Known()  # on rank 0
         self.evaluations = Evaluations()
@@ -291,7 +293,8 @@ class Record:
         self.require()
         for mb in batch.micro_batches:
             refused = [found.id for found in mb.quarantined]
-            self._ledger.write(mb.epoch, mb.step, mb.lane, mb.ids, refused, mb.tensors)
+            told = batch.told.get(mb.lane)
+            self._ledger.write(mb.epoch, mb.step, mb.lane, mb.ids, refused, mb.tensors, told)
 
     def heads(self) -> dict[str, str]:
         """Where the ledger's chains stand, by lane, for the checkpoint. A collective."""
@@ -374,6 +377,7 @@ class Record:
             "step": batch.step,
             "epoch": batch.epoch,
             **totals.losses(),
+            **self.figures(counts),
             "lr": rate,
             "grad_norm": norm,
             "tokens": int(counts["tokens"]),

@@ -28,23 +28,26 @@ class Turn:
 
     counts: what it holds, by name, the same names in every turn: tokens; positions computed, with
     padding; examples, audio_seconds, quarantined; and what `SpeechModel.counts` adds. The terms of
-    the loss are divided by some of them.
+    the loss are divided by some of them. part: which of several turns of its lane it is.
     """
 
     lane: int
     batch: dict[str, Any]
     counts: dict[str, float]
+    part: int = 0
 
 
 @dataclass(slots=True)
 class StepBatch:
-    """What one worker runs in one step. `turns` has the same length on every worker."""
+    """What one worker runs in one step. `turns` has the same length on every worker. told: by lane,
+    what the ledger is told of it beside its examples."""
 
     epoch: int
     step: int
     after: JsonObject  # the cursor once this step is done
     turns: list[Turn]
     micro_batches: list[MicroBatch] = field(default_factory=list)
+    told: dict[int, JsonObject] = field(default_factory=dict)
 
     def counts(self) -> dict[str, float]:
         """Of all turns, by name."""
@@ -52,9 +55,11 @@ class StepBatch:
         return {name: sum((each[name] for each in rest), first[name]) for name in first}
 
 
-def lane_seed(seed: int, epoch: int, step: int, lane: int) -> int:
-    """The seed of everything random in one micro-batch: never a function of rank."""
-    digest = hashlib.blake2b(f"{seed},{epoch},{step},{lane}".encode(), digest_size=8).digest()
+def lane_seed(seed: int, epoch: int, step: int, lane: int, *more: int) -> int:
+    """The seed of everything random in one micro-batch: never a function of rank. more: which of
+    its parts, and which time, where it is not learnt whole and once."""
+    text = ",".join(map(str, (seed, epoch, step, lane, *(more if any(more) else ()))))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -77,15 +82,18 @@ def forward_backward(
     counts: Mapping[str, float],
     seed: int,
     begins: Callable[[int], None] = lambda turn: None,
+    update: int = 0,
 ) -> Sums:
     """Accumulate the gradient of the step's loss; returns the terms of this worker's micro-batches.
 
     counts: of this step over all workers, by name. begins: called with the number of each turn.
+    update: how often the weights have moved by this batch already.
     """
     sums: Sums | None = None
     for number, turn in enumerate(batch.turns):
         begins(number)
-        seed_turn(lane_seed(seed, batch.epoch, batch.step, turn.lane), world.device)
+        place = (batch.epoch, batch.step, turn.lane, turn.part, update)
+        seed_turn(lane_seed(seed, *place), world.device)
         with strategy.accumulate(last=number == len(batch.turns) - 1):
             with strategy.autocast():
                 terms: list[Term] = strategy.module(to_device(turn.batch, world.device))

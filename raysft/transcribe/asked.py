@@ -10,10 +10,10 @@ from raysft import paths
 from raysft.config.schema import Source
 from raysft.data import sources
 from raysft.data.example import Audio, Example
+from raysft.data.facts import reference_of
 from raysft.data.sources import causes, json_lines
 from raysft.data.sources.base import Located
 from raysft.errors import UserError
-from raysft.evaluate.answers import reference_of
 
 # Files of these names are clips of a folder; a file that is named itself may have any.
 SUFFIXES = {

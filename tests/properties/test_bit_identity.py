@@ -78,11 +78,11 @@ def trained(run: Path) -> tuple[list[tuple[Any, ...]], dict[tuple[int, int], lis
     return found, ledger
 
 
-def state(run: Path) -> dict[str, torch.Tensor]:
+def state(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint: weights, moments, counts of steps."""
     storage = open_storage(run, None)
     (*_, saved) = sorted(Catalogue(storage).committed(), key=lambda found: found.step)
-    assert saved.step == STEPS
+    assert saved.step == step
     root = f"{saved.name}/state"
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

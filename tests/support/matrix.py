@@ -65,6 +65,8 @@ def write_gradient(job: Job) -> None:
     from raysft.train.step import forward_backward
 
     batch = next(job.stream.open(None))
+    if job.objective is not None:
+        batch = job.objective.prepared(batch, lambda doing: None)
     local = batch.counts()
     counts = dict(zip(local, job.world.sum(list(local.values())).tolist()))
     forward_backward(job.strategy, job.world, batch, job.tasks, counts, job.config.run.seed)

@@ -26,6 +26,7 @@ ROOMS = (
         "loggers",
         "train",
         "evaluate",
+        "objectives",
         "worker",
         "export",
         "transcribe",

@@ -16,10 +16,11 @@ import yaml
 
 from raysft import plugins
 from raysft.audit import audit
-from raysft.config import families, load_config, losses, strategies
+from raysft.config import families, load_config, losses, rewards, strategies
 from raysft.config.resume import rule_of
 from raysft.config.schema import Source
 from raysft.data import sources
+from raysft.data.facts import Facts
 from raysft.data.index.fan_out import fan_out
 from raysft.driver.preflight import check_export
 from raysft.driver.session import _brought
@@ -46,6 +47,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sources, "_registered", {})
     monkeypatch.setattr(families, "_ROWS", dict(families._ROWS))
     monkeypatch.setattr(losses, "_ROWS", dict(losses._ROWS))
+    monkeypatch.setattr(rewards, "_ROWS", dict(rewards._ROWS))
     monkeypatch.setattr(strategies, "STRATEGIES", dict(strategies.STRATEGIES))
     yield
     for name in [name for name in sys.modules if name.startswith(("my_", "good"))]:
@@ -74,7 +76,7 @@ def test_modules_where_the_command_runs_add_names(
     monkeypatch.chdir(PLUGINS)
     path = config_in(
         tmp_path,
-        plugins=["my_family", "my_strategy", "my_loss"],
+        plugins=["my_family", "my_strategy", "my_loss", "my_reward"],
         model={**CAUSAL, "family": "my_family"},
         parallel={"strategy": "my_strategy"},
         train={"losses": {"doubt": 0.5}},
@@ -82,11 +84,13 @@ def test_modules_where_the_command_runs_add_names(
     for _ in "once and again":
         config = load_config(path)
     assert (config.model.family, config.parallel.strategy) == ("my_family", "my_strategy")
-    assert plugins.loaded() == ("my_family", "my_strategy", "my_loss")
+    assert rewards.load("brief")("a", Facts("id", "chat", "ab")) == 1.0
+    assert plugins.loaded() == ("my_family", "my_strategy", "my_loss", "my_reward")
     places = [PLUGINS / "my_family", PLUGINS / "my_strategy", PLUGINS / "my_loss.py"]
+    places.append(PLUGINS / "my_reward.py")
     assert plugins.local() == places
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert [str(place) for place in places] == _brought()[-3:]
+    assert [str(place) for place in places] == _brought()[-4:]
     assert load_config(config_in(tmp_path, plugins="my_loss")).plugins == ["my_loss"]
     assert rule_of("plugins").rule == "free"
 

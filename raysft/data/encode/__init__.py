@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from raysft import patience
+from raysft.config.objectives import Objective
 from raysft.config.schema import Data, Model
 from raysft.data.clips.audio import Limits
 from raysft.data.clips.augment import Augmentation
@@ -49,18 +50,22 @@ class Encode(Protocol):
         ...
 
 
-def make_encoder(model: Model, data: Data, run_folder: str | Path) -> Encoder:
+def make_encoder(
+    model: Model, data: Data, run_folder: str | Path, objective: Objective = "sft"
+) -> Encoder:
     """The encoder of the configured model; no weights are read.
 
     A speech tokenizer must have been fitted before (`speech_tokens.fit_or_load`): it is looked
     for in `run_folder`, or at data.speech_tokens.path. The chat template is that of `run_folder`,
     where the run has one. Clips that stall are remembered there; what varies clips in training is
-    looked for there (`data.clips.recordings.FILE`). Raises UserError.
+    looked for there (`data.clips.recordings.FILE`). objective: of the run: sequences of
+    training carry what it asks for. Raises UserError.
     """
     encoder = _encoder(model, data, Path(run_folder))
     limits = Limits.of(data, Path(run_folder))
     encoder.limits = replace(limits, latents=encoder.latents_per_second)
     encoder.augment = Augmentation.of(data, Path(run_folder))
+    encoder.facts = objective == "grpo"
     if encoder.augment is not None:
         _check_heard(encoder, encoder.augment)
     return encoder

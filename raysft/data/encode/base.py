@@ -27,6 +27,7 @@ from raysft.data.clips.effects import length_at
 from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import Audio, Example, Sequence, Units
+from raysft.data.facts import FACTS, facts_of
 from raysft.data.text import Rendered, Segment
 from raysft.errors import BadExample, UserError
 
@@ -128,6 +129,7 @@ class Encoder(ABC):
         spoken_rate a second, where nothing makes waves of them. frames_of: makes such frames of a
         clip, where that is how they are made.
     speaker: of the model in it that sounds the units it writes; None: there is none.
+    facts: whether sequences of training carry what rewards are told (`data.facts`).
     """
 
     sample_rate: int | None
@@ -151,6 +153,7 @@ class Encoder(ABC):
     spoken_rate: float = 0.0
     raw: Callable[[np.ndarray], np.ndarray] | None = None
     frames_of: Callable[[np.ndarray], np.ndarray] | None = None
+    facts: bool = False
     _slower: tuple[float, ...] = ()  # factors of speed with which examples are measured
 
     @property
@@ -310,6 +313,8 @@ class Encoder(ABC):
         ]
         sequence = self._joined(example, parts, rendered.learnt)
         self._check_promised(len(sequence.input_ids), promised)
+        if self.facts and rng is not None:
+            sequence.arrays[FACTS] = [facts_of(example, form).packed()]
         return sequence
 
     @staticmethod

@@ -65,6 +65,7 @@ class AudioLM(SpeechModel):
         self.preprocessor = preprocessor
         self.front_end = front_end
         self.audio_token_id: int = net.config.audio_token_id
+        self.placeholders = [self.audio_token_id]
         audio = net.config.audio_config
         self.mels: int = audio.num_mel_bins
         self.frames_limit: int = 2 * audio.max_source_positions

@@ -52,6 +52,7 @@ class ProcessorLM(SpeechModel):
         super().__init__(net, encoder.tokenizer, mode, [encoder.end_id])
         self.row, self.encoder, self.source = encoder.row, encoder, model
         self._silence = self.silent_document(encoder.fewest())
+        self.placeholders = [encoder.audio_token_id]
         if self.pad_id == encoder.audio_token_id:  # padded positions would be heard (glmasr)
             self.pad_id = self.stop_ids[0]
 

@@ -94,7 +94,7 @@ class Seq2Seq(SpeechModel):
         """By what transformers generates with for all models: Whisper's own would look for a prompt
         and cut clips that are longer than a chunk. peft's layers are in the net itself."""
         answers = GenerationMixin.generate(
-            self.net, **inputs, **watching(self._watch), synced_gpus=synced_gpus
+            self.net, **inputs, **watching(self._watch, self._choose), synced_gpus=synced_gpus
         )
         assert isinstance(answers, torch.Tensor)
         return answers

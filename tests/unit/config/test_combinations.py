@@ -26,7 +26,39 @@ def found(**changes: Any) -> list[str]:
     return [one.text for one in contradictions(Config.model_validate(tree))]
 
 
+GRPO: dict[str, Any] = {"train__objective": "grpo"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    # -- what is learnt
+    (
+        {"train__grpo": {"group": 4}},
+        "train.grpo.group: does nothing with train.objective: sft; set train.objective: grpo",
+    ),
+    (
+        {**GRPO, "train__grpo": {"group": 1}},
+        "train.grpo.group: 1, but an answer is held against the others of its group; at least 2",
+    ),
+    ({**GRPO, "train__grpo": {"rewards": {}}}, "train.grpo.rewards: empty; name at least one"),
+    (
+        {**GRPO, "data__tokens_per_batch": 256},
+        "train.grpo.max_new_tokens: 256 leaves no room for a prompt in data.tokens_per_batch: 256",
+    ),
+    (
+        {**GRPO, "data__tokens_per_batch": "auto"},
+        "data.tokens_per_batch: auto is found by steps of train.objective: sft; give a number",
+    ),
+    (
+        {**GRPO, "model__config": {"model_type": "whisper"}, "model__path": None},
+        "train.objective: grpo does not work with seq2seq; causal_lm or audio_lm can",
+    ),
+    (
+        {**GRPO, "model__family": "patch_lm"},
+        "train.objective: grpo does not work with patch_lm; causal_lm or audio_lm can",
+    ),
+    ({**GRPO, "train__losses": {"z_loss": 0.1}}, "train.losses: are of right answers, and "),
+    (
+        {**GRPO, "parallel__strategy": "zero3"},
+        "train.grpo.beta: the reference is kept beside weights that zero3 hides; use fsdp",
+    ),
     # -- evaluation
     (
         {"evaluate__beside": True},

@@ -25,11 +25,11 @@ from raysft.config.combinations import contradictions
 from raysft.config.schema import Checkpoint, Data, Evaluate, Model, Source
 from raysft.data.encode import make_encoder
 from raysft.data.example import Audio, Example, MicroBatch, Turn, Units
+from raysft.data.facts import reference_of
 from raysft.data.index.build import build_index
 from raysft.data.read.reader import Reader, Work
 from raysft.driver import preflight
 from raysft.errors import UserError
-from raysft.evaluate.answers import reference_of
 from raysft.evaluate.run import Corpus, evaluate
 from raysft.losses import Term
 from raysft.models.base import SpeechModel

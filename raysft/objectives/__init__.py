@@ -1,0 +1,1 @@
+"""What a step learns beside right answers: prompts answered, rewarded and learnt from (GRPO)."""

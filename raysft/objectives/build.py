@@ -1,0 +1,74 @@
+"""The objective of a worker's job, as `train.objective` says."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from raysft.config import Config
+from raysft.config.strategies import traits_of
+from raysft.models.base import SpeechModel
+from raysft.models.layout import Static
+from raysft.models.supervised import Supervised
+from raysft.objectives.frozen import Frozen
+from raysft.objectives.grpo import GrpoObjective, policy_of, prompts
+from raysft.objectives.rollout import Sampler
+from raysft.parallel import Strategy, World
+from raysft.run.catalogue import Saved
+from raysft.train.checkpoint import load_weights
+from raysft.train.feed import LayOut, turn_of
+from raysft.train.job import Objective
+
+
+class Built(NamedTuple):
+    """objective: None for right answers. lay_out: of what the feed reads; None: as always."""
+
+    objective: Objective | None
+    lay_out: LayOut | None
+
+
+def prepare(config: Config, speech_model: SpeechModel) -> None:
+    """Tell a model, before a strategy wraps it, what its batches teach."""
+    if config.train.objective == "grpo":
+        assert isinstance(speech_model.supervised, Supervised)  # its family has this objective
+        speech_model.supervised.learns = policy_of(config.train.grpo)
+
+
+def build(
+    config: Config,
+    speech_model: SpeechModel,
+    strategy: Strategy,
+    world: World,
+    static: Static | None,
+    initial: Saved | None,
+) -> Built:
+    """initial: the weights that the run begins with, where they are not those of `strategy`."""
+    if config.train.objective == "sft":
+        return Built(None, None)
+    settings = config.train.grpo
+    reference = None
+    if settings.beta:
+        if initial is not None:
+            load_weights(initial, strategy)
+        reference = Frozen(strategy.module)
+    sampler = Sampler(
+        speech_model,
+        strategy,
+        world,
+        settings,
+        settings.tokens_per_batch or config.data.budget,
+        config.run.seed,
+        traits_of(config.parallel.strategy).synced,
+    )
+    objective = GrpoObjective(
+        settings,
+        speech_model,
+        strategy,
+        world,
+        sampler,
+        reference,
+        partial(turn_of, speech_model, static=static),
+        config.data.budget,
+        config.data.mode == "padded",
+    )
+    return Built(objective, prompts)
