@@ -170,6 +170,7 @@ def test_raysft_comes_with_the_working_directory_and_is_nowhere_else(cluster: Cl
     assert re.search(r"from \S+/working_dir_files/\S+/raysft/__init__.py", done.stdout)
 
 
+@pytest.mark.slow
 def test_a_job_spreads_its_workers_over_both_nodes_and_shows_its_progress(
     cluster: Cluster, tmp_path: Path
 ) -> None:

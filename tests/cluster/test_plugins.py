@@ -27,7 +27,8 @@ def raysft(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=PLUGINS, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("budget", [80, pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [80, "auto"])
 def test_a_run_of_nothing_but_plugins_trains_evaluates_audits_and_exports(
     budget: int | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
