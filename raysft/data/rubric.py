@@ -26,6 +26,8 @@ from raysft.json_types import JsonObject
 OWN = "raysft:"  # before the name of a file of the package
 _FOLDER = Path(__file__).parent / "rubrics"
 _TEXTS = ("context", "one", "varied", "all", "header", "all_long", "all_short")
+_KEYS = ("field", "label", "scale", "means", "anchors")  # of a dimension
+OVERALL = "overall"  # what tables call all dimensions
 _PLACES = {"one": ("rubric", "context"), "varied": ("rubric", "context"), "all": ("rubric",)}
 Named = tuple[str, str]  # a file, and the digest of its contents
 
@@ -104,6 +106,11 @@ def rubrics(name: str, digest: str) -> Rubrics:
             f"{name}: no rubrics, for it has no {', '.join(lacking)}: begin with a copy of "
             f"{_FOLDER / 'role.yaml'}"
         )
+    if unknown := [str(key) for key in found if key not in (*_TEXTS, "scale", "dimensions")]:
+        raise UserError(f"{name}: {', '.join(unknown)}: nothing reads this; leave it out")
+    for key in _TEXTS:
+        if not isinstance(found[key], str):
+            raise UserError(f"{name}: {key} is {found[key]!r}, expected a text")
     for key, places in _PLACES.items():
         for place in places:
             if f"{{{place}}}" not in found[key]:
@@ -113,13 +120,21 @@ def rubrics(name: str, digest: str) -> Rubrics:
     dimensions = {
         key: _rubric(name, key, value, found) for key, value in found["dimensions"].items()
     }
-    return Rubrics({key: str(found[key]) for key in _TEXTS}, dimensions)
+    for what in ("label", "field"):  # answers tell them apart by one, records by the other
+        given = [getattr(one, what) for one in dimensions.values()]
+        if twice := [one for one in given if given.count(one) > 1]:
+            raise UserError(f"{name}: two dimensions have the {what} {twice[0]}: name one anew")
+    return Rubrics({key: found[key] for key in _TEXTS}, dimensions)
 
 
 def _rubric(file: str, name: str, given: object, found: JsonObject) -> Rubric:
     where = f"{file}: dimensions.{name}"
+    if not isinstance(name, str) or not re.fullmatch(r"[-.\w ]+", name) or name == OVERALL:
+        raise UserError(f"{where}: name it in letters, digits, - and _, and not {OVERALL}")
     if not isinstance(given, dict) or not all(given.get(key) for key in ("means", "anchors")):
         raise UserError(f"{where}: has no rubric: expected means and anchors")
+    if unknown := [str(key) for key in given if key not in _KEYS]:
+        raise UserError(f"{where}: {', '.join(unknown)}: expected {', '.join(_KEYS)} alone")
     scale = given.get("scale", found["scale"])
     if not isinstance(scale, list) or len(scale) != 2 or not _is_scale(*scale):
         raise UserError(
@@ -134,16 +149,16 @@ def _rubric(file: str, name: str, given: object, found: JsonObject) -> Rubric:
             f"{where}: anchors of {lowest} to {highest} are needed, found "
             f"{', '.join(map(str, anchors)) or 'none'}"
         )
-    label = str(given.get("label", name))
+    if hole := [value for value in values if anchors[value] in (None, "")]:
+        raise UserError(f"{where}: anchors.{hole[0]} says nothing: say what a {hole[0]} is")
+    label, field = (str(given.get(key) or name) for key in ("label", "field"))
     example = values[1] if len(values) > 2 else values[0]
     told = "\n".join(f"{value}: {anchors[value]}" for value in values)
     head = f"Dimension: {label} - {given['means']}"
     text = f"{found['header']}\n\n{head}\n{told}\nExample output: {example}"
     scaled = f" ({lowest}-{highest})" if scale != found["scale"] else ""
     line = f"{label}{scaled}: {given['means']}"
-    return Rubric(
-        name, str(given.get("field", name)), label, lowest, highest, text, f"{line}\n{told}", line
-    )
+    return Rubric(name, field, label, lowest, highest, text, f"{line}\n{told}", line)
 
 
 def _is_scale(lowest: object, highest: object) -> bool:

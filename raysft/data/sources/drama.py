@@ -63,6 +63,7 @@ CAPTIONS = {
     "RoleEmotion": "emotion_caption",
 }
 WORDED = ("RoleVariation", "RoleReasoning", "RoleVariationCaption")
+LONGEST = 100  # characters of a rating that is looked at
 NOT_APPLICABLE = ("na", "n/a", "n.a.", "not applicable")
 SHOWN = ("char_profile", "char_style", "transcript", "local_scene", "question")
 READ = frozenset(
@@ -120,7 +121,7 @@ class Drama(Layout):
         root = None if given.root is None else paths.of_data(given.root)
         files: dict[str, Named] = {}
         for item in json_lines.items(file):
-            at = f"{file.name}:{item.line}"
+            name, at = default_id(file, item.line), f"{file.name}:{item.line}"
             try:
                 if item.raw is None:
                     raise BadExample(item.error or "")
@@ -144,7 +145,7 @@ class Drama(Layout):
                         continue
                     listed["split"] = split
             except BadExample as error:
-                yield fault(default_id(file, item.line), str(error), at)
+                yield fault(name, str(error), at)
                 continue
             yield listed
 
@@ -344,16 +345,17 @@ def _one_rating(value: Json, one: Rubric, lowest: bool) -> int | None:
             return one.lowest if lowest else None
         if not text:
             return None
-        value = int(text) if text.isdecimal() else text
+        value = int(text) if text.isdecimal() and len(text) < LONGEST else text
     if value is None:
         return None
     yes_no = (one.lowest, one.highest) == (0, 1)
     if isinstance(value, bool) and yes_no:
         return int(value)
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not one.lowest <= value <= one.highest:
-        found = repr(value) if isinstance(value, int | float | str) else kind(value)
+        plain = isinstance(value, int | float | str) and len(str(value)) < LONGEST
+        found = repr(value) if plain else kind(value)
         raise BadExample(
             f"annotations.{one.field} holds {found}, outside of the scale of whole numbers from "
             f"{one.lowest} to {one.highest}",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pydantic import ValidationError
 from scipy.stats import chisquare
 
 from raysft.config.judging import Judging
@@ -135,6 +136,9 @@ def test_odd_ratings_are_what_they_mean_and_never_1_by_accident(
 @pytest.mark.parametrize(
     ("given", "named"),
     [
+        ([float("nan"), 3], "annotations.emotion_accuracy holds nan, outside of the scale"),
+        ([float("inf"), 3], "annotations.emotion_accuracy holds inf, outside of the scale"),
+        (["4" * 5000], "annotations.emotion_accuracy holds a text, outside of the scale"),
         ([6, 3, 3], "annotations.emotion_accuracy holds 6, outside of the scale of whole numbers"),
         ([0, 3, 3], "holds 0, outside"),
         ([3.5, 3, 3], "holds 3.5, outside"),
@@ -369,6 +373,11 @@ def test_rubrics_can_be_replaced(tmp_path: Path) -> None:
     assert {answer for _, answer in answers(example)} == {f"<answer>{n}</answer>" for n in (6, 7)}
 
 
+def warm(**more: Any) -> dict[str, Any]:
+    """A dimension of two ratings."""
+    return {"means": "warm", "scale": [1, 2], "anchors": {1: "no", 2: "yes"}, **more}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -380,6 +389,15 @@ def test_rubrics_can_be_replaced(tmp_path: Path) -> None:
             {"dimensions": {"warmth": {"means": "warm", "anchors": {1: "cold"}}}},
             "dimensions.warmth: anchors of 1 to 5 are needed, found 1",
         ),
+        ({"one": 5}, "one is 5, expected a text"),
+        ({"header_long": "x"}, "header_long: nothing reads this"),
+        ({"dimensions": {"warm": warm(anchors={1: "no", 2: None})}}, "anchors.2 says nothing"),
+        ({"dimensions": {"warm": warm(lable="Warm")}}, "dimensions.warm: lable: expected field,"),
+        ({"dimensions": {"a/b": warm()}}, "dimensions.a/b: name it in letters"),
+        ({"dimensions": {1: warm()}}, "dimensions.1: name it in letters"),
+        ({"dimensions": {"overall": warm()}}, "dimensions.overall: name it in letters"),
+        ({"dimensions": {"a": warm(label="X"), "b": warm(label="X")}}, "have the label X"),
+        ({"dimensions": {"a": warm(field="f"), "b": warm(field="f")}}, "have the field f"),
     ],
 )
 def test_rubrics_that_are_none_are_refused(
@@ -422,6 +440,20 @@ def test_rubrics_that_change_under_a_run_are_refused(tmp_path: Path) -> None:
         read(reader, 0, 1, 0, [0])
     changed = indexed(tmp_path / "drama.jsonl", tmp_path, rubrics=str(file))
     assert changed.index.hash != first
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dimensions": []},
+        {"dataset": "AVQA", "dimensions": ["pitch_dynamics"]},
+        {"dataset": "AVQA", "rubrics": "mine.yaml"},
+        {"dataset": "RoleAllFixOrder", "variations": "prompts.json"},
+    ],
+)
+def test_keys_that_nothing_would_read_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=[*given][-1]):
+        Judging.model_validate(given)
 
 
 def test_judging_is_read_by_its_format_alone(tmp_path: Path) -> None:
