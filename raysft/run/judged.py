@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,10 +142,16 @@ def read(folder: Path) -> list[Row]:
 def _row(result: JsonObject) -> Row | None:
     dimension = result["specific_dimension"]
     by_field = result["ground_truth_ratings"]
+    if not isinstance(dimension, str):
+        raise ValueError(f"specific_dimension is {dimension!r}")
     given = by_field.get(FIELDS.get(dimension, dimension))
     if given is None and len(by_field) == 1:  # a rubric of one's own
         (given,) = by_field.values()
+    if not isinstance(given, list | None):
+        raise ValueError(f"ratings are {given!r}, expected a list")
     ratings = tuple(1.0 if one == "N/A" else float(one) for one in given or () if one is not None)
+    if not all(map(math.isfinite, ratings)):
+        raise ValueError(f"ratings are {given!r}")
     if not ratings:
         return None
     name = str(result["id"])
@@ -156,7 +163,7 @@ def _row(result: JsonObject) -> Row | None:
 def _number(value: Json) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no score")
     return float(value)
 

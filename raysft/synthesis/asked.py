@@ -14,6 +14,7 @@ from raysft.errors import UserError
 from raysft.synthesis.run import SPOKEN, Shown, asked_of, cloned, replied
 
 TEXTS = {".txt", ".text"}  # of files with a text a line
+MANIFESTS = {".jsonl", ".json", ".tsv", ".csv", ".parquet", ".list"}  # names that no text has
 
 
 def read(
@@ -43,18 +44,36 @@ def read(
         if task == scripts.DIALOG and names_audio_file(word):
             found.append(replied(str(path.absolute()), path.stem))
         elif not _is_file(path):
+            alone = len(word.split()) == 1
+            if alone and path.suffix.lower() in {*TEXTS, *MANIFESTS}:
+                raise UserError(f"{word}: there is no such file")
+            if alone and names_audio_file(word):
+                raise UserError(
+                    f"{word}: is the name of a clip, and no text: say --task dialog for a reply to "
+                    "it, or --speaker for its voice"
+                )
             if task == scripts.DIALOG:
                 raise UserError(f"{word}: task dialog replies to clips, and this is none")
             found.append(asked(word, f"said_{len(found):04}"))
         elif path.suffix.lower() in TEXTS:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            for number, line in enumerate(filter(str.strip, lines)):
+            if task == scripts.DIALOG:
+                raise UserError(f"{word}: task dialog replies to clips, and these are texts")
+            for number, line in enumerate(filter(str.strip, _lines(path))):
                 found.append(asked(line.strip(), f"{path.stem}_{number:04}"))
         else:
             found += _of_manifest(path, task, speaker, asked)
     if not found:
         raise UserError("nothing is to be said: give texts, or files that hold some")
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 at byte {error.start}: write it anew") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _is_file(path: Path) -> bool:
@@ -80,6 +99,10 @@ def _of_manifest(
                         "out, or give the texts"
                     )
                 found.append(_to_be_said(item.example))
+            elif task == scripts.DIALOG:
+                raise UserError(
+                    f"{path}: {item.id}: task dialog replies to dialogs, and this is none"
+                )
             elif item.example.text:  # what it says may be said, whatever it was written for
                 found.append(asked(item.example.text, item.id))
     if not found:

@@ -16,6 +16,7 @@ from raysft.config.mel import Mel
 from raysft.data.clips import mels
 from raysft.data.clips.speech_tokens import KMeans
 from raysft.errors import UserError
+from raysft.synthesis.asked import read
 from raysft.synthesis.vocoders import GriffinLim, vocoder_of
 from tests.support import flows, patches
 from tests.support.in_process import run
@@ -88,6 +89,31 @@ def test_what_a_manifest_says_of_what_is_heard_is_not_passed_over(trained: Path)
     manifest, clip = trained.parent / "corpus" / "patches.jsonl", trained.parent / "corpus/0.wav"
     with pytest.raises(UserError, match=r"--speaker: .* says itself what is heard before p0"):
         synthesize(trained, [str(manifest)], speaker=clip)
+
+
+@pytest.mark.parametrize(
+    ("word", "task", "named"),
+    [
+        ("missing.jsonl", "tts", "missing.jsonl: there is no such file"),
+        ("missing.txt", "tts", "missing.txt: there is no such file"),
+        ("question.wav", "tts", "is the name of a clip, and no text: say --task dialog"),
+        ("latin.txt", "tts", "latin.txt: not valid UTF-8 at byte 1"),
+        ("lines.txt", "dialog", "replies to clips, and these are texts"),
+        ("tts.jsonl", "dialog", "q1: task dialog replies to dialogs, and this is none"),
+    ],
+)
+def test_files_that_are_not_there_or_of_another_task_are_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, task: str, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes(b"h\xe9")
+    Path("lines.txt").write_text("one\n")
+    record = {"id": "q1", "task_type": "asr", "wav_path": "a.wav", "text": "hello"}
+    Path("tts.jsonl").write_text(json.dumps(record) + "\n")
+    patches.clip(tmp_path, "a.wav", 0.5, 1)
+    with pytest.raises(UserError, match=named):
+        read([word], task, None)
+    assert [one.text for one in read(["Play a.wav"], "tts", None)] == ["Play a.wav"]
 
 
 @pytest.mark.parametrize(

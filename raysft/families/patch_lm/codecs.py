@@ -133,6 +133,8 @@ class CodecLatents:
         import torch
 
         count = self.frames(len(clip))
+        if not count:  # which no net reads
+            return np.zeros((0, self.width), np.float32)
         wave = clip[: count * self.hop].astype(np.float32, copy=False)
         if self._loudness is not None:
             wave = self._loudness(wave)
@@ -217,6 +219,7 @@ def _net(path: str, kind: str) -> PreTrainedModel:
     """The codec itself, on the CPU. Raises UserError where its weights cannot be had."""
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     try:
         net, info = getattr(transformers, KINDS[kind].net).from_pretrained(
@@ -226,7 +229,7 @@ def _net(path: str, kind: str) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{KEY}.path: {path} cannot be read: {first_line(error)}") from None
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:

@@ -97,8 +97,8 @@ class PatchEncoder(Encoder):
     ) -> Encoded:
         """The patch tokens, and the frames of all patches."""
         assert clip is not None  # the prompt takes no units
+        count = self.part_length(part, len(clip), False)
         frames = self.latents(clip)
-        count = self.latents.frames(len(clip)) // self.patches.size
         if len(frames) < count * self.patches.size:
             raise BadExample(
                 f"its clip of {len(clip)} samples becomes {len(frames)} frames, "

@@ -18,11 +18,12 @@ from raysft.config.patches import Codec
 from raysft.config.schema import Data, Model
 from raysft.data.clips.audio import load
 from raysft.data.encode import make_encoder
-from raysft.errors import UserError
+from raysft.errors import BadExample, UserError
 from raysft.export import export
 from raysft.families.patch_lm import spread
 from raysft.families.patch_lm.codecs import CodecLatents
 from raysft.families.patch_lm.encode import LATENTS, PatchEncoder
+from raysft.synthesis.run import asked_of
 from raysft.transcribe.model import load as answering
 from tests.support import codecs, patches
 from tests.support.in_process import losses, run
@@ -71,6 +72,17 @@ def test_latents_are_what_the_codec_quantises(kind: str, make: Make) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     scaled = CodecLatents(Codec(path=str(make(kind)), mean=0.5, std=2.0))
     np.testing.assert_allclose(scaled(wave), (found - 0.5) / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", codecs.KINDS)
+def test_a_clip_without_a_frame_has_no_latents(kind: str, make: Make) -> None:
+    short = noise(0.5 * codecs.HOP[kind] / codecs.RATE)
+    found = CodecLatents(Codec(path=str(make(kind))))(short)
+    assert found.shape == (0, codecs.WIDTH[kind])
+    asked = patches.model(mel=None, codec={"path": str(make(kind))}, size=5)
+    encoder = make_encoder(Model.model_validate(asked), Data(), "none")
+    with pytest.raises(BadExample, match="is too short: it has no whole patch"):
+        encoder.speaking(asked_of("x", "tts", "short.wav"), [noise(0.03)])
 
 
 @pytest.mark.parametrize("kind", codecs.KINDS)
@@ -149,6 +161,10 @@ def test_what_is_no_codec_says_why(make: Make, tmp_path: Path) -> None:
     wider = changed(encodec, tmp_path / "g", num_residual_layers=2)
     with pytest.raises(UserError, match=r"codec\.path: .*: \d+ weights are missing or"):
         CodecLatents(Codec(path=str(wider)))(noise(0.1))
+    half = changed(encodec, tmp_path / "h") / "model.safetensors"
+    half.write_bytes(half.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"codec\.path: .* cannot be read: "):
+        CodecLatents(Codec(path=str(half.parent)))(noise(0.1))
     both = patches.model(codec={"path": str(encodec)})
     with pytest.raises(UserError, match="both mel and codec are given: leave one out"):
         make_encoder(Model.model_validate(both), Data(), "none")

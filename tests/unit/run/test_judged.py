@@ -148,6 +148,12 @@ def test_the_originals_files_give_the_originals_figures(tmp_path: Path) -> None:
     assert few["missing"] == 3 and few["pearson"] is None and few["mae"] == 0.5
 
 
+def one(ratings: str, score: str) -> str:
+    """The file of one result."""
+    told = f'"specific_dimension": "x", "ground_truth_ratings": {ratings}, "model_score": {score}'
+    return f'[{{"id": "a", {told}}}]'
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -155,6 +161,13 @@ def test_the_originals_files_give_the_originals_figures(tmp_path: Path) -> None:
         ("{}", "expected a list of results"),
         ('[{"id": "a"}]', r"\[0\] is no result .*specific_dimension"),
         ("[1]", r"\[0\] is no result"),
+        (
+            '[{"id": "a", "specific_dimension": null, "ground_truth_ratings": {}}]',
+            r"\[0\] is no result .*is None",
+        ),
+        (one('{"x": "45"}', "4"), r"\[0\] is no result .*expected a list"),
+        (one('{"x": [NaN, 4]}', "4"), r"\[0\] is no result .*ratings are .nan, 4"),
+        (one('{"x": [4]}', "NaN"), r"\[0\] is no result .*nan is no score"),
         ("[]", "no results of judging"),
     ],
 )
