@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from raysft import paths
 from raysft.config import Config, load_config
+from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.run.folder import reopen
 
@@ -222,8 +223,14 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
     target = None if out is None else paths.argument(str(out), "--out")
     places = [paths.argument(str(folder), "RUN") for folder in folders]
-    if all(map(judged.holds_results_alone, places)):
+    rated = [judged.holds_results_alone(place) for place in places]
+    if all(rated):
         return judged.draw(places, target)[0]
+    if any(rated):
+        raise UserError(
+            f"{places[rated.index(False)]}: no results of judging are here, beside those of "
+            f"{places[rated.index(True)]}: name folders of one kind"
+        )
     return build.write(places, target)
 
 

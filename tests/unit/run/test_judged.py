@@ -199,4 +199,6 @@ def test_models_are_drawn_beside_each_other(
     for name in pictures.PICTURES:
         assert (tmp_path / "pictures" / name).read_bytes()[:4] == b"\x89PNG"
     assert library.report([ours]) == ours / "correlations.png"
+    with pytest.raises(UserError, match=r"nothing: no results of judging are here"):
+        library.report([ours, tmp_path / "nothing"])
     assert list(pictures.named([ours, place]))[1].endswith("judged/dev")  # a name of its own
