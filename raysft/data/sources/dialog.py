@@ -33,6 +33,7 @@ from raysft.data.sources.base import (
     load_record,
     text_field,
 )
+from raysft.data.sources.fields import refuse_unread
 from raysft.data.sources.json_files import first_records
 from raysft.data.sources.layout import LISTED, Layout, fault, refuse_fault
 from raysft.data.sources.lines import lines
@@ -139,17 +140,23 @@ def _json_dialogs(file: Path) -> Iterator[_Found]:
 
 
 def _turns(record: JsonObject) -> list[JsonObject]:
+    """Raises BadExample for turns that are none, and for fields that nothing reads."""
     if "turns" not in record:
-        names = ("text", *_UNITS, *_CLIPS)
-        return [
-            {name: record[f"{who}_{name}"] for name in names if f"{who}_{name}" in record}
-            for who in ("user", "agent")
+        turns: Json = [
+            {name[len(who) :]: value for name, value in record.items() if name.startswith(who)}
+            for who in ("user_", "agent_")
         ]
-    turns = record["turns"]
+        rest = {k: v for k, v in record.items() if not k.startswith(("user_", "agent_"))}
+    else:
+        turns = record["turns"]
+        rest = {name: value for name, value in record.items() if name != "turns"}
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadExample(
             f"field 'turns' is {kind(turns)}, expected a list of objects", "malformed record"
         )
+    refuse_unread(rest, frozenset(["id"]))
+    for turn in turns:
+        refuse_unread(turn, frozenset(["speaker", "text", *_UNITS, *_CLIPS]))
     return turns
 
 

@@ -122,7 +122,9 @@ class CodecLatents:
         self.frames_per_second = self.rate / self.hop
         self._loudness = None
         if told.get("normalize_audio"):
-            self._loudness = Loudness(float(told["target_dB_FS"]), float(told.get("eps", 1e-6)))
+            self._loudness = Loudness(
+                float(told.get("target_dB_FS", -25)), float(told.get("eps", 1e-6))
+            )
 
     def frames(self, samples: int) -> int:
         """Whole frames of a clip of so many samples."""

@@ -218,12 +218,15 @@ def test_each_turn_is_answered_by_the_next(tmp_path: Path) -> None:
         {"turns": nameless},
         {"id": "q", "user_text": "Hi.", "user_units": "3 17", "agent_text": "Ho", "agent_wav": "a"},
         {"id": "bad", "turns": [turns[0], {"speaker": "b", "text": "x"}]},
+        {"id": "cut", "turns": [{**turns[0], "offset": 1.5}, turns[1]]},
+        {"id": "p", "user_text": "a", "user_units": "1", "agent_text": "b", "agent_wav": "a"}
+        | {"agent_offset": 0.5},
     ]
     path = tmp_path / "talk.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read(path)
     assert [item.id for item in found] == [
-        *("d.0", "d.1", "d.2", "t", "one", "talk:4.0", "talk:4.1", "q", "bad")
+        *("d.0", "d.1", "d.2", "t", "one", "talk:4.0", "talk:4.1", "q", "bad", "cut", "p")
     ]
     heard = [(Units(tuple(turn["units"])), turn["text"]) for turn in turns]
     for number in range(3):
@@ -237,6 +240,8 @@ def test_each_turn_is_answered_by_the_next(tmp_path: Path) -> None:
     assert (asked, text, said) == (Units((3, 17)), "Hi.", "Ho")
     assert clip.path == str(tmp_path / "a")
     assert "neither units" in found[8].error
+    for item in found[9:]:
+        assert "field 'offset' says which part of a clip is meant" in item.error
 
 
 def test_dailytalk_is_read_as_it_lies(tmp_path: Path) -> None:
