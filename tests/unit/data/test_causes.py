@@ -149,7 +149,7 @@ def test_records_of_other_programs_are_named_with_what_to_do(
         ("espnet", "near is kaldi"),
         ("alpaca", "near is most_json"),
         ("ming_json", "did you mean ming_jsonl?"),
-        ("xml", "there are: auto, aishell, clip_folder, clips_jsonl, emilia, "),
+        ("xml", "there are: auto, aishell, clip_folder, clips_jsonl, dialog, drama, emilia, "),
     ],
 )
 def test_a_format_there_is_not_names_the_nearest(tmp_path: Path, form: str, says: str) -> None:

@@ -146,7 +146,9 @@ def test_ids_losses_and_answers_are_those_of_transformers(kind: str, folder: Fol
         for static in (None, Static(700)):  # of packed rows
             found = ours.loss(ours.collate(batch(*items), static=static))[0].sum.item()
             assert found == pytest.approx(expected, rel=1e-5)
-        assert ours.generate(prompts, 5) == [ours._text(answer) for answer in answers]
+        assert ours.generate(prompts, 5) == [
+            ours._text(answer, ours.stop_ids) for answer in answers
+        ]
 
 
 def first_row(given: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -273,7 +273,9 @@ def test_a_conversation_is_answered_where_its_last_turn_is(heard: Run, tmp_path:
 def test_a_language_is_taken_off_where_it_is_given(
     tmp_path: Path, heard: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SpeechModel, "generate", lambda self, prompts, most: ["en\tone"])
+    monkeypatch.setattr(
+        SpeechModel, "generate", lambda self, prompts, most, within=None: ["en\tone"]
+    )
     for lang, text in (("en", "one"), (None, "en\tone")):
         assert texts(library.transcribe(heard.folder, heard.clips[:1], lang=lang)) == [text]
 
