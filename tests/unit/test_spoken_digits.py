@@ -179,7 +179,7 @@ def test_units_come_as_an_asr_item_and_its_swapped_tts_item() -> None:
     assert tts.id == f"tts_{asr.id}"
 
 
-@pytest.mark.parametrize("recipe", ["asr", "units", "whisper"])
+@pytest.mark.parametrize("recipe", ["asr", "units", "whisper", "tts_patch"])
 def test_recipes_are_configs_whose_encoder_can_be_made(
     recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
