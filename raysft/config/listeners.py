@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from raysft.config.section import Section
 from raysft.errors import UserError
@@ -98,6 +99,19 @@ def check(section: str, settings: Section) -> None:
                 f"{section}.{name}: method {row.name} has none: leave it out (it is for "
                 f"{' and '.join(others)})"
             )
+
+
+def opened(section: str, settings: Section, where: str, folder: Path) -> object:
+    """What hears as `settings` say, which stand not in the section of a preparation but at `where`.
+
+    folder: where it keeps what it fits. Raises UserError, naming `where`.
+    """
+    try:
+        check(section, settings)
+        made: object = load(section, getattr(settings, "method"))(settings, folder)  # noqa: B009
+        return made
+    except UserError as error:
+        raise UserError(str(error).replace(section, where)) from None
 
 
 register(

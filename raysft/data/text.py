@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from raysft.config.schema import Data
-from raysft.data import remote_code, scripts, untold
+from raysft.data import scripts, untold
 from raysft.data.chat import (
     Chat,
     Frame,
@@ -37,6 +37,7 @@ from raysft.data.conversation import Conversations, Shown, last_learnt
 from raysft.data.example import ASSISTANT, Audio, Example, Part, Units
 from raysft.data.segments import Rendered, Segment, bare, cut
 from raysft.data.tokenizer import (
+    HoldsTokenizer,
     add_units,
     byte_tokenizer,
     last_token,
@@ -77,7 +78,7 @@ class NoInstruction(UserError):
     """An example brings none, and data.prompts has none for its task."""
 
 
-class Template:
+class Template(HoldsTokenizer):
     """Makes examples dialogues, as a chat template writes them: of one turn here, of several in
     `conversation`.
 
@@ -222,20 +223,9 @@ class Template:
         ids = self._encode(text)
         return self.tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The transformers tokenizer."""
-        if isinstance(self._tokenizer, bytes):
-            self._tokenizer = remote_code.unpacked(self._tokenizer)
-        return self._tokenizer
-
     def __getstate__(self) -> dict[str, object]:
-        state = dict(
-            self.__dict__, _backend=self._backend.to_str(), _known={}, _expected={}, _fine=set()
-        )
-        if not isinstance(self._tokenizer, bytes):
-            state["_tokenizer"] = remote_code.packed(self._tokenizer, "AutoTokenizer")
-        return state
+        empty: dict[str, object] = {"_known": {}, "_expected": {}, "_fine": set()}
+        return {**super().__getstate__(), "_backend": self._backend.to_str(), **empty}
 
     def __setstate__(self, state: JsonObject) -> None:
         from tokenizers import Tokenizer

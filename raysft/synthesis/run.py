@@ -228,9 +228,7 @@ def _units_of(answering: Answering, decoder: Answering) -> re.Pattern[str]:
         )
     if decoder.encoder.writes:
         raise UserError(f"--decoder: {decoder.name} is no flow decoder")
-    written, spoken = (
-        getattr(one.encoder, "speech_tokens", None) for one in (answering, decoder)
-    )  # of runs that make units of clips
+    written, spoken = answering.encoder.speech_tokens, decoder.encoder.speech_tokens
     if written and spoken and written.fingerprint() != spoken.fingerprint():
         raise UserError(
             f"--decoder: {decoder.name} learnt other units than {answering.name} writes: their "

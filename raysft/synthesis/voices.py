@@ -10,7 +10,7 @@ import pkgutil
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -20,9 +20,9 @@ from raysft.config.speaking import Speak
 from raysft.data.clips.audio import Limits
 from raysft.data.clips.audio import load as decode
 from raysft.data.example import ASSISTANT, Audio, Example, Part, Units
-from raysft.errors import UserError
 
 _TOKENS_OF = "raysft.prepare.listener:Tokens"
+_NOWHERE = Path("no-preparation")  # none that can be named here keeps anything
 
 
 class _Embeds(Protocol):
@@ -74,11 +74,7 @@ class Voices:
     def _makes(self) -> _Makes:
         settings = self._settings.speech_tokens
         assert settings is not None
-        try:
-            listeners.check(TOKENS, settings)
-        except UserError as error:
-            raise _own(error) from None
-        listener = listeners.load(TOKENS, settings.method)(settings, Path("no-preparation"))
+        listener = listeners.opened(TOKENS, settings, "speak.speech_tokens", _NOWHERE)
         found: _Makes = pkgutil.resolve_name(_TOKENS_OF)(listener, settings)
         return found
 
@@ -86,20 +82,10 @@ class Voices:
     def _embeds(self) -> _Embeds:
         settings = self._settings.speakers
         assert settings is not None
-        try:
-            listeners.check(SPEAKERS, settings)
-        except UserError as error:
-            raise _own(error) from None
-        found: _Embeds = listeners.load(SPEAKERS, settings.method)(settings, Path("no-preparation"))
-        return found
+        return cast(_Embeds, listeners.opened(SPEAKERS, settings, "speak.speakers", _NOWHERE))
 
 
 def heard(example: Example) -> list[Audio]:
     """The clips that are heard before anything is said."""
     turns = [part for turn in example.turns if turn.role != ASSISTANT for part in turn.content]
     return [part for part in (*example.input, *turns) if isinstance(part, Audio)]
-
-
-def _own(error: UserError) -> UserError:
-    """The same, of the section that is read here."""
-    return UserError(str(error).replace("prepare.", "speak.", 1))

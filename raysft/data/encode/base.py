@@ -24,6 +24,7 @@ from raysft.config.mel import Mel
 from raysft.data.clips.audio import SHORTEST_S, Limits
 from raysft.data.clips.augment import Augmentation
 from raysft.data.clips.effects import length_at
+from raysft.data.clips.speech_tokens import SpeechTokenizer
 from raysft.data.clips.stripes import Spectrogram
 from raysft.data.encode.verdict import Verdict
 from raysft.data.example import Audio, Example, Sequence, Units
@@ -119,6 +120,7 @@ class Encoder(ABC):
     writes: whether its model reads and writes text: else it has no tokenizer.
     says_language: whether the answer of an asr example begins with its lang.
     audio_id: the id at the positions of clips, where its model's config does not say it.
+    speech_tokens: what makes units of clips; None: it reads no clips as units.
     kinds: of a mixture whose experts are for kinds of tokens: of each token id, -1 where of none.
     augment: how clips are varied in training; None: they are not.
     spectrogram: where a clip's features are among its arrays; None: the model reads none.
@@ -143,6 +145,7 @@ class Encoder(ABC):
     writes: bool = True
     says_language: bool = True
     audio_id: int | None = None
+    speech_tokens: SpeechTokenizer | None = None
     kinds: np.ndarray | None = None
     augment: Augmentation | None = None
     spectrogram: Spectrogram | None = None

@@ -34,7 +34,6 @@ from raysft.data.sources.base import (
     text_field,
 )
 from raysft.data.sources.fields import refuse_unread
-from raysft.data.sources.json_files import first_records
 from raysft.data.sources.layout import LISTED, Layout, fault, refuse_fault
 from raysft.data.sources.lines import lines
 from raysft.errors import BadExample
@@ -60,7 +59,7 @@ class Dialog(Layout):
             meta = path / _META if stores.is_dir(path) else path
             first = next(iter(lines(meta)), (0, ""))[1] if stores.is_file(meta) else ""
             return _NAME.fullmatch(first.partition("|")[0].strip()) is not None
-        return any(map(_is_dialog, first_records(path)))
+        return any(map(_is_dialog, json_lines.first_objects(path)))
 
     def files(self, path: Path, split: Split) -> list[Path]:
         """The list of turns, or the lines."""

@@ -16,12 +16,12 @@ stand beside `annotations`' other fields or in the record itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 from raysft import paths, stores
-from raysft.config.judging import Judging
+from raysft.config.judging import Dataset, Judging
 from raysft.config.schema import Source
 from raysft.data import rubric
 from raysft.data.example import Audio, Example
@@ -45,18 +45,7 @@ from raysft.scorers.rated import Rated
 
 TASK, QUESTION_TASK = "rating", "qa"
 KINDS = {"Arche": "arche", "AVQA": "avqa"}  # what each dataset_name is; others are roles
-NAMES = {
-    *(
-        "ROLE",
-        "RoleVariation",
-        "RoleReasoning",
-        "RoleCaption",
-        "RoleEmotion",
-        "RoleVariationCaption",
-    ),
-    *("RoleAllFixOrder", "RoleAllFixOrderConsistent", "RoleAllFlexOrder"),
-    *("RoleAllFlexOrderConsistent", "Arche", "AVQA"),
-}
+NAMES = get_args(Dataset)
 CAPTIONS = {
     "RoleCaption": "audio_caption",
     "RoleVariationCaption": "audio_caption",
@@ -90,16 +79,7 @@ class Drama(Layout):
 
     def sniff(self, path: Path) -> bool:
         """Whether one of the first lines is an object with a clip and ratings, or choices."""
-        if stores.is_dir(path):
-            return False
-        for line in json_lines.first_lines(path):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and _is_drama(record):
-                return True
-        return False
+        return not stores.is_dir(path) and any(map(_is_drama, json_lines.first_objects(path)))
 
     def asked(self, given: Source) -> tuple[str, ...]:
         """What its records are made by: `judging`."""

@@ -10,7 +10,6 @@ clip says, is for evaluation alone (`evaluate.asr`).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from raysft import stores
@@ -37,12 +36,8 @@ class FlowJsonl(json_lines.JsonLines):
         """Whether one of the first lines has a clip, and tokens or an embedding."""
         if stores.is_dir(path):
             return False
-        for line in json_lines.first_lines(path):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and any(name in record for name in CLIPS):
+        for record in json_lines.first_objects(path):
+            if any(name in record for name in CLIPS):
                 return any(name in record for name in (TOKENS, *VOICES))
         return False
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raysft import stores
 from raysft.data.sources import json_items, json_lines
-from raysft.data.sources.base import BOM, Chunk, Format, Item, Split, Survey
+from raysft.data.sources.base import Chunk, Format, Item, Split, Survey
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 
@@ -36,19 +36,15 @@ class JsonFiles(Format):
 def first_records(file: Path) -> Iterator[JsonObject]:
     """The objects among a file's first lines, or the first item of its list."""
     if _is_lines(file):
-        found = json_lines.first_lines(file)
-    else:
-        try:
-            found = [item.raw or b"" for item in islice(json_items.items(file), 1)]
-        except UserError:  # broken: said where it is read
-            return
-    for raw in found:
-        try:
-            record = json.loads(raw.removeprefix(BOM).strip().rstrip(b","))
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            yield record
+        yield from json_lines.first_objects(file)
+        return
+    try:
+        for item in islice(json_items.items(file), 1):
+            record = json.loads(item.raw or b"")
+            if isinstance(record, dict):
+                yield record
+    except (UserError, ValueError, RecursionError):  # broken: said where it is read
+        return
 
 
 def _is_lines(file: Path) -> bool:

@@ -7,6 +7,7 @@ readline.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from raysft.data.sources.base import (
     chunk_digest,
     ends_chunk,
 )
+from raysft.json_types import JsonObject
 
 HEAD = 1 << 16  # bytes
 
@@ -118,6 +120,18 @@ def first_lines(file: Path, limit: int = 1 << 16) -> list[bytes]:
     """The first lines that are not blank, of `limit` bytes; the first of them whole (up to
     `MAX_ITEM_BYTES`), unless it begins a list."""
     return stores.recall(("lines", str(file), limit), lambda: _first_lines(file, limit))
+
+
+def first_objects(file: Path) -> Iterator[JsonObject]:
+    """The objects among the first lines: a broken line costs that line, not the recognition of the
+    file."""
+    for line in first_lines(file):
+        try:
+            record = json.loads(line.removeprefix(BOM).strip().rstrip(b","))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            yield record
 
 
 def _first_lines(file: Path, limit: int) -> list[bytes]:

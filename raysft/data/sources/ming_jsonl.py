@@ -14,7 +14,6 @@ Other fields are metadata, or refused: see fields.py. A source is one file.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from raysft import stores
@@ -40,19 +39,10 @@ class MingJsonl(json_lines.JsonLines):
     )
 
     def sniff(self, path: Path) -> bool:
-        """Whether one of the first lines is an object with task_type or a clip of Ming's.
-
-        Not only the first: a broken line costs that line, not the format's recognition.
-        """
+        """Whether one of the first lines is an object with task_type or a clip of Ming's."""
         if stores.is_dir(path):
             return False
-        for line in json_lines.first_lines(path):
-            try:
-                record = json.loads(line.strip().rstrip(b","))
-            except (ValueError, RecursionError):
-                continue
-            if not isinstance(record, dict):
-                continue
+        for record in json_lines.first_objects(path):
             item = "output" in record and ("instruction" in record or "input" in record)
             own = "task_type" in record or "prompt_wav_path" in record
             if "wav_path" in record or (own and not item):

@@ -22,7 +22,6 @@ from raysft.data.sources import json_lines
 from raysft.data.sources.base import clip_path, id_field, load_record, text_field
 from raysft.data.sources.dialog import numbers
 from raysft.data.sources.fields import refuse_unread
-from raysft.data.sources.json_files import first_records
 from raysft.data.sources.sounding import values
 from raysft.errors import BadExample
 from raysft.json_types import JsonObject
@@ -49,7 +48,9 @@ class Voices(json_lines.JsonLines):
         if stores.is_dir(path):
             return False
         prompts = (f"prompt_{_TOKENS}", f"prompt_{_CLIP}")
-        return any(any(name in record for name in prompts) for record in first_records(path))
+        return any(
+            any(name in record for name in prompts) for record in json_lines.first_objects(path)
+        )
 
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example of one line. Raises BadExample naming what is wrong with it."""

@@ -22,7 +22,6 @@ from raysft.data.encode import make_encoder
 from raysft.data.example import Example, MicroBatch
 from raysft.data.index.build import Index, build_index
 from raysft.data.read.reader import Reader, Work
-from raysft.data.sources.drama import NAMES
 from raysft.errors import UserError
 from tests.support.drama import FIELDS, LABELS, TOLD, arche, avqa, prompts, role, written
 from tests.support.models import AUDIO, CAUSAL
@@ -461,10 +460,6 @@ def test_judging_is_read_by_its_format_alone(tmp_path: Path) -> None:
     path.write_text(json.dumps({"task_type": "asr", "wav_path": "a.wav", "text": "hello"}) + "\n")
     with pytest.raises(UserError, match=r"judging: format ming_jsonl does not read it; drama do"):
         sources.resolve(Source(path=str(path), judging=Judging()), "train")
-
-
-def test_the_config_knows_every_name() -> None:
-    assert set(Judging.model_fields["dataset"].annotation.__args__[0].__args__) == NAMES
 
 
 def test_a_text_model_has_to_have_units(tmp_path: Path) -> None:

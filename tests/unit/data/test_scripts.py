@@ -244,6 +244,13 @@ def test_each_turn_is_answered_by_the_next(tmp_path: Path) -> None:
         assert "field 'offset' says which part of a clip is meant" in item.error
 
 
+def test_a_list_of_dialogs_is_not_taken_for_lines_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([{"id": "d", "turns": dialogs.turns(2)}]))
+    with pytest.raises(UserError, match="is in no format that is known"):
+        read(path)
+
+
 def test_dailytalk_is_read_as_it_lies(tmp_path: Path) -> None:
     data = tmp_path / "data" / "12"
     data.mkdir(parents=True)
