@@ -71,7 +71,6 @@ class Policy:
 
     columns: ClassVar[int] = 5
     rows: ClassVar[int] = 1
-    by_token: ClassVar[bool] = True
 
     loss: Normalisation = "grpo"
     temperature: float = 1.0
