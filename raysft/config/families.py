@@ -40,8 +40,8 @@ class Family:
     alone: whether no other family may take its types, though AutoModelForCausalLM has them: as
         half a model.
     parts: their modules beside the language model, which is quantised without them.
-    objectives: what `train.objective` may be; beside sft they ask of its models sampled tokens,
-        and that their losses are `models.supervised.Supervised`.
+    objectives: what `train.objective` may be; beside sft they ask of its models that their losses
+        are `models.supervised.Supervised`; grpo, that they sample tokens.
     refused_types: model type that looks like one of its own -> why it cannot be trained.
     refused_keys: key of `data` or `model` that cannot be set -> why, and the remedy.
     refused_methods: `peft.method` that cannot train them -> why.
@@ -150,7 +150,7 @@ def by_type() -> str:
     return ", ".join([*said, f"others: {any_text().name}"])
 
 
-_OBJECTIVES = ("sft", "grpo")
+_OBJECTIVES = ("sft", "grpo", "dpo")
 _UNTOLD = "only seq2seq is told which language is spoken: leave it out"
 _NO_CHAT = "patch_lm writes the sequences of Ming-UniAudio: leave it out"
 _NO_TEXT = "flow_decoder reads no text: leave it out"

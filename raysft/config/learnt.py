@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from raysft.config.families import Family, families
 from raysft.config.marks import one_of
-from raysft.config.objectives import Grpo
+from raysft.config.objectives import Dpo, Grpo, Objective
 from raysft.config.schema import Config
+from raysft.config.section import Section
 from raysft.config.strategies import traits_of
 from raysft.errors import Mistake
 
@@ -17,18 +20,21 @@ def check(config: Config, family: Family | None) -> list[Mistake]:
         able = [row.name for row in families() if objective in row.objectives]
         why = f"{objective} does not work with {family.name}; {one_of(able)} can"
         return [Mistake.of("train.objective", why)]
-    if objective == "grpo":
-        return [Mistake.of(key, why) for key, why in _grpo(config)]
-    default, own = Grpo(), config.train.grpo
-    return [
-        Mistake.of(
-            f"train.grpo.{key}",
-            f"does nothing with train.objective: {objective}; set train.objective: grpo, or leave "
-            "it out",
-        )
-        for key in Grpo.model_fields
-        if getattr(own, key) != getattr(default, key)
-    ]
+    found = [Mistake.of(key, why) for key, why in _CHECKS[objective](config)]
+    for name, default in (("grpo", Grpo()), ("dpo", Dpo())):
+        own: Section = getattr(config.train, name)
+        if name == objective:
+            continue
+        found += [
+            Mistake.of(
+                f"train.{name}.{key}",
+                f"does nothing with train.objective: {objective}; set train.objective: {name}, or "
+                "leave it out",
+            )
+            for key in type(default).model_fields
+            if getattr(own, key) != getattr(default, key)
+        ]
+    return found
 
 
 def _grpo(config: Config) -> list[tuple[str, str]]:
@@ -43,10 +49,7 @@ def _grpo(config: Config) -> list[tuple[str, str]]:
     if not grpo.rewards:
         found.append(("train.grpo.rewards", "empty; name at least one, e.g. {accuracy: 1.0}"))
     budget = config.data.tokens_per_batch
-    if budget == "auto":
-        why = "auto is found by steps of train.objective: sft; give a number"
-        found.append(("data.tokens_per_batch", why))
-    elif grpo.max_new_tokens >= budget:
+    if budget != "auto" and grpo.max_new_tokens >= budget:
         found.append(
             (
                 "train.grpo.max_new_tokens",
@@ -54,15 +57,41 @@ def _grpo(config: Config) -> list[tuple[str, str]]:
                 f"{budget}; lower the one, or raise the other",
             )
         )
+    return found + _beside(config, "sampled ones", grpo.beta > 0, "grpo.beta", "beta: 0")
+
+
+def _dpo(config: Config) -> list[tuple[str, str]]:
+    dpo, found = config.train.dpo, list[tuple[str, str]]()
+    if dpo.label_smoothing and dpo.loss != "sigmoid":
+        why = f"does nothing with train.dpo.loss: {dpo.loss}; leave it out"
+        found.append(("train.dpo.label_smoothing", why))
+    if config.data.supervise != "all":
+        why = "does nothing with train.objective: dpo, which learns what two answers differ in"
+        found.append(("data.supervise", f"{why}; leave it out"))
+    return found + _beside(config, "pairs", True, "objective", "another objective")
+
+
+def _beside(
+    config: Config, learnt: str, reference: bool, key: str, remedy: str
+) -> list[tuple[str, str]]:
+    """What goes with no objective but right answers. reference: there is one, as `key` says;
+    remedy: what has none."""
+    objective, found = config.train.objective, list[tuple[str, str]]()
+    if config.data.tokens_per_batch == "auto":
+        why = "auto is found by steps of train.objective: sft; give a number"
+        found.append(("data.tokens_per_batch", why))
     if config.train.losses:
-        why = "are of right answers, and train.objective: grpo learns from sampled ones; leave out"
-        found.append(("train.losses", why))
+        why = f"are of right answers, and train.objective: {objective} learns from {learnt}"
+        found.append(("train.losses", f"{why}; leave out"))
     strategy = config.parallel.strategy
-    if grpo.beta and traits_of(strategy).stage == 3:
-        found.append(
-            (
-                "train.grpo.beta",
-                f"the reference is kept beside weights that {strategy} hides; use fsdp, or beta: 0",
-            )
-        )
+    if reference and traits_of(strategy).stage == 3:
+        why = f"the reference is kept beside weights that {strategy} hides; use fsdp, or {remedy}"
+        found.append((f"train.{key}", why))
     return found
+
+
+_CHECKS: dict[Objective, Callable[[Config], list[tuple[str, str]]]] = {
+    "sft": lambda config: [],
+    "grpo": _grpo,
+    "dpo": _dpo,
+}

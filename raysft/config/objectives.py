@@ -1,4 +1,4 @@
-"""The sections of the config that say what a step learns beside right answers: `train.grpo`."""
+"""What a step learns beside right answers: the sections `train.grpo` and `train.dpo`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from raysft.config import rewards as earned
 from raysft.config.marks import Fixed, OneOf, Stepwise
 from raysft.config.section import Section
 
-Objective = Literal["sft", "grpo"]
+Objective = Literal["sft", "grpo", "dpo"]
 
 
 class Grpo(Section):
@@ -63,3 +63,27 @@ class Grpo(Section):
     def high(self) -> float:
         """How far above 1 the ratio counts."""
         return self.clip if self.clip_high is None else self.clip_high
+
+
+class Dpo(Section):
+    """How pairs of a chosen and a rejected answer are learnt (train.objective: dpo)."""
+
+    beta: Stepwise[PositiveFloat] = Field(
+        0.1, description="how strongly the model is held to the reference, itself as the run began"
+    )
+    loss: Fixed[Literal["sigmoid", "ipo"]] = Field(
+        "sigmoid",
+        description="of a pair; ipo: of mean log-probabilities, which does not drive pairs apart "
+        "without end",
+    )
+    label_smoothing: Stepwise[float] = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of pairs that are taken to be labelled the wrong way round (sigmoid)",
+    )
+    sft_weight: Fixed[NonNegativeFloat] = Field(
+        0.0,
+        description="weight of the chosen answers' cross-entropy beside it, a mean over tokens, "
+        "then over pairs",
+    )

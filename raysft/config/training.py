@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from raysft.config import losses as token_losses
 from raysft.config.marks import Fixed, Free, Length, OneOf, PathKey, Stepwise, Weights
-from raysft.config.objectives import Grpo, Objective
+from raysft.config.objectives import Dpo, Grpo, Objective
 from raysft.config.section import Section
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -77,9 +77,10 @@ class Train(Section):
     objective: Fixed[Objective] = Field(
         "sft",
         description="what a step learns; sft: right answers; grpo: of sampled answers those that "
-        "earn more than others to the same prompt",
+        "earn more than others to the same prompt; dpo: the chosen of two answers",
     )
     grpo: Grpo = Field(default_factory=Grpo)
+    dpo: Dpo = Field(default_factory=Dpo)
     task_weights: Stepwise[dict[str, PositiveFloat]] = Field(
         default_factory=dict,
         description="weight of a task's tokens in the loss, e.g. {asr: 1.0, tts: 0.5}; default 1",

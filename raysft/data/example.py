@@ -203,6 +203,8 @@ class Example:
     `variants` are what it may be instead (another rated dimension, another rater): at each step of
     training one is drawn, itself as likely as each of them, under its own id, task, lang and text.
     It is measured at its longest, and evaluation takes itself. They have none of their own.
+    `rejected`: an answer to the same that is worse than its own, for who learns from pairs; its
+    turns are those of the whole conversation. Others do not look at it.
     """
 
     id: str
@@ -224,6 +226,7 @@ class Example:
     judged: Judged | None = None
     rated: tuple[Rated, ...] = ()
     script: str = ""
+    rejected: Example | None = None
 
     @property
     def counted(self) -> str:
@@ -236,10 +239,12 @@ class Example:
         return (*self.input, *self.output, *(part for turn in self.turns for part in turn.content))
 
     def audio(self) -> list[Audio]:
-        """The clips this example needs, input before output; then those that only variants do."""
+        """The clips this example needs, input before output; then those that only variants do, or
+        the rejected answer."""
         found = [part for part in self.parts if isinstance(part, Audio)]
-        for variant in self.variants:
-            found += [clip for clip in variant.audio() if clip not in found]
+        others = self.variants if self.rejected is None else (*self.variants, self.rejected)
+        for other in others:
+            found += [clip for clip in other.audio() if clip not in found]
         return found
 
     @property

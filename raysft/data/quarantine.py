@@ -50,6 +50,7 @@ _WORDS = {
     "not one clip": r"has (?:no|\d+) clips?, and",
     "no speaker embedding": r"(?:has no|its) speaker embedding",
     "tokens of another length": r"its speech tokens \(\d+ rows\) are",
+    "no pair": r"has no rejected answer|its chosen and its rejected answer",
 }
 KINDS = (*_WORDS, OTHER)
 # Greedy: the last match counts, for what a reason is about, a path, may look like one.

@@ -25,6 +25,7 @@ from raysft.evaluate.judging import Digits, counting
 from raysft.json_types import JsonObject
 from raysft.losses.term import Term
 from raysft.models.base import SpeechModel
+from raysft.models.pairs import both
 from raysft.parallel import World
 from raysft.patience import patient
 from raysft.run.lines import encoded
@@ -149,7 +150,7 @@ def evaluate(
             batch = next(stream) if number < len(mine) else MicroBatch.join(0, 0, 0, [])
             unusable += batch.quarantined
             with autocast():
-                found = module(to_device(speech_model.collate(batch), world.device))
+                found = module(to_device(speech_model.collate(both(batch)), world.device))
             for term in _right(found, terms):
                 for task, (loss, count) in term.by_task.items():
                     one = Loss(float(loss), float(count), term.name, term.weight)

@@ -7,8 +7,8 @@ CHUNK_BYTES.
 
 - The gradients of a chunk are computed along with its losses, so nothing is computed twice. Until
   the backward pass the head's gradient is held: as much as the head itself, if it trains.
-- In float16, where gradients that are not scaled yet would vanish, a chunk's logits are computed
-  once more in the backward pass.
+- In float16, where gradients that are not scaled yet would vanish, and where what is trained is no
+  sum over tokens, a chunk's logits are computed once more in the backward pass.
 - All rows in one chunk: as if nothing was cut.
 """
 
@@ -96,12 +96,15 @@ class OfTokens(Protocol):
     def rows(self) -> int:
         """Numbers of a token."""
 
+    @property
+    def by_token(self) -> bool:
+        """Whether the total of all tokens is the sum of those of any parts of them."""
+
     def of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Float32 [rows, M] of logits [M, V]."""
 
     def total(self, losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """What is trained of [rows, M]: of all tokens the sum of those of any parts of them.
-        weights: float32 [M] or [M, C], of each token."""
+        """What is trained of [rows, M]. weights: float32 [M] or [M, C], of each token."""
 
 
 class Kinds(NamedTuple):
@@ -113,6 +116,11 @@ class Kinds(NamedTuple):
     def rows(self) -> int:
         """See `OfTokens`."""
         return 1 + len(self.more)
+
+    @property
+    def by_token(self) -> bool:
+        """See `OfTokens`."""
+        return True
 
     def of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Float32 [1 + more, M] of logits [M, V]."""
@@ -164,7 +172,7 @@ def chunked_losses(
     if not torch.is_grad_enabled():
         losses = torch.cat([_of_hidden(kinds, forward, *part) for part in parts], 1)
         total = kinds.total(losses, weights)
-    elif not _in_float16(hidden):
+    elif kinds.by_token and not _in_float16(hidden):
         trained = [p for p in head.parameters() if p.requires_grad]
         losses, total = _Ahead.apply(kinds, forward, rows, targets, weights, hidden, *trained)
     else:

@@ -71,6 +71,7 @@ class Policy:
 
     columns: ClassVar[int] = 5
     rows: ClassVar[int] = 1
+    by_token: ClassVar[bool] = True
 
     loss: Normalisation = "grpo"
     temperature: float = 1.0
@@ -126,6 +127,7 @@ class Policy:
         context: torch.Tensor,
         chosen: torch.Tensor,
         names: Sequence[str],
+        trains: bool = True,
     ) -> list[Term]:
         """See `Learns`: what is trained; beside it the KL and the share of clipped tokens."""
         logps, share = -losses[0].detach(), context[:, SHARE]

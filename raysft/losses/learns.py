@@ -1,6 +1,6 @@
 """What a batch teaches beside right answers: losses that look at more than a token and its logits.
 
-Stands between `models.supervised`, which has log-probabilities, and the formulas (`grpo`).
+Stands between `models.supervised`, which has log-probabilities, and the formulas (`grpo`, `dpo`).
 Of each supervised token a batch then has a row of numbers, its context [M, C]: what was known of it
 before this forward pass.
 """
@@ -18,8 +18,8 @@ from raysft.losses.term import Term
 class Learns(Protocol):
     """Losses of tokens that have a context.
 
-    columns: C. rows: numbers of a token that `of_logits` gives. `total` of all tokens is the sum of
-    those of any parts of them.
+    columns: C. rows: numbers of a token that `of_logits` gives. by_token: whether `total` of all
+    tokens is the sum of those of any parts of them.
     """
 
     @property
@@ -28,6 +28,10 @@ class Learns(Protocol):
 
     @property
     def rows(self) -> int:
+        """As above."""
+
+    @property
+    def by_token(self) -> bool:
         """As above."""
 
     def of_logits(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -49,9 +53,11 @@ class Learns(Protocol):
         context: torch.Tensor,
         chosen: torch.Tensor,
         names: Sequence[str],
+        trains: bool,
     ) -> list[Term]:
-        """Terms of a micro-batch, that which trains `total` first. chosen: float32 [tasks, M], 1
-        where a token is of a task; names: of the tasks."""
+        """Terms of a micro-batch, in training that which trains `total` first. chosen: float32
+        [tasks, M], 1 where a token is of a task; names: of the tasks. trains: else they are for
+        figures of an evaluation."""
         ...
 
 

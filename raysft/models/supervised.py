@@ -180,7 +180,7 @@ class Supervised(Losses):
             return Term(name, weighted_sum(each, weights), count, by_task, *rest)
 
         if learns is not None:
-            terms = learns.terms(losses, total, context, chosen, names)
+            terms = learns.terms(losses, total, context, chosen, names, self.training)
         else:
             first, *others = losses.detach()
             terms = [term(CROSS_ENTROPY, first, total)]

@@ -10,6 +10,7 @@ from raysft.config.strategies import traits_of
 from raysft.models.base import SpeechModel
 from raysft.models.layout import Static
 from raysft.models.supervised import Supervised
+from raysft.objectives.dpo import DpoObjective, paired, preference_of
 from raysft.objectives.frozen import Frozen
 from raysft.objectives.grpo import GrpoObjective, policy_of, prompts
 from raysft.objectives.rollout import Sampler
@@ -29,9 +30,13 @@ class Built(NamedTuple):
 
 def prepare(config: Config, speech_model: SpeechModel) -> None:
     """Tell a model, before a strategy wraps it, what its batches teach."""
+    if config.train.objective == "sft":
+        return
+    assert isinstance(speech_model.supervised, Supervised)  # its family has this objective
     if config.train.objective == "grpo":
-        assert isinstance(speech_model.supervised, Supervised)  # its family has this objective
         speech_model.supervised.learns = policy_of(config.train.grpo)
+    else:
+        speech_model.supervised.learns = preference_of(config.train.dpo)
 
 
 def build(
@@ -45,12 +50,17 @@ def build(
     """initial: the weights that the run begins with, where they are not those of `strategy`."""
     if config.train.objective == "sft":
         return Built(None, None)
-    settings = config.train.grpo
+    settings, as_always = config.train.grpo, partial(turn_of, speech_model, static=static)
     reference = None
-    if settings.beta:
+    if config.train.objective == "dpo" or settings.beta:
         if initial is not None:
             load_weights(initial, strategy)
         reference = Frozen(strategy.module)
+    if config.train.objective == "dpo":
+        supervised = speech_model.supervised
+        assert isinstance(supervised, Supervised) and reference is not None
+        objective = DpoObjective(supervised, strategy, world, reference)
+        return Built(objective, partial(paired, lay_out=as_always))
     sampler = Sampler(
         speech_model,
         strategy,
@@ -60,15 +70,15 @@ def build(
         config.run.seed,
         traits_of(config.parallel.strategy).synced,
     )
-    objective = GrpoObjective(
+    sampled = GrpoObjective(
         settings,
         speech_model,
         strategy,
         world,
         sampler,
         reference,
-        partial(turn_of, speech_model, static=static),
+        as_always,
         config.data.budget,
         config.data.mode == "padded",
     )
-    return Built(objective, prompts)
+    return Built(sampled, prompts)

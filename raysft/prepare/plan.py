@@ -37,7 +37,7 @@ class Lengths:
         """Nothing is computed of it."""
         return 0.0
 
-    def lengthened(self) -> Lengths:
+    def of_training(self) -> Lengths:
         """Itself."""
         return self
 

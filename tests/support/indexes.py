@@ -39,7 +39,7 @@ class Encoder:
     def workload(self, example, samples):
         return sum(samples) / RATE
 
-    def lengthened(self):
+    def of_training(self):
         return self
 
 

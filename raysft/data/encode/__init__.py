@@ -58,14 +58,17 @@ def make_encoder(
     A speech tokenizer must have been fitted before (`speech_tokens.fit_or_load`): it is looked
     for in `run_folder`, or at data.speech_tokens.path. The chat template is that of `run_folder`,
     where the run has one. Clips that stall are remembered there; what varies clips in training is
-    looked for there (`data.clips.recordings.FILE`). objective: of the run: sequences of
-    training carry what it asks for. Raises UserError.
+    looked for there (`data.clips.recordings.FILE`). objective: of the run: sequences
+    carry what it asks for. Raises UserError.
     """
     encoder = _encoder(model, data, Path(run_folder))
     limits = Limits.of(data, Path(run_folder))
     encoder.limits = replace(limits, latents=encoder.latents_per_second)
     encoder.augment = Augmentation.of(data, Path(run_folder))
     encoder.facts = objective == "grpo"
+    if objective == "dpo":
+        encoder.pairs = True
+        encoder.fingerprint = f"{encoder.fingerprint}, pairs"
     if encoder.augment is not None:
         _check_heard(encoder, encoder.augment)
     return encoder

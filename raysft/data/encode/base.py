@@ -12,15 +12,16 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from raysft.config.mel import Mel
+from raysft.data import pairs
 from raysft.data.clips.audio import SHORTEST_S, Limits
 from raysft.data.clips.augment import Augmentation
 from raysft.data.clips.effects import length_at
@@ -69,6 +70,15 @@ class Varied:
     factors: tuple[float, ...]
 
 
+class _Shown(NamedTuple):
+    """An answer as the model sees it. samples: of each of its clips; clips: those, once they are
+    read."""
+
+    rendered: Rendered
+    samples: list[int]
+    clips: list[np.ndarray]
+
+
 class Renders(Protocol):
     """What tells of an example what the model is given and what it learns, as `text.Template`
     does. source: what a run keeps of it. remark: what a user should know of it, or ""."""
@@ -104,8 +114,8 @@ class Measures(Protocol):
     def workload(self, example: Example, samples: Items[int]) -> float:
         """See `Encoder.workload`."""
 
-    def lengthened(self) -> Measures:
-        """See `Encoder.lengthened`."""
+    def of_training(self) -> Measures:
+        """See `Encoder.of_training`."""
 
 
 class Encoder(ABC):
@@ -132,6 +142,7 @@ class Encoder(ABC):
         clip, where that is how they are made.
     speaker: of the model in it that sounds the units it writes; None: there is none.
     facts: whether sequences of training carry what rewards are told (`data.facts`).
+    pairs: whether it encodes the rejected answer beside the chosen one (`data.pairs`).
     """
 
     sample_rate: int | None
@@ -157,6 +168,8 @@ class Encoder(ABC):
     raw: Callable[[np.ndarray], np.ndarray] | None = None
     frames_of: Callable[[np.ndarray], np.ndarray] | None = None
     facts: bool = False
+    pairs: bool = False
+    _trains: bool = False
     _slower: tuple[float, ...] = ()  # factors of speed with which examples are measured
 
     @property
@@ -189,15 +202,20 @@ class Encoder(ABC):
         forms = example.forms if drawn else [example]
         return max(self._measured(form, [*example.of_form(form, samples)]) for form in forms)
 
-    def lengthened(self) -> Encoder:
+    def of_training(self) -> Encoder:
         """The same, but examples of training are measured: at the slowest that their clips may be
-        played (`data.augment.speed`); itself where they are never played slower."""
+        played (`data.augment.speed`), and none but pairs where it encodes those; itself where they
+        are never played slower, and need be no pairs."""
         told = self.augment.lengthens if self.augment is not None else ""
-        if not told or self.augment is None:
+        if not told and not self.pairs:
             return self
         other = copy.copy(self)
-        other._slower = tuple(self.augment.settings.slower)
-        other.fingerprint = f"{self.fingerprint}, {told}"
+        other._trains = True
+        if told and self.augment is not None:
+            other._slower = tuple(self.augment.settings.slower)
+            other.fingerprint = f"{other.fingerprint}, {told}"
+        if self.pairs:
+            other.fingerprint = f"{other.fingerprint}, none but pairs"
         return other
 
     def computed(self, samples: int) -> float:
@@ -212,24 +230,49 @@ class Encoder(ABC):
         return max(self._workload(form, [*example.of_form(form, samples)]) for form in forms)
 
     def _measured(self, example: Example, samples: Items[int]) -> int:
-        rendered = self.template.render(example)
-        found = self._positions(rendered, samples)
-        for segment in rendered.segments:
-            if isinstance(segment, np.ndarray):
-                self._check_kinds(segment)
-        self._check_positions(rendered, found)
-        slower = self._slowest(rendered, samples)
-        return found if slower is None else max(found, self._positions(rendered, samples, slower))
+        shown = self._shown(example, samples, self._trains)
+        found = self._taken(shown)
+        for one in shown:
+            for segment in one.rendered.segments:
+                if isinstance(segment, np.ndarray):
+                    self._check_kinds(segment)
+            self._check_positions(one.rendered, self._positions(one))
+        slower = self._slowest(shown)
+        return found if slower is None else max(found, self._taken(shown, slower))
 
     def _workload(self, example: Example, samples: Items[int]) -> float:
-        factor = None
-        if self._slower:
-            factor = self._slowest(self.template.render(example), samples)
-        return sum(self.computed(length_at(count, factor or 1.0)) for count in samples)
+        if not self._slower and not self.pairs:
+            return sum(map(self.computed, samples))
+        shown = self._shown(example, samples, self._trains)
+        return self._computed(shown, self._slowest(shown) or 1.0)
 
-    def _positions(self, rendered: Rendered, samples: Iterable[int], factor: float = 1.0) -> int:
-        """Of an example whose clips, those that it hears, are played so fast."""
-        lengths = iter(samples)
+    def _shown(
+        self,
+        example: Example,
+        samples: Items[int],
+        trains: bool,
+        clips: Items[np.ndarray] = (),
+    ) -> list[_Shown]:
+        """What the model sees of an example: of a pair both answers. samples, clips: of its own."""
+        if not self.pairs:
+            return [_Shown(self.template.render(example), [*samples], [*clips])]
+        found = []
+        for answer in pairs.answers(example, trains):
+            own = (example.of_form(answer, samples), example.of_form(answer, clips))
+            found.append(_Shown(self.template.render(answer), [*own[0]], [*own[1]]))
+        return found
+
+    def _taken(self, shown: list[_Shown], factor: float = 1.0) -> int:
+        return sum(self._positions(one, factor) for one in shown)
+
+    def _computed(self, shown: list[_Shown], factor: float) -> float:
+        """Seconds that the model's encoder computes, of clips that are played so fast."""
+        lengths = (length for one in shown for length in one.samples)
+        return sum(self.computed(length_at(length, factor)) for length in lengths)
+
+    def _positions(self, shown: _Shown, factor: float = 1.0) -> int:
+        """Of an answer whose clips, those that it hears, are played so fast."""
+        lengths, rendered = iter(shown.samples), shown.rendered
         return sum(
             self._length(segment, lengths, learnt, factor)
             for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
@@ -244,22 +287,21 @@ class Encoder(ABC):
                 "beyond learned positions",
             )
 
-    def _slowest(self, rendered: Rendered, samples: Items[int]) -> float | None:
+    def _slowest(self, shown: list[_Shown]) -> float | None:
         """The slowest that its clips may be played, where that is slower than they are."""
-        return next((f for f in self._slower if self._room(rendered, samples, f)), None)
+        return next((f for f in self._slower if self._room(shown, f)), None)
 
-    def _room(
-        self, rendered: Rendered, samples: Items[int], factor: float, promised: int | None = None
-    ) -> bool:
+    def _room(self, shown: list[_Shown], factor: float, promised: int | None = None) -> bool:
         """Whether an example with its clips played so fast can be used: by the model, within a
         micro-batch, and within the positions `promised` for it."""
         assert self.augment is not None
         try:
-            found = self._positions(rendered, samples, factor)
-            self._check_positions(rendered, found)
+            found = self._taken(shown, factor)
+            for one in shown:
+                self._check_positions(one.rendered, self._positions(one, factor))
         except BadExample:
             return False
-        heard = sum(self.computed(length_at(count, factor)) for count in samples)
+        heard = self._computed(shown, factor)
         limits = ((found, self.augment.budget), (found, promised), (heard, self.augment.heard))
         return all(most is None or taken <= most for taken, most in limits)
 
@@ -301,24 +343,40 @@ class Encoder(ABC):
         BadExample, for its micro-batch has no room for it.
         """
         form = example.drawn(rng)
-        rendered = self.template.render(form)
         own = [*example.of_form(form, clips)]
-        varied = None
+        shown = self._shown(form, [len(clip) for clip in own], rng is not None, own)
+        factors: tuple[float, ...] = ()
         if rng is not None and self.augment is not None and own:
-            lengths = [len(clip) for clip in own]
-            room = partial(self._room, rendered, lengths, promised=promised)
+            room = partial(self._room, shown, promised=promised)
             factors = tuple(filter(room, self.augment.factors))
+        rngs = [rng, *(copy.deepcopy(rng) for _ in shown[1:])]  # each as the first is heard
+        found = [
+            self._sequence(example, one, own, factors) for one, own in zip(shown, rngs, strict=True)
+        ]
+        self._check_promised(sum(len(one.input_ids) for one in found), promised)
+        sequence = found[0] if len(found) == 1 else pairs.joined(*found)
+        if self.facts and rng is not None:
+            sequence.arrays[FACTS] = [facts_of(example, form).packed()]
+        return sequence
+
+    def _sequence(
+        self,
+        example: Example,
+        shown: _Shown,
+        rng: np.random.Generator | None,
+        factors: tuple[float, ...],
+    ) -> Sequence:
+        """factors: of speed, for which there is room."""
+        varied = None
+        if rng is not None and self.augment is not None and shown.clips:
             varied = Varied(self.augment, rng, factors)
-        rest = iter(enumerate(own))
+        rest = iter(enumerate(shown.clips))
+        rendered = shown.rendered
         parts = [
             self._encoded(segment, rest, None if learnt else rng, learnt, varied)
             for segment, learnt in zip(rendered.segments, rendered.learnt, strict=True)
         ]
-        sequence = self._joined(example, parts, rendered.learnt)
-        self._check_promised(len(sequence.input_ids), promised)
-        if self.facts and rng is not None:
-            sequence.arrays[FACTS] = [facts_of(example, form).packed()]
-        return sequence
+        return self._joined(example, parts, rendered.learnt)
 
     @staticmethod
     def _check_promised(tokens: int, promised: int | None) -> None:

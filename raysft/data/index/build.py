@@ -94,7 +94,7 @@ def build_index(
     surveys = [survey for survey, _ in surveyed]
     digests = [survey.digest for survey in surveys]
     if split == "train":
-        encoder = encoder.lengthened()
+        encoder = encoder.of_training()
     places = [parts.part_path(source, file, encoder, folder) for source, file in files]
     known = Known.of(files, digests, places, encoder, folder)
     before = known.index()

@@ -10,6 +10,8 @@
     {"query": "<audio>Hm?", "response": "Hm.", "history": [["Q", "A"]], "audios": ["a.wav"]}
     {"instruction": "<audio>Hm?", "input": "", "output": "Hm.", "audios": ["a.wav"]}
 
+Each may have a `chosen` and a `rejected` answer in place of its own: see preferences.py.
+
 A file is a JSON list, {"data": [...]}, one object, or an object a line. A clip is a path (a
 relative one begins at the folder of the file), a `data:` URI or base64; of clips beside the text
 there is one for each tag `<audio>`, in order; units are written `[Hu7]`. All turns of the assistant
@@ -26,6 +28,7 @@ import binascii
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from raysft import stores
@@ -34,6 +37,7 @@ from raysft.data.sources.base import clip_path, id_field, kind, load_record
 from raysft.data.sources.fields import refuse_placeholders, refuse_unread, stated_seconds
 from raysft.data.sources.json_files import JsonFiles, first_records
 from raysft.data.sources.most_json import split_units
+from raysft.data.sources.preferences import Preference, is_pair, preference
 from raysft.errors import BadExample
 from raysft.json_types import Json, JsonObject
 
@@ -80,17 +84,21 @@ class Messages(JsonFiles):
 
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The conversation of one record. Raises BadExample naming what is wrong with it."""
-        record = load_record(raw)
+        record, pair = load_record(raw), None
+        if is_pair(record):
+            pair = preference(record, LISTS, PAIRS)
+            record = pair.record
         refuse_unread(record, READ)
         clips = _Clips(record, file, line)
-        turns = [_turn(message, number, clips) for number, message in _messages(record)]
+        turns = [_turn(message, f"message {n}", clips) for n, message in _messages(record)]
+        rejected = None if pair is None else _rejected(pair, turns, clips)
         clips.close()
         if not any(turn.role == ASSISTANT for turn in turns):
             raise BadExample(
                 "has no message of the assistant: nothing to learn", "malformed record"
             )
         learnt = [turn for turn in turns if turn.role == ASSISTANT and turn.learnt is not False]
-        return Example(
+        example = Example(
             id=id_field(record, file, line),
             task=task or _task(record),
             input=(),
@@ -99,6 +107,27 @@ class Messages(JsonFiles):
             turns=tuple(turns),
             tools=_tools(record.get("tools"), "tools"),
         )
+        if rejected is None:
+            return example
+        return replace(example, rejected=replace(example, turns=rejected, text=None))
+
+
+def _rejected(pair: Preference, turns: list[Turn], clips: _Clips) -> tuple[Turn, ...]:
+    """The conversation with the rejected answer. turns: with the chosen one."""
+    if not pair.chosen or not pair.rejected:
+        raise BadExample("one of its chosen and rejected answers is missing", "malformed record")
+    before, last = turns[: len(turns) - pair.chosen], turns[-1]
+    own = [
+        _turn(message, f"message {number} of the rejected answer", clips)
+        for number, message in enumerate(pair.rejected, 1)
+    ]
+    for turn, what in ((last, "chosen"), (own[-1], "rejected")):
+        if turn.role != ASSISTANT:
+            raise BadExample(
+                f"its {what} answer ends in a message of the {turn.role}, expected the assistant's",
+                "malformed record",
+            )
+    return (*before, *own)
 
 
 def _text(turn: Turn) -> str | None:
@@ -108,6 +137,8 @@ def _text(turn: Turn) -> str | None:
 
 def _is_conversation(record: JsonObject) -> bool:
     """Whether it is one, and no record of another format with something of one beside it."""
+    if is_pair(record):
+        return True
     if "wav_path" in record or ("output" in record and not _tagged_question(record)):
         return False
     return (
@@ -243,8 +274,7 @@ def _pairs(value: Json, name: str) -> Iterator[tuple[Json, Json]]:
     yield from ((pair[0], pair[1]) for pair in value)
 
 
-def _turn(message: JsonObject, number: int, clips: _Clips) -> Turn:
-    where = f"message {number}"
+def _turn(message: JsonObject, where: str, clips: _Clips) -> Turn:
     refuse_unread(message, IN_MESSAGE)
     said = [name for name in ("role", "from") if name in message]
     role = message[said[0]] if len(said) == 1 else None

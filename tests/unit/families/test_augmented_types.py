@@ -99,7 +99,7 @@ def test_a_clip_at_another_speed_takes_what_it_was_planned_for(
     kind: str, model: Callable[[str], dict[str, Any]]
 ) -> None:
     plain, varied = encoder_of(model(kind)), encoder_of(model(kind), speed=SPEED)
-    long = varied.lengthened()
+    long = varied.of_training()
     for samples in (9000, 15000, 24000, 31000):
         wave = audio_zoo.clip(samples, samples)
         planned = long.measure(EXAMPLE, [samples])
