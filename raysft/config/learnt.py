@@ -65,9 +65,6 @@ def _dpo(config: Config) -> list[tuple[str, str]]:
     if dpo.label_smoothing and dpo.loss != "sigmoid":
         why = f"does nothing with train.dpo.loss: {dpo.loss}; leave it out"
         found.append(("train.dpo.label_smoothing", why))
-    if config.data.supervise != "all":
-        why = "does nothing with train.objective: dpo, which learns what two answers differ in"
-        found.append(("data.supervise", f"{why}; leave it out"))
     return found + _beside(config, "pairs", True, "objective", "another objective")
 
 

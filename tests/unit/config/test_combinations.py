@@ -27,6 +27,7 @@ def found(**changes: Any) -> list[str]:
 
 
 GRPO: dict[str, Any] = {"train__objective": "grpo"}
+DPO: dict[str, Any] = {"train__objective": "dpo"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # -- what is learnt
     (
@@ -49,6 +50,34 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {**GRPO, "model__config": {"model_type": "whisper"}, "model__path": None},
         "train.objective: grpo does not work with seq2seq; causal_lm or audio_lm can",
+    ),
+    (
+        {"train__dpo": {"beta": 0.2}},
+        "train.dpo.beta: does nothing with train.objective: sft; set train.objective: dpo",
+    ),
+    (
+        {**DPO, "train__grpo": {"group": 4}},
+        "train.grpo.group: does nothing with train.objective: dpo; set train.objective: grpo",
+    ),
+    (
+        {**DPO, "train__dpo": {"loss": "ipo", "label_smoothing": 0.1}},
+        "train.dpo.label_smoothing: does nothing with train.dpo.loss: ipo; leave it out",
+    ),
+    (
+        {**DPO, "data__tokens_per_batch": "auto"},
+        "data.tokens_per_batch: auto is found by steps of train.objective: sft; give a number",
+    ),
+    (
+        {**DPO, "model__config": {"model_type": "whisper"}, "model__path": None},
+        "train.objective: dpo does not work with seq2seq; causal_lm or audio_lm can",
+    ),
+    (
+        {**DPO, "train__losses": {"z_loss": 0.1}},
+        "train.losses: are of right answers, and train.objective: dpo learns from pairs; leave out",
+    ),
+    (
+        {**DPO, "parallel__strategy": "zero3"},
+        "train.objective: the reference is kept beside weights that zero3 hides; use fsdp",
     ),
     (
         {**GRPO, "model__family": "patch_lm"},
