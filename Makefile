@@ -23,7 +23,7 @@ demo: setup
 # Two parts side by side, for two cores: those with a cluster and a few that take long, and the rest.
 BESIDE := tests/cluster tests/unit/adapters $(addprefix tests/properties/test_,matrix.py bit_identity.py world_sizes.py \
 	audio_runs.py augmented_runs.py kill_while_saving.py faults.py seq2seq_runs.py experts.py \
-	patch_runs.py flow_runs.py pair_runs.py grpo_runs.py sharded_load.py experts_move.py gradients.py)
+	patch_runs.py flow_runs.py pair_runs.py grpo_runs.py dpo_runs.py sharded_load.py experts_move.py gradients.py)
 
 test: setup
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(BESIDE) > cluster-tests.log 2>&1 & \

@@ -67,6 +67,7 @@ def apart(sequence: Sequence) -> list[Sequence]:
     arrays = dict(sequence.arrays)
     found = [replace(sequence, arrays=arrays)]
     for other in arrays.pop(REJECTED, []):
-        own = {"input_ids": other[:, 0], "labels": other[:, 1], "arrays": dict(arrays)}
-        found.append(replace(sequence, seconds=0.0, **own))
+        ids, labels = other[:, 0], other[:, 1]
+        alone = replace(sequence, input_ids=ids, labels=labels, arrays=dict(arrays), seconds=0.0)
+        found.append(alone)
     return found

@@ -265,7 +265,9 @@ def _check_best(config: Config, evaluation: Index | None) -> None:
     best = config.checkpoint.best
     if best is None:
         return
-    given = metrics_of(evaluation, config.evaluate) if evaluation is not None else []
+    given = []
+    if evaluation is not None:
+        given = metrics_of(evaluation, config.evaluate, config.train.objective)
     if not is_given(best, given):
         raise UserError(
             f"checkpoint.best: {best} is not measured; an evaluation on data.eval gives "

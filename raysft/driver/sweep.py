@@ -152,7 +152,7 @@ def _prepare(
         trial = validate(base, "sweep")
     prepared = preflight.prepare(trial, sweep.path / PREPARED, None, say)
     assert prepared.eval is not None  # `check` has seen to it
-    given = metrics_of(prepared.eval, config.evaluate)
+    given = metrics_of(prepared.eval, config.evaluate, config.train.objective)
     metric = config.sweep.metric
     if metric not in given:
         kinds = [name for name in given if name.partition("/")[0] == metric]

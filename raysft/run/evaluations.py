@@ -25,6 +25,7 @@ import numpy as np
 
 from raysft.config.checkpoint import Checkpoint
 from raysft.config.evaluation import Evaluate
+from raysft.config.objectives import Objective
 from raysft.config.schema import Config
 from raysft.config.speaking import Speak
 from raysft.data.index.table import Index
@@ -102,9 +103,14 @@ def _signatures(index: Index, settings: Evaluate) -> dict[str, str]:
     }
 
 
-def metrics_of(index: Index, settings: Evaluate) -> list[str]:
-    """Names of what an evaluation on `index` gives, where its clips can be read."""
-    losses = [scorer for scorer in scorers() if scorer.wants == "losses"]
+def metrics_of(index: Index, settings: Evaluate, objective: Objective = "sft") -> list[str]:
+    """Names of what an evaluation on `index` gives, where its clips can be read. objective: of the
+    run."""
+    losses = [
+        scorer
+        for scorer in scorers()
+        if scorer.wants == "losses" and scorer.objective in ("", objective)
+    ]
     found = []
     for number, source in enumerate(index.sources if settings.generate else []):
         tasks = [index.tasks[task] for task in np.unique(index.task[index.source == number])]

@@ -31,4 +31,5 @@ SCORER = Scorer(
     _count,
     _result,
     wants="losses",
+    objective="dpo",
 )

@@ -251,7 +251,8 @@ def test_evaluation_says_how_often_the_chosen_one_is_likelier(tmp_path: Path) ->
     train(job)
     lines = read_lines(job.folder / "eval.jsonl")
     assert [line["step"] for line in lines] == [4, 8]
-    assert lines[-1]["preferred/chat"] > 0.9 and lines[-1]["preferred/advice"] > 0.9
+    for task in ("chat", "advice"):
+        assert lines[0][f"preferred_margin/{task}"] < lines[1][f"preferred_margin/{task}"]
     assert lines[-1]["sources"]["held"]["examples"] == 13
     model, net = worlds_model(job), job.strategy.module.lm.eval()
     records = {record["id"]: record for record in held}

@@ -165,7 +165,7 @@ def test_roles_of_tools_and_what_they_say_are_kept() -> None:
         ({"messages": TOLD, "audios": ["a", "data:audio/wav;base64,###"]}, "is no base64"),
         ({"messages": TOLD, "audios": CLIPS, "audio": "a"}, "both 'audios' and 'audio'"),
         ({"messages": TOLD, "audios": CLIPS, "images": ["x.png"]}, "names pictures"),
-        ({"messages": TOLD, "audios": CLIPS, "rejected_response": "No."}, "would not be learnt"),
+        ({"messages": TOLD, "audios": CLIPS, "completion": "No."}, "would not be learnt"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
         ({"messages": "hello"}, "field 'messages' is a text, expected a list"),
         ({"messages": ["hello"]}, "field 'messages' holds a text, expected messages"),

@@ -88,6 +88,11 @@ WITHOUT_A_PATH = {
     "one speaker twice": [
         "is a dialog in which speaker b has two turns in a row (2 and 3)",
     ],
+    "no pair": [
+        "has no rejected answer, and train.objective: dpo learns from pairs",
+        "its chosen and its rejected answer are the same",
+        "its chosen and its rejected answer have other clips, which this model reads",
+    ],
     "tokens of another length": [
         "its speech tokens (20 rows) are 0.80 s and its clip 0.36 s: they are not of this clip",
     ],
