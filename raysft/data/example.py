@@ -420,3 +420,16 @@ class MicroBatch:
             quarantined=list(quarantined or []),
             langs=[None] * len(sequences) if langs is None else langs,
         )
+
+    def sequences(self) -> list[Sequence]:
+        """The inverse of `join`, but for seconds: views."""
+        if not self.ids:
+            return []
+        cuts = np.cumsum(self.lengths)[:-1]
+        parts = zip(np.split(self.input_ids, cuts), np.split(self.labels, cuts), strict=True)
+        names = zip(self.ids, self.tasks, strict=True)
+        found = [Sequence(*name, *part) for name, part in zip(names, parts, strict=True)]
+        for name, ragged in self.arrays.items():
+            for sequence, arrays in zip(found, ragged.of_sequences(len(found)), strict=True):
+                sequence.arrays[name] = arrays
+        return found

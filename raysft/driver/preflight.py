@@ -280,7 +280,7 @@ def read_eval(config: Config, run: Path, folder: Path, say: Say = silent) -> tup
     into `folder` what there is to remember; of the run neither data nor plan are looked at."""
     patience.allow(config.patience_s)
     require_template(run)
-    encoder = make_encoder(config.model, config.data, run)
+    encoder = make_encoder(config.model, config.data, run, config.train.objective)
     encoder.limits = Limits.of(config.data, folder)
     hearing.check_tools(config, encoder)
     _prove(config, encoder)

@@ -11,8 +11,9 @@ from itertools import groupby
 import numpy as np
 
 from raysft.data.encode import Encoder
-from raysft.data.example import MicroBatch
+from raysft.data.example import MicroBatch, Sequence
 from raysft.data.index.build import Index
+from raysft.data.pairs import apart
 from raysft.data.read.reader import Reader, Work
 
 LEARNT, END = "\x1b[32m", "\x1b[0m"  # green
@@ -37,10 +38,12 @@ def examples(index: Index, encoder: Encoder, budget: int, count: int, colours: b
 def _title(batch: MicroBatch) -> str:
     if not batch.ids:
         return f"{batch.quarantined[0].id} is unusable: {batch.quarantined[0].reason}"
-    supervised = int((batch.labels != -100).sum())
+    answers = apart(batch.sequences()[0])
+    positions = sum(len(answer.input_ids) for answer in answers)
+    supervised = sum(int((answer.labels != -100).sum()) for answer in answers)
     audio = f", {batch.seconds:.1f} s of audio" if batch.seconds else ""
     return (
-        f"{batch.ids[0]}, task {batch.tasks[0]}: {len(batch.input_ids)} positions, {supervised} "
+        f"{batch.ids[0]}, task {batch.tasks[0]}: {positions} positions, {supervised} "
         f"supervised{audio}"
     )
 
@@ -52,9 +55,16 @@ def _body(batch: MicroBatch, encoder: Encoder, colours: bool) -> Iterator[str]:
         for name, ragged in batch.arrays.items():
             yield f"    {name}: {ragged.values.dtype} {list(ragged.values.shape)}"
         return
+    for number, answer in enumerate(apart(batch.sequences()[0])):
+        if number:
+            yield "  rejected:"
+        yield from _text(answer, encoder, colours)
+
+
+def _text(answer: Sequence, encoder: Encoder, colours: bool) -> Iterator[str]:
     before, behind = (LEARNT, END) if colours else MARKS
     text = ""
-    positions = zip(batch.input_ids.tolist(), (batch.labels != -100).tolist(), strict=True)
+    positions = zip(answer.input_ids.tolist(), (answer.labels != -100).tolist(), strict=True)
     for learnt, run in groupby(positions, key=lambda position: position[1]):
         shown = _decoded([token for token, _ in run], encoder)
         # Each line has its own colour: pagers and terminals lose it at a line's end.

@@ -175,13 +175,7 @@ class SpeechModel(ABC):
 
     def documents(self, mb: MicroBatch) -> list[Document]:
         """Cut a micro-batch into its sequences."""
-        cuts = np.cumsum(mb.lengths)[:-1]
-        parts = zip(np.split(mb.input_ids, cuts), np.split(mb.labels, cuts), mb.tasks, strict=True)
-        found = [Document(ids, labels, task) for ids, labels, task in parts]
-        for name, ragged in mb.arrays.items():
-            for document, arrays in zip(found, ragged.of_sequences(len(found)), strict=True):
-                document.arrays[name] = arrays
-        return found
+        return [Document(s.input_ids, s.labels, s.task, s.arrays) for s in mb.sequences()]
 
     def features(self, documents: list[Document]) -> Batch:
         """Model inputs besides tokens."""

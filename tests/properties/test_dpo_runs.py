@@ -21,6 +21,7 @@ from raysft.data.clips import audio
 from raysft.data.encode import make_encoder
 from raysft.data.example import MicroBatch
 from raysft.data.sources import messages
+from raysft.driver import preflight, shown
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
@@ -254,6 +255,15 @@ def test_evaluation_says_how_often_the_chosen_one_is_likelier(tmp_path: Path) ->
     for task in ("chat", "advice"):
         assert lines[0][f"preferred_margin/{task}"] < lines[1][f"preferred_margin/{task}"]
     assert lines[-1]["sources"]["held"]["examples"] == 13
+    # Who evaluates the run later reads the same pairs; who looks at them is shown both answers.
+    encoder, index = preflight.read_eval(job.config, job.folder, tmp_path / "later")
+    lines_of = shown.examples(index, encoder, 400, 2, colours=False)
+    assert lines_of[0] == "example 1: p0, task chat: 61 positions, 7 supervised"
+    assert [line for line in lines_of if "\u27e6" in line or line == "  rejected:"] == [
+        *("    \u27e6yes<|eos|>\u27e7", "  rejected:", "    \u27e6no<|eos|>\u27e7"),
+        *("    \u27e6yes indeed<|eos|>\u27e7", "  rejected:", "    \u27e6no, no<|eos|>\u27e7"),
+    ]
+    assert [int(length) for length in index.tokens[:1]] == [61]
     model, net = worlds_model(job), job.strategy.module.lm.eval()
     records = {record["id"]: record for record in held}
     of = likelihoods(model, job.config, records, tmp_path)
