@@ -77,12 +77,15 @@ class Preference:
         if context is None:  # only log-probabilities are asked for
             return losses.sum()
         pairs = _pairs(-losses[0], context, means=self.loss == "ipo")
-        found = self.each(pairs.ahead) * pairs.weight * pairs.whole
+        return (self._of_pairs(pairs, losses[0], context) * pairs.weight * pairs.whole).sum()
+
+    def _of_pairs(self, pairs: Pairs, losses: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Loss [P] of each pair, of those [M] of tokens."""
+        found = self.each(pairs.ahead)
         if not self.sft:
-            return found.sum()
+            return found
         share = (context[:, SIDE] == CHOSEN) / context[:, LENGTH].clamp(min=1)
-        said = (pairs.members * share * losses[0]).sum(1)
-        return (found + self.sft * said * pairs.weight).sum()
+        return found + self.sft * (pairs.members * share * losses).sum(1)
 
     def weighted(self, context: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See `Learns`."""
@@ -91,7 +94,7 @@ class Preference:
         return torch.stack(columns, 1)
 
     def each(self, ahead: torch.Tensor) -> torch.Tensor:
-        """Loss [P] of each pair, of h [P]."""
+        """What h [P] costs each pair."""
         if self.loss == "ipo":
             return (ahead - 1 / (2 * self.beta)).square()
         right, wrong = logsigmoid(self.beta * ahead), logsigmoid(-self.beta * ahead)
@@ -132,7 +135,7 @@ class Preference:
             ]
         own = self.beta * (pairs.chosen - pairs.chosen_reference)
         other = self.beta * (pairs.rejected - pairs.rejected_reference)
-        first = term(PREFERENCE, self.each(pairs.ahead), pairs.whole)
+        first = term(PREFERENCE, self._of_pairs(pairs, -logps, context), pairs.whole)
         found = [first._replace(trained=total, aside=False)]
         if self.sft:
             found.append(_said(losses[0], context, chosen, names)._replace(aside=True))

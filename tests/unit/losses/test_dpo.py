@@ -85,6 +85,9 @@ def test_the_loss_is_that_of_the_formulas(settings: dict[str, Any]) -> None:
     losses, context = laid_out(own, base)
     learns, wanted = Preference(**settings), reference(own, base, settings)
     assert float(learns.total(losses, context)) / 3 == pytest.approx(wanted, abs=1e-6)
+    chosen = torch.ones(1, losses.shape[1], dtype=torch.float64)
+    first, *_ = learns.terms(losses, losses.sum(), context, chosen, ["chat"], True)
+    assert float(first.sum) / float(first.count) == pytest.approx(wanted, abs=1e-6)
     # A pair that weighs twice as much counts as two of it.
     twice = learns.weighted(context, torch.where(context[:, PAIR] == 1, 2.0, 1.0))
     more = reference([*own, own[1]], [*base, base[1]], settings)
