@@ -118,6 +118,11 @@ class Train(Section):
         default_factory=list, description="parameters that stay as they are: name patterns (a.b.*)"
     )
 
+    @property
+    def referenced(self) -> bool:
+        """Whether what trains is held to what it was as the run began, and so kept twice."""
+        return self.objective == "dpo" or (self.objective == "grpo" and self.grpo.beta > 0)
+
 
 class Peft(Section):
     """What is trained instead of all weights, through the peft library."""

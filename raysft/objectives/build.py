@@ -52,7 +52,7 @@ def build(
         return Built(None, None)
     settings, as_always = config.train.grpo, partial(turn_of, speech_model, static=static)
     reference = None
-    if config.train.objective == "dpo" or settings.beta:
+    if config.train.referenced:
         if initial is not None:
             load_weights(initial, strategy)
         reference = Frozen(strategy.module)

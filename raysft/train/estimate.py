@@ -37,12 +37,15 @@ class Estimate:
 def estimate(config: Config, speech_model: SpeechModel, workers: int) -> Estimate:
     """Of training on `workers` workers. data.tokens_per_batch has to be a number for activations.
 
-    Weights as they are stored, gradients and AdamW's two moments in float32; activations see
-    `_kept`: of every layer, or, under checkpointing, one layer's and every layer's input.
+    Weights as they are stored (what trains twice, where there is a reference), gradients and
+    AdamW's two moments in float32; activations see `_kept`: of every layer, or, under
+    checkpointing, one layer's and every layer's input.
     """
     parameters = list(speech_model.model.parameters())
     stored = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    if config.train.referenced:
+        stored += sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     traits = traits_of(config.parallel.strategy)
     sharded = set(traits.shards)
     between = gradients_of(config.parallel.gradients, trained)

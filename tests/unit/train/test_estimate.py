@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from raysft import worker
 from raysft.config import Config
 from raysft.data.encode import make_encoder
+from raysft.objectives.frozen import Frozen
 from raysft.parallel import World, make_strategy
 from raysft.train.estimate import _kept, estimate
 from tests.support import audio_tiny, worlds
@@ -82,6 +83,7 @@ def measure(rank: int, folder: Path, keys: dict[str, Any]) -> None:
     model, _ = worker.build_model(config, encoder, 10)
     expected = estimate(config, model, WORKERS).state(WORKERS)
     strategy = make_strategy(config, model.supervised, World.current())
+    reference = Frozen(strategy.module) if config.train.referenced else None
     seen = 0
     for _ in range(2):
         batch = model.collate(batch_of(*sequences(model, [9, 4])))
@@ -92,6 +94,7 @@ def measure(rank: int, folder: Path, keys: dict[str, Any]) -> None:
         del loss, batch
         seen = held()
         strategy.step(0.1)
+    del reference
     if rank == 0:
         (folder / "seen.json").write_text(json.dumps([seen - before, expected]))
     dist.barrier()
@@ -117,6 +120,14 @@ def test_what_is_told_is_held(strategy: str, method: str, precision: str, tmp_pa
     }
     seen, expected = measured(tmp_path, keys)
     assert expected == pytest.approx(seen, rel=0.02 if strategy in ("ddp", "fsdp") else 0.2)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_reference_is_held_and_told(strategy: str, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"parallel": {"strategy": strategy, "workers": WORKERS}}
+    train = {"precision": "fp32", "objective": "dpo"}
+    seen, expected = measured(tmp_path, {**keys, "train": train})
+    assert expected == pytest.approx(seen, rel=0.02)
 
 
 def measured(folder: Path, keys: dict[str, Any]) -> tuple[float, float]:
