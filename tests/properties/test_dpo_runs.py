@@ -25,8 +25,7 @@ from raysft.driver import preflight, shown
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from tests.properties.test_bit_identity import state
-from tests.properties.test_grpo_runs import KINDS, differ
+from tests.properties.test_grpo_runs import KINDS, check_same, differ
 from tests.support import preferred, worlds
 from tests.support.models import AUDIO
 from tests.support.preferred import write
@@ -212,14 +211,7 @@ def check_kills(folder: Path, size: int, strategy: str, kind: str) -> None:
     assert worlds.run(size, killed, kill_at=3) == -9
     assert worlds.run(size, killed) == 0
     runs = [folder / "runs" / name for name in ("whole", "killed")]
-    keys = ("loss", "grad_norm", "term/reward_margin", "term/logp_chosen")
-    ours, theirs = (
-        [[m[k] for k in keys] for m in read_lines(run / "metrics.jsonl")] for run in runs
-    )
-    assert len(ours) == STEPS and ours == theirs
-    left, right = (state(run, STEPS) for run in runs)
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    check_same(runs, ("loss", "grad_norm", "term/reward_margin", "term/logp_chosen"))
     assert all(audit(run).clean for run in runs)
 
 

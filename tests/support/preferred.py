@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tests.support.models import CAUSAL
+from tests.support.worlds import changed
 
 PAIRS = 48
 
@@ -65,7 +66,7 @@ def spoken(clips: list[Path], path: Path) -> Path:
 
 def tree(folder: Path, name: str, dpo: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A config: 3 lanes, some pairs a step. changes: section__key=value."""
-    found: dict[str, dict[str, Any]] = {
+    found: dict[str, Any] = {
         "run": {"name": name, "storage_path": str(folder / "runs"), "seed": 3},
         "data": {
             "train": [{"path": str(corpus(folder))}],
@@ -81,10 +82,7 @@ def tree(folder: Path, name: str, dpo: dict[str, Any], **changes: Any) -> dict[s
         "log": {"every": 1, "tensorboard": False},
         "checkpoint": {"every": 2},
     }
-    for key, value in (changes | {"train__dpo": dpo}).items():
-        section, _, key = key.partition("__")
-        found.setdefault(section, {})[key] = value
-    return found
+    return changed(found, {**changes, "train__dpo": dpo})
 
 
 def write(folder: Path, name: str, dpo: dict[str, Any], **changes: Any) -> Path:

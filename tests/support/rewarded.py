@@ -57,7 +57,7 @@ def corpus(folder: Path) -> Path:
 def tree(folder: Path, name: str, grpo: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A config: 3 lanes, some prompts a step, answers of at most 6 tokens.
     changes: section__key=value."""
-    found: dict[str, dict[str, Any] | list[str]] = {
+    found: dict[str, Any] = {
         "plugins": ["tests.support.rewarded"],
         "run": {"name": name, "storage_path": str(folder / "runs"), "seed": 3},
         "data": {
@@ -75,12 +75,7 @@ def tree(folder: Path, name: str, grpo: dict[str, Any], **changes: Any) -> dict[
         "checkpoint": {"every": 2},
     }
     own = {"rewards": {"early": 1.0}, "group": 4, "max_new_tokens": 6, "beta": 0.1}
-    for key, value in (changes | {"train__grpo": own | grpo}).items():
-        section, _, name = key.partition("__")
-        part = found.setdefault(section, {})
-        assert isinstance(part, dict)
-        part[name] = value
-    return found
+    return worlds.changed(found, {**changes, "train__grpo": own | grpo})
 
 
 def write(folder: Path, name: str, grpo: dict[str, Any], **changes: Any) -> Path:

@@ -105,10 +105,15 @@ def tiny(folder: Path, name: str = "run", **changes: Any) -> Config:
         "log": {"every": 1, "tensorboard": False},
         "checkpoint": {"every": 1},
     }
+    return Config.model_validate(changed(tree, changes))
+
+
+def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A config with the changes section__key=value."""
     for key, value in changes.items():
         section, _, name = key.partition("__")
         tree.setdefault(section, {})[name] = value
-    return Config.model_validate(tree)
+    return tree
 
 
 def resolved(config: Config) -> Config:
