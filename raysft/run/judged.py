@@ -75,9 +75,9 @@ def write(predictions: Path, folder: Path) -> list[Path]:
             rated = found["rated"]
             name = f"{rated['kind']}_eval_{rated['dimension']}_exact.json"
             files.setdefault(line["source"], {}).setdefault(name, []).append(_result(line, found))
-    places = []
+    places, names = [], _folders(list(files))
     for source, by_name in files.items():
-        place = folder / source.replace("/", "_")
+        place = folder / names[source]
         place.mkdir(parents=True, exist_ok=True)
         for name, results in by_name.items():
             content = json.dumps(results, ensure_ascii=False, indent=2)
@@ -87,6 +87,18 @@ def write(predictions: Path, folder: Path) -> list[Path]:
         write_whole(place / SUMMARY, _table(summary(rows)))
         places.append(place)
     return places
+
+
+def _folders(sources: Sequence[str]) -> dict[str, str]:
+    """The folder of each source: its name, with _ for /, and a number where another has that."""
+    found = {source: source for source in sources if "/" not in source}
+    for source in sources:
+        base, number = source.replace("/", "_"), 2
+        name = base
+        while source not in found and name in found.values():
+            name, number = f"{base}_{number}", number + 1
+        found.setdefault(source, name)
+    return found
 
 
 def _result(line: JsonObject, found: JsonObject) -> JsonObject:

@@ -249,7 +249,7 @@ def _check_usable(
 ) -> None:
     for source in resolved:
         own = [part for (of, _), part in zip(files, found) if of is source]
-        rejected = [item for part in own for item in part.rejected]
+        rejected = [item for part in own for item in part.refused]
         if any(len(part.rows) for part in own):
             continue
         if not rejected:

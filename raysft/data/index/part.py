@@ -146,6 +146,12 @@ class Part:
         rows = self.rows[np.isin(self.rows["line"], list(lines))]
         return [Place(*map(int, row)) for row in rows[["line", "offset", "size"]].tolist()]
 
+    @property
+    def refused(self) -> list[Rejected]:
+        """The rejected, those once that are several questions about one record."""
+        known = {(item.id, item.path, item.reason): item for item in reversed(self.rejected)}
+        return [*reversed(known.values())]
+
     def hash(self) -> str:
         """Of what is planned from it: which lines, how long, of which task."""
         digest = hashlib.sha256(json.dumps(self.tasks).encode())
@@ -266,6 +272,7 @@ def _measure(job: Job, encoder: Measures) -> Part:
         clips = [lengths[clip.sound] for clip in heard_of] if lengths else []
         bad = next((clip for clip in clips if clip.reason), None)
         path = heard_of[0].path if clips else str(file)
+        unheard = True
         try:
             if bad is not None:
                 path = bad.path
@@ -273,14 +280,17 @@ def _measure(job: Job, encoder: Measures) -> Part:
             for audio_of, clip in zip(heard_of, clips):
                 path = clip.path
                 check_duration(audio_of.stated, clip.seconds)
+            unheard = False
             samples = [clip.samples for clip in clips]
             tokens, heard = encoder.measure(example, samples), encoder.workload(example, samples)
         except BadExample as error:
-            reason = f"{file.name} {form.noun} {item.line}: {error}"
-            rejected.append(_rejected(item, example.id, path, reason, bool(clips), error.kind))
+            reason = f"{sources.place_of(form, item, file)}: {error}"
+            # Of a record whose clip cannot be used, nothing that is asked about it can.
+            name = example.rated[0].original if unheard and example.rated else example.id
+            rejected.append(_rejected(item, name, path, reason, bool(clips), error.kind))
             continue
         except UserError as error:
-            place = f"{file.name} {form.noun} {item.line}"
+            place = sources.place_of(form, item, file)
             raise UserError(f"{job.source.key}: {example.id} ({place}): {error}") from error
         assert item.raw is not None
         seconds = sum(clip.seconds for clip in clips)

@@ -242,9 +242,14 @@ class Index:
 
     def where(self, row: int) -> str:
         """Data file and line (or number of the item, or of the record listed) of an example."""
-        file = Path(self._files[self._columns["file"][row]][0])
-        mark = ":" if origin(file) == file else ": record "
-        return f"{origin(file)}{mark}{self._columns['line'][row]}"
+        name, source = self._files[self._columns["file"][row]]
+        if (file := origin(Path(name))) == Path(name):
+            return f"{file}:{self._columns['line'][row]}"
+        picked = {key: [int(self._columns[key][row])] for key in ("file", "offset", "size", "line")}
+        ((_, raw),) = self._records(picked, [0])
+        item = Item(picked["offset"][0], picked["size"][0], picked["line"][0], raw)
+        line = formats.line_of(formats.get(self.described[source]["format"]), item)
+        return f"{file}: record {picked['line'][0]}" if line is None else f"{file}:{line}"
 
     def examples(self, rows: np.ndarray, named: bool = True) -> list[Example]:
         """The examples of `rows`, in their order; records are read in the order of the files.
@@ -364,7 +369,7 @@ def join(
         )
         + "\n"
         for (source, _), part in zip(files, found)
-        for item in part.rejected
+        for item in part.refused
     ).encode()
     text = json.dumps(meta, indent=1).encode()
     target = folder / hashlib.sha256(text + rejected).hexdigest()[:32]
@@ -393,7 +398,7 @@ def _names(
     items = [
         (item, default_id(file, item.line), f"{label}:{item.line}")
         for (_, file), label, part in zip(files, labels, found)
-        for item in part.rejected
+        for item in part.refused
     ]
     own = [names.hashed(item.id) if item.id != default else 0 for item, default, _ in items]
     hashes = [part.rows["name"] for part in found]

@@ -190,10 +190,21 @@ def read(form: Format, item: Item, file: Path, task: str | None = None) -> Locat
             raise BadExample(item.error or "")
         example = form.parse(item.raw, file, item.line, task)
     except BadExample as error:
-        reason = f"{file.name} {form.noun} {item.line}: {error}"
+        reason = f"{place_of(form, item, file)}: {error}"
         name = error.example or default_id(file, item.line)
         return Located(item.offset, item.size, item.line, name, None, reason, error.kind)
     return Located(item.offset, item.size, item.line, example.id, example, None)
+
+
+def place_of(form: Format, item: Item, file: Path) -> str:
+    """A file and which of its items, for people. file: of a listing, what was listed."""
+    line = line_of(form, item)
+    return f"{file.name} {form.noun} {item.line if line is None else line}"
+
+
+def line_of(form: Format, item: Item) -> int | None:
+    """Which line of the file that was listed an item is of; None: of no line of it."""
+    return form.line_of(item) if isinstance(form, Layout) else None
 
 
 def scan(

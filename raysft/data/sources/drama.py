@@ -29,6 +29,7 @@ from raysft.data.judged import Dimension, Judged
 from raysft.data.rubric import Named, Rubric
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import (
+    Item,
     Split,
     clip_path,
     default_id,
@@ -53,6 +54,7 @@ CAPTIONS = {
 }
 WORDED = ("RoleVariation", "RoleReasoning", "RoleVariationCaption")
 LONGEST = 100  # characters of a rating that is looked at
+NOTHING = "N/A"  # what a record says where a field is empty
 NOT_APPLICABLE = ("na", "n/a", "n.a.", "not applicable")
 SHOWN = ("char_profile", "char_style", "transcript", "local_scene", "question")
 READ = frozenset(
@@ -129,9 +131,18 @@ class Drama(Layout):
                 continue
             yield listed
 
+    def line_of(self, item: Item) -> int | None:
+        """See `Layout`: in evaluation a line has several records."""
+        try:
+            return int(str(load_record(item.raw or b"")["at"]).rpartition(":")[2])
+        except (BadExample, KeyError, ValueError):
+            return None
+
     def parse(self, raw: bytes, file: Path, line: int, task: str | None = None) -> Example:
         """The example of a listed record. Raises BadExample naming what is wrong with it."""
         listed = load_record(raw)
+        if "fault" in listed:  # of a line that messages name
+            raise BadExample(listed["fault"], "malformed record", listed["id"])
         if "dataset" not in listed:
             return super().parse(raw, file, line, task)
         try:
@@ -139,7 +150,7 @@ class Drama(Layout):
                 return _question(listed, file, task)
             return _rating(listed, file, task)
         except BadExample as error:
-            raise BadExample(f"{error} ({listed['at']})", error.kind, listed["id"]) from None
+            raise BadExample(str(error), error.kind, listed["id"]) from None
 
 
 def _is_drama(record: JsonObject) -> bool:
@@ -253,10 +264,11 @@ def _rating(listed: JsonObject, file: Path, task: str | None) -> Example:
 
 
 def _told(context: str, record: JsonObject) -> str:
-    """The context with the record's fields in their places."""
+    """The context with the record's fields in their places; N/A where one is empty."""
     found = context
     for name in dict.fromkeys(_places(context)):
-        found = found.replace(f"{{{name}}}", text_field(record, name))
+        value = text_field(record, name)
+        found = found.replace(f"{{{name}}}", value if value.strip() else NOTHING)
     return found
 
 
@@ -270,7 +282,7 @@ def _thought(record: JsonObject, dataset: str) -> str:
         return ""
     info = record.get("audio_info")
     said = info.get(CAPTIONS[dataset]) if isinstance(info, dict) else None
-    return f"<think>{said if isinstance(said, str) and said.strip() else 'N/A'}</think>"
+    return f"<think>{said if isinstance(said, str) and said.strip() else NOTHING}</think>"
 
 
 def _dimensions(listed: JsonObject) -> list[Dimension]:

@@ -28,6 +28,7 @@ from raysft.config.schema import Source
 from raysft.data.example import Audio, Cell, Example, Measured, Within
 from raysft.data.sources import json_lines
 from raysft.data.sources.base import (
+    Item,
     Split,
     clip_path,
     folder_of,
@@ -107,6 +108,10 @@ class Layout(json_lines.JsonLines):
         if LISTED in record:
             return self._listed(record, file, line, task)
         return self.own(record, file, line, task)
+
+    def line_of(self, item: Item) -> int | None:
+        """Which line of the file that was listed a record is of; None: it lies in other files."""
+        return None
 
     def own(self, record: JsonObject, file: Path, line: int, task: str | None) -> Example:
         """The example of a record as the file has it. Raises BadExample."""

@@ -349,6 +349,35 @@ def test_a_missing_clip_is_quarantined_and_never_silence(tmp_path: Path) -> None
     assert lost.id == "r1" and "1.wav" in lost.reason
 
 
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_what_cannot_be_used_is_named_once_by_the_line_of_its_file(
+    tmp_path: Path, split: str
+) -> None:
+    lost, unheard, unrated = role(2), {**role(3), "wav_path": "wav/none.wav"}, role(4)
+    del lost["wav_path"]
+    unrated["annotations"] = {}
+    path = written(tmp_path, role(0), role(1), lost, unheard, unrated, arche(5, audio_quality=[9]))
+    path.write_text(path.read_text().replace("\n", "\n\n", 1))  # a line that is empty
+    encoder = make_encoder(Model(**AUDIO), Data(), tmp_path)
+    index = build_index([Source(path=str(path))], split, encoder, tmp_path / "index")
+    assert len(index) == (2 if split == "train" else 2 * len(FIELDS))
+    found = {one.id: one.reason.partition(": ") for one in index.rejected}
+    assert len(index.rejected) == len(found)
+    places = {id_: place for id_, (place, _, _) in found.items()}
+    assert places == {
+        id_: f"drama.jsonl line {line}"
+        for id_, line in (("r2", 4), ("r3", 5), ("r4", 6), ("a5", 7))
+    }
+    assert all("drama.jsonl" not in reason for _, _, reason in found.values())
+    assert index.where(0) == f"{path}:1" and index.where(len(index) - 1) == f"{path}:3"
+
+
+def test_an_empty_field_is_told_as_such(tmp_path: Path) -> None:
+    (example,) = examples(written(tmp_path, role() | {"char_profile": " ", "local_scene": ""}))
+    told = "Global Profile: N/A, Local Scene: N/A, Available Traits: Calm, Dry\n\n"
+    assert example.instruction is not None and told in example.instruction
+
+
 # -- files that say how ----------------------------------------------------------------------------
 
 

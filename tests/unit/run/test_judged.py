@@ -77,6 +77,20 @@ def test_each_dimension_has_a_file_as_the_original_writes_it(place: Path) -> Non
     assert list(results[0]["ground_truth_ratings"]) == ["pitch_variation"]
 
 
+def test_each_source_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    given = predictions(tmp_path).read_text()
+    lines = []
+    for number, name in enumerate(("a/b", "a_b", "a_b_2", "a/b/c")):
+        own = given.replace('"source": "dev"', f'"source": "{name}"')
+        lines.append(own.replace('"original": "r', f'"original": "{number}r'))
+    several = tmp_path / "several.jsonl"
+    several.write_text("".join(lines))
+    places = judged.write(several, tmp_path / "judged")
+    assert [place.name for place in places] == ["a_b_3", "a_b", "a_b_2", "a_b_c"]
+    for number, place in enumerate(places):
+        assert {row.original[:2] for row in judged.read(place)} == {f"{number}r"}
+
+
 def test_tables_are_scipys_figures_and_count_what_is_missing(place: Path) -> None:
     rows = judged.read(place)
     summed = {(row["dimension"], row["score"]): row for row in table(place / judged.SUMMARY)}
