@@ -70,7 +70,8 @@ for _row in (
         "rating",
         "raysft.objectives.rewards:rating",
         "how far the first whole number in <answer> is from the raters' mean, negative; without "
-        "one, as far as the scale is long",
+        "one, as far as the scale is long; of [Name]4[Other]3 the mean over the "
+        "dimensions asked about",
     ),
 ):
     register(_row)

@@ -21,11 +21,28 @@ _NUMBER = re.compile(r"\s*(?:<answer>)?\s*(-?\d+)\s*(?:</answer>)?\s*")
 
 
 @dataclass(frozen=True)
+class Part:
+    """One dimension of an answer that rates several, each behind its [label]. ratings: of raters,
+    one or more. lowest, highest: of their scale."""
+
+    label: str
+    ratings: tuple[float, ...]
+    lowest: int = 1
+    highest: int = 5
+
+    @property
+    def rated(self) -> float:
+        """The mean of the ratings."""
+        return sum(self.ratings) / len(self.ratings)
+
+
+@dataclass(frozen=True)
 class Facts:
     """What is known of an example that was answered.
 
     text: the right answer; None: it has none. ratings: what raters said, for answers that are
-    ratings; (): nobody did. lowest, highest: of their scale.
+    ratings; (): nobody did. lowest, highest: of their scale. parts: of an answer that rates
+    several dimensions, those that are asked about; (): it rates one, or none.
     """
 
     id: str
@@ -34,6 +51,7 @@ class Facts:
     ratings: tuple[float, ...] = ()
     lowest: int = 1
     highest: int = 5
+    parts: tuple[Part, ...] = ()
 
     @property
     def rated(self) -> float | None:
@@ -51,26 +69,38 @@ class Facts:
     def unpacked(cls, array: np.ndarray) -> Facts:
         """The inverse of `packed`."""
         tree = json.loads(array.tobytes())
-        return cls(**{**tree, "ratings": tuple(tree["ratings"])})
+        parts = [Part(**{**part, "ratings": tuple(part["ratings"])}) for part in tree["parts"]]
+        return cls(**{**tree, "ratings": tuple(tree["ratings"]), "parts": tuple(parts)})
 
 
 def facts_of(example: Example, form: Example) -> Facts:
     """Of the form that an example has at a step."""
     found = Facts(example.id, example.task, reference_of(form))
-    if (rated := _rated(example, form)) is None:
+    rated = _rated(example, form)
+    if any(one.label for one in rated):
+        parts = (Part(one.label, _given(one), one.lowest, one.highest) for one in rated)
+        return replace(found, parts=tuple(parts))
+    if len(rated) != 1:
         return found
-    own = tuple(map(float, rated.ratings))
-    return replace(found, ratings=own, lowest=rated.lowest, highest=rated.highest)
+    (one,) = rated
+    return replace(found, ratings=_given(one), lowest=one.lowest, highest=one.highest)
 
 
-def _rated(example: Example, form: Example) -> Rated | None:
-    """What raters said of the one dimension that a form asks about; None: it asks about none, or
-    about several."""
+def _given(rated: Rated) -> tuple[float, ...]:
+    return tuple(map(float, rated.ratings))
+
+
+def _rated(example: Example, form: Example) -> list[Rated]:
+    """What raters said of the dimensions that a form asks about."""
     judged = example.judged
-    if judged is None or judged.header is not None:
-        return form.rated[0] if len(form.rated) == 1 else None
+    if judged is None:
+        return list(form.rated)
+    if judged.header is not None:  # its answer names them: a rater may have left some out
+        answer = (form.text or "").rpartition("<answer>")[2]
+        return [one.rated for one in judged.dimensions if f"[{one.label}]" in answer]
     asked = (form.instruction or "").removeprefix(judged.before).removesuffix(judged.after)
-    return next((one.rated for one in judged.dimensions if asked in one.wordings), None)
+    found = (one.rated for one in judged.dimensions if asked in one.wordings)
+    return list(found)[:1]
 
 
 def reference_of(example: Example) -> str | None:

@@ -29,13 +29,28 @@ def form(answer: str, facts: Facts) -> float:
 
 def rating(answer: str, facts: Facts) -> float:
     """Minus the distance of the rating in the answer from the raters' mean; without a rating minus
-    the length of the scale, so that none earns more than the worst."""
+    the length of the scale, so that none earns more than the worst. Of an answer that rates several
+    dimensions: the mean of that over those that were asked about."""
+    said = tagged(answer)
+    if facts.parts:
+        earned = [
+            _near(_behind(said or "", part.label), part.rated, part.highest - part.lowest)
+            for part in facts.parts
+        ]
+        return sum(earned) / len(earned)
     mean = facts.rated
-    said = _WHOLE.search(tagged(answer) or "")
-    if mean is None:
-        return 0.0
-    longest = float(facts.highest - facts.lowest)
-    return -longest if said is None else -min(longest, abs(int(said[0]) - mean))
+    return 0.0 if mean is None else _near(said or "", mean, facts.highest - facts.lowest)
+
+
+def _near(said: str, mean: float, longest: int) -> float:
+    """Of the first whole number that is said."""
+    number = _WHOLE.search(said)
+    return -float(longest) if number is None else -min(longest, abs(float(number[0]) - mean))
+
+
+def _behind(said: str, label: str) -> str:
+    """What is said behind the first [label], up to the next bracket; "": it is not there."""
+    return said.partition(f"[{label}]")[2].partition("[")[0]
 
 
 def tagged(text: str) -> str | None:
