@@ -4,6 +4,8 @@ an evaluation of them in a run."""
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from raysft.config.schema import Data, Model
 from raysft.data.encode import make_encoder
 from raysft.data.example import Example, MicroBatch
 from raysft.data.tokenizer import byte_tokenizer
+from raysft.driver.preflight import prepare
+from raysft.errors import UserError
 from raysft.evaluate.judging import Digits, counting
 from raysft.models import SpeechModel, build
 from raysft.models.watched import Generated
+from raysft.run.folder import read_config
 from raysft.run.lines import read_lines
 from raysft.scorers.rated import Rated
-from tests.support import in_process
+from tests.support import digitless, in_process
 from tests.support.drama import prompts, role, written
 from tests.support.models import AUDIO, CAUSAL
 
@@ -231,3 +236,103 @@ def test_an_evaluation_of_ratings_in_a_run(tmp_path: Path, monkeypatch: pytest.M
     assert first["rated"]["ratings"] == [3, 3]
     (missing,) = found["r2:trait_embodiment"]["ratings"]
     assert missing["model"] is None and missing["rated"]["ratings"] == [4, 4, 2]
+
+
+# -- runs of what does not fit ---------------------------------------------------------------------
+
+CHOSEN = ["pitch_dynamics", "trait_embodiment"]
+LONG = "A bill. " * 200
+
+
+def sections(folder: Path, tokenizer: str, **train: Any) -> dict[str, Any]:
+    """Of a config: six records, of which r5 is asked about in more tokens than a batch holds."""
+    judging = {"variations": str(prompts(folder, 1)), "dimensions": CHOSEN}
+    records = [role(n) for n in range(6)]
+    records[5]["local_scene"] = LONG
+    path = written(folder, *records)
+    return {
+        "data": {
+            "train": [{"path": str(path), "judging": judging}],
+            "eval": [{"path": str(path), "name": "dev", "judging": judging}],
+            "tokens_per_batch": 800,
+            "max_quarantined": 0.2,
+        },
+        "model": {**AUDIO, "tokenizer": tokenizer},
+        "train": {"max_steps": 2, **train},
+        "evaluate": {"max_new_tokens": 20},
+    }
+
+
+GRPO = {"objective": "grpo"}
+GRPO["grpo"] = {"rewards": {"rating": 1.0}, "group": 2, "max_new_tokens": 20, "beta": 0.0}
+
+
+@pytest.mark.parametrize("train", [{}, GRPO], ids=["sft", "grpo"])
+def test_a_prompt_longer_than_a_batch_is_named_and_not_trained_on_and_is_asked_in_evaluation(
+    tmp_path: Path, train: dict[str, Any]
+) -> None:
+    own = sections(tmp_path, "bytes", **train)
+    place = in_process.run(tmp_path / "runs", **own)
+    config = read_config(place)
+    (found,) = prepare(config, place).rejected
+    assert re.fullmatch(r"takes \d+ positions, more than data.tokens_per_batch=800", found.reason)
+    assert (found.id, found.kind) == ("r5", "over budget")
+    trained = {id_ for ids in in_process.ledger(place) for id_ in ids}
+    assert trained == {f"r{n}" for n in range(5)}
+    asked = {line["id"] for line in read_lines(place / "predictions" / "step_2.jsonl")}
+    assert asked == {f"r{n}:{name}" for n in range(6) for name in CHOSEN}
+    strict = config.model_copy(deep=True)
+    strict.data.max_quarantined = 0.1
+    with pytest.raises(UserError) as refused:
+        prepare(strict, place)
+    said = str(refused.value)
+    assert "data.max_quarantined: 1 of 6 examples are unusable" in said and "\n" not in said
+    assert "the first: r5: takes" in said
+
+
+def test_a_run_whose_digits_are_no_tokens_has_no_probabilities_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = iter(["<answer>4</answer>", "<answer>2</answer>", "4"] * 4)
+
+    def answers(self: SpeechModel, prompts: list[Any], limit: int, *args: Any, **kwargs: Any):
+        empty = np.zeros((0, 0), np.float32)
+        return [Generated(next(answered), [], empty) for _ in prompts]
+
+    own = sections(tmp_path, str(digitless.saved(tmp_path)))
+    monkeypatch.setattr(SpeechModel, "answers", answers)
+    place = in_process.run(tmp_path / "runs", **own)
+    (line,) = read_lines(place / "eval.jsonl")
+    assert line["missing_scores/dev"] == pytest.approx(1 / 3) and "mae/dev" in line
+    assert 0 <= line["token_accuracy/rating"] <= 1
+    assert [name for name in line if "probability" in name or "accuracy_of" in name] == []
+    warned = [e["reason"] for e in read_lines(place / "events.jsonl") if e["event"] == "warning"]
+    (said,) = [reason for reason in warned if "digits" in reason]
+    assert (
+        said.startswith("model.tokenizer: digits are no tokens of their own") and "\n" not in said
+    )
+
+
+def test_ratings_are_rewarded_by_their_text_whatever_tokens_write_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of [4, 4, 2] the mean is 10 / 3: an answer of 4 is 2/3 from it, and one without is 4."""
+
+    asked: Counter[str] = Counter()
+
+    def answers(self: SpeechModel, prompts: list[Any], *args: Any, **kwargs: Any):
+        found = []
+        for prompt in prompts:
+            text = ("<answer>4</answer>", "four")[asked[prompt.id] % 2]
+            asked[prompt.id] += 1
+            tokens, none = self.tokenizer.encode(text), np.zeros((0, 0), np.float32)
+            found.append(Generated(text, tokens, none, [self.stop_ids[0]]))
+        return found
+
+    tokenizer = str(digitless.saved(tmp_path))
+    own = sections(tmp_path, tokenizer, **GRPO) | {"evaluate": {"generate": False}}
+    monkeypatch.setattr(SpeechModel, "answers", answers)
+    place = in_process.run(tmp_path / "runs", **own)
+    for line in read_lines(place / "metrics.jsonl"):
+        assert line["reward/rating"] == pytest.approx(-(2 / 3 + 4) / 2, abs=1e-5)
+        assert line["equal_groups"] == 0
