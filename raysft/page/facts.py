@@ -60,10 +60,14 @@ KEYS = (
 SHOWN_EVENTS = ("continued", "stopped", "failed", "skipped", "warning")
 
 
+class NothingYet(UserError):
+    """A run that has not logged a step."""
+
+
 def of_run(folder: Path, examples: bool = True) -> JsonObject:
     """All that the page shows of the run in `folder`; with examples, also what it answered.
 
-    Raises UserError where there is no run, or where it has not logged a step.
+    Raises UserError where there is no run, NothingYet where it has not logged a step.
     """
     config = read_config(folder)
     try:
@@ -72,7 +76,7 @@ def of_run(folder: Path, examples: bool = True) -> JsonObject:
         log.warning("%s; shown without it", error)
     metrics = read_lines(folder / "metrics.jsonl", {"step": int, "loss": float})
     if not metrics:
-        raise UserError(f"{folder}: nothing to show, metrics.jsonl is missing or empty")
+        raise NothingYet(f"{folder}: nothing to show, metrics.jsonl is missing or empty")
     lines = read_lines(folder / "eval.jsonl", {"step": int})
     evaluations = sorted(
         {line["step"]: line for line in lines}.values(), key=lambda line: line["step"]

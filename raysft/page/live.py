@@ -9,6 +9,7 @@ from pathlib import Path
 from raysft.errors import UserError
 from raysft.json_types import JsonObject
 from raysft.page import build
+from raysft.page.facts import NothingYet
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +26,11 @@ def with_page(progress: Callable[[JsonObject], None], folder: Path) -> Callable[
 
 
 def write_page(folder: Path) -> None:
-    """Write the page of a run or a sweep; what goes wrong with it is warned of: it is no reason to
-    end either."""
+    """Write the page of a run or a sweep, once a step is logged; what goes wrong with it is warned
+    of: it is no reason to end either."""
     try:
         build.write([folder])
+    except NothingYet:  # evaluated before log.every
+        return
     except (UserError, OSError) as error:
         log.warning("%s was not written: %s", build.NAME, error)

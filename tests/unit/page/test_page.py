@@ -21,6 +21,7 @@ from raysft.errors import UserError
 from raysft.hearing import samples
 from raysft.library import report
 from raysft.page.build import NAME, shown_of
+from raysft.page.live import with_page
 from raysft.scorers import Spoken
 from tests.conftest import tone
 from tests.support.models import AUDIO
@@ -247,3 +248,19 @@ def test_the_table_of_a_sweep_sorts_by_numbers(run: Path, tmp_path: Path) -> Non
     taken = {row[1][:4]: row[place] for row in rows}
     assert taken == {"0000": "", "0001": "", "0002": "step 2 from 0000", "0003": ""}
     assert found["errors"] == [] and all(found["inked"])
+
+
+def test_a_run_that_is_evaluated_before_it_logs_has_its_page_later(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = tmp_path / "early"
+    early.mkdir()
+    shutil.copy(run / "config.yaml", early)
+    lines(early / "eval.jsonl", [{"step": 2, "loss/asr": 1.0}])
+    told: list[dict[str, Any]] = []
+    shown = with_page(told.append, early)
+    shown({"eval": {"loss/asr": 1.0}, "step": 2})
+    assert len(told) == 1 and not (early / NAME).exists() and not caplog.records
+    lines(early / "metrics.jsonl", [{"step": 10, "loss": 1.0}])
+    shown({"eval": {"loss/asr": 1.0}, "step": 10})
+    assert (early / NAME).exists()
