@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from raysft.config.deepspeed import added
 from raysft.config.families import Family, families
 from raysft.config.marks import one_of
 from raysft.config.objectives import Dpo, Grpo, Objective
 from raysft.config.schema import Config
 from raysft.config.section import Section
-from raysft.config.strategies import traits_of
 from raysft.errors import Mistake
+
+_SECOND_COPY = "zero_optimization.zero_hpz_partition_size"
 
 
 def check(config: Config, family: Family | None) -> list[Mistake]:
@@ -80,10 +82,9 @@ def _beside(
     if config.train.losses:
         why = f"are of right answers, and train.objective: {objective} learns from {learnt}"
         found.append(("train.losses", f"{why}; leave out"))
-    strategy = config.parallel.strategy
-    if reference and traits_of(strategy).stage == 3:
-        why = f"the reference is kept beside weights that {strategy} hides; use fsdp, or {remedy}"
-        found.append((f"train.{key}", why))
+    if reference and added(config).get(_SECOND_COPY, 1) not in (0, 1):
+        why = f"the reference is of one copy of the weights, and {_SECOND_COPY} keeps two"
+        found.append((f"train.{key}", f"{why}; leave that out, or use {remedy}"))
     return found
 
 

@@ -17,13 +17,20 @@ from raysft.run.lines import read_lines
 from raysft.train.loop import train
 from tests.properties.test_bit_identity import state
 from tests.support import rewarded, worlds
-from tests.support.models import AUDIO
+from tests.support.models import AUDIO, CAUSAL
 from tests.support.rewarded import write
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"peft__method": "lora", "peft__r": 4},
+}
+MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 16, "num_experts": 4}
+VIRTUAL = {"peft__virtual_tokens": 3, "data__mode": "padded"}
+MORE: dict[str, dict[str, Any]] = {
+    "prompt": {"peft__method": "prompt", **VIRTUAL},
+    "prefix": {"peft__method": "prefix", **VIRTUAL},
+    "mixture": {"model__config": {**CAUSAL["config"], **MOE, "num_experts_per_tok": 2}},
 }
 ALONE = World(0, 1, torch.device("cpu"))
 LOSSES = ("grpo", "dr_grpo", "dapo")
@@ -80,12 +87,35 @@ def test_gradients_are_those_of_one_process_under_every_normalisation(tmp_path: 
     check_gradients(tmp_path, [2, 3], ["ddp", "fsdp"], *kinds)
 
 
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_the_reference_under_zero3_is_that_of_one_process(kind: str, tmp_path: Path) -> None:
+    """Which hides weights that it does not compute with; those of less than 100 values stay."""
+    found = []
+    settings = tmp_path / "zero3.json"
+    settings.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 100}}')
+    for size, strategy in ((1, "ddp"), (2, "zero3")):
+        changes = {**KINDS[kind], "parallel__strategy": strategy}
+        if strategy == "zero3":
+            changes["parallel__deepspeed"] = str(settings)
+        changes["optim__eps"] = 1e-3  # else AdamW makes full steps of what is rounded
+        path = write(tmp_path, f"{strategy}_{size}", {"updates": 2}, **changes)
+        assert worlds.run(size, path) == 0
+        run = tmp_path / "runs" / path.stem
+        lines = read_lines(run / "metrics.jsonl")
+        found.append(([(m["loss"], m["term/kl"], m["grad_norm"]) for m in lines], rollouts(run)))
+    (wanted, answers), (lines, own) = found
+    assert own == answers and all(kl > 1e-5 for _, kl, _ in wanted[1:])
+    for line, right in zip(lines, wanted, strict=True):
+        assert line == pytest.approx(right, rel=1e-3, abs=1e-6)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_answers_and_losses_are_the_same_for_every_world_size(kind: str, tmp_path: Path) -> None:
     found = {}
-    for size, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (2, "zero1")):
-        changes = {**KINDS[kind], "parallel__strategy": strategy, "data__mode": "padded"}
+    cells = [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (2, "zero1"), (2, "zero3")]
+    for size, strategy in cells if kind in KINDS else cells[:3]:
+        changes = {**KINDS, **MORE}[kind] | {"parallel__strategy": strategy, "data__mode": "padded"}
         changes["optim__eps"] = 1e-3  # else AdamW makes full steps of what is rounded
         path = write(tmp_path, f"{strategy}_{size}", {"updates": 2}, **changes)
         assert worlds.run(size, path) == 0
@@ -104,7 +134,7 @@ def test_answers_and_losses_are_the_same_for_every_world_size(kind: str, tmp_pat
 
 
 def check_kills(folder: Path, size: int, strategy: str, kind: str) -> None:
-    changes = {**KINDS[kind], "parallel__strategy": strategy, "optim__lr": 3e-3}
+    changes = {**KINDS, **MORE}[kind] | {"parallel__strategy": strategy, "optim__lr": 3e-3}
     if kind == "lora":
         changes["peft__dropout"] = 0.2
     grpo = {"updates": 2, "drop_equal": True}
@@ -134,6 +164,14 @@ def test_killed_while_sampling_and_between_updates_is_the_same_to_the_last_bit(
     tmp_path: Path,
 ) -> None:
     check_kills(tmp_path, 2, "fsdp", "full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(MORE))
+def test_experts_and_virtual_positions_are_the_same_to_the_last_bit_after_such_kills(
+    kind: str, tmp_path: Path
+) -> None:
+    check_kills(tmp_path, 2, "ddp", kind)
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def tree(folder: Path, name: str, grpo: dict[str, Any], **changes: Any) -> dict[
             "window": 16,
             "index_path": str(folder / "index"),
         },
-        "model": CAUSAL,
+        "model": {**CAUSAL},
         "parallel": {"strategy": "ddp"},
         "optim": {"lr": 1e-2},
         "train": {"max_steps": 4, "objective": "grpo"},

@@ -84,10 +84,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "train.objective: grpo does not work with patch_lm; causal_lm or audio_lm can",
     ),
     ({**GRPO, "train__losses": {"z_loss": 0.1}}, "train.losses: are of right answers, and "),
-    (
-        {**GRPO, "parallel__strategy": "zero3"},
-        "train.grpo.beta: the reference is kept beside weights that zero3 hides; use fsdp",
-    ),
     # -- evaluation
     (
         {"evaluate__beside": True},

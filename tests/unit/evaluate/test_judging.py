@@ -313,17 +313,33 @@ def test_a_run_whose_digits_are_no_tokens_has_no_probabilities_and_says_so(
     )
 
 
+@pytest.mark.parametrize(
+    ("dataset", "said", "earned"),
+    [
+        (None, "<answer>4</answer>", 2 / 3),
+        ("RoleAllFixOrder", "<answer>[PitchDynamics]4</answer>", (2 / 3 + 4) / 2),
+        (
+            "RoleAllFlexOrderConsistent",
+            "<answer>[TraitEmbodiment]2[PitchDynamics]3</answer>",
+            (4 / 3 + 1 / 3) / 2,
+        ),
+    ],
+)
 def test_ratings_are_rewarded_by_their_text_whatever_tokens_write_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dataset: str | None,
+    said: str,
+    earned: float,
 ) -> None:
-    """Of [4, 4, 2] the mean is 10 / 3: an answer of 4 is 2/3 from it, and one without is 4."""
-
+    """Of [4, 4, 2] the mean is 10 / 3; an answer without a rating, or one of its dimensions, is as
+    far from it as the scale is long."""
     asked: Counter[str] = Counter()
 
     def answers(self: SpeechModel, prompts: list[Any], *args: Any, **kwargs: Any):
         found = []
         for prompt in prompts:
-            text = ("<answer>4</answer>", "four")[asked[prompt.id] % 2]
+            text = (said, "four")[asked[prompt.id] % 2]
             asked[prompt.id] += 1
             tokens, none = self.tokenizer.encode(text), np.zeros((0, 0), np.float32)
             found.append(Generated(text, tokens, none, [self.stop_ids[0]]))
@@ -331,8 +347,11 @@ def test_ratings_are_rewarded_by_their_text_whatever_tokens_write_them(
 
     tokenizer = str(digitless.saved(tmp_path))
     own = sections(tmp_path, tokenizer, **GRPO) | {"evaluate": {"generate": False}}
+    if dataset is not None:
+        own["data"]["train"][0]["judging"] = {"dataset": dataset, "dimensions": CHOSEN}
+        own["data"]["tokens_per_batch"] = 1700
     monkeypatch.setattr(SpeechModel, "answers", answers)
     place = in_process.run(tmp_path / "runs", **own)
     for line in read_lines(place / "metrics.jsonl"):
-        assert line["reward/rating"] == pytest.approx(-(2 / 3 + 4) / 2, abs=1e-5)
+        assert line["reward/rating"] == pytest.approx(-(earned + 4) / 2, abs=1e-5)
         assert line["equal_groups"] == 0
