@@ -25,7 +25,7 @@ from raysft.driver import preflight, shown
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from tests.properties.test_grpo_runs import KINDS, check_same, differ
+from tests.properties.test_grpo_runs import KINDS, check_same, differ, zero3
 from tests.support import preferred, worlds
 from tests.support.models import AUDIO
 from tests.support.preferred import write
@@ -200,6 +200,23 @@ def test_gradients_are_those_of_one_process_with_two_workers(tmp_path: Path) -> 
 def test_gradients_are_those_of_one_process_under_every_strategy(tmp_path: Path) -> None:
     kinds = [(kind, loss) for kind in KINDS for loss in ("sigmoid", "ipo")]
     check_gradients(tmp_path, [2, 3], ["ddp", "fsdp", "zero1", "zero2"], *kinds)
+
+
+@pytest.mark.slow  # test_grpo_runs does it too
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_reference_under_zero3_is_that_of_one_process(kind: str, tmp_path: Path) -> None:
+    names = ("loss", "grad_norm", "term/reward_margin", "term/logp_chosen")
+    found = []
+    for size, more in ((1, {}), (2, zero3(tmp_path))):
+        changes = {**KINDS[kind], "optim__eps": 1e-3, **more}
+        path = write(tmp_path, f"of_{size}", {"beta": 0.2}, **changes)
+        assert worlds.run(size, path) == 0
+        lines = read_lines(tmp_path / "runs" / path.stem / "metrics.jsonl")
+        found.append([[line[name] for name in names] for line in lines])
+    wanted, own = found
+    assert all(abs(margin) > 1e-5 for _, _, margin, _ in wanted[1:])
+    for line, right in zip(own, wanted, strict=True):
+        assert line == pytest.approx(right, rel=1e-3, abs=1e-6)
 
 
 def check_kills(folder: Path, size: int, strategy: str, kind: str) -> None:

@@ -87,18 +87,21 @@ def test_gradients_are_those_of_one_process_under_every_normalisation(tmp_path: 
     check_gradients(tmp_path, [2, 3], ["ddp", "fsdp"], *kinds)
 
 
+def zero3(folder: Path) -> dict[str, str]:
+    """Changes of a config: zero3, which hides weights that it does not compute with; those of less
+    than 100 values stay."""
+    settings = folder / "zero3.json"
+    settings.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 100}}')
+    return {"parallel__strategy": "zero3", "parallel__deepspeed": str(settings)}
+
+
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_reference_under_zero3_is_that_of_one_process(kind: str, tmp_path: Path) -> None:
-    """Which hides weights that it does not compute with; those of less than 100 values stay."""
     found = []
-    settings = tmp_path / "zero3.json"
-    settings.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 100}}')
-    for size, strategy in ((1, "ddp"), (2, "zero3")):
-        changes = {**KINDS[kind], "parallel__strategy": strategy}
-        if strategy == "zero3":
-            changes["parallel__deepspeed"] = str(settings)
-        changes["optim__eps"] = 1e-3  # else AdamW makes full steps of what is rounded
-        path = write(tmp_path, f"{strategy}_{size}", {"updates": 2}, **changes)
+    for size, more in ((1, {}), (2, zero3(tmp_path))):
+        # Else AdamW makes full steps of what is rounded.
+        changes = {**KINDS[kind], "optim__eps": 1e-3, **more}
+        path = write(tmp_path, f"of_{size}", {"updates": 2}, **changes)
         assert worlds.run(size, path) == 0
         run = tmp_path / "runs" / path.stem
         lines = read_lines(run / "metrics.jsonl")
@@ -133,15 +136,17 @@ def test_answers_and_losses_are_the_same_for_every_world_size(kind: str, tmp_pat
             assert line == pytest.approx(right, rel=1e-4, abs=1e-6)
 
 
-def check_kills(folder: Path, size: int, strategy: str, kind: str) -> None:
+def check_kills(folder: Path, size: int, strategy: str, kind: str, rank: int = 0) -> None:
+    """rank: of the worker that dies; another's death is an error in rank 0."""
     changes = {**KINDS, **MORE}[kind] | {"parallel__strategy": strategy, "optim__lr": 3e-3}
     if kind == "lora":
         changes["peft__dropout"] = 0.2
     grpo = {"updates": 2, "drop_equal": True}
     whole, killed = (write(folder, name, grpo, **changes) for name in ("whole", "killed"))
     module = "tests.support.rewarded"
-    assert worlds.run(size, whole, killed, kill_at=4, module=module) == -signal.SIGKILL
-    assert worlds.run(size, killed, kill_at=-3, module=module) == -signal.SIGKILL
+    died = 1 if rank else -signal.SIGKILL
+    assert worlds.run(size, whole, killed, kill_at=10 * rank + 4, module=module) == died
+    assert worlds.run(size, killed, kill_at=-(10 * rank + 3), module=module) == died
     assert worlds.run(size, killed, module=module) == 0
     runs = [folder / "runs" / name for name in ("whole", "killed")]
     check_same(runs, ("loss", "grad_norm"))
@@ -164,6 +169,12 @@ def test_killed_while_sampling_and_between_updates_is_the_same_to_the_last_bit(
     tmp_path: Path,
 ) -> None:
     check_kills(tmp_path, 2, "fsdp", "full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_it_is_so_whichever_worker_dies(strategy: str, tmp_path: Path) -> None:
+    check_kills(tmp_path, 3, strategy, "lora", rank=1)
 
 
 @pytest.mark.slow

@@ -86,8 +86,9 @@ def write(folder: Path, name: str, grpo: dict[str, Any], **changes: Any) -> Path
 
 
 def main(size: int, kill_at: int, paths: list[Path]) -> None:
-    """A process that `worlds.run` starts: trains each config; in the last one rank 0 dies within
-    step kill_at, while it samples, or, where kill_at < 0, between two updates of step -kill_at."""
+    """A process that `worlds.run` starts: trains each config; in the last one a worker dies within
+    a step, while it samples, or, where kill_at < 0, between two updates. kill_at: the step, and
+    ten times the worker's rank."""
     import torch.distributed as dist
 
     from raysft.config import load_config
@@ -98,8 +99,9 @@ def main(size: int, kill_at: int, paths: list[Path]) -> None:
     dist.init_process_group("gloo", place, rank=int(os.environ["RANK"]), world_size=size)
     for path in paths:
         job = worlds.start(load_config(path, [f"parallel.workers={size}"]), World.current())
-        if path == paths[-1] and job.world.is_main and kill_at:
-            die_within(job, abs(kill_at), sampling=kill_at > 0)
+        rank, step = divmod(abs(kill_at), 10)
+        if path == paths[-1] and job.world.rank == rank and step:
+            die_within(job, step, sampling=kill_at > 0)
         train(job)
     dist.barrier()
     dist.destroy_process_group()

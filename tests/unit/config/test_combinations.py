@@ -76,10 +76,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "train.losses: are of right answers, and train.objective: dpo learns from pairs; leave out",
     ),
     (
-        {**DPO, "parallel__strategy": "zero3"},
-        "train.objective: the reference is kept beside weights that zero3 hides; use fsdp",
-    ),
-    (
         {**GRPO, "model__family": "patch_lm"},
         "train.objective: grpo does not work with patch_lm; causal_lm or audio_lm can",
     ),

@@ -415,6 +415,20 @@ def test_a_value_of_the_wrong_kind_is_one_mistake_named_by_the_files_key(
     )
 
 
+@pytest.mark.parametrize(
+    ("objective", "key"), [("grpo", "train.grpo.beta"), ("dpo", "train.objective")]
+)
+def test_a_reference_is_of_one_copy_of_the_weights(
+    objective: str, key: str, tmp_path: Path
+) -> None:
+    tree = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    with pytest.raises(UserError) as found:
+        loaded(tmp_path, tree, (f"train.objective={objective}",))
+    said = str(found.value)
+    assert f"{key}: the reference is of one copy of the weights" in said and "\n" not in said
+    assert loaded(tmp_path, tree).parallel.strategy == "zero3"
+
+
 def test_known_keys_are_those_of_deepspeed() -> None:
     """In a process of its own: DeepSpeed is imported by the workers that use it only."""
     source = (
