@@ -83,7 +83,8 @@ def test_killed_within_an_epoch_and_gone_on_with_by_three_workers_asks_the_same(
     before = asked.asked(run)
     assert worlds.run(3, reference.parents[1] / "killed.yaml", module=MODULE) == 0
     again = {line["step"] for file in run.glob("asked_2.jsonl") for line in read_lines(file)}
-    assert again == set(range(5, STEPS + 1))  # those after the checkpoint, all three workers
+    first = min(again)  # after the checkpoint, or at the start where that was not durable yet
+    assert again == set(range(first, STEPS + 1)) and first in (1, 5)
     assert before.keys() & {(step, 0) for step in again}
     assert asked.asked(run) == asked.asked(reference)  # also of steps that were taken twice
     assert ledger(run) == ledger(reference) and audit(run).clean
