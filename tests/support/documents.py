@@ -12,7 +12,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "cluster/README.md")
-EXAMPLES = ("examples/spoken_digits/README.md", "examples/most/README.md")
+EXAMPLES = (
+    "examples/spoken_digits/README.md",
+    "examples/most/README.md",
+    "examples/drama/README.md",
+)
 _BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.M | re.S)
 
 
