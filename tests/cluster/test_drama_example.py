@@ -1,6 +1,5 @@
 """The example that judges speech: through the jobs as a user gives them, and how well it rates
-performances whose lines and voices no clip of training has. How the pitch moves is not learnt in so
-few steps, and not asked for here."""
+performances whose lines and accents no clip of training has."""
 
 from __future__ import annotations
 
@@ -36,16 +35,16 @@ def summary(run: Path) -> list[dict[str, Any]]:
 
 
 def test_two_steps_are_rated_and_drawn_by_the_jobs(tmp_path: Path) -> None:
-    short = ("train.max_steps=2", "evaluate.every=0", "evaluate.max_examples=6")
+    short = ("only=pitch", "stages.pitch.train.max_steps=2")
     done("sft", EXAMPLE / "sft.yaml", f"run.storage_path={tmp_path}", *short)
-    run = tmp_path / "drama"
+    run = tmp_path / "drama" / "pitch"
     (trained,) = read_lines(run / "eval.jsonl")
     assert {"missing_scores/test", "rater_alpha/test", "loss/rating"} <= trained.keys()
     assert read_lines(run / "quarantine.jsonl") == []
     done("evaluate", run)
     rows = summary(run)
-    assert {row["dimension"] for row in rows} == {"overall", *DIMENSIONS}
-    assert {row["examples"] for row in rows if row["dimension"] == "overall"} == {"480"}
+    assert {row["dimension"] for row in rows} == {"overall", "pitch_dynamics"}
+    assert {row["examples"] for row in rows if row["dimension"] == "overall"} == {"160"}
     (judged,) = run.glob("evaluations/*/judged")
     done("report", judged, "--out", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "correlations.png").stat().st_size > 1000
@@ -53,18 +52,17 @@ def test_two_steps_are_rated_and_drawn_by_the_jobs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_pace_and_loudness_of_held_out_performances_are_rated_as_the_raters_do(
-    tmp_path: Path,
-) -> None:
+def test_held_out_performances_are_rated_as_the_raters_do(tmp_path: Path) -> None:
     done("sft", EXAMPLE / "sft.yaml", f"run.storage_path={tmp_path}")
-    last = read_lines(tmp_path / "drama" / "eval.jsonl")[-1]
+    run = tmp_path / "drama" / "all"
+    last = read_lines(run / "eval.jsonl")[-1]
     assert last["final"] and last["missing_scores/test"] == 0
-    done("evaluate", tmp_path / "drama")
-    rows = [row for row in summary(tmp_path / "drama") if row["score"] == "model_score"]
+    done("evaluate", run)
+    rows = [row for row in summary(run) if row["score"] == "model_score"]
     found = {row["dimension"]: float(row["spearman"]) for row in rows}
     assert found.keys() == {"overall", *DIMENSIONS}
     assert found["overall"] == pytest.approx(last["spearman/test"], abs=1e-6)
-    assert found["pace"] >= LEAST and found["loudness"] >= LEAST, found
+    assert min(found.values()) >= LEAST, found
 
 
 @pytest.mark.slow
