@@ -5,7 +5,7 @@
 Lines of `lines.yaml` are spoken by espeak-ng. How much the pitch moves, how fast it is spoken and
 how loud it is are set, each to one of five levels, so that true ratings are known; three simulated
 raters give them, now and then one off. It needs the `espeak-ng` command and is run by whoever
-changes the corpus; everybody else uses the files beside it. Costs a few minutes on two cores.
+changes the corpus; everybody else uses the files beside it. Costs 80 s on two cores.
 
 `plan` is pure: what each clip says, how, and what its raters give follows from `SEED` alone, so
 the records come out byte for byte the same. The audio depends on the version of espeak-ng.

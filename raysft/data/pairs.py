@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from raysft.data.example import Example, Sequence
+from raysft.data.example import ASSISTANT, Example, Sequence
 from raysft.errors import BadExample
 
 REJECTED = "rejected"
@@ -42,9 +42,11 @@ def answers(example: Example, needed: bool) -> list[Example]:
 
 def _without(example: Example, common: int) -> Example:
     """Nothing of its first turns is learnt."""
-    before = (replace(turn, learnt=None) for turn in example.turns[:common])
-    muted = (replace(t, learnt=False) if t.role == "assistant" else t for t in before)
-    return replace(example, turns=(*muted, *example.turns[common:]), rejected=None)
+    before = (
+        replace(turn, learnt=False) if turn.role == ASSISTANT else turn
+        for turn in example.turns[:common]
+    )
+    return replace(example, turns=(*before, *example.turns[common:]), rejected=None)
 
 
 def joined(chosen: Sequence, rejected: Sequence) -> Sequence:

@@ -127,7 +127,7 @@ class Policy:
         context: torch.Tensor,
         chosen: torch.Tensor,
         names: Sequence[str],
-        trains: bool = True,
+        trains: bool,
     ) -> list[Term]:
         """See `Learns`: what is trained; beside it the KL and the share of clipped tokens."""
         logps, share = -losses[0].detach(), context[:, SHARE]

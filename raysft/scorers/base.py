@@ -111,10 +111,10 @@ class Scorer:
     wants: text: what the model generates, by source; losses: those of right answers, by task;
         speech: what it speaks, by task, where `evaluate` asks for that.
     tasks: of the examples whose texts are wanted, where `evaluate.metrics` does not name the task.
-    only: tasks whose losses are wanted; (): of all. objective: `train.objective` of the runs whose
-        data it measures; "": of all.
+    only: tasks whose losses are wanted; (): of all.
     signature: how its figures of a source are made, where they mean little without; eval.jsonl has
         it.
+    objective: `train.objective` of the runs that have its figures; "": all.
     """
 
     name: str
@@ -124,8 +124,8 @@ class Scorer:
     wants: Wants = "text"
     tasks: tuple[str, ...] = ("asr",)
     only: tuple[str, ...] = ()
-    objective: str = ""
     signature: Callable[[Settings, str], str] | None = None
+    objective: str = ""
 
 
 TRANSLATED = ("translation", "st", "s2tt", "captioning")  # tasks of many right answers

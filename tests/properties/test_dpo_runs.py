@@ -25,7 +25,7 @@ from raysft.driver import preflight, shown
 from raysft.parallel import World
 from raysft.run.lines import read_lines
 from raysft.train.loop import train
-from tests.properties.test_grpo_runs import KINDS, check_same, differ, zero3
+from tests.properties.test_grpo_runs import KINDS, check_gradients, check_same, zero3
 from tests.support import preferred, worlds
 from tests.support.models import AUDIO
 from tests.support.preferred import write
@@ -182,24 +182,16 @@ def gradients(folder: Path, size: int, cells: list[tuple[str, str, str]]) -> lis
     return [load_file(folder / "runs" / path.stem / "gradient.safetensors") for path in paths]
 
 
-def check_gradients(folder: Path, sizes: list[int], strategies: list[str], *kinds: Any) -> None:
-    """kinds: (kind, loss) of each run."""
-    alone = [("ddp", *kind) for kind in kinds]
-    wanted = dict(zip(alone, gradients(folder, 1, alone), strict=True))
-    for size in sizes:
-        cells = [(strategy, *kind) for strategy in strategies for kind in kinds]
-        for cell, found in zip(cells, gradients(folder, size, cells), strict=True):
-            assert differ(found, wanted["ddp", *cell[1:]]) < 1e-5, (size, cell)
-
-
 def test_gradients_are_those_of_one_process_with_two_workers(tmp_path: Path) -> None:
-    check_gradients(tmp_path, [2], ["fsdp"], ("full", "sigmoid"), ("lora", "sigmoid"))
+    kinds = [(kind, "sigmoid") for kind in KINDS]
+    check_gradients(tmp_path, [2], ["fsdp"], *kinds, found_of=gradients)
 
 
 @pytest.mark.slow
 def test_gradients_are_those_of_one_process_under_every_strategy(tmp_path: Path) -> None:
     kinds = [(kind, loss) for kind in KINDS for loss in ("sigmoid", "ipo")]
-    check_gradients(tmp_path, [2, 3], ["ddp", "fsdp", "zero1", "zero2"], *kinds)
+    strategies = ["ddp", "fsdp", "zero1", "zero2"]
+    check_gradients(tmp_path, [2, 3], strategies, *kinds, found_of=gradients)
 
 
 @pytest.mark.slow  # test_grpo_runs does it too

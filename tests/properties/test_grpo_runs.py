@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,19 @@ def differ(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> f
     return max(float((found[name] - wanted[name]).abs().max()) / largest for name in wanted)
 
 
-def check_gradients(folder: Path, sizes: list[int], strategies: list[str], *kinds: Any) -> None:
-    """kinds: (kind, loss) of each run."""
+def check_gradients(
+    folder: Path,
+    sizes: list[int],
+    strategies: list[str],
+    *kinds: Any,
+    found_of: Callable[[Path, int, list[Any]], list[Any]] = gradients,
+) -> None:
+    """kinds: (kind, loss) of each run. found_of: gives the gradients of runs."""
     alone = [("ddp", *kind) for kind in kinds]
-    wanted = dict(zip(alone, gradients(folder, 1, alone), strict=True))
+    wanted = dict(zip(alone, found_of(folder, 1, alone), strict=True))
     for size in sizes:
         cells = [(strategy, *kind) for strategy in strategies for kind in kinds]
-        for cell, found in zip(cells, gradients(folder, size, cells), strict=True):
+        for cell, found in zip(cells, found_of(folder, size, cells), strict=True):
             assert differ(found, wanted["ddp", *cell[1:]]) < 1e-5, (size, cell)
 
 

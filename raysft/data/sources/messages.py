@@ -34,17 +34,16 @@ from pathlib import Path
 from raysft import stores
 from raysft.data.example import ASSISTANT, Audio, Example, Part, Turn
 from raysft.data.sources.base import clip_path, id_field, kind, load_record
+from raysft.data.sources.conversations import LISTS, PAIRS, ROLES
 from raysft.data.sources.fields import refuse_placeholders, refuse_unread, stated_seconds
 from raysft.data.sources.json_files import JsonFiles, first_records
 from raysft.data.sources.most_json import split_units
-from raysft.data.sources.preferences import Preference, is_pair, preference
+from raysft.data.sources.preferences import Preference, is_pair, looks_like_pair, preference
 from raysft.errors import BadExample
 from raysft.json_types import Json, JsonObject
 
 TASK = "chat"
 TAG = "<audio>"
-LISTS = ("messages", "conversations", "conversation")
-PAIRS = {"query": "response", "instruction": "output"}  # question -> answer, of the last turn
 BESIDE = ("input", *PAIRS.values())
 USED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LISTS, ()),
@@ -54,13 +53,6 @@ USED: dict[str, tuple[str, ...]] = {
 AUDIO = ("audios", "audio")
 READ = frozenset([*LISTS, *PAIRS, *PAIRS.values(), *AUDIO])
 READ |= {"id", "task", "input", "history", "system", "tools"}
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "function_call", "tool_call"), ASSISTANT),
-    **dict.fromkeys(("tool", "tool_response", "function", "function_response"), "tool"),
-    "observation": "tool",
-}
 FLAGS = ("loss", "weight", "train", "loss_scale")
 IN_MESSAGE = frozenset(["role", "from", "content", "value", "tool_calls", "tool_call_id", *FLAGS])
 IN_AUDIO = frozenset(["type", "audio", "audio_url", "url", "path", "input_audio", "format", "data"])
@@ -86,7 +78,7 @@ class Messages(JsonFiles):
         """The conversation of one record. Raises BadExample naming what is wrong with it."""
         record, pair = load_record(raw), None
         if is_pair(record):
-            pair = preference(record, LISTS, PAIRS)
+            pair = preference(record)
             record = pair.record
         refuse_unread(record, READ)
         clips = _Clips(record, file, line)
@@ -137,9 +129,11 @@ def _text(turn: Turn) -> str | None:
 
 def _is_conversation(record: JsonObject) -> bool:
     """Whether it is one, and no record of another format with something of one beside it."""
-    if is_pair(record):
+    if "wav_path" in record:
+        return False
+    if looks_like_pair(record):
         return True
-    if "wav_path" in record or ("output" in record and not _tagged_question(record)):
+    if "output" in record and not _tagged_question(record):
         return False
     return (
         any(record.get(name) and isinstance(record[name], list) for name in LISTS)

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raysft.data.example import ASSISTANT
 from raysft.data.sources.base import kind
+from raysft.data.sources.conversations import LISTS, PAIRS, ROLES
 from raysft.errors import BadExample
 from raysft.json_types import Json, JsonObject
 
 FIELDS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 PROMPT = "prompt"
 _ROLES = ("role", "from")
-_OWN = ("assistant", "gpt", "model", "bot")
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,28 @@ class Preference:
 
 
 def is_pair(record: JsonObject) -> bool:
-    """Whether a record holds a chosen and a rejected answer, or a rejected one beside its own."""
+    """Whether a conversation has an answer beside its own, or in its place."""
     return bool(_given(record))
 
 
-def preference(record: JsonObject, lists: tuple[str, ...], pairs: dict[str, str]) -> Preference:
-    """Of a record that `is_pair`. lists: fields of messages. pairs: of a question -> its answer.
-    Raises BadExample naming what is wrong with it."""
+def looks_like_pair(record: JsonObject) -> bool:
+    """Whether a record of nobody knows which format is a conversation with two answers, and has no
+    mere note of such a name."""
+    given = _given(record)
+    if not given or not all(isinstance(record[name], str | dict | list) for name in given):
+        return False
+    asked = any(record.get(name) for name in (PROMPT, *LISTS, *PAIRS))
+    if given == ["chosen", "rejected"]:
+        return asked or all(isinstance(record[name], list) for name in given)
+    return asked and "chosen" not in given
+
+
+def preference(record: JsonObject) -> Preference:
+    """Of a record that `is_pair`. Raises BadExample naming what is wrong with it."""
     given = _given(record)
     rest = {name: value for name, value in record.items() if name not in given}
     if given in (["rejected_response"], ["rejected_messages"]):
-        return _beside(rest, record[given[0]], given[0], lists, pairs)
+        return _beside(rest, record[given[0]], given[0])
     if given != ["chosen", "rejected"]:
         raise _wrong(
             f"has {' and '.join(given)}: a pair is chosen and rejected, or rejected_response or "
@@ -56,11 +68,11 @@ def preference(record: JsonObject, lists: tuple[str, ...], pairs: dict[str, str]
         )
     chosen, rejected = (_messages(record[name], name) for name in given)
     if _begins_with_prompt(chosen) and _begins_with_prompt(rejected):
-        return _whole(rest, chosen, rejected, lists)
+        return _whole(rest, chosen, rejected)
     for name, messages in zip(given, (chosen, rejected), strict=True):
         if _begins_with_prompt(messages):
             raise _wrong(f"field {name!r} begins with a prompt, and the other with an answer")
-    return _behind(rest, chosen, rejected, lists, pairs)
+    return _behind(rest, chosen, rejected)
 
 
 def _given(record: JsonObject) -> list[str]:
@@ -83,24 +95,20 @@ def _messages(value: Json, name: str) -> list[JsonObject]:
 
 
 def _role(message: JsonObject) -> str:
+    """Whose a message is; "" where that is not known, which `messages` will say."""
     found = next((message[name] for name in _ROLES if name in message), "")
-    return found.strip().lower() if isinstance(found, str) else ""
+    return ROLES.get(found.strip().lower(), "") if isinstance(found, str) else ""
 
 
 def _begins_with_prompt(messages: list[JsonObject]) -> bool:
-    return _role(messages[0]) not in _OWN
+    return _role(messages[0]) != ASSISTANT
 
 
 def _said(message: JsonObject) -> tuple[str, str]:
     return _role(message), repr(message.get("content", message.get("value")))
 
 
-def _whole(
-    rest: JsonObject,
-    chosen: list[JsonObject],
-    rejected: list[JsonObject],
-    lists: tuple[str, ...],
-) -> Preference:
+def _whole(rest: JsonObject, chosen: list[JsonObject], rejected: list[JsonObject]) -> Preference:
     """Two conversations that begin alike. What repeats the prompt, or the chosen one, is no more
     than that."""
     common = 0
@@ -111,7 +119,7 @@ def _whole(
     if not common:
         raise _wrong("its chosen and its rejected conversation do not begin with the same message")
     all_said = [_said(message) for message in chosen]
-    for name in (*lists, PROMPT):
+    for name in (*LISTS, PROMPT):
         if not rest.get(name):
             continue
         own = _prompt(rest[name]) if name == PROMPT else _messages(rest[name], name)
@@ -121,35 +129,29 @@ def _whole(
                 f"field {name!r} says otherwise than its chosen conversation: leave it out, or "
                 "give the answers alone"
             )
-    kept = {name: value for name, value in rest.items() if name not in (*lists, PROMPT)}
-    return Preference({**kept, lists[0]: chosen}, len(chosen) - common, rejected[common:])
+    kept = {name: value for name, value in rest.items() if name not in (*LISTS, PROMPT)}
+    return Preference({**kept, LISTS[0]: chosen}, len(chosen) - common, rejected[common:])
 
 
-def _behind(
-    rest: JsonObject,
-    chosen: list[JsonObject],
-    rejected: list[JsonObject],
-    lists: tuple[str, ...],
-    pairs: dict[str, str],
-) -> Preference:
+def _behind(rest: JsonObject, chosen: list[JsonObject], rejected: list[JsonObject]) -> Preference:
     """Two answers to the conversation of the record."""
-    asked = [name for name in (PROMPT, *lists, *pairs) if rest.get(name)]
+    asked = [name for name in (PROMPT, *LISTS, *PAIRS) if rest.get(name)]
     if len(asked) != 1:
-        found, known = " and ".join(asked) or "none of them", ", ".join((PROMPT, *lists, *pairs))
+        found, known = " and ".join(asked) or "none of them", ", ".join((PROMPT, *LISTS, *PAIRS))
         raise _wrong(f"chosen and rejected answer one of {known}; it has {found}")
     name = asked[0]
-    if name in pairs:
-        if rest.get(pairs[name]):
-            raise _wrong(f"field {pairs[name]!r} beside 'chosen' would not be learnt: leave one")
+    if name in PAIRS:
+        if rest.get(PAIRS[name]):
+            raise _wrong(f"field {PAIRS[name]!r} beside 'chosen' would not be learnt: leave one")
         if len(chosen) != 1:
             raise _wrong(f"field 'chosen' beside {name!r} is a list, expected one text")
         content = chosen[0].get("content", chosen[0].get("value"))
-        return Preference({**rest, pairs[name]: content}, 1, rejected)
+        return Preference({**rest, PAIRS[name]: content}, 1, rejected)
     before = _prompt(rest[name]) if name == PROMPT else _messages(rest[name], name)
-    if not before or _role(before[-1]) in _OWN:
+    if not before or _role(before[-1]) == ASSISTANT:
         raise _wrong(f"field {name!r} ends in an answer, and chosen and rejected are two others")
     kept = {key: value for key, value in rest.items() if key != name}
-    where = name if name in lists else lists[0]
+    where = name if name in LISTS else LISTS[0]
     return Preference({**kept, where: [*before, *chosen]}, len(chosen), rejected)
 
 
@@ -159,19 +161,16 @@ def _prompt(value: Json) -> list[JsonObject]:
     return _messages(value, PROMPT)
 
 
-def _beside(
-    rest: JsonObject, value: Json, name: str, lists: tuple[str, ...], pairs: dict[str, str]
-) -> Preference:
+def _beside(rest: JsonObject, value: Json, name: str) -> Preference:
     """A rejected answer beside a conversation that ends in the chosen one."""
     rejected = _messages(value, name)
     if not _begins_with_prompt(rejected):
         return Preference(rest, 1, rejected)
-    where = next((each for each in lists if rest.get(each)), None)
+    where = next((each for each in LISTS if rest.get(each)), None)
     if where is None:
         raise _wrong(f"field {name!r} is a whole conversation, and there is none beside it")
     return _whole(
         {key: v for key, v in rest.items() if key != where},
         _messages(rest[where], where),
         rejected,
-        lists,
     )

@@ -111,6 +111,30 @@ def test_a_file_of_pairs_is_known_by_its_records(form: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"audio_filepath": "a.wav", "text": "hi", "chosen": True},
+        {"audio_filepath": "a.wav", "text": "hi", "chosen": "yes", "rejected": "by whom"},
+        {"wav_path": "a.wav", "text": "hi", "prompt": "Hm?", "chosen": "A", "rejected": "B"},
+        {"prompt": "Hm?", "chosen": "by hand"},
+    ],
+)
+def test_a_record_with_a_note_of_such_a_name_is_no_conversation(
+    record: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    assert not messages.FORMAT.sniff(path)
+
+
+def test_calls_of_tools_are_answers() -> None:
+    call = {"role": "function_call", "content": '{"name": "ring"}'}
+    example = parsed({"prompt": "Ring.", "chosen": [call, YES], "rejected": [call, NO]})
+    assert said(example)[-2:] == [("assistant", '{"name": "ring"}'), ("assistant", "Yes.")]
+    assert said(example.rejected)[-2:] == [("assistant", '{"name": "ring"}'), ("assistant", "No.")]
+
+
+@pytest.mark.parametrize(
     ("record", "why"),
     [
         ({"chosen": "Yes", "rejected": "No"}, "chosen and rejected answer one of prompt, messages"),

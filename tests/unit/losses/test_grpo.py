@@ -109,7 +109,7 @@ def test_the_loss_is_that_of_the_formulas(loss: Any, again: bool) -> None:
     targets = torch.tensor([token for answer in answers for token in answer])
     losses = policy.of_logits(scores, targets)
     chosen = torch.ones(1, len(rows))
-    terms = policy.terms(losses, policy.total(losses, context), context, chosen, ["chat"])
+    terms = policy.terms(losses, policy.total(losses, context), context, chosen, ["chat"], True)
     count = sum(ANSWERS) if loss == "dapo" else len(ANSWERS)
     assert terms[0].counted == ("supervised" if loss == "dapo" else "answers")
     assert float(terms[0].count) == pytest.approx(count)
