@@ -189,6 +189,19 @@ def test_both_answers_are_encoded_as_each_would_be_alone(tmp_path: Path) -> None
     assert sft.input_ids.tolist() == wanted[0].input_ids.tolist() and not sft.arrays
 
 
+def test_both_answers_hear_units_with_the_same_noise(tmp_path: Path) -> None:
+    heard = "".join(f"[Hu{number % 20}]" for number in range(40))
+    example = parsed({"prompt": heard, "chosen": "Yes.", "rejected": "No."})
+    noisy = encoder({**CAUSAL, "speech_units": 20}, tmp_path, unit_noise=0.5)
+    prompts = set()
+    for seed in range(4):
+        chosen, rejected = apart(noisy.encode(example, [], np.random.default_rng(seed)))
+        own, other = (tuple(one.input_ids[one.labels == -100]) for one in (chosen, rejected))
+        assert own == other
+        prompts.add(own)
+    assert len(prompts) == 4
+
+
 def test_both_answers_hear_the_clip_varied_alike(make_clips: Any, tmp_path: Path) -> None:
     clips = make_clips(1)
     (path,) = sorted(clips.parent.rglob("*.wav"))[:1]
